@@ -1,0 +1,36 @@
+# `make quickstart` and `make test` work on a machine with Python 3.11 or 3.12
+# and pip, can be repeated, and install nothing the second time.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+SOURCES = setup.py pyproject.toml constraints.txt
+
+.PHONY: quickstart test check clean
+
+quickstart: $(VENV)/.run
+	$(BIN)/mergejax quickstart
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -n 2 -q
+
+check: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest -q tests/floors_test.py
+
+$(VENV)/.run: $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(INSTALL) -e '.[data,plots]'
+	touch $@
+
+$(VENV)/.test: $(VENV)/.run
+	$(INSTALL) -e '.[test]'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.test
+	$(INSTALL) -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) quickstart

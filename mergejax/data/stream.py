@@ -1,0 +1,162 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Endless training batches whose position can be saved and restored exactly."""
+
+from collections.abc import Iterator, Mapping
+import io
+import pathlib
+import tempfile
+import zipfile
+
+import numpy as np
+import seqio
+import tensorflow as tf
+
+from mergejax import errors
+
+Batch = dict[str, np.ndarray]
+
+_CONVERTERS = {
+  'lm': seqio.LMFeatureConverter,
+  'prefix_lm': seqio.PrefixLMFeatureConverter,
+  'encoder_decoder': seqio.EncDecFeatureConverter,
+}
+
+
+def _converter(kind: str, pack: bool) -> seqio.FeatureConverter:
+  if kind not in _CONVERTERS:
+    raise errors.UserError(errors.near(kind, _CONVERTERS, 'kind of features'))
+  return _CONVERTERS[kind](pack=pack)
+
+
+class SeqioStream:
+  """Batches of a task or mixture, forever, in an order fixed by the seed.
+
+  The state holds the position inside shuffling and packing, so a restored
+  stream continues with the very next batch, bit for bit.
+  """
+
+  def __init__(
+    self,
+    mixture_or_task: str,
+    *,
+    lengths: Mapping[str, int],
+    batch_size: int,
+    kind: str = 'lm',
+    pack: bool = True,
+    split: str = 'train',
+    seed: int = 0,
+    shard_index: int = 0,
+    num_shards: int = 1,
+  ):
+    """Opens a stream.
+
+    Args:
+      mixture_or_task: a name registered in seqio.
+      lengths: tokens per feature: `{'targets': 128}`.
+      batch_size: rows of this shard's batch.
+      kind: `'lm'`, `'prefix_lm'` or `'encoder_decoder'`.
+      pack: put several examples into one row, with segment ids.
+      split: the split to read.
+      seed: fixes shuffling and mixing.
+      shard_index: which part of the examples to read; a process of a
+        data-parallel run reads its own.
+      num_shards: how many parts there are.
+    """
+    dataset = seqio.get_dataset(
+      mixture_or_task,
+      task_feature_lengths=dict(lengths),
+      dataset_split=split,
+      shuffle=True,
+      num_epochs=None,
+      feature_converter=_converter(kind, pack),
+      shard_info=seqio.ShardInfo(shard_index, num_shards),
+      seed=seed,
+    )
+    self._iterator = iter(dataset.batch(batch_size, drop_remainder=True))
+    self._position = tf.Variable(0, dtype=tf.int64)
+    self._saved = tf.train.Checkpoint(
+      iterator=self._iterator, position=self._position
+    )
+
+  def __iter__(self) -> Iterator[Batch]:
+    return self
+
+  def __next__(self) -> Batch:
+    batch = {name: leaf.numpy() for name, leaf in next(self._iterator).items()}
+    self._position.assign_add(1)
+    return batch
+
+  @property
+  def position(self) -> int:
+    """Batches taken since the beginning."""
+    return int(self._position.numpy())
+
+  def state(self) -> bytes:
+    """The position, to be given to `restore`."""
+    buffer = io.BytesIO()
+    with tempfile.TemporaryDirectory() as folder:
+      self._saved.write(str(pathlib.Path(folder) / 'stream'))
+      with zipfile.ZipFile(buffer, 'w') as archive:
+        for file in sorted(pathlib.Path(folder).iterdir()):
+          archive.write(file, file.name)
+    return buffer.getvalue()
+
+  def restore(self, state: bytes) -> None:
+    """Continues from a saved position of a stream with the same arguments."""
+    with tempfile.TemporaryDirectory() as folder:
+      with zipfile.ZipFile(io.BytesIO(state)) as archive:
+        archive.extractall(folder)
+      self._saved.read(str(pathlib.Path(folder) / 'stream')).assert_consumed()
+
+
+def evaluation_batches(
+  mixture_or_task: str,
+  *,
+  lengths: Mapping[str, int],
+  batch_size: int,
+  split: str,
+  kind: str = 'lm',
+  max_examples: int | None = None,
+) -> list[Batch]:
+  """A fixed sample of a split, in batches of equal shape.
+
+  Args:
+    mixture_or_task: a name registered in seqio.
+    lengths: tokens per feature.
+    batch_size: rows of a batch; the last is filled with empty rows of weight 0.
+    split: the split to read.
+    kind: as in `SeqioStream`; never packed.
+    max_examples: at most this many examples, drawn with a fixed seed.
+
+  Returns:
+    Batches of `<int32>[batch_size, length]` arrays.
+
+  Raises:
+    UserError: the split has no example.
+  """
+  dataset = seqio.get_dataset(
+    mixture_or_task,
+    task_feature_lengths=dict(lengths),
+    dataset_split=split,
+    shuffle=max_examples is not None,
+    num_epochs=1,
+    feature_converter=_converter(kind, pack=False),
+    seed=0,
+  )
+  if max_examples is not None:
+    dataset = dataset.take(max_examples)
+  batches = []
+  for batch in dataset.batch(batch_size).as_numpy_iterator():
+    missing = batch_size - len(next(iter(batch.values())))
+    batches.append(
+      {
+        name: np.pad(leaf, [(0, missing)] + [(0, 0)] * (leaf.ndim - 1))
+        for name, leaf in batch.items()
+      }
+    )
+  if not batches:
+    raise errors.UserError(
+      f'The split {split!r} of {mixture_or_task} has no example.'
+    )
+  return batches

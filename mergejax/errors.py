@@ -1,0 +1,45 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Messages that teach: near names, lists of differences, what to do next."""
+
+from collections.abc import Iterable, Sequence
+import difflib
+
+
+class UserError(ValueError):
+  """A mistake in what was asked for; the command line prints only its text.
+
+  The message says what was expected, what came, which parameter and which
+  file, and what to do next. `mergejax` exits with code 2 on it.
+  """
+
+
+def near(name: str, known: Iterable[str], what: str) -> str:
+  """Sentence for an unknown name, with the nearest known ones.
+
+  Args:
+    name: what the user wrote.
+    known: the valid names.
+    what: the kind of thing: `'merge method'`.
+
+  Returns:
+    A sentence to raise as a `UserError`.
+
+  Example:
+    >>> near('liner', ['linear', 'ties'], 'merge method')
+    "Unknown merge method 'liner'. Did you mean 'linear'? Known: linear, ties."
+  """
+  known = sorted(known)
+  close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+  hint = ''
+  if close:
+    hint = ' Did you mean ' + ' or '.join(repr(c) for c in close) + '?'
+  return f'Unknown {what} {name!r}.{hint} Known: {", ".join(known)}.'
+
+
+def listed(lines: Sequence[str], limit: int = 10) -> str:
+  """Joins lines into an indented list of at most `limit`, counting the rest."""
+  shown = [f'  {line}' for line in lines[:limit]]
+  if len(lines) > limit:
+    shown.append(f'  ... and {len(lines) - limit} more')
+  return '\n'.join(shown)

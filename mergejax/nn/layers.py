@@ -1,0 +1,374 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Layers of the T5 family: relative position bias, attention, MLP, masks.
+
+Parameter names and shapes are those of T5X's minimal T5, so that checkpoints
+load without a map: every kernel is stored 2-D (`query/kernel` is
+`[embed, heads * head_dim]`), there is no bias vector anywhere, and one
+relative-position table `[heads, buckets]` serves a whole stack.
+
+Source: Raffel et al., "Exploring the Limits of Transfer Learning with a
+Unified Text-to-Text Transformer" (2020), https://arxiv.org/abs/1910.10683.
+"""
+
+from collections.abc import Callable, Sequence
+
+import flax.linen as nn
+import jax
+from jax.nn import initializers
+import jax.numpy as jnp
+import numpy as np
+
+from mergejax import typing
+
+# Added to float32 logits where attention is not allowed. Large enough to
+# swallow any logit, finite so that a row with nothing allowed stays finite.
+MASKED = -1e10
+
+# Fan-in is that of the stored 2-D kernel. The attention logits carry no
+# 1/sqrt(head_dim); the initial query kernel does (see `Attention`).
+attention_init = initializers.variance_scaling(1.0, 'fan_in', 'normal')
+mlp_init = initializers.variance_scaling(1.0, 'fan_in', 'truncated_normal')
+
+
+def flat_dot_general(
+  inputs: typing.Array,
+  kernel: typing.Array,
+  dimension_numbers,
+  precision=None,
+  preferred_element_type=None,
+) -> typing.Array:
+  """`inputs [..., in] x kernel [in, out]` as one two-dimensional product.
+
+  Same values as `jax.lax.dot_general`. With `[batch, length, in]` operands XLA
+  contracts the kernel gradient over two axes and, on CPU, fuses the activation
+  into it; flattening first makes a T5 MLP 1.7 times faster there, forward and
+  backward, and changes nothing on other backends.
+  """
+  del dimension_numbers  # `nn.Dense` always contracts the last axis.
+  product = jax.lax.dot_general(
+    inputs.reshape(-1, inputs.shape[-1]),
+    kernel,
+    (((1,), (0,)), ((), ())),
+    precision=precision,
+    preferred_element_type=preferred_element_type,
+  )
+  return product.reshape(*inputs.shape[:-1], kernel.shape[-1])
+
+
+def dense(
+  features: int, dtype: str, kernel_init: Callable, name: str
+) -> nn.Dense:
+  """A kernel `[in, features]` without bias, as all of T5's."""
+  return nn.Dense(
+    features,
+    use_bias=False,
+    dtype=dtype,
+    kernel_init=kernel_init,
+    dot_general=flat_dot_general,
+    name=name,
+  )
+
+
+def relative_position_bucket(
+  relative_position: typing.Array,
+  *,
+  bidirectional: bool,
+  num_buckets: int = 32,
+  max_distance: int = 128,
+) -> typing.Array:
+  """Maps `key index - query index` to a bucket of the relative-position table.
+
+  Half of the buckets are exact distances, the rest grow logarithmically up to
+  `max_distance`; a bidirectional stack spends half of all buckets on keys that
+  lie ahead of the query, a causal one puts all of those in bucket 0.
+
+  Args:
+    relative_position: `<int32>[...]`, key position minus query position.
+    bidirectional: True in an encoder, False in causal self-attention.
+    num_buckets: number of buckets; 32 in every released T5.
+    max_distance: distances from here on share the last bucket; 128 in T5.
+
+  Returns:
+    `<int32>[...]`, bucket numbers in `[0, num_buckets)`.
+
+  Example:
+    >>> relative_position_bucket(np.array([0, -1, 1]), bidirectional=True)
+    array([ 0,  1, 17], dtype=int32)
+  """
+  distance = -np.asarray(relative_position)
+  offset = np.zeros_like(distance)
+  if bidirectional:
+    num_buckets //= 2
+    offset = np.where(distance < 0, num_buckets, 0)
+    distance = np.abs(distance)
+  else:
+    distance = np.maximum(distance, 0)
+  exact = num_buckets // 2
+  # The released table is float32 with epsilon inside the logarithm; float64
+  # moves a few borders for other than the default settings.
+  log_ratio = np.log(
+    distance.astype(np.float32) / exact + np.finfo(np.float32).eps
+  ) / np.log(max_distance / exact)
+  far = exact + (log_ratio * (num_buckets - exact)).astype(np.int32)
+  bucket = np.where(
+    distance < exact, distance, np.minimum(far, num_buckets - 1)
+  )
+  return (offset + bucket).astype(np.int32)
+
+
+class RelativePositionBias(nn.Module):
+  """Learned bias per head and bucketed distance, shared by a stack's layers.
+
+  The table `rel_embedding` is `[heads, buckets]`; the result is
+  `[1, heads, query, key]`, to be added to attention logits.
+
+  Attributes:
+    num_heads: attention heads of the stack.
+    num_buckets: rows of distances, see `relative_position_bucket`.
+    max_distance: see `relative_position_bucket`.
+    bidirectional: True in an encoder.
+    dtype: dtype of the returned bias.
+  """
+
+  num_heads: int
+  num_buckets: int = 32
+  max_distance: int = 128
+  bidirectional: bool = True
+  dtype: str = 'float32'
+
+  @nn.compact
+  def __call__(self, query_length: int, key_length: int) -> typing.Array:
+    table = self.param(
+      'rel_embedding',
+      initializers.variance_scaling(1.0, 'fan_avg', 'uniform'),
+      (self.num_heads, self.num_buckets),
+      jnp.float32,
+    )
+    buckets = relative_position_bucket(
+      np.arange(key_length)[None, :] - np.arange(query_length)[:, None],
+      bidirectional=self.bidirectional,
+      num_buckets=self.num_buckets,
+      max_distance=self.max_distance,
+    )
+    # A product with one-hot buckets rather than a gather: its gradient is a
+    # product too, not a scatter-add over query x key.
+    one_hot = jax.nn.one_hot(
+      buckets.reshape(-1), self.num_buckets, dtype=table.dtype
+    )
+    # [heads, buckets] x [query * key, buckets] -> [1, heads, query, key]
+    bias = jnp.einsum('hn,pn->hp', table, one_hot)
+    bias = bias.reshape(1, self.num_heads, query_length, key_length)
+    return bias.astype(self.dtype)
+
+
+class Attention(nn.Module):
+  """Multi-head attention with T5X's parameters `query, key, value, out`.
+
+  `softmax(q k^T + bias) v`, without `1/sqrt(head_dim)`: T5 folds that factor
+  into the initial query kernel.
+
+  Attributes:
+    num_heads: number of heads.
+    head_dim: size of one head; `heads * head_dim` need not equal `embed`.
+    dtype: compute dtype; parameters stay float32.
+    dropout_rate: dropout of attention probabilities. The keep mask has size 1
+      along the query axis, as in T5X.
+    float32_logits: compute logits and softmax in float32 whatever `dtype` is.
+  """
+
+  num_heads: int
+  head_dim: int
+  dtype: str = 'float32'
+  dropout_rate: float = 0.0
+  float32_logits: bool = False
+
+  @nn.compact
+  def __call__(
+    self,
+    queries: typing.Array,
+    keys_values: typing.Array,
+    bias: typing.Array | None = None,
+    *,
+    deterministic: bool = True,
+    decode: bool = False,
+  ) -> typing.Array:
+    """Attends from `queries` to `keys_values`.
+
+    Args:
+      queries: `<dtype>[batch, query, embed]`.
+      keys_values: `<dtype>[batch, key, embed]`.
+      bias: `<float>[1 | batch, 1 | heads, query, key]`, added to the logits:
+        relative positions, and `MASKED` where attention is not allowed.
+      deterministic: no dropout.
+      decode: keep keys and values in the collection `cache`. The call that
+        creates the cache fixes its length; later calls bring one position.
+
+    Returns:
+      `<dtype>[batch, query, embed]`.
+    """
+    joined = self.num_heads * self.head_dim
+
+    def project(name, inputs, scale=1.0):
+      init = initializers.variance_scaling(scale, 'fan_in', 'normal')
+      # [batch, length, embed] -> [batch, length, heads, head_dim]
+      return dense(joined, self.dtype, init, name)(inputs).reshape(
+        *inputs.shape[:-1], self.num_heads, self.head_dim
+      )
+
+    query = project('query', queries, 1.0 / self.head_dim)
+    key = project('key', keys_values)
+    value = project('value', keys_values)
+    if decode:
+      key, value, bias = self._update_cache(key, value, bias)
+    if self.float32_logits:
+      query, key = query.astype(jnp.float32), key.astype(jnp.float32)
+    # [batch, query, heads, head_dim] x [batch, key, heads, head_dim]
+    #   -> [batch, heads, query, key]
+    logits = jnp.einsum('bqhd,bkhd->bhqk', query, key)
+    if bias is not None:
+      logits = logits + bias.astype(logits.dtype)
+    probabilities = jax.nn.softmax(logits).astype(self.dtype)
+    probabilities = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))(
+      probabilities, deterministic=deterministic
+    )
+    mixed = jnp.einsum('bhqk,bkhd->bqhd', probabilities, value)
+    mixed = mixed.reshape(*queries.shape[:-1], joined)
+    return dense(queries.shape[-1], self.dtype, attention_init, 'out')(mixed)
+
+  def _update_cache(self, key, value, bias):
+    """Writes one position into the cache and returns all of it, with a mask."""
+    created = not self.has_variable('cache', 'cached_key')
+    # [batch, heads, head_dim, length]: T5X's layout, length last.
+    to_cache = lambda x: jnp.moveaxis(x, 1, 3)
+    shape = to_cache(key).shape
+    cached_key = self.variable(
+      'cache', 'cached_key', jnp.zeros, shape, key.dtype
+    )
+    cached_value = self.variable(
+      'cache', 'cached_value', jnp.zeros, shape, value.dtype
+    )
+    index = self.variable(
+      'cache', 'cache_index', lambda: jnp.zeros((), jnp.int32)
+    )
+    if created:
+      return key, value, bias
+    length = cached_key.value.shape[-1]
+    if key.shape[1] != 1:
+      raise ValueError(
+        'Cached decoding takes one position a call; this call brought '
+        f'{key.shape[1]}. Create the cache with the full length, then feed '
+        'tokens one by one.'
+      )
+    at = index.value
+    cached_key.value = jax.lax.dynamic_update_slice_in_dim(
+      cached_key.value, to_cache(key), at, axis=3
+    )
+    cached_value.value = jax.lax.dynamic_update_slice_in_dim(
+      cached_value.value, to_cache(value), at, axis=3
+    )
+    index.value = at + 1
+    past = jnp.where(jnp.arange(length) <= at, 0.0, MASKED)[None, None, None]
+    if bias is not None:
+      past = past + jax.lax.dynamic_slice_in_dim(bias, at, 1, axis=2)
+    from_cache = lambda x: jnp.moveaxis(x, 3, 1)
+    return from_cache(cached_key.value), from_cache(cached_value.value), past
+
+
+class Mlp(nn.Module):
+  """Feed-forward block: `wo(prod_i activation_i(wi_i x))`.
+
+  One activation gives one kernel `wi` (T5 1.0: `('relu',)`); several give
+  `wi_0, wi_1, ...` whose activated outputs are multiplied (T5 1.1:
+  `('gelu', 'linear')`, gelu in its tanh form).
+
+  Attributes:
+    hidden: size of the hidden layer.
+    activations: names from `jax.nn`, or `'linear'`.
+    dtype: compute dtype.
+    dropout_rate: dropout of the hidden layer, one mask along length.
+  """
+
+  hidden: int
+  activations: Sequence[str] = ('relu',)
+  dtype: str = 'float32'
+  dropout_rate: float = 0.0
+
+  @nn.compact
+  def __call__(
+    self, inputs: typing.Array, *, deterministic: bool = True
+  ) -> typing.Array:
+    """`<dtype>[batch, length, embed] -> <dtype>[batch, length, embed]`."""
+    hidden = None
+    for i, activation in enumerate(self.activations):
+      name = 'wi' if len(self.activations) == 1 else f'wi_{i}'
+      branch = _activation(activation)(
+        dense(self.hidden, self.dtype, mlp_init, name)(inputs)
+      )
+      hidden = branch if hidden is None else hidden * branch
+    hidden = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))(
+      hidden, deterministic=deterministic
+    )
+    return dense(inputs.shape[-1], self.dtype, mlp_init, 'wo')(hidden)
+
+
+def _activation(name: str) -> Callable[[typing.Array], typing.Array]:
+  return (lambda x: x) if name == 'linear' else getattr(jax.nn, name)
+
+
+def rms_norm(dtype: str, name: str) -> nn.RMSNorm:
+  """T5's layer norm: `x / sqrt(mean(x^2) + 1e-6) * scale`, no mean removed."""
+  return nn.RMSNorm(epsilon=1e-6, dtype=dtype, name=name)
+
+
+def attention_bias(*allowed: typing.Array | None) -> typing.Array | None:
+  """Turns masks into one additive bias: 0 where all allow, `MASKED` elsewhere.
+
+  Args:
+    *allowed: `<bool>[1 | batch, 1, query, key]` masks, or None for no limit.
+
+  Returns:
+    `<float32>[1 | batch, 1, query, key]`, or None when nothing limits.
+  """
+  given = [mask for mask in allowed if mask is not None]
+  if not given:
+    return None
+  both = given[0]
+  for mask in given[1:]:
+    both = both & mask
+  return jnp.where(both, 0.0, MASKED).astype(jnp.float32)
+
+
+def pair_mask(query_side: typing.Array, key_side: typing.Array) -> typing.Array:
+  """Mask that allows attention between real (true) positions of both sides.
+
+  Args:
+    query_side: `<bool>[batch, query]`.
+    key_side: `<bool>[batch, key]`.
+
+  Returns:
+    `<bool>[batch, 1, query, key]`.
+  """
+  return (query_side[:, :, None] & key_side[:, None, :])[:, None]
+
+
+def segment_mask(
+  query_segments: typing.Array | None, key_segments: typing.Array | None
+) -> typing.Array | None:
+  """Mask that allows attention inside a packed segment only.
+
+  Args:
+    query_segments: `<int32>[batch, query]` segment ids, or None (not packed).
+    key_segments: `<int32>[batch, key]`, or None.
+
+  Returns:
+    `<bool>[batch, 1, query, key]`, or None.
+  """
+  if query_segments is None or key_segments is None:
+    return None
+  return (query_segments[:, :, None] == key_segments[:, None, :])[:, None]
+
+
+def causal_mask(length: int) -> typing.Array:
+  """`<bool>[1, 1, length, length]`: a query sees itself and what is before."""
+  return jnp.tril(jnp.ones((length, length), jnp.bool_))[None, None]

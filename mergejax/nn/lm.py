@@ -1,0 +1,122 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Decoder-only language model with the layers and names of T5's decoder.
+
+The parameter tree is that of T5X's `examples/decoder_only/network.py`: the
+same as T5's decoder without cross-attention, the embedding inside it
+(`decoder/token_embedder/embedding`).
+"""
+
+import dataclasses
+
+import flax.linen as nn
+
+from mergejax import typing
+from mergejax.nn import layers
+from mergejax.nn import t5
+
+
+@dataclasses.dataclass(frozen=True)
+class LMConfig:
+  """Sizes of a decoder-only model; fields as in `t5.T5Config`.
+
+  Attributes:
+    vocab_size: rows of the embedding. 259 is seqio's byte vocabulary: padding,
+      end and unknown, then the 256 bytes.
+    emb_dim: width of the residual stream.
+    num_heads: attention heads.
+    num_layers: layers.
+    head_dim: size of one head.
+    mlp_dim: hidden size of the feed-forward block.
+    mlp_activations: see `layers.Mlp`.
+    dropout_rate: dropout everywhere.
+    logits_via_embedding: tie the head to the embedding, scaled 1/sqrt(embed).
+    dtype: compute dtype; parameters are float32, logits always float32.
+    float32_attention_logits: see `layers.Attention`.
+    relative_buckets: see `layers.relative_position_bucket`.
+    relative_max_distance: likewise.
+  """
+
+  vocab_size: int = 259
+  emb_dim: int = 512
+  num_heads: int = 8
+  num_layers: int = 8
+  head_dim: int = 64
+  mlp_dim: int = 1024
+  mlp_activations: tuple[str, ...] = ('gelu', 'linear')
+  dropout_rate: float = 0.0
+  logits_via_embedding: bool = False
+  dtype: str = 'float32'
+  float32_attention_logits: bool = False
+  relative_buckets: int = 32
+  relative_max_distance: int = 128
+
+
+class LanguageModel(nn.Module):
+  """Decoder-only model: tokens in, next-token logits out.
+
+  Example:
+    >>> config = LMConfig(emb_dim=8, num_heads=2, head_dim=4, num_layers=1,
+    ...                   mlp_dim=16)
+    >>> tokens = jnp.array([[0, 75, 76]])
+    >>> model = LanguageModel(config)
+    >>> params = model.init(jax.random.key(0), tokens, tokens)['params']
+    >>> model.apply({'params': params}, tokens, tokens).shape
+    (1, 3, 259)
+  """
+
+  config: LMConfig
+
+  def setup(self):
+    self.decoder = t5.Decoder(self.config, self.config.num_layers)
+
+  def __call__(
+    self,
+    decoder_input_tokens: typing.Array,
+    decoder_target_tokens: typing.Array,
+    decoder_segment_ids: typing.Array | None = None,
+    decoder_positions: typing.Array | None = None,
+    decoder_causal_attention: typing.Array | None = None,
+    *,
+    enable_dropout: bool = False,
+    decode: bool = False,
+    max_decode_length: int | None = None,
+  ) -> typing.Array:
+    """Scores every next token.
+
+    Args:
+      decoder_input_tokens: `<int32>[batch, length]`, targets shifted right.
+      decoder_target_tokens: `<int32>[batch, length]`, 0 is padding.
+      decoder_segment_ids: `<int32>[batch, length]` of packed rows, or None.
+      decoder_positions: accepted and ignored: attention is relative.
+      decoder_causal_attention: `<int32>[batch, length]`, 1 on a prefix that
+        sees itself in both directions (prefix LM), or None.
+      enable_dropout: draw dropout from the rng stream `dropout`.
+      decode: use the collection `cache` and take one position a call.
+      max_decode_length: length of that cache, needed from its first step on.
+
+    Returns:
+      `<float32>[batch, length, vocab]` logits.
+    """
+    del decoder_positions
+    bias = None
+    if not decode:
+      real = decoder_target_tokens > 0
+      visible = layers.causal_mask(decoder_input_tokens.shape[1])
+      if decoder_causal_attention is not None:
+        prefix = decoder_causal_attention > 0
+        visible = visible | layers.pair_mask(prefix, prefix)
+      bias = layers.attention_bias(
+        layers.pair_mask(real, real),
+        visible,
+        layers.segment_mask(decoder_segment_ids, decoder_segment_ids),
+      )
+    return self.decoder(
+      decoder_input_tokens,
+      None,
+      bias,
+      None,
+      deterministic=not enable_dropout,
+      decode=decode,
+      max_decode_length=max_decode_length,
+    )

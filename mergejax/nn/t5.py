@@ -1,0 +1,370 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""T5 1.0 and 1.1, encoder-decoder, with T5X's names, shapes and signature.
+
+Source: Raffel et al. (2020), https://arxiv.org/abs/1910.10683; 1.1 adds gated
+GELU (Shazeer, 2020, https://arxiv.org/abs/2002.05202) and an untied head. The
+parameter tree is that of T5X's `examples/t5/network.py`.
+"""
+
+import dataclasses
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+
+from mergejax import typing
+from mergejax.nn import layers
+
+
+@dataclasses.dataclass(frozen=True)
+class T5Config:
+  """Sizes of a T5. Field names are T5X's; the defaults are T5 1.1 small.
+
+  Attributes:
+    vocab_size: rows of the embedding; 32128 is 32000 pieces, 100 sentinels and
+      padding to a multiple of 128.
+    emb_dim: width of the residual stream.
+    num_heads: attention heads.
+    num_encoder_layers: layers of the encoder.
+    num_decoder_layers: layers of the decoder.
+    head_dim: size of one head.
+    mlp_dim: hidden size of the feed-forward block.
+    mlp_activations: `('relu',)` for 1.0, `('gelu', 'linear')` for 1.1.
+    dropout_rate: dropout everywhere; 0 because a model is built to be
+      evaluated and merged; training configurations set 0.1.
+    logits_via_embedding: True for 1.0 (tied head, scaled by 1/sqrt(embed)).
+    dtype: compute dtype; parameters are float32, logits always float32.
+    float32_attention_logits: see `layers.Attention`.
+    relative_buckets: see `layers.relative_position_bucket`.
+    relative_max_distance: likewise.
+  """
+
+  vocab_size: int = 32128
+  emb_dim: int = 512
+  num_heads: int = 6
+  num_encoder_layers: int = 8
+  num_decoder_layers: int = 8
+  head_dim: int = 64
+  mlp_dim: int = 1024
+  mlp_activations: tuple[str, ...] = ('gelu', 'linear')
+  dropout_rate: float = 0.0
+  logits_via_embedding: bool = False
+  dtype: str = 'float32'
+  float32_attention_logits: bool = False
+  relative_buckets: int = 32
+  relative_max_distance: int = 128
+
+
+class DecoderLayer(nn.Module):
+  """Causal self-attention, cross-attention if there is an encoder, MLP.
+
+  Shared by T5's decoder and the decoder-only language model.
+  """
+
+  config: T5Config
+
+  @nn.compact
+  def __call__(
+    self, x, encoded, self_bias, cross_bias, *, deterministic, decode
+  ):
+    block = _Block(self.config, deterministic)
+    y = block.norm('pre_self_attention_layer_norm')(x)
+    y = block.attention('self_attention')(
+      y, y, self_bias, deterministic=deterministic, decode=decode
+    )
+    x = x + block.dropout(y)
+    if encoded is not None:
+      y = block.norm('pre_cross_attention_layer_norm')(x)
+      y = block.attention('encoder_decoder_attention')(
+        y, encoded, cross_bias, deterministic=deterministic
+      )
+      x = x + block.dropout(y)
+    return x + block.mlp(x)
+
+
+class EncoderLayer(nn.Module):
+  """Bidirectional self-attention and MLP, each pre-normed, with residuals."""
+
+  config: T5Config
+
+  @nn.compact
+  def __call__(self, x, bias, *, deterministic):
+    block = _Block(self.config, deterministic)
+    y = block.norm('pre_attention_layer_norm')(x)
+    y = block.attention('attention')(y, y, bias, deterministic=deterministic)
+    x = x + block.dropout(y)
+    return x + block.mlp(x)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Block:
+  """Builds the parts of one layer inside that layer's own name scope."""
+
+  config: T5Config
+  deterministic: bool
+
+  def norm(self, name):
+    return layers.rms_norm(self.config.dtype, name)
+
+  def attention(self, name):
+    config = self.config
+    return layers.Attention(
+      num_heads=config.num_heads,
+      head_dim=config.head_dim,
+      dtype=config.dtype,
+      dropout_rate=config.dropout_rate,
+      float32_logits=config.float32_attention_logits,
+      name=name,
+    )
+
+  def dropout(self, x):
+    """Residual dropout: one mask along length, as T5X draws it."""
+    return nn.Dropout(self.config.dropout_rate, broadcast_dims=(-2,))(
+      x, deterministic=self.deterministic
+    )
+
+  def mlp(self, x):
+    config = self.config
+    y = self.norm('pre_mlp_layer_norm')(x)
+    y = layers.Mlp(
+      config.mlp_dim,
+      config.mlp_activations,
+      config.dtype,
+      config.dropout_rate,
+      name='mlp',
+    )(y, deterministic=self.deterministic)
+    return self.dropout(y)
+
+
+def relative_bias(
+  config, *, bidirectional: bool
+) -> layers.RelativePositionBias:
+  """The relative-position table of one stack of `config`."""
+  return layers.RelativePositionBias(
+    num_heads=config.num_heads,
+    num_buckets=config.relative_buckets,
+    max_distance=config.relative_max_distance,
+    bidirectional=bidirectional,
+    name='relpos_bias',
+  )
+
+
+def token_embedder(config) -> nn.Embed:
+  """The table `token_embedder/embedding [vocab, embed]`, drawn from N(0, 1)."""
+  return nn.Embed(
+    config.vocab_size,
+    config.emb_dim,
+    dtype=config.dtype,
+    embedding_init=nn.initializers.normal(1.0),
+    name='token_embedder',
+  )
+
+
+class Encoder(nn.Module):
+  """The encoder stack, from embedded tokens to the final norm."""
+
+  config: T5Config
+
+  @nn.compact
+  def __call__(self, embedded, mask_bias, *, deterministic):
+    config = self.config
+    block = _Block(config, deterministic)
+    length = embedded.shape[1]
+    bias = relative_bias(config, bidirectional=True)(length, length) + mask_bias
+    x = block.dropout(embedded)
+    for i in range(config.num_encoder_layers):
+      x = EncoderLayer(config, name=f'layers_{i}')(
+        x, bias, deterministic=deterministic
+      )
+    x = block.norm('encoder_norm')(x)
+    # Element-wise here, unlike every other residual dropout of T5X.
+    return nn.Dropout(config.dropout_rate)(x, deterministic=deterministic)
+
+
+class Decoder(nn.Module):
+  """The decoder stack, from embedded tokens to logits.
+
+  Attributes:
+    config: sizes.
+    num_layers: layers of this stack.
+    embedder: the embedding shared with the encoder, also the head when
+      `logits_via_embedding`; None makes the decoder own one (a decoder-only
+      model), and then it is given tokens rather than embeddings.
+  """
+
+  config: T5Config
+  num_layers: int
+  embedder: nn.Embed | None = None
+
+  @nn.compact
+  def __call__(
+    self,
+    tokens,
+    encoded,
+    mask_bias,
+    cross_bias,
+    *,
+    deterministic,
+    decode,
+    max_decode_length=None,
+  ):
+    config = self.config
+    block = _Block(config, deterministic)
+    embedder = self.embedder or token_embedder(config)
+    length = max_decode_length or tokens.shape[1]
+    bias = relative_bias(config, bidirectional=False)(length, length)
+    if mask_bias is not None:
+      bias = bias + mask_bias
+    x = block.dropout(embedder(tokens))
+    for i in range(self.num_layers):
+      x = DecoderLayer(config, name=f'layers_{i}')(
+        x,
+        encoded,
+        bias,
+        cross_bias,
+        deterministic=deterministic,
+        decode=decode,
+      )
+    x = block.dropout(block.norm('decoder_norm')(x))
+    if config.logits_via_embedding:
+      table = embedder.embedding.astype(jnp.float32)
+      return x.astype(jnp.float32) @ table.T / np.sqrt(config.emb_dim)
+    return layers.dense(
+      config.vocab_size, 'float32', layers.mlp_init, 'logits_dense'
+    )(x)
+
+
+class Transformer(nn.Module):
+  """T5 encoder-decoder: tokens in, logits out.
+
+  Call it as T5X's `Transformer`. Token 0 is padding on both sides. Packed rows
+  carry segment ids; positions are accepted and ignored, because attention is
+  relative and segments are contiguous.
+
+  Example:
+    >>> config = T5Config(vocab_size=32, emb_dim=8, num_heads=2, head_dim=4,
+    ...                   num_encoder_layers=1, num_decoder_layers=1, mlp_dim=16)
+    >>> tokens = jnp.array([[5, 6, 1, 0]])
+    >>> model = Transformer(config)
+    >>> params = model.init(jax.random.key(0), tokens, tokens, tokens)['params']
+    >>> model.apply({'params': params}, tokens, tokens, tokens).shape
+    (1, 4, 32)
+  """
+
+  config: T5Config
+
+  def setup(self):
+    self.token_embedder = token_embedder(self.config)
+    self.encoder = Encoder(self.config)
+    self.decoder = Decoder(
+      self.config, self.config.num_decoder_layers, self.token_embedder
+    )
+
+  def encode(
+    self,
+    encoder_input_tokens: typing.Array,
+    encoder_segment_ids: typing.Array | None = None,
+    enable_dropout: bool = False,
+  ) -> typing.Array:
+    """Encodes tokens.
+
+    Args:
+      encoder_input_tokens: `<int32>[batch, length]`, 0 is padding.
+      encoder_segment_ids: `<int32>[batch, length]` of packed rows, or None.
+      enable_dropout: draw dropout from the rng stream `dropout`.
+
+    Returns:
+      `<dtype>[batch, length, embed]`. Values at padding are arbitrary.
+    """
+    real = encoder_input_tokens > 0
+    bias = layers.attention_bias(
+      layers.pair_mask(real, real),
+      layers.segment_mask(encoder_segment_ids, encoder_segment_ids),
+    )
+    embedded = self.token_embedder(encoder_input_tokens)
+    return self.encoder(embedded, bias, deterministic=not enable_dropout)
+
+  def decode(
+    self,
+    encoded: typing.Array,
+    encoder_input_tokens: typing.Array,
+    decoder_input_tokens: typing.Array,
+    decoder_target_tokens: typing.Array,
+    encoder_segment_ids: typing.Array | None = None,
+    decoder_segment_ids: typing.Array | None = None,
+    enable_dropout: bool = False,
+    decode: bool = False,
+    max_decode_length: int | None = None,
+  ) -> typing.Array:
+    """Decodes against encoded inputs.
+
+    Args:
+      encoded: `<dtype>[batch, length, embed]` from `encode`.
+      encoder_input_tokens: `<int32>[batch, length]`, for the padding mask.
+      decoder_input_tokens: `<int32>[batch, target]`, targets shifted right with
+        0 first (at the start of every segment when packed).
+      decoder_target_tokens: `<int32>[batch, target]`; T5X takes the padding
+        mask from the targets, not from the inputs, and so do we.
+      encoder_segment_ids: `<int32>[batch, length]` of packed rows, or None.
+      decoder_segment_ids: `<int32>[batch, target]`, or None.
+      enable_dropout: draw dropout from the rng stream `dropout`.
+      decode: use the collection `cache` and take one position a call.
+      max_decode_length: length of that cache, needed from its first step on.
+
+    Returns:
+      `<float32>[batch, target, vocab]` logits.
+    """
+    inputs_real = encoder_input_tokens > 0
+    if decode:
+      mask_bias = None
+      targets_real = jnp.ones_like(decoder_input_tokens, jnp.bool_)
+    else:
+      targets_real = decoder_target_tokens > 0
+      mask_bias = layers.attention_bias(
+        layers.pair_mask(targets_real, targets_real),
+        layers.causal_mask(decoder_input_tokens.shape[1]),
+        layers.segment_mask(decoder_segment_ids, decoder_segment_ids),
+      )
+    cross_bias = layers.attention_bias(
+      layers.pair_mask(targets_real, inputs_real),
+      layers.segment_mask(decoder_segment_ids, encoder_segment_ids),
+    )
+    return self.decoder(
+      decoder_input_tokens,
+      encoded,
+      mask_bias,
+      cross_bias,
+      deterministic=not enable_dropout,
+      decode=decode,
+      max_decode_length=max_decode_length,
+    )
+
+  def __call__(
+    self,
+    encoder_input_tokens: typing.Array,
+    decoder_input_tokens: typing.Array,
+    decoder_target_tokens: typing.Array,
+    encoder_segment_ids: typing.Array | None = None,
+    decoder_segment_ids: typing.Array | None = None,
+    encoder_positions: typing.Array | None = None,
+    decoder_positions: typing.Array | None = None,
+    *,
+    enable_dropout: bool = False,
+    decode: bool = False,
+  ) -> typing.Array:
+    """`decode(encode(...))`; see both. T5X enables dropout here by default."""
+    del encoder_positions, decoder_positions
+    encoded = self.encode(
+      encoder_input_tokens, encoder_segment_ids, enable_dropout
+    )
+    return self.decode(
+      encoded,
+      encoder_input_tokens,
+      decoder_input_tokens,
+      decoder_target_tokens,
+      encoder_segment_ids,
+      decoder_segment_ids,
+      enable_dropout,
+      decode,
+    )

@@ -1,0 +1,506 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Branch-Train-Merge, from text to report.
+
+A seed language model is trained on the mixture of all domains and copied once
+per domain; the copies train side by side, each on its own domain, while a dense
+model goes on with the mixture at the same total compute. Experts are then
+merged in weight space and mixed in output space, and everything is evaluated on
+every domain.
+
+Source: Li et al., "Branch-Train-Merge" (2022),
+https://arxiv.org/abs/2208.03306.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import time
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax.experimental import multihost_utils
+import numpy as np
+import optax
+import seqio
+
+from mergejax import errors
+from mergejax import mesh as mesh_lib
+from mergejax import models
+from mergejax.data import corpora as corpora_lib
+from mergejax.data import features
+from mergejax.data import machine_text
+from mergejax.data import mixtures
+from mergejax.data import stream as stream_lib
+from mergejax.data import tasks
+from mergejax.evaluation import bits
+from mergejax.evaluation import plots
+from mergejax.evaluation import report
+from mergejax.experts import branch
+from mergejax.experts import forest
+from mergejax.merging import arithmetic
+from mergejax.merging import mean
+from mergejax.run import evaluate
+from mergejax.run import train
+from mergejax.store import base
+from mergejax.store import checkpoint
+from mergejax.train import step as step_lib
+
+_MIXTURE = 'branch_train_merge'
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """What is trained, how long, and on what; bound by gin.
+
+  Attributes:
+    corpora: folder with one file or folder of text per domain; None takes the
+      text that comes with Python (see `machine_text`).
+    module: the language model.
+    optimizer: for all phases; its schedule spans seed and branch steps.
+    model_dir: where everything goes.
+    seed_steps: updates of the seed on the mixture.
+    branch_steps: updates of every expert, and of the dense model.
+    batch_size: rows of the seed's and of each expert's batch; the dense model's
+      is K times larger.
+    length: tokens of a row.
+    vocabulary: `'bytes'` or a SentencePiece file.
+    seed: seeds parameters and data order.
+    mesh: sizes of the mesh axes `branch` and `data`; by default as many
+      branches as divide both experts and devices.
+    loss: options of `losses.make_loss`.
+    scales: task arithmetic's candidates, chosen on validation.
+    max_train_bytes: training text per domain; None keeps all.
+    validation_sequences: rows per domain for choosing scales and priors.
+    test_sequences: rows per domain of the final table.
+    save_every: steps between checkpoints.
+  """
+
+  module: nn.Module
+  optimizer: optax.GradientTransformation
+  model_dir: os.PathLike | str
+  seed_steps: int
+  branch_steps: int
+  corpora: os.PathLike | str | None = None
+  batch_size: int = 32
+  length: int = 64
+  vocabulary: str = 'bytes'
+  seed: int = 0
+  mesh: Mapping[str, int] | None = None
+  loss: Mapping[str, Any] | None = None
+  scales: Sequence[float] = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.6, 1.0)
+  max_train_bytes: int | None = None
+  validation_sequences: int = 128
+  test_sequences: int = 256
+  save_every: int = 250
+
+  @property
+  def directory(self) -> pathlib.Path:
+    return pathlib.Path(self.model_dir).expanduser()
+
+
+@dataclasses.dataclass(frozen=True)
+class Models:
+  """Trained parameters, in host memory; experts have a leading axis K."""
+
+  seed: Any
+  experts: Any
+  dense: Any
+
+
+def run(settings: Callable[[], Settings] | Settings) -> None:
+  """The job: text, training, merging, evaluation, report."""
+  settings = settings() if callable(settings) else settings
+  started = time.monotonic()
+  table_file = settings.directory / 'table.json'
+  check_same_run(settings)
+  if table_file.exists():
+    print((settings.directory / 'report.md').read_text())
+    print(
+      f'{settings.directory} is complete; nothing was computed. Remove it, '
+      'or name another folder, to train again.'
+    )
+    return
+  task_of, vocabulary = prepare_data(settings)
+  trained = train_all(settings, task_of)
+  say('evaluating')
+  load = lambda split, limit: evaluate.load_test_sets(
+    task_of,
+    vocabulary,
+    split=split,
+    length=settings.length,
+    batch_size=settings.batch_size,
+    max_sequences=limit,
+  )
+  table, roles, chosen = evaluate_all(
+    settings,
+    trained,
+    validation=load('validation', settings.validation_sequences),
+    test=load('test', settings.test_sequences),
+  )
+  if jax.process_index() == 0:
+    write_report(settings, table, roles, chosen, time.monotonic() - started)
+
+
+def say(text: str) -> None:
+  """One line about the phase, from the first process."""
+  if jax.process_index() == 0:
+    print(text, flush=True)
+
+
+def describe(settings: Settings) -> dict[str, Any]:
+  """The settings that make two runs the same, as plain data."""
+  fields = dataclasses.asdict(
+    dataclasses.replace(settings, module=None, optimizer=None, mesh=None)
+  )
+  for name in ('module', 'optimizer', 'model_dir', 'mesh', 'save_every'):
+    fields.pop(name)
+  fields['corpora'] = (
+    None if settings.corpora is None else str(settings.corpora)
+  )
+  fields['scales'] = list(settings.scales)
+  fields['model'] = models.describe(settings.module)
+  return fields
+
+
+def check_same_run(settings: Settings) -> None:
+  """Refuses a folder that holds a run with other settings.
+
+  Raises:
+    UserError: with the settings that differ.
+  """
+  file = settings.directory / 'settings.json'
+  wanted = json.loads(json.dumps(describe(settings)))
+  if file.exists():
+    found = checkpoint.read_json(file)
+    differing = [
+      f'{name}: {found.get(name)} there, {wanted.get(name)} asked for'
+      for name in {**found, **wanted}
+      if found.get(name) != wanted.get(name)
+    ]
+    if differing:
+      raise errors.UserError(
+        f'{settings.directory} holds a run with other settings:\n'
+        f'{errors.listed(differing)}\nName another folder, or remove it.'
+      )
+
+
+def prepare_data(
+  settings: Settings,
+) -> tuple[dict[str, str], seqio.Vocabulary]:
+  """Splits the text, checks its size, registers a task per domain.
+
+  Returns:
+    `({domain: task name}, vocabulary)`.
+  """
+  vocabulary = features.vocabulary(settings.vocabulary)
+  if settings.module.config.vocab_size < vocabulary.vocab_size:
+    raise errors.UserError(
+      f'The vocabulary has {vocabulary.vocab_size} ids, the model only '
+      f'{settings.module.config.vocab_size}: set its vocab_size.'
+    )
+  folder = settings.directory / 'corpora'
+  if jax.process_index() == 0:
+    if settings.corpora is None:
+      domains = machine_text.domains()
+    else:
+      domains = corpora_lib.read_folder(tasks.locate(settings.corpora))
+    # Everything is checked before the folder is made known to other runs.
+    with base.atomic_path(folder, overwrite=True) as temporary:
+      sizes = corpora_lib.write_splits(
+        domains, temporary, max_train_bytes=settings.max_train_bytes
+      )
+      batch = settings.batch_size * settings.length
+      corpora_lib.check_sizes(
+        sizes,
+        {
+          'train': batch,
+          'validation': settings.length,
+          'test': settings.length,
+        },
+      )
+    train.save_json(settings.directory / 'settings.json', describe(settings))
+    for domain, size in sizes.items():
+      say(
+        f'  {domain:<24}'
+        + '  '.join(f'{s} {size[s] / 1e3:,.0f} kB' for s in sizes[domain])
+      )
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices('corpora')
+  task_of = tasks.add_corpora(folder, vocabulary)
+  mixtures.add_mixture(_MIXTURE, list(task_of.values()), rates='equal')
+  return task_of, vocabulary
+
+
+def make_meshes(
+  settings: Settings, experts: int
+) -> tuple[jax.sharding.Mesh, jax.sharding.Mesh]:
+  """The mesh of the experts, and that of a single model."""
+  count = len(jax.devices())
+  sizes = settings.mesh
+  if sizes is None:
+    branches = math.gcd(experts, count)
+    sizes = dict(branch=branches, data=count // branches)
+  side_by_side = mesh_lib.make_mesh(**sizes)
+  branch.check_experts(experts, side_by_side)
+  # Rows that do not divide over all devices are repeated on the rest.
+  data = math.gcd(settings.batch_size, count)
+  single = mesh_lib.make_mesh(branch=count // data, data=data)
+  return side_by_side, single
+
+
+def train_all(settings: Settings, task_of: Mapping[str, str]) -> Models:
+  """Seed, experts and dense model; every phase continues where it stopped."""
+  domains = list(task_of)
+  side_by_side, single = make_meshes(settings, len(domains))
+  total = settings.seed_steps + settings.branch_steps
+
+  def stream(name, batch_size, seed):
+    return stream_lib.SeqioStream(
+      name,
+      lengths={'targets': settings.length},
+      batch_size=batch_size,
+      pack=False,  # rows of a text task are full already
+      seed=seed,
+    )
+
+  def phase(name, state, stream, mesh, steps, experts=None):
+    return train.fit_phase(
+      phase=name,
+      module=settings.module,
+      optimizer=settings.optimizer,
+      state=state,
+      stream=stream,
+      mesh=mesh,
+      steps=steps,
+      directory=settings.directory / 'train',
+      loss=settings.loss,
+      experts=experts,
+      save_every=settings.save_every,
+    )
+
+  key = jax.random.key(settings.seed)
+  data_seed = 1000 * settings.seed
+  params = models.init_params(settings.module, key)
+  seed_state = phase(
+    'seed',
+    step_lib.create(params, settings.optimizer, key),
+    stream(_MIXTURE, settings.batch_size, data_seed),
+    single,
+    settings.seed_steps,
+  )
+  # Experts and dense model start from the very same host copy.
+  seed_state = branch.to_host(seed_state)
+  streams = [
+    stream(task_of[domains[i]], settings.batch_size, data_seed + 1 + i)
+    for i in branch.local_experts(side_by_side, len(domains))
+  ]
+  expert_state = phase(
+    'experts',
+    branch.branch_state(seed_state, len(domains)),
+    branch.StackedStream(streams),
+    side_by_side,
+    total,
+    domains,
+  )
+  dense_state = phase(
+    'dense',
+    seed_state,
+    stream(_MIXTURE, len(domains) * settings.batch_size, data_seed + 999),
+    single,
+    total,
+  )
+  trained = Models(
+    seed_state.params,
+    branch.to_host(expert_state.params),
+    branch.to_host(dense_state.params),
+  )
+  folder = settings.directory / 'checkpoints'
+  train.save_model(folder / 'seed', settings.module, trained.seed)
+  train.save_model(folder / 'dense', settings.module, trained.dense)
+  for i, domain in enumerate(domains):
+    train.save_model(
+      folder / 'experts' / domain,
+      settings.module,
+      branch.unstack(trained.experts, i),
+    )
+  return trained
+
+
+def evaluate_all(
+  settings: Settings,
+  trained: Models,
+  *,
+  validation: Mapping[str, bits.TestSet],
+  test: Mapping[str, bits.TestSet],
+) -> tuple[dict[str, dict[str, bits.Score]], report.Roles, dict[str, Any]]:
+  """Scores every model on every domain; choices are made on validation.
+
+  Returns:
+    `(table, roles, what was chosen)`.
+  """
+  domains = list(test)
+  scorer = bits.make_scorer(settings.module)
+  experts = [branch.unstack(trained.experts, i) for i in range(len(domains))]
+
+  def scores(params, sets):
+    return {
+      d: bits.score(scorer(params, one), one.num_bytes)
+      for d, one in sets.items()
+    }
+
+  merge = jax.jit(
+    lambda method, **kwargs: branch.merge_experts(
+      trained.experts, method(), **kwargs
+    ),
+    static_argnums=0,
+  )
+  # Task arithmetic, its scale by validation.
+  by_scale = {
+    scale: merge(
+      lambda scale=scale: arithmetic.task_arithmetic(scale=scale),
+      base=trained.seed,
+    )
+    for scale in settings.scales
+  }
+  on_validation = {
+    scale: report.mean(scores(params, validation))
+    for scale, params in by_scale.items()
+  }
+  scale = min(on_validation, key=on_validation.get)
+  average_row = 'uniform average'
+  arithmetic_row = f'task arithmetic, scale {scale:g}'
+  merged = {average_row: merge(mean.linear), arithmetic_row: by_scale[scale]}
+  validation_mean = {
+    average_row: report.mean(scores(merged[average_row], validation)),
+    arithmetic_row: on_validation[scale],
+  }
+  best_merge = min(validation_mean, key=validation_mean.get)
+  train.save_model(
+    settings.directory / 'checkpoints' / 'best_merge',
+    settings.module,
+    merged[best_merge],
+  )
+
+  def likelihoods(one):
+    return np.stack([scorer(params, one) for params in experts])
+
+  rows = {}
+  expert_lp = {domain: likelihoods(one) for domain, one in test.items()}
+  priors = {
+    domain: cached_prior(settings, likelihoods(one), one.mask)
+    for domain, one in validation.items()
+  }
+  rows['seed'] = scores(trained.seed, test)
+  names = {domain: f'expert {domain}' for domain in domains}
+  for i, domain in enumerate(domains):
+    rows[names[domain]] = {
+      d: bits.score(expert_lp[d][i], one.num_bytes) for d, one in test.items()
+    }
+  rows['dense'] = scores(trained.dense, test)
+  for name, params in merged.items():
+    rows[name] = scores(params, test)
+  rows['posterior average'] = {
+    d: bits.score(
+      scorer(merge(mean.linear, weights=priors[d]), one), one.num_bytes
+    )
+    for d, one in test.items()
+  }
+  rows['ensemble'] = {
+    d: bits.score(
+      np.asarray(forest.ensemble(expert_lp[d], one.mask, priors[d])),
+      one.num_bytes,
+    )
+    for d, one in test.items()
+  }
+  roles = report.Roles(
+    seed='seed',
+    dense='dense',
+    ensemble='ensemble',
+    experts=names,
+    merges=tuple(merged),
+    best_merge=best_merge,
+  )
+  chosen = {
+    'task_arithmetic_scale': scale,
+    'validation_mean_by_scale': {f'{s:g}': v for s, v in on_validation.items()},
+    'best_merge': best_merge,
+    'cached_priors': {d: p.tolist() for d, p in priors.items()},
+  }
+  return rows, roles, chosen
+
+
+def cached_prior(
+  settings: Settings, lp: np.ndarray, mask: np.ndarray
+) -> np.ndarray:
+  """The domain prior from the development sequences, batch by batch."""
+  size = settings.batch_size
+  return forest.cached_prior(
+    (lp[:, i : i + size], mask[i : i + size]) for i in range(0, len(mask), size)
+  )
+
+
+def write_report(
+  settings: Settings,
+  table: Mapping[str, Mapping[str, bits.Score]],
+  roles: report.Roles,
+  chosen: Mapping[str, Any],
+  seconds: float,
+) -> None:
+  """Writes `heatmap.png`, `report.md` and, last, `table.json`; prints."""
+  directory = settings.directory
+  held = report.expectations(table, roles)
+  plots.heatmap(table, roles.seed, directory / 'heatmap.png')
+  verdicts = [
+    f'- {"held" if ok else "did NOT hold"}: {t}' for t, ok in held.items()
+  ]
+  advice = [f'- {line}' for line in report.advice(table, roles)]
+  lines = [
+    '# Branch-Train-Merge',
+    '',
+    f'{len(roles.experts)} experts branched from a seed of '
+    f'{settings.seed_steps} steps, {settings.branch_steps} steps each, '
+    f'batches of {settings.batch_size} x {settings.length} tokens, seed '
+    f'{settings.seed}, on {jax.device_count()} {jax.devices()[0].platform} '
+    f'device(s), {seconds:.0f} s since this command started.',
+    '',
+    'Bits per byte on the test set of every domain, lower is better, with '
+    'the 95% bootstrap interval over '
+    f'{settings.test_sequences} sequences at most; the mean is over domains. '
+    'The posterior average has its own weights for every domain.',
+    '',
+    report.to_markdown(table),
+    '',
+    '![heat map](heatmap.png)',
+    '',
+    '## What was expected',
+    '',
+    *verdicts,
+    '',
+    '## Which model to use',
+    '',
+    *advice,
+    '',
+    f'Chosen on validation: task arithmetic scale '
+    f'{chosen["task_arithmetic_scale"]:g}; best merge: '
+    f'{chosen["best_merge"]}.',
+    '',
+  ]
+  (directory / 'report.md').write_text('\n'.join(lines))
+  train.save_json(
+    directory / 'table.json',
+    {
+      'table': report.to_json(table),
+      'expected': held,
+      'chosen': dict(chosen),
+      'settings': describe(settings),
+      'seconds': seconds,
+    },
+  )
+  print(report.to_text(table))
+  print('\n'.join(['', *verdicts, '', 'Which model to use:', *advice]))
+  print(f'\n{directory / "report.md"}')

@@ -1,0 +1,172 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What the commands share: gin files and T5X's flags, messages, exit codes."""
+
+import argparse
+import ast
+from collections.abc import Callable, Sequence
+import logging
+import os
+import pathlib
+import re
+import sys
+
+import gin
+from mergejax import errors
+from mergejax.train import loop
+
+
+class _Parser(argparse.ArgumentParser):
+  """Errors of the command line are `UserError`s, like all others."""
+
+  def error(self, message):
+    match = re.search(r'unrecognized arguments: (\S+)', message)
+    if match and match[1].startswith('-'):
+      known = [o for action in self._actions for o in action.option_strings]
+      name = match[1].split('=')[0]
+      message = errors.near(name, known, f'option of {self.prog},')
+    raise errors.UserError(f'{message}\nSee `{self.prog} --help`.')
+
+
+def parser(command: str, description: str) -> argparse.ArgumentParser:
+  """An argument parser for `mergejax COMMAND`."""
+  return _Parser(
+    prog=f'mergejax {command}', description=description, allow_abbrev=False
+  )
+
+
+def run_reporting_mistakes(main: Callable[[], None]) -> int:
+  """Runs a command; returns its exit code.
+
+  0 if the result is complete (or training was asked to stop and is saved), 2
+  with one message and no traceback for a mistake in what was asked for.
+  """
+  try:
+    main()
+  except errors.UserError as error:
+    print(f'mergejax: {error}', file=sys.stderr)
+    return 2
+  except loop.Stopped as stopped:
+    print(
+      f'{stopped} Everything is saved; the same command continues.',
+      file=sys.stderr,
+    )
+    return 0
+  return 0
+
+
+def gin_folder() -> pathlib.Path:
+  """The folder of the gin files that come with the package."""
+  package = pathlib.Path(__file__).parent.parent
+  installed = package / '_gin'
+  return installed if installed.is_dir() else package.parent / 'gin'
+
+
+def split_gin_flags(
+  arguments: Sequence[str],
+) -> tuple[list[str], list[str], list[tuple[str, str]], list[str]]:
+  """Sorts T5X's flags out of a command line.
+
+  Args:
+    arguments: `--gin_file=F`, `--gin_search_paths=A,B`, `--gin.NAME=VALUE`, in
+      any number, and anything else.
+
+  Returns:
+    `(files, search paths, [(name, value)], the rest)`.
+  """
+  files, paths, bindings, rest = [], [], [], []
+  for argument in arguments:
+    name, _, value = argument.partition('=')
+    if name == '--gin_file':
+      files.append(value)
+    elif name == '--gin_search_paths':
+      paths += value.split(',')
+    elif name.startswith('--gin.'):
+      bindings.append((name.removeprefix('--gin.'), value))
+    else:
+      rest.append(argument)
+  return files, paths, bindings, rest
+
+
+def _literal(value: str) -> str:
+  """A gin value; bare words are strings, so shells need no nested quotes."""
+  if value.startswith(('@', '%')):
+    return value
+  try:
+    ast.literal_eval(value)
+    return value
+  except (ValueError, SyntaxError):
+    return repr(value)
+
+
+def parse_gin(
+  files: Sequence[str],
+  bindings: Sequence[tuple[str, str]],
+  search_paths: Sequence[str] = (),
+) -> None:
+  """Reads gin files and bindings into gin's configuration.
+
+  Args:
+    files: gin files, found by path, in `search_paths`, or in the package.
+    bindings: `(NAME, value)` for macros that the files define, or
+      `(module.function.argument, value)`.
+    search_paths: folders to look in.
+
+  Raises:
+    UserError: a missing file, a name that no file defines (near ones are
+      offered), a wrong parameter, or a macro that was left to be set.
+  """
+  gin.clear_config()
+  for path in (*search_paths, os.fspath(gin_folder()), ''):
+    gin.add_config_file_search_path(path)
+  files = [_shipped(file) for file in files]
+  logging.disable(logging.ERROR)  # gin logs every folder it looks in
+  try:
+    gin.parse_config_files_and_bindings(
+      files, None, skip_unknown=False, finalize_config=False
+    )
+    known = _macros()
+    for name, value in bindings:
+      if '.' not in name and name not in known:
+        raise errors.UserError(errors.near(name, known, 'gin name'))
+      gin.parse_config(f'{name} = {_literal(value)}')
+  except errors.UserError:
+    raise
+  except (
+    OSError,
+    ValueError,
+    SyntaxError,
+    AttributeError,
+    ImportError,
+  ) as error:
+    text = str(error).strip().splitlines()
+    raise errors.UserError('gin: ' + ' '.join(text[:3])) from error
+  finally:
+    logging.disable(logging.NOTSET)
+  missing = [
+    name
+    for name in _macros()
+    if repr(gin.query_parameter(f'%{name}')) == '%gin.REQUIRED'
+  ]
+  if missing:
+    raise errors.UserError(
+      f'These gin names must be set: {", ".join(missing)}. For example '
+      f'--gin.{missing[0]}=VALUE.'
+    )
+  gin.finalize()
+
+
+def _shipped(file: str) -> str:
+  """`gin/runs/x.gin` also names the file of the package, from anywhere."""
+  if not file:
+    raise errors.UserError('--gin_file needs a file name.')
+  if not pathlib.Path(file).exists() and file.startswith('gin/'):
+    inside = gin_folder() / file.removeprefix('gin/')
+    if inside.exists():
+      return str(inside)
+  return file
+
+
+def _macros() -> list[str]:
+  found = re.findall(r'^([A-Za-z_]\w*) =', gin.config_str(), re.M)
+  return sorted(set(found))

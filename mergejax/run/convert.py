@@ -1,0 +1,56 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""`mergejax convert SRC DST`: a checkpoint in another format or naming."""
+
+from collections.abc import Sequence
+import pathlib
+
+from mergejax import errors
+from mergejax import tree
+from mergejax.run import common
+from mergejax.store import checkpoint
+from mergejax.store.names import t5
+
+
+def main(arguments: Sequence[str]) -> None:
+  """Copies all parameters, bit for bit, and `config.json` where it fits."""
+  parser = common.parser('convert', 'Copy a checkpoint into another format.')
+  parser.add_argument('source')
+  parser.add_argument('destination')
+  parser.add_argument(
+    '--format',
+    help=f'one of {", ".join(checkpoint.FORMATS)}; by default what the '
+    'suffix of the destination says',
+  )
+  parser.add_argument(
+    '--names',
+    choices=('t5x', 'hf-t5'),
+    help='rename a T5: t5x from Hugging Face names, hf-t5 the other way',
+  )
+  options = parser.parse_args(arguments)
+  if options.format is not None and options.format not in checkpoint.FORMATS:
+    raise errors.UserError(
+      errors.near(options.format, checkpoint.FORMATS, 'checkpoint format')
+    )
+  destination = pathlib.Path(options.destination)
+  if destination.exists():
+    raise errors.UserError(
+      f'{destination} already exists. Choose another name, or remove it.'
+    )
+  store = checkpoint.open_checkpoint(options.source)
+  leaves = tree.flatten(store.read())
+  config = checkpoint.read_config(options.source)
+  if options.names == 't5x':
+    tied = (config or {}).get('tie_word_embeddings', True)
+    leaves = t5.from_hf(leaves, tied_head=tied)
+    if config is not None:
+      config = dict(model_type='t5x', **t5.config_from_hf(config))
+  elif options.names == 'hf-t5':
+    leaves = t5.to_hf(leaves)
+    config = None  # a Hugging Face config says more than ours does
+  if destination.suffix in ('.safetensors', '.npz'):
+    config = None
+  checkpoint.save_checkpoint(
+    destination, leaves, format=options.format, config=config
+  )
+  print(f'{destination}: {len(leaves)} arrays')

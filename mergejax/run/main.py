@@ -1,0 +1,78 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: `mergejax COMMAND`, the same as `python -m mergejax`."""
+
+from collections.abc import Sequence
+import importlib
+import os
+import sys
+
+from mergejax import errors
+from mergejax.run import common
+
+# command -> what it does; the module of the same name has `main(arguments)`.
+COMMANDS = {
+  'quickstart': 'Branch-Train-Merge on text this machine has, in minutes',
+  'train': 'train what a gin file describes',
+  'merge': 'merge checkpoints as a recipe says: RECIPE OUT',
+  'evaluate': 'bits per byte of models on a folder of text',
+  'inspect': 'list the parameters of a checkpoint',
+  'convert': 'copy a checkpoint into another format: SRC DST',
+  'methods': 'the merge methods and their options',
+}
+
+_READS_TEXT = ('quickstart', 'train', 'evaluate')
+
+
+def _import_tensorflow() -> None:
+  """Imports TensorFlow without the start-up lines that C++ writes to standard error.
+
+  TensorFlow only reads text here; what it says of oneDNN and CUDA would hide
+  our own messages.
+  """
+  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+  saved = os.dup(2)
+  sink = os.open(os.devnull, os.O_WRONLY)
+  try:
+    os.dup2(sink, 2)
+    tensorflow = importlib.import_module('tensorflow')
+    # Accelerators belong to JAX; TensorFlow would take all of their memory.
+    tensorflow.config.set_visible_devices([], 'GPU')
+    importlib.import_module('tensorflow_text')
+  except ImportError as error:
+    raise errors.UserError(
+      f'This command reads text through seqio, and {error.name} is not '
+      "installed: pip install 'mergejax[data,plots]'."
+    ) from error
+  finally:
+    os.dup2(saved, 2)
+    os.close(saved)
+    os.close(sink)
+
+
+def _usage() -> str:
+  width = max(map(len, COMMANDS)) + 2
+  lines = [f'  {name:<{width}}{text}' for name, text in COMMANDS.items()]
+  return 'usage: mergejax COMMAND [--help] ...\n\ncommands:\n' + '\n'.join(
+    lines
+  )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+  """Runs one command and returns its exit code."""
+  arguments = list(sys.argv[1:] if arguments is None else arguments)
+  if not arguments or arguments[0] in ('-h', '--help', 'help'):
+    print(_usage())
+    return 0 if arguments else 2
+  command, *rest = arguments
+  if command not in COMMANDS:
+    text = errors.near(command, COMMANDS, 'command')
+    print(f'mergejax: {text}', file=sys.stderr)
+    return 2
+
+  def run():
+    if command in _READS_TEXT:
+      _import_tensorflow()
+    importlib.import_module(f'mergejax.run.{command}').main(rest)
+
+  return common.run_reporting_mistakes(run)

@@ -1,0 +1,222 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""`mergejax train --gin_file=... --gin.NAME=VALUE`: what a gin file describes.
+
+A gin file names a job, a function of this package or of the user's, and binds
+its arguments: `train.run.job = @branch_train_merge.run`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+import json
+import os
+import pathlib
+from typing import Any
+
+import flax.linen as nn
+import jax
+import optax
+
+import gin
+from mergejax import errors
+from mergejax import mesh as mesh_lib
+from mergejax import models
+from mergejax.data import stream as stream_lib
+from mergejax.evaluation import summaries
+from mergejax.experts import branch
+from mergejax.run import common
+from mergejax.store import checkpoint
+from mergejax.train import checkpoints as checkpoints_lib
+from mergejax.train import hooks as hooks_lib
+from mergejax.train import loop
+from mergejax.train import losses
+from mergejax.train import step as step_lib
+
+
+def run(job: Callable[[], Any]) -> None:
+  """Runs the job that a gin file binds."""
+  job()
+
+
+def main(arguments: Sequence[str]) -> None:
+  """Parses T5X's flags and runs the job."""
+  files, paths, bindings, rest = common.split_gin_flags(arguments)
+  parser = common.parser('train', 'Train what gin files describe.')
+  parser.add_argument(
+    '--gin_file',
+    action='append',
+    help='a gin file; later ones add to and override earlier ones',
+  )
+  parser.add_argument('--gin_search_paths', help='folders, comma-separated')
+  parser.add_argument(
+    '--dry_run',
+    action='store_true',
+    help='print the complete configuration, train nothing',
+  )
+  options = parser.parse_args(rest)
+  if not files:
+    raise errors.UserError('mergejax train needs --gin_file=FILE.')
+  common.parse_gin(files, bindings, paths)
+  if options.dry_run:
+    print(gin.config_str())
+    return
+  gin.get_configurable(run)()
+
+
+def fit_phase(
+  *,
+  phase: str,
+  module: nn.Module,
+  optimizer: optax.GradientTransformation,
+  state: step_lib.TrainState,
+  stream: loop.Stream,
+  mesh: jax.sharding.Mesh,
+  steps: int,
+  directory: pathlib.Path,
+  loss: Mapping[str, Any] | None = None,
+  experts: Sequence[str] | None = None,
+  local_rows: bool = False,
+  save_every: int = 1000,
+  log_every: int = 10,
+) -> step_lib.TrainState:
+  """Trains one phase with its checkpoints, progress, JSONL and TensorBoard.
+
+  Args:
+    phase: its name, for folders and the progress bar.
+    module: the model.
+    optimizer: its optimizer.
+    state: where to begin; with a leading axis if `experts` is given.
+    stream: the data of this process.
+    mesh: where to run.
+    steps: the step number to reach.
+    directory: holds `PHASE/checkpoints`, `PHASE/metrics.jsonl`, `PHASE/events`.
+    loss: options of `losses.make_loss`.
+    experts: names of the experts, if these are trained side by side.
+    local_rows: see `branch.batch_placer`.
+    save_every: steps between checkpoints.
+    log_every: steps between logged metrics.
+
+  Returns:
+    The trained state, on the mesh.
+  """
+  stacked = experts is not None
+  dropout = getattr(module.config, 'dropout_rate', 0.0) > 0
+  step_fn = step_lib.make_step(
+    losses.make_loss(module, **(loss or {})), optimizer, dropout=dropout
+  )
+  state = branch.place_state(mesh, state, stacked=stacked)
+  folder = directory / phase
+  checkpoints = checkpoints_lib.Checkpoints(folder / 'checkpoints')
+  hooks = []
+  if jax.process_index() == 0:
+    hooks = [
+      hooks_lib.progress(phase, steps),
+      hooks_lib.jsonl(folder / 'metrics.jsonl', experts),
+      summaries.tensorboard(folder / 'events', experts),
+    ]
+  try:
+    return loop.fit(
+      branch.compile_step(step_fn, mesh, state, stacked=stacked),
+      state,
+      stream,
+      steps=steps,
+      checkpoints=checkpoints,
+      save_every=save_every,
+      log_every=log_every,
+      hooks=hooks,
+      place=branch.batch_placer(mesh, stacked=stacked, local_rows=local_rows),
+    )
+  finally:
+    checkpoints.close()
+
+
+def train_model(
+  *,
+  module: nn.Module,
+  optimizer: optax.GradientTransformation,
+  mixture_or_task: Callable[[], Any] | str,
+  model_dir: os.PathLike | str,
+  steps: int,
+  batch_size: int,
+  lengths: Mapping[str, int],
+  kind: str = 'encoder_decoder',
+  pack: bool = True,
+  initial_checkpoint: os.PathLike | str | None = None,
+  seed: int = 0,
+  save_every: int = 1000,
+  log_every: int = 10,
+  loss: Mapping[str, Any] | None = None,
+  mesh: Mapping[str, int] | None = None,
+) -> None:
+  """The job that trains one model on one task or mixture.
+
+  Args:
+    module: a T5 or a language model.
+    optimizer: from `train.optim`.
+    mixture_or_task: a name registered in seqio, or a function that registers
+      one and returns it (`@tasks.add_table_task()` in gin).
+    model_dir: where everything goes; the same command continues a run there.
+    steps: updates in all.
+    batch_size: rows over all processes.
+    lengths: tokens per feature.
+    kind: `'encoder_decoder'`, `'lm'` or `'prefix_lm'`.
+    pack: put several examples into one row.
+    initial_checkpoint: parameters to start from; fresh ones by default.
+    seed: seeds parameters, data order and dropout.
+    save_every: steps between checkpoints.
+    log_every: steps between logged metrics.
+    loss: options of `losses.make_loss`.
+    mesh: sizes for `mesh.make_mesh`.
+  """
+  directory = pathlib.Path(model_dir)
+  key = jax.random.key(seed)
+  if initial_checkpoint is None:
+    params = models.init_params(module, key)
+  else:
+    _, params = models.load_model(initial_checkpoint)
+  name = getattr(mixture_or_task, 'name', mixture_or_task)
+  the_mesh = mesh_lib.make_mesh(**(mesh or {}))
+  shard_index, num_shards = branch.data_shard(the_mesh)
+  if batch_size % the_mesh.shape['data']:
+    raise errors.UserError(
+      f'A batch of {batch_size} rows does not divide over '
+      f'{the_mesh.shape["data"]} data slices of the mesh.'
+    )
+  stream = stream_lib.SeqioStream(
+    name,
+    lengths=lengths,
+    batch_size=batch_size // num_shards,
+    kind=kind,
+    pack=pack,
+    seed=seed,
+    shard_index=shard_index,
+    num_shards=num_shards,
+  )
+  state = fit_phase(
+    phase='train',
+    module=module,
+    optimizer=optimizer,
+    state=step_lib.create(params, optimizer, key),
+    stream=stream,
+    mesh=the_mesh,
+    local_rows=True,
+    steps=steps,
+    directory=directory,
+    loss=loss,
+    save_every=save_every,
+    log_every=log_every,
+  )
+  save_model(directory / 'model', module, state.params)
+
+
+def save_model(path: pathlib.Path, module: nn.Module, params: Any) -> None:
+  """Saves parameters with the module's `config.json`, replacing older ones."""
+  params = branch.to_host(params)
+  if jax.process_index() == 0:
+    checkpoint.save_checkpoint(
+      path, params, config=models.describe(module), overwrite=True
+    )
+
+
+def save_json(path: pathlib.Path, data: Any) -> None:
+  """Writes a JSON file for people to read."""
+  path.write_text(json.dumps(data, indent=2) + '\n')

@@ -1,0 +1,180 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What every checkpoint format offers, and how one is written whole or not.
+
+A store opens by reading headers only. Nothing a checkpoint contains is ever
+executed: pickles are refused.
+"""
+
+import abc
+from collections.abc import Iterable, Iterator, Mapping
+import contextlib
+import os
+import pathlib
+import shutil
+from typing import Any
+import uuid
+
+import jax
+import numpy as np
+
+from mergejax import errors
+from mergejax import tree as tree_lib
+from mergejax import typing
+
+Shardings = jax.sharding.Sharding | Mapping[typing.Path, jax.sharding.Sharding]
+
+
+class ParamStore(abc.ABC):
+  """Parameters by path, described without being read.
+
+  Attributes:
+    tied: `{alias: path}` of parameters that are one array in the model; the
+      alias is not stored.
+    provenance: where this came from: `format`, `path` and what the format
+      itself records.
+  """
+
+  tied: Mapping[typing.Path, typing.Path] = {}
+  provenance: Mapping[str, Any] = {}
+
+  @abc.abstractmethod
+  def specs(self) -> typing.SpecTree:
+    """`{path: LeafSpec}` from headers alone."""
+
+  @abc.abstractmethod
+  def _read(
+    self, paths: list[typing.Path]
+  ) -> Mapping[typing.Path, np.ndarray | jax.Array]:
+    """Reads the named leaves, all of which exist."""
+
+  def read(
+    self,
+    paths: Iterable[typing.Path] | None = None,
+    sharding: Shardings | None = None,
+    dtype: Any = None,
+  ) -> typing.Tree:
+    """Reads parameters.
+
+    Args:
+      paths: the leaves to read; all by default.
+      sharding: where to put them: one sharding or one by path. By default
+        they stay in host memory as NumPy arrays.
+      dtype: cast floating leaves to this; by default as stored.
+
+    Returns:
+      Nested dicts of arrays.
+
+    Raises:
+      UserError: a path that the checkpoint does not have.
+    """
+    specs = self.specs()
+    paths = list(specs if paths is None else paths)
+    for path in paths:
+      if path not in specs:
+        raise errors.UserError(
+          f'{self.name}: {errors.near(path, specs, "parameter")}'
+          if len(specs) < 30
+          else f'{self.name} has no parameter {path!r}. `mergejax inspect` '
+          'lists what it has.'
+        )
+    leaves = dict(self._read(paths))
+    for path, leaf in leaves.items():
+      if dtype is not None and jax.numpy.issubdtype(
+        leaf.dtype, jax.numpy.floating
+      ):
+        leaf = leaf.astype(dtype)
+      if sharding is not None:
+        one = sharding[path] if isinstance(sharding, Mapping) else sharding
+        leaf = jax.device_put(leaf, one)
+      leaves[path] = leaf
+    return tree_lib.unflatten({path: leaves[path] for path in paths})
+
+  @property
+  def name(self) -> str:
+    """How messages call this store."""
+    return str(self.provenance.get('path', type(self).__name__))
+
+
+class MemoryStore(ParamStore):
+  """A pytree seen as a store.
+
+  Example:
+    >>> MemoryStore({'a': {'b': np.zeros((2, 3))}}).specs()['a/b'].shape
+    (2, 3)
+  """
+
+  def __init__(self, tree: typing.Tree, name: str = 'a tree in memory'):
+    self._leaves = tree_lib.flatten(tree)
+    self.provenance = {'format': 'memory', 'path': name}
+
+  def specs(self) -> typing.SpecTree:
+    return tree_lib.specs(self._leaves)
+
+  def _read(self, paths):
+    return {path: self._leaves[path] for path in paths}
+
+
+@contextlib.contextmanager
+def atomic_path(
+  path: os.PathLike | str, *, overwrite: bool = False
+) -> Iterator[pathlib.Path]:
+  """Gives a temporary path beside `path` that becomes it on success.
+
+  A reader sees the whole result or none of it. On failure the temporary is
+  removed and whatever stood at `path` before is untouched.
+
+  Args:
+    path: a file or directory to create.
+    overwrite: replace what stands at `path`; an error otherwise.
+
+  Yields:
+    The temporary path, whose parent exists.
+
+  Raises:
+    UserError: `path` exists, or the disk is full or not writable.
+  """
+  path = pathlib.Path(path)
+  if path.exists() and not overwrite:
+    raise errors.UserError(
+      f'{path} already exists. Choose another name, or remove it first.'
+    )
+  # A folder of its own: whatever a library leaves beside its file goes with it.
+  folder = path.with_name(f'.{path.name}.tmp-{uuid.uuid4().hex[:8]}')
+  try:
+    folder.mkdir(parents=True)
+    temporary = folder / path.name
+    yield temporary
+    if path.is_dir():
+      # Two renames: a directory cannot be replaced in one step.
+      os.rename(path, folder / 'old')
+    os.replace(temporary, path)
+  except Exception as error:
+    if is_write_failure(error):
+      raise errors.UserError(
+        f'Could not write {path}: {write_failure_reason(error)}. What was '
+        'there before is untouched; free some space, or write elsewhere, and '
+        'run this again.'
+      ) from error
+    raise
+  finally:
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def is_write_failure(error: BaseException) -> bool:
+  """True if an exception, whatever library wrapped it, is a failed write."""
+  if isinstance(error, errors.UserError):
+    return False
+  text = str(error)
+  return isinstance(error, OSError) or any(
+    sign in text
+    for sign in ('No space left', 'File too large', 'quota', 'Read-only file')
+  )
+
+
+def write_failure_reason(error: BaseException) -> str:
+  """The operating system's word for a failed write."""
+  for sign in ('No space left on device', 'File too large'):
+    if sign in str(error):
+      return sign
+  return getattr(error, 'strerror', None) or str(error).splitlines()[0]

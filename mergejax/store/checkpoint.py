@@ -1,0 +1,154 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Opens any checkpoint by looking at it, and saves one whole or not at all."""
+
+from collections.abc import Mapping
+import json
+import os
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from mergejax import errors
+from mergejax import tree as tree_lib
+from mergejax import typing
+from mergejax.store import base
+from mergejax.store import npz
+from mergejax.store import orbax
+from mergejax.store import safetensors
+
+FORMATS = ('orbax', 'safetensors', 'npz')
+CONFIG = 'config.json'
+
+
+def open_checkpoint(path: os.PathLike | str) -> base.ParamStore:
+  """Opens a checkpoint, whatever its format, by reading headers only.
+
+  Args:
+    path: an orbax tree, step or run folder; a `.safetensors` file; a Hugging
+      Face directory, sharded or not; a `.npz` archive.
+
+  Returns:
+    A store with `specs()`, `read(...)`, `tied` and `provenance`.
+
+  Raises:
+    UserError: nothing is there (near names are offered), the format is not
+      known, or the headers are damaged.
+
+  Example:
+    >>> save_checkpoint('/tmp/doc.npz', {'w': np.zeros(2)}, overwrite=True)
+    >>> open_checkpoint('/tmp/doc.npz').specs()['w'].shape
+    (2,)
+  """
+  path = pathlib.Path(path).expanduser()
+  if not path.exists():
+    raise errors.UserError(_missing(path))
+  if path.suffix == '.npz' and path.is_file():
+    return npz.NpzStore(path)
+  if safetensors.files_of(path):
+    return safetensors.SafetensorsStore(path)
+  if orbax.locate(path) is not None:
+    return orbax.OrbaxStore(path)
+  raise errors.UserError(_unknown(path))
+
+
+def _missing(path):
+  text = f'There is no checkpoint at {path}.'
+  if path.parent.is_dir():
+    names = [child.name for child in path.parent.iterdir()]
+    if names:
+      return text + f' {path.parent} holds: {", ".join(sorted(names)[:20])}.'
+    return text + f' {path.parent} is empty.'
+  return text + f' {path.parent} does not exist either.'
+
+
+def _unknown(path):
+  known = (
+    'Known: an orbax checkpoint, a .safetensors file, a Hugging Face '
+    'directory with .safetensors files, a .npz archive.'
+  )
+  pickles = [path] if path.is_file() else list(path.iterdir())
+  pickles = [
+    p.name for p in pickles if p.suffix in ('.bin', '.pt', '.pth', '.pkl')
+  ]
+  if pickles:
+    return (
+      f'{path} holds {pickles[0]}, a pickle, which can run code when loaded '
+      'and is never read. Convert it to safetensors where it came from: '
+      '`model.save_pretrained(DIR, safe_serialization=True)`.'
+    )
+  return f'{path} is not a checkpoint of a known format. {known}'
+
+
+def save_checkpoint(
+  path: os.PathLike | str,
+  tree: typing.Tree,
+  format: str | None = None,  # pylint: disable=redefined-builtin
+  *,
+  config: Mapping[str, Any] | None = None,
+  overwrite: bool = False,
+  max_shard_bytes: int = 5 * 10**9,
+) -> None:
+  """Saves a tree of parameters; a reader sees all of it or nothing.
+
+  Args:
+    path: a file (`.safetensors`, `.npz`) or directory to create.
+    tree: nested dicts of arrays, or `{path: array}`.
+    format: `'orbax'`, `'safetensors'` or `'npz'`; by default what the suffix
+      of `path` says, else orbax.
+    config: written as `config.json` beside the weights of a directory; see
+      `load_model`.
+    overwrite: replace what stands at `path` once the new one is complete.
+    max_shard_bytes: size of the shards of a safetensors directory.
+
+  Raises:
+    UserError: unknown format, `path` exists, or the disk is full.
+  """
+  path = pathlib.Path(path).expanduser()
+  format = format or {'.safetensors': 'safetensors', '.npz': 'npz'}.get(
+    path.suffix, 'orbax'
+  )
+  if format not in FORMATS:
+    raise errors.UserError(errors.near(format, FORMATS, 'checkpoint format'))
+  leaves = tree_lib.flatten(tree)
+  single_file = path.suffix == f'.{format}' or format == 'npz'
+  if single_file and config is not None:
+    raise errors.UserError(
+      f'{path} is a single file and has no place for config.json; give a '
+      'directory name instead.'
+    )
+  with base.atomic_path(path, overwrite=overwrite) as temporary:
+    if format == 'orbax':
+      orbax.write(temporary, leaves)
+    else:
+      host = {name: np.asarray(leaf) for name, leaf in leaves.items()}
+      if format == 'npz':
+        npz.write(temporary, host)
+      elif single_file:
+        safetensors.write(temporary, host)
+      else:
+        safetensors.write_sharded(temporary, host, max_shard_bytes)
+    if config is not None:
+      (temporary / CONFIG).write_text(json.dumps(dict(config), indent=2) + '\n')
+
+
+def read_json(file: pathlib.Path) -> dict[str, Any]:
+  """A JSON object from a file.
+
+  Raises:
+    UserError: the file does not hold one.
+  """
+  try:
+    data = json.loads(file.read_text(encoding='utf-8'))
+  except ValueError as error:
+    raise errors.UserError(f'{file} is not JSON: {error}.') from error
+  if not isinstance(data, dict):
+    raise errors.UserError(f'{file} should hold a JSON object of settings.')
+  return data
+
+
+def read_config(path: os.PathLike | str) -> dict[str, Any] | None:
+  """The `config.json` beside a checkpoint, or None if there is none."""
+  file = pathlib.Path(path).expanduser() / CONFIG
+  return read_json(file) if file.is_file() else None

@@ -1,0 +1,108 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Orbax checkpoints: a parameter tree, an item of a step, or a run's folder."""
+
+import pathlib
+import re
+
+import numpy as np
+import orbax.checkpoint as ocp
+
+from mergejax import errors
+from mergejax import tree as tree_lib
+from mergejax import typing
+from mergejax.store import base
+
+# Items of a step that may hold parameters, in the order they are looked for.
+_ITEMS = ('default', 'params', 'state')
+# Where parameters lie inside a training state: ours, then T5X's.
+_SUBTREES = ('params', 'target')
+
+
+def locate(path: pathlib.Path) -> pathlib.Path | None:
+  """The tree directory meant by `path`, or None if there is no orbax one.
+
+  `path` may be the tree itself, a step that holds it as an item, or a folder
+  of steps (`7` or `checkpoint_7`), of which the last one is meant.
+  """
+  if (path / '_METADATA').is_file():
+    return path
+  for item in _ITEMS:
+    if (path / item / '_METADATA').is_file():
+      return path / item
+  if path.is_dir():
+    steps = []
+    for child in path.iterdir():
+      match = re.fullmatch(r'(?:checkpoint_)?(\d+)', child.name)
+      if match and locate(child) is not None:
+        steps.append((int(match[1]), child))
+    if steps:
+      return locate(max(steps)[1])
+  return None
+
+
+class OrbaxStore(base.ParamStore):
+  """Reads parameters of an orbax checkpoint leaf by leaf.
+
+  A training state (with `params`, or T5X's `target`, at the top) shows its
+  parameters only.
+  """
+
+  def __init__(self, path: pathlib.Path):
+    self._directory = locate(path).absolute()
+    self._checkpointer = ocp.PyTreeCheckpointer()
+    try:
+      metadata = self._checkpointer.metadata(self._directory).item_metadata
+      self._tree = metadata.tree
+    except Exception as error:  # orbax raises many kinds on damaged metadata
+      raise errors.UserError(
+        f'{path} looks like an orbax checkpoint but its metadata cannot be '
+        f'read ({type(error).__name__}). It is damaged or was cut short; '
+        'restore it from a copy, or use an earlier step.'
+      ) from error
+    self._root = ''
+    if isinstance(self._tree, dict) and set(self._tree) & {
+      'opt_state',
+      'state',
+    }:
+      for name in _SUBTREES:
+        if name in self._tree:
+          self._root = name + '/'
+    self._specs = {
+      name[len(self._root) :]: tree_lib.leaf_spec(leaf)
+      for name, leaf in tree_lib.flatten(self._tree).items()
+      if name.startswith(self._root)
+    }
+    self.provenance = {'format': 'orbax', 'path': str(path)}
+
+  def specs(self) -> typing.SpecTree:
+    return self._specs
+
+  def _read(self, paths):
+    wanted = {self._root + path for path in paths}
+    # Placeholders are not read; every other leaf arrives in host memory.
+    item = tree_lib.map_paths(
+      lambda path, _: 0 if path in wanted else ocp.PLACEHOLDER, self._tree
+    )
+    how = tree_lib.map_paths(
+      lambda path, _: ocp.RestoreArgs(restore_type=np.ndarray), self._tree
+    )
+    try:
+      restored = self._checkpointer.restore(
+        self._directory,
+        args=ocp.args.PyTreeRestore(item=item, restore_args=how),
+      )
+    except Exception as error:  # orbax and tensorstore raise many kinds
+      raise errors.UserError(
+        f'{self.name}: the checkpoint lists parameters that cannot be read '
+        f'({str(error).splitlines()[0][:200]}). It is damaged or incomplete.'
+      ) from error
+    leaves = tree_lib.flatten(restored)
+    return {path: np.asarray(leaves[self._root + path]) for path in paths}
+
+
+def write(path: pathlib.Path, leaves) -> None:
+  """Writes `{path: array}` as one orbax tree; `path` must not exist."""
+  ocp.PyTreeCheckpointer().save(
+    path.absolute(), tree_lib.unflatten(leaves), force=True
+  )

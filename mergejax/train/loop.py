@@ -1,0 +1,124 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The training loop: steps, hooks, checkpoints, exact resume, clean stop."""
+
+from collections.abc import Callable, Mapping, Sequence
+import signal
+import threading
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from mergejax.train import checkpoints as checkpoints_lib
+from mergejax.train import step as step_lib
+
+# (step, metrics in host memory); metrics of experts have a leading axis.
+Hook = Callable[[int, Mapping[str, np.ndarray]], None]
+
+
+class Stream(Protocol):
+  """Training batches with a position."""
+
+  def __next__(self) -> Any: ...
+
+  def state(self) -> bytes: ...
+
+  def restore(self, state: bytes) -> None: ...
+
+
+class Stopped(Exception):
+  """The process was asked to stop (SIGTERM); the run is saved."""
+
+
+class _StopSignal:
+  """Notes SIGTERM while the loop runs, so that it can end between steps."""
+
+  def __init__(self):
+    self.received = False
+
+  def __enter__(self):
+    self._is_main = threading.current_thread() is threading.main_thread()
+    if self._is_main:  # Python delivers signals to the main thread only
+      self._previous = signal.signal(signal.SIGTERM, self._note)
+    return self
+
+  def _note(self, number, frame):
+    del number, frame
+    self.received = True
+
+  def __exit__(self, *_):
+    if self._is_main:
+      signal.signal(signal.SIGTERM, self._previous)
+
+
+def fit(
+  step_fn: step_lib.StepFn,
+  state: step_lib.TrainState,
+  stream: Stream,
+  *,
+  steps: int,
+  checkpoints: checkpoints_lib.Checkpoints | None = None,
+  save_every: int = 1000,
+  log_every: int = 10,
+  hooks: Sequence[Hook] = (),
+  place: Callable[[Any], Any] = lambda batch: batch,
+) -> step_lib.TrainState:
+  """Trains until `steps`, from the newest checkpoint if there is one.
+
+  A run that is killed and started again ends with the same bits as one that
+  was not: state and data position are saved together, and every random number
+  depends on the key and the step alone.
+
+  Args:
+    step_fn: a compiled step; its state argument may be donated.
+    state: where to begin when there is no checkpoint.
+    stream: the data, see `Stream`.
+    steps: the step number to reach.
+    checkpoints: where to save; None saves nothing.
+    save_every: steps between checkpoints; the last step is always saved.
+    log_every: steps between calls of the hooks. In between nothing waits for
+      the device.
+    hooks: called with the step and its metrics.
+    place: puts a batch of the stream on the devices.
+
+  Returns:
+    The state after `steps` steps.
+
+  Raises:
+    Stopped: SIGTERM came; the state is saved.
+    UserError: a checkpoint could not be written or does not fit.
+  """
+  if checkpoints is not None and checkpoints.latest() is not None:
+    state, position = checkpoints.restore(state)
+    stream.restore(position)
+  step = first_step(state)
+  with _StopSignal() as stop:
+    while step < steps:
+      state, metrics = step_fn(state, place(next(stream)))
+      step += 1
+      if hooks and (step == steps or step % log_every == 0):
+        metrics = jax.device_get(metrics)
+        for hook in hooks:
+          hook(step, metrics)
+      stopping = stop.received  # read once: it may come at any moment
+      save = stopping or step == steps or step % save_every == 0
+      if checkpoints is not None and save:
+        checkpoints.save(state, stream.state())
+      if stopping:
+        if checkpoints is not None:
+          checkpoints.wait()
+        raise Stopped(f'Stopped at step {step} of {steps}.')
+  if checkpoints is not None:
+    checkpoints.wait()
+  return state
+
+
+def first_step(state: step_lib.TrainState) -> int:
+  """The step number of a state, or of the first expert of a stacked one."""
+  local = (
+    state.step.addressable_shards[0].data
+    if hasattr(state.step, 'addressable_shards')
+    else state.step
+  )
+  return int(np.asarray(local).reshape(-1)[0])

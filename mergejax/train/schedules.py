@@ -1,0 +1,116 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Learning-rate schedules: T5X's products of factors, and warm-up with cosine.
+
+Every schedule is a function of the step, usable under `jit`, as in optax.
+"""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+import optax
+
+from mergejax import errors
+
+Schedule = Callable[[int], float]
+
+
+def factors(
+  factors: str = 'constant * linear_warmup * rsqrt_decay',
+  *,
+  base_learning_rate: float = 0.5,
+  warmup_steps: int = 1000,
+  decay_factor: float = 0.5,
+  steps_per_decay: int = 20000,
+  steps_per_cycle: int = 100000,
+  step_offset: int = 0,
+  min_learning_rate: float = 1e-8,
+) -> Schedule:
+  """A product of named factors, as T5X writes it.
+
+  Args:
+    factors: names joined by `*`: `constant` (the base), `linear_warmup`
+      (`min(1, t/w)`), `linear_decay` (`base * min(t/w, 1 + d (w - t))`, which
+      holds base and warm-up itself), `rsqrt_decay` (`1/sqrt(max(t, w))`),
+      `rsqrt_normalized_decay` (`sqrt(w)/sqrt(max(t, w))`), `decay_every`
+      (`d^floor(t / steps_per_decay)`), `cosine_decay`
+      (`(1 + cos(pi (max(0, t - w)/cycle mod 1)))/2`).
+    base_learning_rate: the value of `constant`.
+    warmup_steps: w above.
+    decay_factor: d above.
+    steps_per_decay: see `decay_every`.
+    steps_per_cycle: see `cosine_decay`.
+    step_offset: subtracted from the step first (fine-tuning a checkpoint that
+      carries its step).
+    min_learning_rate: floor of the result, T5X's 1e-8: warm-up at step 0 gives
+      this, not 0.
+
+  Returns:
+    `schedule(step) -> <float32>[]`.
+
+  Raises:
+    UserError: an unknown factor.
+
+  Example:
+    >>> float(factors('constant * rsqrt_decay', base_learning_rate=1.0,
+    ...               warmup_steps=10000)(0))  # T5's pre-training schedule
+    0.009999999776482582
+
+  Source: T5X `utils.create_learning_rate_scheduler`.
+  """
+  names = [name.strip() for name in factors.split('*')]
+  known = {
+    'constant': lambda t: base_learning_rate,
+    'linear_warmup': lambda t: jnp.minimum(1.0, t / warmup_steps),
+    'linear_decay': lambda t: (
+      base_learning_rate
+      * jnp.minimum(t / warmup_steps, 1 + decay_factor * (warmup_steps - t))
+    ),
+    'rsqrt_decay': lambda t: 1 / jnp.sqrt(jnp.maximum(t, warmup_steps)),
+    'rsqrt_normalized_decay': lambda t: (
+      jnp.sqrt(float(warmup_steps)) / jnp.sqrt(jnp.maximum(t, warmup_steps))
+    ),
+    'decay_every': lambda t: decay_factor ** (t // steps_per_decay),
+    'cosine_decay': lambda t: jnp.maximum(
+      0.0,
+      0.5
+      * (
+        1
+        + jnp.cos(
+          jnp.pi * (jnp.maximum(0.0, t - warmup_steps) / steps_per_cycle % 1.0)
+        )
+      ),
+    ),
+  }
+  for name in names:
+    if name not in known:
+      raise errors.UserError(errors.near(name, known, 'schedule factor'))
+
+  def schedule(step):
+    t = jnp.maximum(0.0, jnp.asarray(step, jnp.float32) - step_offset)
+    rate = jnp.ones((), jnp.float32)
+    for name in names:
+      rate = rate * known[name](t)
+    return jnp.maximum(rate, min_learning_rate)
+
+  return schedule
+
+
+def warmup_cosine(
+  peak: float, *, steps: int, warmup_steps: int, final_share: float = 0.1
+) -> Schedule:
+  """Linear warm-up from 0 to `peak`, then a cosine to `final_share * peak`.
+
+  Args:
+    peak: highest learning rate.
+    steps: total steps; the rate stays at its last value afterwards.
+    warmup_steps: steps of warm-up, part of `steps`.
+    final_share: last rate as a share of the peak.
+  """
+  if not 0 <= warmup_steps < steps:
+    raise errors.UserError(
+      f'{warmup_steps} warm-up steps do not fit into {steps} steps.'
+    )
+  return optax.warmup_cosine_decay_schedule(
+    0.0, peak, warmup_steps, steps, peak * final_share
+  )

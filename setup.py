@@ -1,0 +1,70 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Installs mergejax; see README.md."""
+
+import pathlib
+import re
+
+import setuptools
+
+_HERE = pathlib.Path(__file__).parent
+_VERSION = re.search(
+  r"__version__ = '(.*)'", (_HERE / 'mergejax/__init__.py').read_text()
+)[1]
+
+_DATA = [
+  'clu>=0.0.12',
+  'seqio>=0.0.20',
+  'tensorboard>=2.20',
+  'tensorflow>=2.20',
+  'tensorflow-datasets>=4.9.9',
+  'tensorflow-text>=2.20',
+]
+_PLOTS = ['matplotlib>=3.9']
+
+setuptools.setup(
+  name='mergejax',
+  version=_VERSION,
+  description='Train experts and merge models in JAX',
+  long_description=(_HERE / 'README.md').read_text(),
+  long_description_content_type='text/markdown',
+  license='Apache-2.0',
+  python_requires='>=3.11',
+  packages=[
+    *setuptools.find_packages(include=['mergejax', 'mergejax.*']),
+    'mergejax._gin',
+    'mergejax._configs',
+  ],
+  package_dir={'mergejax._gin': 'gin', 'mergejax._configs': 'configs'},
+  package_data={
+    'mergejax._gin': ['**/*.gin'],
+    'mergejax._configs': ['**/*.yaml'],
+  },
+  install_requires=[
+    'absl-py>=2.1',
+    'flax>=0.12',
+    'gin-config>=0.5',
+    'jax>=0.10,<0.13',
+    'ml_dtypes>=0.5',
+    'numpy>=2.0',
+    'optax>=0.2.5',
+    'orbax-checkpoint>=0.11.30',
+    'PyYAML>=6.0',
+    'safetensors>=0.6',
+    'tqdm>=4.66',
+  ],
+  extras_require={
+    'data': _DATA,
+    'plots': _PLOTS,
+    'tpu': ['jax[tpu]>=0.10,<0.13'],
+    'test': [
+      *_DATA,
+      *_PLOTS,
+      'hypothesis>=6.100',
+      'pytest>=8.3',
+      'pytest-xdist>=3.6',
+    ],
+    'dev': ['ruff>=0.12'],
+  },
+  entry_points={'console_scripts': ['mergejax = mergejax.run.main:main']},
+)

@@ -1,0 +1,119 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mergejax import models
+from mergejax import tree
+from mergejax.nn import lm
+from mergejax.train import losses
+
+
+def tiny(**changes):
+  config = dict(
+      vocab_size=20, emb_dim=8, num_heads=2, head_dim=4, num_layers=2,
+      mlp_dim=16,
+  )  # fmt: skip
+  module = lm.LanguageModel(lm.LMConfig(**config | changes))
+  return module, models.init_params(module, jax.random.key(1))
+
+
+class LanguageModelTest(parameterized.TestCase):
+  def test_names_are_those_of_t5x_s_decoder_only_model(self):
+    _, params = tiny()
+    paths = set(tree.flatten(params))
+    for path in (
+      'decoder/token_embedder/embedding',
+      'decoder/relpos_bias/rel_embedding',
+      'decoder/layers_1/pre_self_attention_layer_norm/scale',
+      'decoder/layers_1/self_attention/query/kernel',
+      'decoder/layers_1/pre_mlp_layer_norm/scale',
+      'decoder/layers_1/mlp/wi_0/kernel',
+      'decoder/decoder_norm/scale',
+      'decoder/logits_dense/kernel',
+    ):
+      self.assertIn(path, paths)
+
+  @parameterized.parameters(False, True)
+  def test_the_future_is_not_seen(self, tied):
+    module, params = tiny(logits_via_embedding=tied)
+    tokens = np.array([[0, 3, 4, 5, 6, 7]])
+    targets = np.ones_like(tokens)
+    before = module.apply({'params': params}, tokens, targets)
+    tokens[0, 4] = 9
+    after = module.apply({'params': params}, tokens, targets)
+    np.testing.assert_array_equal(before[:, :4], after[:, :4])
+    self.assertGreater(np.abs(before[:, 4:] - after[:, 4:]).max(), 1e-3)
+
+  def test_a_prefix_sees_itself(self):
+    module, params = tiny()
+    tokens = np.array([[0, 3, 4, 5, 6, 7]])
+    targets = np.ones_like(tokens)
+    prefix = np.array([[1, 1, 1, 0, 0, 0]])
+    apply = lambda t: module.apply(
+      {'params': params}, t, targets, decoder_causal_attention=prefix
+    )
+    before = apply(tokens)
+    tokens[0, 2] = 9
+    inside = np.abs(before - apply(tokens))[0].max(axis=-1)
+    self.assertGreater(inside[0], 1e-4)
+
+  def test_packed_rows_equal_their_segments_alone(self):
+    module, params = tiny()
+    inputs = np.array([[0, 3, 4, 0, 6, 7, 0, 0]])
+    targets = np.array([[3, 4, 5, 6, 7, 8, 0, 0]])
+    segments = np.array([[1, 1, 1, 2, 2, 2, 0, 0]])
+    packed = module.apply({'params': params}, inputs, targets, segments)
+    for part in (slice(0, 3), slice(3, 6)):
+      alone = module.apply(
+        {'params': params}, inputs[:, part], targets[:, part]
+      )
+      np.testing.assert_allclose(packed[:, part], alone, rtol=1e-4, atol=1e-6)
+
+  def test_padding_changes_nothing(self):
+    module, params = tiny()
+    inputs, targets = np.array([[0, 3, 4]]), np.array([[3, 4, 5]])
+    padded = lambda x: np.pad(x, [(0, 0), (0, 3)])
+    short = module.apply({'params': params}, inputs, targets)
+    long = module.apply({'params': params}, padded(inputs), padded(targets))
+    np.testing.assert_allclose(long[:, :3], short, rtol=1e-5, atol=1e-6)
+
+  def test_cached_decoding_equals_the_full_forward(self):
+    module, params = tiny()
+    tokens = np.random.default_rng(0).integers(3, 20, (2, 7))
+    full = module.apply({'params': params}, tokens, np.ones_like(tokens))
+    blank = jnp.zeros((2, 7), jnp.int32)
+    _, cache = module.apply(
+        {'params': params}, blank, blank, decode=True, max_decode_length=7,
+        mutable=['cache'],
+    )  # fmt: skip
+    for i in range(7):
+      one = tokens[:, i : i + 1]
+      logits, cache = module.apply(
+          {'params': params, **cache}, one, one, decode=True,
+          max_decode_length=7, mutable=['cache'],
+      )  # fmt: skip
+      np.testing.assert_allclose(logits[:, 0], full[:, i], rtol=1e-4, atol=1e-5)
+    with self.assertRaisesRegex(ValueError, 'one position'):
+      module.apply(
+          {'params': params, **cache}, tokens, tokens, decode=True,
+          max_decode_length=7, mutable=['cache'],
+      )  # fmt: skip
+
+  def test_dropout_is_drawn_from_the_key(self):
+    module, params = tiny(dropout_rate=0.5)
+    tokens = np.array([[3, 4, 5]])
+    batch = {'decoder_input_tokens': tokens, 'decoder_target_tokens': tokens}
+    draw = lambda i: losses.model_logits(
+      module, params, batch, jax.random.key(i)
+    )
+    np.testing.assert_array_equal(draw(0), draw(0))
+    self.assertGreater(np.abs(draw(0) - draw(1)).max(), 1e-3)
+
+
+if __name__ == '__main__':
+  absltest.main()

@@ -1,0 +1,335 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""T5 against T5X's and the transformers library's own numbers."""
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import goldens
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mergejax import axes
+from mergejax import tree
+from mergejax.nn import layers
+from mergejax.nn import t5
+from mergejax.store.names import t5 as t5_names
+from mergejax.train import losses
+from mergejax.train import optim
+from mergejax.train import step as step_lib
+
+VERSIONS = {
+  't5x_network_v1_1': {},
+  't5x_network_v1_0': dict(
+    mlp_activations=('relu',), logits_via_embedding=True
+  ),
+}
+
+
+def tiny(version, **changes):
+  config = t5.T5Config(
+      vocab_size=64, emb_dim=8, num_heads=2, head_dim=4, mlp_dim=16,
+      num_encoder_layers=2, num_decoder_layers=2,
+      **VERSIONS[version] | changes,
+  )  # fmt: skip
+  return t5.Transformer(config)
+
+
+def batch_of(arrays, prefix='batch/'):
+  return {
+    name.removeprefix(prefix): array
+    for name, array in arrays.items()
+    if name.startswith(prefix) and 'logits' not in name
+  }
+
+
+class T5XTest(parameterized.TestCase):
+  @parameterized.parameters(*VERSIONS)
+  def test_parameter_tree_is_t5x_s(self, version):
+    arrays = goldens.load(version)
+    module = tiny(version)
+    tokens = jnp.ones((1, 3), jnp.int32)
+    params = jax.eval_shape(
+      lambda: module.init(jax.random.key(0), tokens, tokens, tokens)
+    )['params']
+    self.assertEmpty(
+      tree.difference(
+        tree.specs(goldens.subtree(arrays, 'params/')), tree.specs(params)
+      )
+    )
+
+  @parameterized.parameters(*VERSIONS)
+  def test_logical_axes_are_t5x_s(self, version):
+    arrays = goldens.load(version)
+    found = axes.logical_axes(tree.specs(goldens.subtree(arrays, 'params/')))
+    expected = {
+      str(name).removesuffix('_axes'): tuple(str(value).split(','))
+      for name, value in zip(arrays['axes_names'], arrays['axes_values'])
+    }
+    self.assertEqual(found, expected)
+
+  @parameterized.parameters(*VERSIONS)
+  def test_logits_and_encoding(self, version):
+    arrays = goldens.load(version)
+    module, params = tiny(version), goldens.subtree(arrays, 'params/')
+    batch = batch_of(arrays)
+    logits = losses.model_logits(module, params, batch)
+    np.testing.assert_allclose(logits, arrays['logits'], rtol=1e-4, atol=2e-5)
+    encoded = module.apply(
+      {'params': params}, batch['encoder_input_tokens'], method='encode'
+    )
+    np.testing.assert_allclose(encoded, arrays['encoded'], rtol=1e-4, atol=1e-5)
+
+  @parameterized.parameters(*VERSIONS)
+  def test_packed_logits(self, version):
+    arrays = goldens.load(version)
+    logits = losses.model_logits(
+      tiny(version),
+      goldens.subtree(arrays, 'params/'),
+      batch_of(arrays, 'packed/'),
+    )
+    np.testing.assert_allclose(
+      logits, arrays['packed/logits'], rtol=1e-4, atol=1e-5
+    )
+
+  @parameterized.parameters(*VERSIONS)
+  def test_packed_rows_equal_their_segments_alone(self, version):
+    arrays = goldens.load(version)
+    module, params = tiny(version), goldens.subtree(arrays, 'params/')
+    packed = batch_of(arrays, 'packed/')
+    whole = losses.model_logits(module, params, packed)
+    checked = 0
+    for row in range(3):
+      for segment in range(
+        1, int(packed['decoder_segment_ids'][row].max()) + 1
+      ):
+        inside = packed['encoder_segment_ids'][row] == segment
+        targets = packed['decoder_segment_ids'][row] == segment
+        alone = losses.model_logits(module, params, {
+            'encoder_input_tokens':
+                packed['encoder_input_tokens'][row][inside][None],
+            'decoder_input_tokens':
+                packed['decoder_input_tokens'][row][targets][None],
+            'decoder_target_tokens':
+                packed['decoder_target_tokens'][row][targets][None],
+        })  # fmt: skip
+        np.testing.assert_allclose(
+          whole[row][targets], alone[0], rtol=1e-4, atol=1e-5
+        )
+        checked += 1
+    self.assertGreater(checked, 3)
+
+  @parameterized.parameters(*VERSIONS)
+  def test_bfloat16_is_close(self, version):
+    arrays = goldens.load(version)
+    module = tiny(version, dtype='bfloat16')
+    logits = losses.model_logits(
+      module, goldens.subtree(arrays, 'params/'), batch_of(arrays)
+    )
+    self.assertEqual(logits.dtype, jnp.float32)
+    real = arrays['batch/decoder_target_tokens'] > 0
+    spread = np.abs(arrays['logits_bf16'] - arrays['logits'])[real].max()
+    off = np.abs(logits - arrays['logits'])[real].max()
+    self.assertLess(off, 2 * spread)
+
+  @parameterized.parameters(*VERSIONS)
+  def test_gradients_and_three_adafactor_steps(self, version):
+    arrays = goldens.load(version)
+    module, params = tiny(version), goldens.subtree(arrays, 'params/')
+    batch = batch_of(arrays)
+    loss_fn = losses.make_loss(module, z_loss=1e-4, normalizing_factor=None)
+    (loss, _), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch)
+    np.testing.assert_allclose(loss, arrays['train/loss0'], rtol=1e-5)
+    for path, leaf in tree.flatten(grads).items():
+      np.testing.assert_allclose(
+        leaf, arrays[f'grad/{path}'], rtol=1e-3, atol=1e-4, err_msg=path
+      )
+    optimizer = optim.adafactor(0.01)
+    state = step_lib.create(params, optimizer, jax.random.key(0))
+    step = jax.jit(step_lib.make_step(loss_fn, optimizer))
+    seen = []
+    for _ in range(3):
+      seen.append(loss_fn(state.params, batch)[0])
+      state, _ = step(state, batch)
+    seen.append(loss_fn(state.params, batch)[0])
+    np.testing.assert_allclose(seen, arrays['train/losses'], rtol=1e-4)
+    after = goldens.subtree(arrays, 'train/params_after3/')
+    for path, leaf in tree.flatten(after).items():
+      np.testing.assert_allclose(
+          tree.flatten(state.params)[path], leaf, rtol=1e-4, atol=1e-5,
+          err_msg=path,
+      )  # fmt: skip
+
+  @parameterized.parameters(*VERSIONS)
+  def test_losses(self, version):
+    arrays = goldens.load(version)
+    targets = arrays['batch/decoder_target_tokens']
+    weights = arrays['loss/weights']
+    settings = {
+      'plain': (0.0, 0.0, None),
+      'z': (0.0, 1e-4, None),
+      'z1e-2': (0.0, 1e-2, None),
+      'ls0.1': (0.1, 0.0, None),
+      'ls0.1_z_tok': (0.1, 1e-4, 'NUM_REAL_TARGET_TOKENS'),
+    }
+    for name, (smoothing, z_loss, kind) in settings.items():
+      loss, z_part = losses.token_cross_entropy(
+        arrays['logits'], targets, z_loss=z_loss, label_smoothing=smoothing
+      )
+      factor, scaled = losses.normalizer(kind, targets, weights)
+      found = [
+        jnp.sum(loss * scaled) / factor,
+        jnp.sum(z_part * scaled) / factor,
+        jnp.sum(weights),
+      ]
+      np.testing.assert_allclose(
+        found, arrays[f'loss/{name}'], rtol=1e-5, atol=1e-6, err_msg=name
+      )
+    for kind in losses.NORMALIZERS:
+      factor, scaled = losses.normalizer(
+        kind, targets, (targets > 0).astype(np.float32)
+      )
+      np.testing.assert_allclose(
+        factor, arrays[f'lnf/{kind}/factor'], rtol=1e-6
+      )
+      np.testing.assert_allclose(
+        scaled, arrays[f'lnf/{kind}/weights'], rtol=1e-6
+      )
+
+  @parameterized.parameters(*VERSIONS)
+  def test_score(self, version):
+    arrays = goldens.load(version)
+    batch = batch_of(arrays)
+    lp = losses.token_log_likelihood(
+      tiny(version), goldens.subtree(arrays, 'params/'), batch
+    )
+    real = batch['decoder_target_tokens'] > 0
+    np.testing.assert_allclose(
+      np.where(real, lp, 0).sum(axis=1), arrays['score'], rtol=1e-5
+    )
+
+  @parameterized.parameters(*VERSIONS)
+  def test_greedy_decoding_with_the_cache(self, version):
+    arrays = goldens.load(version)
+    module, params = tiny(version), goldens.subtree(arrays, 'params/')
+    inputs = arrays['batch/encoder_input_tokens']
+    expected = arrays['decode/greedy']
+    length = expected.shape[1]
+    encoded = module.apply({'params': params}, inputs, method='encode')
+    blank = jnp.zeros((3, length), jnp.int32)
+    _, cache = module.apply(
+        {'params': params}, encoded, inputs, blank, blank, decode=True,
+        max_decode_length=length, method='decode', mutable=['cache'],
+    )  # fmt: skip
+    token, alive, tokens, steps = blank[:, :1], np.ones(3, bool), [], []
+    for _ in range(length):
+      logits, cache = module.apply(
+          {'params': params, **cache}, encoded, inputs, token, token,
+          decode=True, max_decode_length=length, method='decode',
+          mutable=['cache'],
+      )  # fmt: skip
+      steps.append(np.asarray(logits[:, 0]))
+      chosen = np.where(alive, np.argmax(logits[:, 0], axis=-1), 0)
+      tokens.append(chosen)
+      alive &= chosen != 1
+      token = jnp.asarray(chosen[:, None], jnp.int32)
+    tokens = np.stack(tokens, axis=1)
+    np.testing.assert_array_equal(tokens, expected)
+    # Step by step equals the full forward over the same tokens.
+    shifted = np.concatenate([np.zeros((3, 1), np.int32), tokens[:, :-1]], 1)
+    full = module.apply(
+        {'params': params}, encoded, inputs, shifted, np.ones_like(tokens),
+        method='decode',
+    )  # fmt: skip
+    np.testing.assert_allclose(
+      np.stack(steps, axis=1), full, rtol=1e-4, atol=1e-5
+    )
+
+  def test_relative_position_buckets(self):
+    arrays = goldens.load('t5_relative_position')
+    checked = 0
+    for name, expected in arrays.items():
+      if not name.startswith('bucket/'):
+        continue
+      _, sizes, direction = name.split('/')
+      buckets, distance = sizes.removeprefix('nb').split('_md')
+      found = layers.relative_position_bucket(
+        arrays['relative_position'],
+        bidirectional=direction == 'bidirectional',
+        num_buckets=int(buckets),
+        max_distance=int(distance),
+      )
+      np.testing.assert_array_equal(found, expected, err_msg=name)
+      checked += 1
+    self.assertEqual(checked, 8)
+
+  def test_initial_scales(self):
+    module = t5.Transformer(
+        t5.T5Config(vocab_size=64, emb_dim=64, num_heads=4, head_dim=16,
+                    mlp_dim=256, num_encoder_layers=1, num_decoder_layers=1)
+    )  # fmt: skip
+    tokens = jnp.ones((1, 3), jnp.int32)
+    params = tree.flatten(
+      module.init(jax.random.key(0), tokens, tokens, tokens)['params']
+    )
+    expected = {
+      'token_embedder/embedding': 1.0,
+      'encoder/layers_0/attention/query/kernel': 1 / np.sqrt(64 * 16),
+      'encoder/layers_0/attention/key/kernel': 1 / np.sqrt(64),
+      'encoder/layers_0/attention/out/kernel': 1 / np.sqrt(64),
+      'encoder/layers_0/mlp/wi_0/kernel': 1 / np.sqrt(64),
+      'decoder/layers_0/mlp/wo/kernel': 1 / np.sqrt(256),
+    }
+    for path, std in expected.items():
+      np.testing.assert_allclose(np.std(params[path]), std, rtol=0.1)
+
+
+class HuggingFaceTest(parameterized.TestCase):
+  @parameterized.parameters('t5_v10_relu_tied', 't5_v11_gated_untied')
+  def test_logits_and_token_loss(self, name):
+    arrays = goldens.load(name)
+    config = {
+      k.removeprefix('config/'): v.item()
+      for k, v in arrays.items()
+      if k.startswith('config/')
+    }
+    tied = 'tied' in name.split('_')
+    config['feed_forward_proj'] = 'relu' if tied else 'gated-gelu'
+    config['tie_word_embeddings'] = tied
+    module = t5.Transformer(t5.T5Config(**t5_names.config_from_hf(config)))
+    stored = {
+      k.removeprefix('params/'): v
+      for k, v in arrays.items()
+      if k.startswith('params/')
+    }
+    leaves = t5_names.from_hf(stored, tied_head=tied)
+    params = tree.unflatten(leaves)
+    inputs, decoder_inputs = arrays['input_ids'], arrays['decoder_input_ids']
+    # There the decoder masks nothing but the future.
+    logits = module.apply(
+      {'params': params}, inputs, decoder_inputs, np.ones_like(decoder_inputs)
+    )
+    np.testing.assert_allclose(logits, arrays['logits'], rtol=1e-4, atol=2e-5)
+    counted = arrays['labels'] != -100
+    loss, _ = losses.token_cross_entropy(
+      logits, np.where(counted, arrays['labels'], 0)
+    )
+    np.testing.assert_allclose(
+      np.where(counted, loss, 0), arrays['token_loss'], rtol=1e-4, atol=2e-5
+    )
+    encoded = module.apply({'params': params}, inputs, method='encode')
+    real = inputs > 0
+    np.testing.assert_allclose(
+      encoded[real],
+      arrays['encoder_last_hidden_state'][real],
+      rtol=1e-4,
+      atol=2e-5,
+    )
+    back = t5_names.to_hf(leaves)
+    self.assertEqual(set(back), set(stored))
+    for key, leaf in back.items():
+      np.testing.assert_array_equal(leaf, stored[key], err_msg=key)
+
+
+if __name__ == '__main__':
+  absltest.main()
