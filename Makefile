@@ -12,7 +12,7 @@ quickstart: $(VENV)/.run
 	$(BIN)/mergejax quickstart
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 -q
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .

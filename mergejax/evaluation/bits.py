@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bits per byte of language models on a test set, with a bootstrap interval."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 import seqio
 
 from mergejax import typing
+from mergejax.data import stream
 from mergejax.train import losses
 
 
@@ -56,6 +57,31 @@ def make_test_set(
         text = vocabulary.decode([int(token) for token in row if token > 0])
         counts.append(len(text.encode('utf-8')))
   return TestSet(batches, np.asarray(counts, np.int64))
+
+
+def load_test_sets(
+  task_of: Mapping[str, str],
+  vocabulary: seqio.Vocabulary,
+  *,
+  split: str,
+  length: int,
+  batch_size: int,
+  max_sequences: int,
+) -> dict[str, TestSet]:
+  """A fixed sample of a split of every domain: `{domain: TestSet}`."""
+  return {
+    domain: make_test_set(
+      stream.evaluation_batches(
+        task,
+        lengths={'targets': length},
+        batch_size=batch_size,
+        split=split,
+        max_examples=max_sequences,
+      ),
+      vocabulary,
+    )
+    for domain, task in task_of.items()
+  }
 
 
 def make_scorer(

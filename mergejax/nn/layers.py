@@ -316,9 +316,31 @@ def _activation(name: str) -> Callable[[typing.Array], typing.Array]:
   return (lambda x: x) if name == 'linear' else getattr(jax.nn, name)
 
 
-def rms_norm(dtype: str, name: str) -> nn.RMSNorm:
-  """T5's layer norm: `x / sqrt(mean(x^2) + 1e-6) * scale`, no mean removed."""
-  return nn.RMSNorm(epsilon=1e-6, dtype=dtype, name=name)
+class RMSNorm(nn.Module):
+  """T5's layer norm: `x / sqrt(mean(x^2) + epsilon) * scale`, no mean removed.
+
+  The norm is taken in float32 and cast before it is scaled, as in T5X;
+  `flax.linen.RMSNorm` scales first, which differs in bfloat16.
+
+  Attributes:
+    dtype: dtype of the result.
+    epsilon: keeps a zero vector finite.
+  """
+
+  dtype: str = 'float32'
+  epsilon: float = 1e-6
+
+  @nn.compact
+  def __call__(self, x: typing.Array) -> typing.Array:
+    """`<dtype>[..., embed] -> <dtype>[..., embed]`."""
+    scale = self.param(
+      'scale', initializers.ones, (x.shape[-1],), jnp.float32
+    ).astype(self.dtype)
+    wide = x.astype(jnp.float32)
+    mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+    normed = wide * jax.lax.rsqrt(mean_square + self.epsilon)
+    normed = normed.astype(self.dtype)
+    return normed * scale.reshape((1,) * (x.ndim - 1) + (-1,))
 
 
 def attention_bias(*allowed: typing.Array | None) -> typing.Array | None:

@@ -16,40 +16,18 @@ from mergejax.nn import layers
 from mergejax.nn import t5
 
 
-@dataclasses.dataclass(frozen=True)
-class LMConfig:
-  """Sizes of a decoder-only model; fields as in `t5.T5Config`.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LMConfig(t5.StackConfig):
+  """Sizes of a decoder-only model.
 
   Attributes:
-    vocab_size: rows of the embedding. 259 is seqio's byte vocabulary: padding,
-      end and unknown, then the 256 bytes.
-    emb_dim: width of the residual stream.
-    num_heads: attention heads.
+    vocab_size: 259 is seqio's byte vocabulary: padding, end and unknown, then
+      the 256 bytes.
     num_layers: layers.
-    head_dim: size of one head.
-    mlp_dim: hidden size of the feed-forward block.
-    mlp_activations: see `layers.Mlp`.
-    dropout_rate: dropout everywhere.
-    logits_via_embedding: tie the head to the embedding, scaled 1/sqrt(embed).
-    dtype: compute dtype; parameters are float32, logits always float32.
-    float32_attention_logits: see `layers.Attention`.
-    relative_buckets: see `layers.relative_position_bucket`.
-    relative_max_distance: likewise.
   """
 
   vocab_size: int = 259
-  emb_dim: int = 512
-  num_heads: int = 8
   num_layers: int = 8
-  head_dim: int = 64
-  mlp_dim: int = 1024
-  mlp_activations: tuple[str, ...] = ('gelu', 'linear')
-  dropout_rate: float = 0.0
-  logits_via_embedding: bool = False
-  dtype: str = 'float32'
-  float32_attention_logits: bool = False
-  relative_buckets: int = 32
-  relative_max_distance: int = 128
 
 
 class LanguageModel(nn.Module):

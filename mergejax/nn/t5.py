@@ -17,17 +17,14 @@ from mergejax import typing
 from mergejax.nn import layers
 
 
-@dataclasses.dataclass(frozen=True)
-class T5Config:
-  """Sizes of a T5. Field names are T5X's; the defaults are T5 1.1 small.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StackConfig:
+  """Sizes that all models of the family share; names are T5X's.
 
   Attributes:
-    vocab_size: rows of the embedding; 32128 is 32000 pieces, 100 sentinels and
-      padding to a multiple of 128.
+    vocab_size: rows of the embedding.
     emb_dim: width of the residual stream.
     num_heads: attention heads.
-    num_encoder_layers: layers of the encoder.
-    num_decoder_layers: layers of the decoder.
     head_dim: size of one head.
     mlp_dim: hidden size of the feed-forward block.
     mlp_activations: `('relu',)` for 1.0, `('gelu', 'linear')` for 1.1.
@@ -40,11 +37,9 @@ class T5Config:
     relative_max_distance: likewise.
   """
 
-  vocab_size: int = 32128
+  vocab_size: int
   emb_dim: int = 512
   num_heads: int = 6
-  num_encoder_layers: int = 8
-  num_decoder_layers: int = 8
   head_dim: int = 64
   mlp_dim: int = 1024
   mlp_activations: tuple[str, ...] = ('gelu', 'linear')
@@ -56,13 +51,29 @@ class T5Config:
   relative_max_distance: int = 128
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class T5Config(StackConfig):
+  """Sizes of an encoder-decoder; the defaults are T5 1.1 small.
+
+  Attributes:
+    vocab_size: 32128 is 32000 pieces, 100 sentinels and padding to a multiple
+      of 128.
+    num_encoder_layers: layers of the encoder.
+    num_decoder_layers: layers of the decoder.
+  """
+
+  vocab_size: int = 32128
+  num_encoder_layers: int = 8
+  num_decoder_layers: int = 8
+
+
 class DecoderLayer(nn.Module):
   """Causal self-attention, cross-attention if there is an encoder, MLP.
 
   Shared by T5's decoder and the decoder-only language model.
   """
 
-  config: T5Config
+  config: StackConfig
 
   @nn.compact
   def __call__(
@@ -86,7 +97,7 @@ class DecoderLayer(nn.Module):
 class EncoderLayer(nn.Module):
   """Bidirectional self-attention and MLP, each pre-normed, with residuals."""
 
-  config: T5Config
+  config: StackConfig
 
   @nn.compact
   def __call__(self, x, bias, *, deterministic):
@@ -101,11 +112,11 @@ class EncoderLayer(nn.Module):
 class _Block:
   """Builds the parts of one layer inside that layer's own name scope."""
 
-  config: T5Config
+  config: StackConfig
   deterministic: bool
 
   def norm(self, name):
-    return layers.rms_norm(self.config.dtype, name)
+    return layers.RMSNorm(self.config.dtype, name=name)
 
   def attention(self, name):
     config = self.config
@@ -150,7 +161,7 @@ def relative_bias(
   )
 
 
-def token_embedder(config) -> nn.Embed:
+def token_embedder(config: StackConfig) -> nn.Embed:
   """The table `token_embedder/embedding [vocab, embed]`, drawn from N(0, 1)."""
   return nn.Embed(
     config.vocab_size,
@@ -193,7 +204,7 @@ class Decoder(nn.Module):
       model), and then it is given tokens rather than embeddings.
   """
 
-  config: T5Config
+  config: StackConfig
   num_layers: int
   embedder: nn.Embed | None = None
 

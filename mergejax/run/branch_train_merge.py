@@ -24,7 +24,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 from jax.experimental import multihost_utils
-import numpy as np
 import optax
 import seqio
 
@@ -38,13 +37,10 @@ from mergejax.data import mixtures
 from mergejax.data import stream as stream_lib
 from mergejax.data import tasks
 from mergejax.evaluation import bits
+from mergejax.evaluation import forest_table
 from mergejax.evaluation import plots
 from mergejax.evaluation import report
 from mergejax.experts import branch
-from mergejax.experts import forest
-from mergejax.merging import arithmetic
-from mergejax.merging import mean
-from mergejax.run import evaluate
 from mergejax.run import train
 from mergejax.store import base
 from mergejax.store import checkpoint
@@ -103,15 +99,6 @@ class Settings:
     return pathlib.Path(self.model_dir).expanduser()
 
 
-@dataclasses.dataclass(frozen=True)
-class Models:
-  """Trained parameters, in host memory; experts have a leading axis K."""
-
-  seed: Any
-  experts: Any
-  dense: Any
-
-
 def run(settings: Callable[[], Settings] | Settings) -> None:
   """The job: text, training, merging, evaluation, report."""
   settings = settings() if callable(settings) else settings
@@ -128,7 +115,7 @@ def run(settings: Callable[[], Settings] | Settings) -> None:
   task_of, vocabulary = prepare_data(settings)
   trained = train_all(settings, task_of)
   say('evaluating')
-  load = lambda split, limit: evaluate.load_test_sets(
+  load = lambda split, limit: bits.load_test_sets(
     task_of,
     vocabulary,
     split=split,
@@ -136,11 +123,18 @@ def run(settings: Callable[[], Settings] | Settings) -> None:
     batch_size=settings.batch_size,
     max_sequences=limit,
   )
-  table, roles, chosen = evaluate_all(
-    settings,
+  table, roles, chosen, best_merge = forest_table.evaluate(
+    settings.module,
     trained,
     validation=load('validation', settings.validation_sequences),
     test=load('test', settings.test_sequences),
+    scales=settings.scales,
+    batch_size=settings.batch_size,
+  )
+  train.save_model(
+    settings.directory / 'checkpoints' / 'best_merge',
+    settings.module,
+    best_merge,
   )
   if jax.process_index() == 0:
     write_report(settings, table, roles, chosen, time.monotonic() - started)
@@ -253,7 +247,9 @@ def make_meshes(
   return side_by_side, single
 
 
-def train_all(settings: Settings, task_of: Mapping[str, str]) -> Models:
+def train_all(
+  settings: Settings, task_of: Mapping[str, str]
+) -> forest_table.Models:
   """Seed, experts and dense model; every phase continues where it stopped."""
   domains = list(task_of)
   side_by_side, single = make_meshes(settings, len(domains))
@@ -314,7 +310,7 @@ def train_all(settings: Settings, task_of: Mapping[str, str]) -> Models:
     single,
     total,
   )
-  trained = Models(
+  trained = forest_table.Models(
     seed_state.params,
     branch.to_host(expert_state.params),
     branch.to_host(dense_state.params),
@@ -329,119 +325,6 @@ def train_all(settings: Settings, task_of: Mapping[str, str]) -> Models:
       branch.unstack(trained.experts, i),
     )
   return trained
-
-
-def evaluate_all(
-  settings: Settings,
-  trained: Models,
-  *,
-  validation: Mapping[str, bits.TestSet],
-  test: Mapping[str, bits.TestSet],
-) -> tuple[dict[str, dict[str, bits.Score]], report.Roles, dict[str, Any]]:
-  """Scores every model on every domain; choices are made on validation.
-
-  Returns:
-    `(table, roles, what was chosen)`.
-  """
-  domains = list(test)
-  scorer = bits.make_scorer(settings.module)
-  experts = [branch.unstack(trained.experts, i) for i in range(len(domains))]
-
-  def scores(params, sets):
-    return {
-      d: bits.score(scorer(params, one), one.num_bytes)
-      for d, one in sets.items()
-    }
-
-  merge = jax.jit(
-    lambda method, **kwargs: branch.merge_experts(
-      trained.experts, method(), **kwargs
-    ),
-    static_argnums=0,
-  )
-  # Task arithmetic, its scale by validation.
-  by_scale = {
-    scale: merge(
-      lambda scale=scale: arithmetic.task_arithmetic(scale=scale),
-      base=trained.seed,
-    )
-    for scale in settings.scales
-  }
-  on_validation = {
-    scale: report.mean(scores(params, validation))
-    for scale, params in by_scale.items()
-  }
-  scale = min(on_validation, key=on_validation.get)
-  average_row = 'uniform average'
-  arithmetic_row = f'task arithmetic, scale {scale:g}'
-  merged = {average_row: merge(mean.linear), arithmetic_row: by_scale[scale]}
-  validation_mean = {
-    average_row: report.mean(scores(merged[average_row], validation)),
-    arithmetic_row: on_validation[scale],
-  }
-  best_merge = min(validation_mean, key=validation_mean.get)
-  train.save_model(
-    settings.directory / 'checkpoints' / 'best_merge',
-    settings.module,
-    merged[best_merge],
-  )
-
-  def likelihoods(one):
-    return np.stack([scorer(params, one) for params in experts])
-
-  rows = {}
-  expert_lp = {domain: likelihoods(one) for domain, one in test.items()}
-  priors = {
-    domain: cached_prior(settings, likelihoods(one), one.mask)
-    for domain, one in validation.items()
-  }
-  rows['seed'] = scores(trained.seed, test)
-  names = {domain: f'expert {domain}' for domain in domains}
-  for i, domain in enumerate(domains):
-    rows[names[domain]] = {
-      d: bits.score(expert_lp[d][i], one.num_bytes) for d, one in test.items()
-    }
-  rows['dense'] = scores(trained.dense, test)
-  for name, params in merged.items():
-    rows[name] = scores(params, test)
-  rows['posterior average'] = {
-    d: bits.score(
-      scorer(merge(mean.linear, weights=priors[d]), one), one.num_bytes
-    )
-    for d, one in test.items()
-  }
-  rows['ensemble'] = {
-    d: bits.score(
-      np.asarray(forest.ensemble(expert_lp[d], one.mask, priors[d])),
-      one.num_bytes,
-    )
-    for d, one in test.items()
-  }
-  roles = report.Roles(
-    seed='seed',
-    dense='dense',
-    ensemble='ensemble',
-    experts=names,
-    merges=tuple(merged),
-    best_merge=best_merge,
-  )
-  chosen = {
-    'task_arithmetic_scale': scale,
-    'validation_mean_by_scale': {f'{s:g}': v for s, v in on_validation.items()},
-    'best_merge': best_merge,
-    'cached_priors': {d: p.tolist() for d, p in priors.items()},
-  }
-  return rows, roles, chosen
-
-
-def cached_prior(
-  settings: Settings, lp: np.ndarray, mask: np.ndarray
-) -> np.ndarray:
-  """The domain prior from the development sequences, batch by batch."""
-  size = settings.batch_size
-  return forest.cached_prior(
-    (lp[:, i : i + size], mask[i : i + size]) for i in range(0, len(mask), size)
-  )
 
 
 def write_report(

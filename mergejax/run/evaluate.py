@@ -11,7 +11,6 @@ from mergejax import errors
 from mergejax import models
 from mergejax.data import corpora
 from mergejax.data import features
-from mergejax.data import stream
 from mergejax.data import tasks
 from mergejax.evaluation import bits
 from mergejax.evaluation import report
@@ -44,7 +43,7 @@ def main(arguments: Sequence[str]) -> None:
       corpora.read_folder(tasks.locate(options.corpora)), pathlib.Path(folder)
     )
     corpora.check_sizes(sizes, {options.split: 1})
-    test_sets = load_test_sets(
+    test_sets = bits.load_test_sets(
       tasks.add_corpora(folder, vocabulary),
       vocabulary,
       split=options.split,
@@ -63,22 +62,3 @@ def main(arguments: Sequence[str]) -> None:
   if options.json:
     text = json.dumps(report.to_json(table), indent=2)
     pathlib.Path(options.json).write_text(text + '\n')
-
-
-def load_test_sets(
-  task_of, vocabulary, *, split, length, batch_size, max_sequences
-) -> dict[str, bits.TestSet]:
-  """A fixed sample of a split of every domain: `{domain: TestSet}`."""
-  return {
-    domain: bits.make_test_set(
-      stream.evaluation_batches(
-        task,
-        lengths={'targets': length},
-        batch_size=batch_size,
-        split=split,
-        max_examples=max_sequences,
-      ),
-      vocabulary,
-    )
-    for domain, task in task_of.items()
-  }

@@ -225,7 +225,7 @@ class GinTest(parameterized.TestCase):
 
   @parameterized.parameters(
     (['--gin.CORPRA=x'], "Did you mean 'CORPORA'"),
-    ([], 'must be set: CORPORA, MODEL_DIR'),
+    ([], 'must be set: CORPORA'),
     (['--gin.CORPORA=x', '--gin.MODEL_DIR=y', '--gin_file=no.gin'], 'no.gin'),
     (['--gin_fle=x'], "Did you mean '--gin_file'"),
     (['--gin.branch_train_merge.Settings.lenth=3'], 'gin: '),
