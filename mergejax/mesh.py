@@ -12,8 +12,10 @@ from collections.abc import Mapping, Sequence
 import math
 
 import jax
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
+import numpy as np
 
 from mergejax import axes as axes_lib
 from mergejax import errors
@@ -37,6 +39,35 @@ RULES = (
   ('length', None),
   ('layers', None),
 )
+
+
+def join_processes(
+  coordinator_address: str | None = None,
+  process_count: int | None = None,
+  process_index: int | None = None,
+) -> None:
+  """Makes the processes of a run one program; call it before anything else.
+
+  Args:
+    coordinator_address: `host:port` of the first process. On a TPU pod, under
+      Slurm and the like, leave all three out: the environment tells.
+    process_count: how many processes there are.
+    process_index: which one this is, from 0.
+
+  Raises:
+    UserError: the processes could not find each other.
+  """
+  # The default on CPU has no collectives between processes.
+  jax.config.update('jax_cpu_collectives_implementation', 'gloo')
+  try:
+    jax.distributed.initialize(
+      coordinator_address, process_count, process_index
+    )
+  except (ValueError, RuntimeError) as error:
+    raise errors.UserError(
+      f'The processes could not join ({error}). Give --coordinator_address, '
+      '--process_count and --process_index to every one of them.'
+    ) from error
 
 
 def make_mesh(
@@ -143,3 +174,14 @@ def param_shardings(
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
   """The sharding that puts a whole copy on every device."""
   return NamedSharding(mesh, PartitionSpec())
+
+
+def to_host(tree: typing.Tree) -> typing.Tree:
+  """Fetches arrays to every process, also those spread over processes."""
+
+  def fetch(leaf):
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+      return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+    return np.asarray(leaf)
+
+  return jax.tree.map(fetch, tree)

@@ -16,7 +16,6 @@ from typing import Any
 
 import flax.serialization
 import jax
-from jax.experimental import multihost_utils
 import jax.numpy as jnp
 import numpy as np
 
@@ -331,14 +330,3 @@ def merge_experts(
 def unstack(stacked: typing.Tree, index: int) -> typing.Tree:
   """The parameters of one expert."""
   return jax.tree.map(lambda leaf: leaf[index], stacked)
-
-
-def to_host(tree: Any) -> Any:
-  """Fetches arrays to every process, also those spread over processes."""
-
-  def fetch(leaf):
-    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-      return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
-    return np.asarray(leaf)
-
-  return jax.tree.map(fetch, tree)

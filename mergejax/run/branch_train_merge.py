@@ -198,36 +198,37 @@ def prepare_data(
       f'{settings.module.config.vocab_size}: set its vocab_size.'
     )
   folder = settings.directory / 'corpora'
-  if jax.process_index() == 0:
-    if settings.corpora is None:
-      domains = machine_text.domains()
-    else:
-      domains = corpora_lib.read_folder(tasks.locate(settings.corpora))
-    # Everything is checked before the folder is made known to other runs.
-    with base.atomic_path(folder, overwrite=True) as temporary:
-      sizes = corpora_lib.write_splits(
-        domains, temporary, max_train_bytes=settings.max_train_bytes
-      )
-      batch = settings.batch_size * settings.length
-      corpora_lib.check_sizes(
-        sizes,
-        {
-          'train': batch,
-          'validation': settings.length,
-          'test': settings.length,
-        },
-      )
-    train.save_json(settings.directory / 'settings.json', describe(settings))
-    for domain, size in sizes.items():
-      say(
-        f'  {domain:<24}'
-        + '  '.join(f'{s} {size[s] / 1e3:,.0f} kB' for s in sizes[domain])
-      )
+  settings_file = settings.directory / 'settings.json'
+  # A run that continues keeps its text, whatever became of the sources.
+  if jax.process_index() == 0 and not settings_file.exists():
+    write_corpora(settings, folder)
+    train.save_json(settings_file, describe(settings))
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices('corpora')
   task_of = tasks.add_corpora(folder, vocabulary)
   mixtures.add_mixture(_MIXTURE, list(task_of.values()), rates='equal')
   return task_of, vocabulary
+
+
+def write_corpora(settings: Settings, folder: pathlib.Path) -> None:
+  """Writes the split text; all of it is checked before the folder appears."""
+  if settings.corpora is None:
+    domains = machine_text.domains()
+  else:
+    domains = corpora_lib.read_folder(tasks.locate(settings.corpora))
+  least = {
+    'train': settings.batch_size * settings.length,
+    'validation': settings.length,
+    'test': settings.length,
+  }
+  with base.atomic_path(folder, overwrite=True) as temporary:
+    sizes = corpora_lib.write_splits(
+      domains, temporary, max_train_bytes=settings.max_train_bytes
+    )
+    corpora_lib.check_sizes(sizes, least)
+  for domain, size in sizes.items():
+    kilobytes = [f'{split} {size[split] / 1e3:,.0f} kB' for split in size]
+    say(f'  {domain:<24}' + '  '.join(kilobytes))
 
 
 def make_meshes(
@@ -290,7 +291,7 @@ def train_all(
     settings.seed_steps,
   )
   # Experts and dense model start from the very same host copy.
-  seed_state = branch.to_host(seed_state)
+  seed_state = mesh_lib.to_host(seed_state)
   streams = [
     stream(task_of[domains[i]], settings.batch_size, data_seed + 1 + i)
     for i in branch.local_experts(side_by_side, len(domains))
@@ -312,8 +313,8 @@ def train_all(
   )
   trained = forest_table.Models(
     seed_state.params,
-    branch.to_host(expert_state.params),
-    branch.to_host(dense_state.params),
+    mesh_lib.to_host(expert_state.params),
+    mesh_lib.to_host(dense_state.params),
   )
   folder = settings.directory / 'checkpoints'
   train.save_model(folder / 'seed', settings.module, trained.seed)

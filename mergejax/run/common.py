@@ -5,6 +5,7 @@
 import argparse
 import ast
 from collections.abc import Callable, Sequence
+import inspect
 import logging
 import os
 import pathlib
@@ -45,6 +46,13 @@ def run_reporting_mistakes(main: Callable[[], None]) -> int:
     main()
   except errors.UserError as error:
     print(f'mergejax: {error}', file=sys.stderr)
+    return 2
+  except OSError as error:
+    where = f' {error.filename}' if error.filename else ''
+    print(
+      f'mergejax: could not read or write{where}: {error.strerror or error}',
+      file=sys.stderr,
+    )
     return 2
   except loop.Stopped as stopped:
     print(
@@ -139,8 +147,7 @@ def parse_gin(
     AttributeError,
     ImportError,
   ) as error:
-    text = str(error).strip().splitlines()
-    raise errors.UserError('gin: ' + ' '.join(text[:3])) from error
+    raise errors.UserError(_explain(str(error))) from error
   finally:
     logging.disable(logging.NOTSET)
   missing = [
@@ -154,6 +161,21 @@ def parse_gin(
       f'--gin.{missing[0]}=VALUE.'
     )
   gin.finalize()
+
+
+def _explain(message: str) -> str:
+  """gin's message, with near names for a parameter that does not exist."""
+  match = re.search(
+    r"Configurable '(\S+)' doesn't have a parameter named '(\w+)'", message
+  )
+  if match:
+    *module, function = match[1].split('.')
+    ending = '.' + '.'.join(module)
+    for name, loaded in list(sys.modules.items()):
+      if ('.' + name).endswith(ending) and hasattr(loaded, function):
+        known = inspect.signature(getattr(loaded, function)).parameters
+        return errors.near(match[2], known, f'gin parameter of {match[1]},')
+  return 'gin: ' + ' '.join(message.strip().splitlines()[:3])
 
 
 def _shipped(file: str) -> str:

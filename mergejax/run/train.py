@@ -24,6 +24,7 @@ from mergejax.data import stream as stream_lib
 from mergejax.evaluation import summaries
 from mergejax.experts import branch
 from mergejax.run import common
+from mergejax.store import base
 from mergejax.store import checkpoint
 from mergejax.train import checkpoints as checkpoints_lib
 from mergejax.train import hooks as hooks_lib
@@ -52,6 +53,16 @@ def main(arguments: Sequence[str]) -> None:
     action='store_true',
     help='print the complete configuration, train nothing',
   )
+  parser.add_argument(
+    '--multiprocess',
+    action='store_true',
+    help='join the processes that the environment tells of (a TPU pod, Slurm)',
+  )
+  parser.add_argument(
+    '--coordinator_address', help='host:port, to join by hand'
+  )
+  parser.add_argument('--process_count', type=int)
+  parser.add_argument('--process_index', type=int)
   options = parser.parse_args(rest)
   if not files:
     raise errors.UserError('mergejax train needs --gin_file=FILE.')
@@ -59,6 +70,10 @@ def main(arguments: Sequence[str]) -> None:
   if options.dry_run:
     print(gin.config_str())
     return
+  if options.multiprocess or options.coordinator_address:
+    mesh_lib.join_processes(
+      options.coordinator_address, options.process_count, options.process_index
+    )
   gin.get_configurable(run)()
 
 
@@ -210,7 +225,7 @@ def train_model(
 
 def save_model(path: pathlib.Path, module: nn.Module, params: Any) -> None:
   """Saves parameters with the module's `config.json`, replacing older ones."""
-  params = branch.to_host(params)
+  params = mesh_lib.to_host(params)
   if jax.process_index() == 0:
     checkpoint.save_checkpoint(
       path, params, config=models.describe(module), overwrite=True
@@ -218,5 +233,6 @@ def save_model(path: pathlib.Path, module: nn.Module, params: Any) -> None:
 
 
 def save_json(path: pathlib.Path, data: Any) -> None:
-  """Writes a JSON file for people to read."""
-  path.write_text(json.dumps(data, indent=2) + '\n')
+  """Writes a JSON file for people to read, whole or not at all."""
+  with base.atomic_path(path, overwrite=True) as temporary:
+    temporary.write_text(json.dumps(data, indent=2) + '\n')

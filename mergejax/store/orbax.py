@@ -5,6 +5,7 @@
 import pathlib
 import re
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -41,6 +42,20 @@ def locate(path: pathlib.Path) -> pathlib.Path | None:
   return None
 
 
+def _checkpointer() -> ocp.Checkpointer:
+  """A checkpointer of this process alone: it waits for no other one."""
+  here = jax.process_index()
+  options = ocp.options.MultiprocessingOptions(
+    primary_host=here,
+    active_processes={here},
+    barrier_sync_key_prefix=f'{here}',
+  )
+  return ocp.Checkpointer(
+    ocp.PyTreeCheckpointHandler(multiprocessing_options=options),
+    multiprocessing_options=options,
+  )
+
+
 class OrbaxStore(base.ParamStore):
   """Reads parameters of an orbax checkpoint leaf by leaf.
 
@@ -50,7 +65,7 @@ class OrbaxStore(base.ParamStore):
 
   def __init__(self, path: pathlib.Path):
     self._directory = locate(path).absolute()
-    self._checkpointer = ocp.PyTreeCheckpointer()
+    self._checkpointer = _checkpointer()
     try:
       metadata = self._checkpointer.metadata(self._directory).item_metadata
       self._tree = metadata.tree
@@ -103,6 +118,4 @@ class OrbaxStore(base.ParamStore):
 
 def write(path: pathlib.Path, leaves) -> None:
   """Writes `{path: array}` as one orbax tree; `path` must not exist."""
-  ocp.PyTreeCheckpointer().save(
-    path.absolute(), tree_lib.unflatten(leaves), force=True
-  )
+  _checkpointer().save(path.absolute(), tree_lib.unflatten(leaves), force=True)

@@ -81,7 +81,7 @@ class Checkpoints:
       UserError: this or the previous write failed (a full disk, say). Earlier
         steps are untouched.
     """
-    step = int(jax.device_get(state.step).reshape(-1)[0])
+    step = step_lib.step_number(state)
     if step == self.latest():
       return
     with self._writing():

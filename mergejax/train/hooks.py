@@ -12,6 +12,7 @@ import time
 import numpy as np
 import tqdm
 
+from mergejax.store import base
 from mergejax.train import loop
 
 
@@ -98,7 +99,8 @@ def jsonl(
         for line in lines
         if line.endswith('\n') and json.loads(line)['step'] < step
       ]
-      path.write_text(''.join(kept))
+      with base.atomic_path(path, overwrite=True) as temporary:
+        temporary.write_text(''.join(kept))
     fresh = False
     with open(path, 'a', encoding='utf-8') as file:
       row = {'step': step, **scalars(metrics, names)}

@@ -7,9 +7,9 @@ import signal
 import threading
 from typing import Any, Protocol
 
-import jax
 import numpy as np
 
+from mergejax import mesh as mesh_lib
 from mergejax.train import checkpoints as checkpoints_lib
 from mergejax.train import step as step_lib
 
@@ -92,13 +92,15 @@ def fit(
   if checkpoints is not None and checkpoints.latest() is not None:
     state, position = checkpoints.restore(state)
     stream.restore(position)
-  step = first_step(state)
+  step = step_lib.step_number(state)
   with _StopSignal() as stop:
     while step < steps:
       state, metrics = step_fn(state, place(next(stream)))
       step += 1
-      if hooks and (step == steps or step % log_every == 0):
-        metrics = jax.device_get(metrics)
+      if step == steps or step % log_every == 0:
+        # Fetched by every process, whether it has hooks or not: the metrics of
+        # experts are spread over all of them.
+        metrics = mesh_lib.to_host(metrics)
         for hook in hooks:
           hook(step, metrics)
       stopping = stop.received  # read once: it may come at any moment
@@ -112,13 +114,3 @@ def fit(
   if checkpoints is not None:
     checkpoints.wait()
   return state
-
-
-def first_step(state: step_lib.TrainState) -> int:
-  """The step number of a state, or of the first expert of a stacked one."""
-  local = (
-    state.step.addressable_shards[0].data
-    if hasattr(state.step, 'addressable_shards')
-    else state.step
-  )
-  return int(np.asarray(local).reshape(-1)[0])

@@ -8,6 +8,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from mergejax import typing
@@ -43,6 +44,14 @@ def create(
     opt_state=optimizer.init(params),
     key=jax.random.key_data(key),
   )
+
+
+def step_number(state: TrainState) -> int:
+  """Updates made so far; experts trained side by side have made the same."""
+  step = state.step
+  if isinstance(step, jax.Array):  # maybe spread over processes
+    step = step.addressable_shards[0].data
+  return int(np.asarray(step).reshape(-1)[0])
 
 
 StepFn = Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]

@@ -63,8 +63,9 @@ def build(mesh, optimizer=None, batched=None):
 def main(branches, data, *distributed):
   if distributed:
     coordinator, processes, index = distributed
-    jax.config.update('jax_cpu_collectives_implementation', 'gloo')
-    jax.distributed.initialize(coordinator, int(processes), int(index))
+    from mergejax import mesh as first
+
+    first.join_processes(coordinator, int(processes), int(index))
   from mergejax import mesh as mesh_lib
   from mergejax.experts import branch
   from mergejax.merging import mean
@@ -74,12 +75,12 @@ def main(branches, data, *distributed):
   losses = []
   for _ in range(10):
     state, metrics = step(state, place(next(stream)))
-    losses.append(branch.to_host(metrics['loss']).tolist())
+    losses.append(mesh_lib.to_host(metrics['loss']).tolist())
   merged = jax.jit(lambda p: branch.merge_experts(p, mean.linear()))(
     state.params
   )
   norm = jnp.sqrt(sum(jnp.sum(x**2) for x in jax.tree.leaves(merged)))
-  norm = float(branch.to_host(norm))
+  norm = float(mesh_lib.to_host(norm))
   if jax.process_index() == 0:
     print(json.dumps({'losses': losses, 'merged_norm': norm}))
 

@@ -228,7 +228,10 @@ class GinTest(parameterized.TestCase):
     ([], 'must be set: CORPORA'),
     (['--gin.CORPORA=x', '--gin.MODEL_DIR=y', '--gin_file=no.gin'], 'no.gin'),
     (['--gin_fle=x'], "Did you mean '--gin_file'"),
-    (['--gin.branch_train_merge.Settings.lenth=3'], 'gin: '),
+    (
+      ['--gin.branch_train_merge.Settings.lenth=3'],
+      "Did you mean 'length'",
+    ),
     (['--gin.CORPORA=nowhere', '--gin.MODEL_DIR=y'], 'no nowhere'),
   )
   def test_mistakes(self, flags, message):
@@ -248,6 +251,54 @@ class GinTest(parameterized.TestCase):
     code, _, err = run('train')
     self.assertEqual(code, 2)
     self.assertIn('--gin_file', err)
+
+  def test_text_to_text_trains_and_continues(self):
+    folder = pathlib.Path(self.create_tempdir().full_path)
+    rows = [f'{i} plus one\t{i + 1}' for i in range(300)]
+    (folder / 'train.tsv').write_text('\n'.join(['sum\tresult', *rows]))
+    (folder / 'tiny.gin').write_text(
+      'from __gin__ import dynamic_registration\n'
+      'from mergejax.nn import t5\n'
+      "include 'runs/text_to_text.gin'\n"
+      't5.T5Config:\n  emb_dim = 16\n  num_heads = 2\n  head_dim = 8\n'
+      '  num_encoder_layers = 1\n  num_decoder_layers = 1\n  mlp_dim = 32\n'
+    )
+
+    def train(steps):
+      return run(
+        'train',
+        f'--gin_file={folder}/tiny.gin',
+        f'--gin.TRAIN_FILE={folder}/train.tsv',
+        '--gin.INPUTS=what is {sum}',
+        '--gin.TARGETS={result}',
+        f'--gin.MODEL_DIR={folder}/out',
+        f'--gin.TRAIN_STEPS={steps}',
+        '--gin.BATCH_SIZE=8',
+        "--gin.LENGTHS={'inputs': 32, 'targets': 16}",
+        "--gin.MESH={'data': 4, 'model': 2}",
+      )
+
+    for steps in (3, 5):
+      code, _, err = train(steps)
+      self.assertEqual(code, 0, err)
+      self.assertIn(f'train: step {steps}/{steps}', err)
+    module, _ = mj.load_model(folder / 'out' / 'model')
+    self.assertEqual(module.config.dropout_rate, 0.1)
+    self.assertEqual(
+      sorted(p.name for p in (folder / 'out/train/checkpoints').iterdir()),
+      ['3', '5'],
+    )
+
+  @parameterized.parameters('t5_1_1_tiny', 't5_1_1_small')
+  def test_every_t5_builds(self, size):
+    settings = [(n, 'x') for n in ('INPUTS', 'TARGETS', 'MODEL_DIR')]
+    settings += [('TRAIN_FILE', 'x'), ('VOCABULARY', 'bytes')]
+    common.parse_gin(['runs/text_to_text.gin', f'models/{size}.gin'], settings)
+    module = gin.get_configurable(t5.Transformer)()
+    count = sum(s.size for s in models.param_specs(module).values())
+    self.assertBetween(
+      count, *{'t5_1_1_tiny': (9e6, 10e6), 't5_1_1_small': (76e6, 78e6)}[size]
+    )
 
   @parameterized.parameters('lm_tiny', 'lm_small')
   def test_every_size_builds(self, size):

@@ -8,6 +8,7 @@ import pathlib
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -75,14 +76,16 @@ class ResumeTest(absltest.TestCase):
     shutil.rmtree(cls.folder, ignore_errors=True)
     super().tearDownClass()
 
-  def start(self, name):
-    env = dict(os.environ, XLA_FLAGS='')
+  def start(self, name, *flags, devices=1):
+    count = f'--xla_force_host_platform_device_count={devices}'
+    env = dict(os.environ, XLA_FLAGS=count)
     return subprocess.Popen(
         [
             sys.executable, '-m', 'mergejax', 'train',
             f'--gin_file={self.folder}/small.gin',
             f'--gin.CORPORA={self.folder}/text',
             f'--gin.MODEL_DIR={self.folder}/{name}',
+        *flags,
         ],
         env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
@@ -197,6 +200,43 @@ class ResumeTest(absltest.TestCase):
     self.assertRegex(err, 'tiny: 0 bytes of train text, 64 needed')
     self.assertNotIn('Traceback', err)
     self.assertFalse((self.folder / 'refused' / 'corpora').exists())
+
+  def losses(self, name):
+    rows = {}
+    for phase in ('seed', 'experts', 'dense'):
+      file = self.folder / name / 'train' / phase / 'metrics.jsonl'
+      for line in file.read_text().splitlines():
+        row = json.loads(line)
+        for key, value in row.items():
+          if key.startswith('loss'):
+            rows[f'{phase} {row["step"]} {key}'] = value
+    return rows
+
+  def test_eight_devices_and_two_processes_give_the_same_losses(self):
+    if not (self.folder / 'whole' / 'table.json').exists():
+      self.finish('whole')
+    mesh = "--gin.MESH={'branch': 2, 'data': %d}"
+    eight = self.start('eight', mesh % 4, devices=8)
+    _, err = eight.communicate(timeout=600)
+    self.assertEqual(eight.returncode, 0, err[-3000:])
+    with socket.socket() as probe:
+      probe.bind(('127.0.0.1', 0))
+      address = f'127.0.0.1:{probe.getsockname()[1]}'
+    join = [f'--coordinator_address={address}', '--process_count=2']
+    pair = [
+      self.start('pair', mesh % 1, *join, f'--process_index={i}')
+      for i in range(2)
+    ]
+    for process in pair:
+      _, err = process.communicate(timeout=600)
+      self.assertEqual(process.returncode, 0, err[-3000:])
+    expected = self.losses('whole')
+    self.assertLen(expected, 2 + 2 * 2 + 2)
+    for name in ('eight', 'pair'):
+      found = self.losses(name)
+      self.assertEqual(sorted(found), sorted(expected))
+      for key, value in expected.items():
+        np.testing.assert_allclose(found[key], value, rtol=1e-5, err_msg=key)
 
   def test_the_best_merge_loads(self):
     if not (self.folder / 'whole' / 'table.json').exists():
