@@ -16,6 +16,7 @@ from mergejax import tree
 from mergejax import typing
 from mergejax.nn import lm
 from mergejax.nn import t5
+from mergejax.store import base
 from mergejax.store import checkpoint
 from mergejax.store.names import t5 as t5_names
 
@@ -114,9 +115,8 @@ def load_model(
     config = dict(model_type='t5x', **t5_names.config_from_hf(config))
     leaves = tree.flatten(store.read())
     leaves = t5_names.from_hf(leaves, tied_head=config['logits_via_embedding'])
-    params = tree.unflatten(leaves)
-  else:
-    params = store.read(sharding=sharding)
+    store = base.MemoryStore(leaves, name=str(path))
+  params = store.read(sharding=sharding)
   module = build(config)
   tree.check_same(
     param_specs(module),

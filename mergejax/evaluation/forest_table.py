@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scores a forest: seed, experts, dense model, merges and the ensemble."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 from typing import Any
 
@@ -62,59 +62,44 @@ def evaluate(
       for d, one in sets.items()
     }
 
-  def merge(method, **options):
-    return merging.merge(experts, method, **options)
-
-  # Task arithmetic, its scale by validation.
-  by_scale = {
-    scale: merge(arithmetic.task_arithmetic(scale=scale), base=trained.seed)
-    for scale in scales
-  }
-  on_validation = {
-    scale: report.mean(scores(params, validation))
-    for scale, params in by_scale.items()
-  }
-  scale = min(on_validation, key=on_validation.get)
-  average_row = 'uniform average'
-  arithmetic_row = f'task arithmetic, scale {scale:g}'
-  merged = {average_row: merge(mean.linear()), arithmetic_row: by_scale[scale]}
-  validation_mean = {
-    average_row: report.mean(scores(merged[average_row], validation)),
-    arithmetic_row: on_validation[scale],
-  }
-  best_merge = min(validation_mean, key=validation_mean.get)
-
   def likelihoods(one):
     return np.stack([scorer(params, one) for params in experts])
 
-  rows = {}
-  expert_lp = {domain: likelihoods(one) for domain, one in test.items()}
+  merged, best_merge, chosen = choose_merges(
+    experts,
+    trained.seed,
+    scales,
+    lambda params: report.mean(scores(params, validation)),
+  )
   priors = {
-    domain: cached_prior(likelihoods(one), one.mask, batch_size)
-    for domain, one in validation.items()
+    d: cached_prior(likelihoods(one), one.mask, batch_size)
+    for d, one in validation.items()
   }
-  rows['seed'] = scores(trained.seed, test)
-  names = {domain: f'expert {domain}' for domain in domains}
-  for i, domain in enumerate(domains):
-    rows[names[domain]] = {
-      d: bits.score(expert_lp[d][i], one.num_bytes) for d, one in test.items()
+  expert_lp = {d: likelihoods(one) for d, one in test.items()}
+
+  def rows_of(log_likelihood):
+    return {
+      d: bits.score(log_likelihood(d, one), one.num_bytes)
+      for d, one in test.items()
     }
-  rows['dense'] = scores(trained.dense, test)
+
+  def posterior_average(domain, one):
+    average = merging.merge(experts, mean.linear(), weights=priors[domain])
+    return scorer(average, one)
+
+  def ensemble(domain, one):
+    mixed = forest.ensemble(expert_lp[domain], one.mask, priors[domain])
+    return np.asarray(mixed)
+
+  names = {domain: f'expert {domain}' for domain in domains}
+  table = {'seed': scores(trained.seed, test)}
+  for i, domain in enumerate(domains):
+    table[names[domain]] = rows_of(lambda d, _, i=i: expert_lp[d][i])
+  table['dense'] = scores(trained.dense, test)
   for name, params in merged.items():
-    rows[name] = scores(params, test)
-  rows['posterior average'] = {
-    d: bits.score(
-      scorer(merge(mean.linear(), weights=priors[d]), one), one.num_bytes
-    )
-    for d, one in test.items()
-  }
-  rows['ensemble'] = {
-    d: bits.score(
-      np.asarray(forest.ensemble(expert_lp[d], one.mask, priors[d])),
-      one.num_bytes,
-    )
-    for d, one in test.items()
-  }
+    table[name] = scores(params, test)
+  table['posterior average'] = rows_of(posterior_average)
+  table['ensemble'] = rows_of(ensemble)
   roles = report.Roles(
     seed='seed',
     dense='dense',
@@ -123,13 +108,45 @@ def evaluate(
     merges=tuple(merged),
     best_merge=best_merge,
   )
+  chosen['cached_priors'] = {d: p.tolist() for d, p in priors.items()}
+  return table, roles, chosen, merged[best_merge]
+
+
+def choose_merges(
+  experts: Sequence[typing.Tree],
+  seed: typing.Tree,
+  scales: Sequence[float],
+  validation_mean: Callable[[typing.Tree], float],
+) -> tuple[dict[str, typing.Tree], str, dict[str, Any]]:
+  """Merges experts into single models; scale and best are by validation.
+
+  Args:
+    experts: the experts' parameters.
+    seed: the model they branched from.
+    scales: candidates for task arithmetic.
+    validation_mean: bits per byte of a model, mean over domains.
+
+  Returns:
+    `({row: parameters}, the best row, what was chosen)`.
+  """
+  by_scale = {}
+  for scale in scales:
+    method = arithmetic.task_arithmetic(scale=scale)
+    params = merging.merge(experts, method, base=seed)
+    by_scale[scale] = (validation_mean(params), params)
+  scale = min(by_scale, key=lambda s: by_scale[s][0])
+  average = merging.merge(experts, mean.linear())
+  rows = {
+    'uniform average': (validation_mean(average), average),
+    f'task arithmetic, scale {scale:g}': by_scale[scale],
+  }
+  best = min(rows, key=lambda row: rows[row][0])
   chosen = {
     'task_arithmetic_scale': scale,
-    'validation_mean_by_scale': {f'{s:g}': v for s, v in on_validation.items()},
-    'best_merge': best_merge,
-    'cached_priors': {d: p.tolist() for d, p in priors.items()},
+    'validation_mean_by_scale': {f'{s:g}': v[0] for s, v in by_scale.items()},
+    'best_merge': best,
   }
-  return rows, roles, chosen, merged[best_merge]
+  return {row: params for row, (_, params) in rows.items()}, best, chosen
 
 
 def cached_prior(lp: np.ndarray, mask: np.ndarray, size: int) -> np.ndarray:
