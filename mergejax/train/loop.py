@@ -7,6 +7,8 @@ import signal
 import threading
 from typing import Any, Protocol
 
+import jax
+from jax.experimental import multihost_utils
 import numpy as np
 
 from mergejax import mesh as mesh_lib
@@ -46,6 +48,20 @@ class _StopSignal:
   def _note(self, number, frame):
     del number, frame
     self.received = True
+
+  def agreed(self, *, may_wait: bool) -> bool:
+    """True if the run should end here, the same in every process.
+
+    Processes may get the signal between different steps; they ask each other
+    only where they wait for each other anyway.
+    """
+    if jax.process_count() == 1:
+      return self.received
+    if not may_wait:
+      return False
+    return bool(
+      multihost_utils.process_allgather(np.array(self.received)).any()
+    )
 
   def __exit__(self, *_):
     if self._is_main:
@@ -97,13 +113,14 @@ def fit(
     while step < steps:
       state, metrics = step_fn(state, place(next(stream)))
       step += 1
-      if step == steps or step % log_every == 0:
+      log = step == steps or step % log_every == 0
+      if log:
         # Fetched by every process, whether it has hooks or not: the metrics of
         # experts are spread over all of them.
         metrics = mesh_lib.to_host(metrics)
         for hook in hooks:
           hook(step, metrics)
-      stopping = stop.received  # read once: it may come at any moment
+      stopping = stop.agreed(may_wait=log)
       save = stopping or step == steps or step % save_every == 0
       if checkpoints is not None and save:
         checkpoints.save(state, stream.state())
