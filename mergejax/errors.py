@@ -13,6 +13,11 @@ class UserError(ValueError):
   file, and what to do next. `mergejax` exits with code 2 on it.
   """
 
+  def __init__(self, message: str):
+    super().__init__(message)
+    # Kept apart from str(), to which gin adds a trail of configurables.
+    self.message = message
+
 
 def near(name: str, known: Iterable[str], what: str) -> str:
   """Sentence for an unknown name, with the nearest known ones.

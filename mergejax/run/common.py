@@ -10,7 +10,9 @@ import logging
 import os
 import pathlib
 import re
+import signal
 import sys
+import threading
 
 import gin
 from mergejax import errors
@@ -42,10 +44,18 @@ def run_reporting_mistakes(main: Callable[[], None]) -> int:
   0 if the result is complete (or training was asked to stop and is saved), 2
   with one message and no traceback for a mistake in what was asked for.
   """
+
+  def stop(number, frame):
+    del number, frame
+    raise loop.Stopped('Stopped outside of a training step.')
+
+  # The training loop replaces this one while it runs, to end between steps.
+  in_main = threading.current_thread() is threading.main_thread()
+  previous = signal.signal(signal.SIGTERM, stop) if in_main else None
   try:
     main()
   except errors.UserError as error:
-    print(f'mergejax: {error}', file=sys.stderr)
+    print(f'mergejax: {error.message}', file=sys.stderr)
     return 2
   except OSError as error:
     where = f' {error.filename}' if error.filename else ''
@@ -56,10 +66,14 @@ def run_reporting_mistakes(main: Callable[[], None]) -> int:
     return 2
   except loop.Stopped as stopped:
     print(
-      f'{stopped} Everything is saved; the same command continues.',
+      f'{str(stopped).splitlines()[0]} Everything is saved; the same command '
+      'continues.',
       file=sys.stderr,
     )
     return 0
+  finally:
+    if in_main:
+      signal.signal(signal.SIGTERM, previous)
   return 0
 
 
