@@ -292,14 +292,16 @@ def train_all(
   )
   # Experts and dense model start from the very same host copy.
   seed_state = mesh_lib.to_host(seed_state)
-  streams = [
-    stream(task_of[domains[i]], settings.batch_size, data_seed + 1 + i)
-    for i in branch.local_experts(side_by_side, len(domains))
-  ]
   expert_state = phase(
     'experts',
     branch.branch_state(seed_state, len(domains)),
-    branch.StackedStream(streams),
+    # Not named: shuffle buffers of all domains must not outlive the phase.
+    branch.StackedStream(
+      [
+        stream(task_of[domains[i]], settings.batch_size, data_seed + 1 + i)
+        for i in branch.local_experts(side_by_side, len(domains))
+      ]
+    ),
     side_by_side,
     total,
     domains,
