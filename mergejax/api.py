@@ -5,8 +5,10 @@
 from collections.abc import Sequence
 from typing import Any
 
+from mergejax import axes as axes_lib
 from mergejax import typing
 from mergejax.merging import base as merge_base
+from mergejax.merging import driver
 from mergejax.merging import named
 from mergejax.store import checkpoint
 
@@ -17,6 +19,8 @@ def merge(
   *,
   base: Any = None,
   weights: Sequence[Any] | None = None,
+  stats: Sequence[Any] | None = None,
+  axes: axes_lib.Rules = (),
   dtype: Any = None,
   seed: int = 0,
   **options: Any,
@@ -29,12 +33,16 @@ def merge(
       `Merge` built from one: `mj.task_arithmetic(scale=0.4)`.
     base: the common ancestor, where the method needs one.
     weights: one coefficient a model; see the method for the default.
+    stats: statistics of each model, `{path: {name: array}}`, for `fisher` and
+      `regmean`.
+    axes: `(regular expression, logical axes)` of leaves whose layout their
+      path does not tell, or that are stacks of layers.
     dtype: dtype of the result's floating leaves; by default as stored.
     seed: seeds random methods.
     **options: options of the named method.
 
   Returns:
-    The merged tree; see `merging.base.merge` for precision, sharding and jit.
+    The merged tree; see `merging.driver.merge` for precision, sharding and jit.
 
   Raises:
     UserError: unknown method or option, a missing base, differing trees,
@@ -44,11 +52,13 @@ def merge(
     >>> merge([{'w': np.zeros(2)}, {'w': np.ones(2)}], 'linear')
     {'w': Array([0.5, 0.5], dtype=float32)}
   """
-  return merge_base.merge(
+  return driver.merge(
     models,
     named.resolve(method, **options),
     base=base,
     weights=weights,
+    stats=stats,
+    axes=axes,
     dtype=dtype,
     seed=seed,
     opener=checkpoint.open_checkpoint,

@@ -6,10 +6,19 @@ A short table of rules gives every parameter its logical axes by path, so the
 same facts hold for a module, a tree in memory and a checkpoint on disk. An
 unknown parameter is an error, never a guess: a `[512, 512]` kernel does not
 say which side is its input.
+
+`View` is the other half: which axes of a leaf are stacked layers, which are
+the inputs of a linear map and which its output units. Flax kernels are `[in,
+out]`, PyTorch weights `[out, in]`.
 """
 
 from collections.abc import Mapping, Sequence
+import math
 import re
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
 
 from mergejax import errors
 from mergejax import tree
@@ -72,3 +81,146 @@ def logical_axes(
 
 def _matches(pattern: str, path: str) -> bool:
   return re.fullmatch(pattern, path) is not None
+
+
+# Axes along which separate layers or experts are stacked.
+STACKS = ('layers', 'layer', 'stack', 'expert', 'experts', 'branch', 'scan')
+
+# (path, axes besides stacked ones, which of them are inputs); first match wins.
+_INPUTS = (
+  (r'(.*[/.])?(query|key|value|qkv)/kernel', (2, 3, 4), lambda n: [0]),
+  (r'(.*/)?kernel', (2, 3, 4, 5), lambda n: list(range(n - 1))),
+  (r'(.*/)?embedding', (2,), lambda n: [1]),
+  (r'(.*/)?rel_embedding', (2,), lambda n: [0]),
+  (r'(.*[/.])?weight', (2, 3, 4, 5), lambda n: list(range(1, n))),
+)
+# Without axis names a third axis may be heads or stacked layers; these names
+# leave no doubt: convolutions of either world.
+_PLAIN_RANKS = {'kernel': (2, 4), 'weight': (2, 3, 4, 5)}
+
+
+class View(NamedTuple):
+  """Which axes of a leaf play which part; together all of its axes.
+
+  Attributes:
+    stack: axes of stacked layers or experts; each slice is a leaf of its own.
+    inputs: input axes of the linear map; all axes of a vector.
+    outputs: axes that number its output units; none for a vector.
+  """
+
+  stack: tuple[int, ...]
+  inputs: tuple[int, ...]
+  outputs: tuple[int, ...]
+
+
+def stacked(spec: typing.LeafSpec) -> tuple[int, ...]:
+  """Positions of the axes that stack layers; none if axes are not known."""
+  return tuple(i for i, name in enumerate(spec.axes or ()) if name in STACKS)
+
+
+def view(path: typing.Path, spec: typing.LeafSpec) -> View:
+  """Finds out what the axes of a leaf are.
+
+  Args:
+    path: of the leaf.
+    spec: with `axes` where they are known.
+
+  Returns:
+    The parts that its axes play.
+
+  Raises:
+    UserError: the path and the number of axes leave it open, and the spec
+      names no axes.
+
+  Example:
+    >>> view('mlp/wi/kernel', typing.LeafSpec((8, 16), np.dtype('float32')))
+    View(stack=(), inputs=(0,), outputs=(1,))
+    >>> view('mlp.up_proj.weight', typing.LeafSpec((16, 8), np.dtype('float32')))
+    View(stack=(), inputs=(1,), outputs=(0,))
+  """
+  stack = stacked(spec)
+  rest = [i for i in range(len(spec.shape)) if i not in stack]
+  if len(rest) <= 1:
+    return View(stack, tuple(rest), ())
+  for pattern, ranks, inputs in _INPUTS:
+    if re.fullmatch(pattern, path) and len(rest) in ranks:
+      plain = _PLAIN_RANKS.get(re.split('[/.]', path)[-1], (2,))
+      if spec.axes is None and len(rest) not in plain:
+        break
+      of_rest = inputs(len(rest))
+      return View(
+        stack,
+        tuple(rest[i] for i in of_rest),
+        tuple(rest[i] for i in range(len(rest)) if i not in of_rest),
+      )
+  raise errors.UserError(
+    f'Which axes of {path} {list(spec.shape)} are inputs and which are outputs '
+    'is not known, and this method must know. Give its logical axes: '
+    f"`axes=[({path!r}, ('layers', 'embed', 'mlp'))]` in Python, `axes:` in a "
+    f'recipe, one name an axis; stacked ones are called {", ".join(STACKS)}.'
+  )
+
+
+def with_axes(
+  specs: Mapping[typing.Path, typing.LeafSpec], rules: Rules
+) -> dict[typing.Path, typing.LeafSpec]:
+  """Specs with the axis names that a user's rules give; others as they were.
+
+  Raises:
+    UserError: a rule that matches nothing, or does not fit the rank.
+  """
+  covered = [p for p in specs if any(_matches(r[0], p) for r in rules)]
+  found = tree.apply_rules(rules, covered, 'axes') if rules else {}
+  result = dict(specs)
+  for path, names in found.items():
+    spec = specs[path]
+    if len(names) != len(spec.shape):
+      raise errors.UserError(
+        f'{path} has shape {list(spec.shape)}, but the axes given for it are '
+        f'{tuple(names)}: one name an axis.'
+      )
+    result[path] = typing.LeafSpec(spec.shape, spec.dtype, tuple(names))
+  return result
+
+
+def lay(leaf: typing.Array, parts: View, kind: str) -> typing.Array:
+  """Lays a leaf without stacked axes before a method.
+
+  Args:
+    leaf: <float>[...].
+    parts: its view, with an empty stack.
+    kind: 'unit' gives `[units, inputs]`, 'input' and 'matrix' `[inputs,
+      units]`; a vector stays a vector for 'matrix' and is one unit, or one
+      input, otherwise.
+
+  Returns:
+    The leaf, transposed and reshaped; `unlay` takes it back.
+  """
+  if kind == 'element' or (kind == 'matrix' and not parts.outputs):
+    return leaf
+  if not parts.outputs:
+    return jnp.reshape(leaf, (1, -1))
+  first, second = (
+    (parts.outputs, parts.inputs)
+    if kind == 'unit'
+    else (parts.inputs, parts.outputs)
+  )
+  rows = math.prod(leaf.shape[i] for i in first)
+  return jnp.reshape(jnp.transpose(leaf, first + second), (rows, -1))
+
+
+def unlay(
+  laid: typing.Array, shape: Sequence[int], parts: View, kind: str
+) -> typing.Array:
+  """Takes `lay` back; `shape` is that of the leaf."""
+  if kind == 'element' or (kind == 'matrix' and not parts.outputs):
+    return laid
+  if not parts.outputs:
+    return jnp.reshape(laid, shape)
+  order = (
+    parts.outputs + parts.inputs
+    if kind == 'unit'
+    else parts.inputs + parts.outputs
+  )
+  moved = jnp.reshape(laid, tuple(shape[i] for i in order))
+  return jnp.transpose(moved, tuple(int(i) for i in np.argsort(order)))

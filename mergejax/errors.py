@@ -19,6 +19,10 @@ class UserError(ValueError):
     self.message = message
 
 
+class Stopped(Exception):
+  """The process was asked to stop (SIGTERM); the run is saved."""
+
+
 def near(name: str, known: Iterable[str], what: str) -> str:
   """Sentence for an unknown name, with the nearest known ones.
 

@@ -1,8 +1,12 @@
 # Copyright 2026 The mergejax Authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Precision decisions, in one place."""
+"""Precision decisions and exact order statistics, in one place."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
+from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
@@ -27,3 +31,110 @@ def accumulation_dtype(dtype) -> np.dtype:
 def widen(leaf: typing.Array) -> typing.Array:
   """Casts a floating leaf to its accumulation dtype."""
   return jnp.asarray(leaf, accumulation_dtype(leaf.dtype))
+
+
+class Cut(NamedTuple):
+  """The `rank` largest of many scores, ties going to the lowest index.
+
+  Attributes:
+    threshold: <float32>[], the rank-th largest score.
+    end: <uint32>[], scores equal to the threshold belong to the largest at
+      positions before this one.
+  """
+
+  threshold: Any
+  end: Any
+
+
+def above(scores: typing.Array, cut: Cut, index: typing.Array) -> typing.Array:
+  """Which scores belong to the largest that a cut describes.
+
+  Args:
+    scores: <float32>[...].
+    cut: from `largest`.
+    index: <uint32>[...] position of every score, the order that broke ties.
+
+  Returns:
+    <bool>[...] with exactly `rank` True over all scores.
+  """
+  scores = scores.astype(jnp.float32)
+  threshold = jnp.asarray(cut.threshold, jnp.float32)
+  end = jnp.asarray(cut.end, jnp.uint32)
+  return (scores > threshold) | ((scores == threshold) & (index < end))
+
+
+def _order_key(scores: typing.Array) -> typing.Array:
+  """float32 as uint32 in the same order; -0 and 0 share a key."""
+  bits = lax.bitcast_convert_type(
+    scores.astype(jnp.float32) + jnp.float32(0), jnp.uint32
+  )
+  negative = bits >> jnp.uint32(31) == 1
+  return jnp.where(negative, ~bits, bits | jnp.uint32(1 << 31))
+
+
+def _largest_true(holds, upper: int) -> typing.Array:
+  """The largest uint32 up to `upper` at which a falling condition holds."""
+
+  def narrow(_, bounds):
+    low, high = bounds
+    middle = low + (high - low) // jnp.uint32(2) + (high - low) % jnp.uint32(2)
+    yes = holds(middle)
+    return (
+      jnp.where(yes, middle, low),
+      jnp.where(yes, high, middle - jnp.uint32(1)),
+    )
+
+  low, high = jnp.uint32(0), jnp.uint32(upper)
+  return lax.fori_loop(0, 32, narrow, (low, high))[0]
+
+
+@jax.jit
+def largest(
+  scores: Sequence[typing.Array],
+  rank: Any,
+  indices: Sequence[typing.Array],
+) -> list[Cut]:
+  """Cuts off the `rank` largest of all scores, exactly and without a sort.
+
+  Bisection over the 32 bits of a score, each round one count: on sharded
+  arrays a local count and one sum over devices, never a gather. Ties at the
+  threshold go to the earlier array, then to the lower index.
+
+  Args:
+    scores: <float32>[...] arrays, ranked together.
+    rank: how many to keep, 0 to their total size; may be traced.
+    indices: <uint32>[...] for each array, positions that break its ties.
+
+  Returns:
+    One `Cut` for each array: same threshold, its own end.
+
+  Example:
+    >>> scores = jnp.array([3.0, 1.0, 3.0, 2.0])
+    >>> cut, = largest([scores], 1, [jnp.arange(4, dtype=jnp.uint32)])
+    >>> above(scores, cut, jnp.arange(4, dtype=jnp.uint32)).tolist()
+    [True, False, False, False]
+  """
+  keys = [_order_key(one) for one in scores]
+  count = lambda masks: sum(
+    (jnp.sum(mask, dtype=jnp.uint32) for mask in masks), jnp.uint32(0)
+  )
+  wanted = jnp.uint32(rank)
+  key = _largest_true(
+    lambda k: count(one >= k for one in keys) >= wanted, 2**32 - 1
+  )
+  positive = key >> jnp.uint32(31) == 1
+  bits = jnp.where(positive, key & jnp.uint32(2**31 - 1), ~key)
+  threshold = lax.bitcast_convert_type(bits, jnp.float32)
+  threshold = jnp.where(wanted == 0, jnp.float32(jnp.inf), threshold)
+  left = wanted - count(one > key for one in keys)
+  cuts = []
+  for one, index in zip(keys, indices):
+    equal = one == key
+    here = jnp.minimum(count([equal]), left)
+    left = left - here
+    last = _largest_true(
+      lambda i, e=equal, n=index, h=here: count([e & (n < i)]) < h, 2**32 - 2
+    )
+    end = jnp.where(here == 0, jnp.uint32(0), last + jnp.uint32(1))
+    cuts.append(Cut(threshold, end))
+  return cuts

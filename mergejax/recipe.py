@@ -2,62 +2,156 @@
 # SPDX-License-Identifier: Apache-2.0
 """Recipes: which models, which weights, which method, as data.
 
-A recipe is a YAML file with mergekit's keys:
+A mergekit YAML file is a recipe, unchanged. A recipe may further hold `rules`,
+`stats`, `axes`, `seed`, `format`, `untie` and `vocab`:
 
-    merge_method: task_arithmetic
-    base_model: path/to/seed
+    merge_method: ties
+    base_model: path/to/base
     models:
-      - model: path/to/expert_a
-        parameters: {weight: 1.0}
-      - model: path/to/expert_b
-    parameters: {lambda: 0.4}
-    out_dtype: float32
+      - model: path/to/a
+        parameters: {weight: 1.0, density: 0.5}
+      - model: path/to/b+path/to/lora
+        parameters: {weight: [0, 0.5, 1]}   # along the layers
+    parameters:
+      lambda: 0.9
+      density:
+        - {filter: norm, value: 1.0}        # names that contain 'norm'
+        - value: 0.3
+    dtype: bfloat16
+    rules:                                   # first full match of a path wins
+      - {match: '.*lm_head.*', copy: base}
+      - {match: '.*mlp.*', method: linear, parameters: {weight: 1}}
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import dataclasses
+import difflib
+import math
 import os
 import pathlib
+import re
 from typing import Any
 
-import numpy as np
 import yaml
 
 from mergejax import errors
 from mergejax.merging import named
 
-_KEYS = (
-    'merge_method', 'models', 'base_model', 'parameters', 'out_dtype', 'dtype',
-    'seed', 'format',
+_TOP = (
+  'merge_method', 'models', 'slices', 'base_model', 'parameters', 'dtype',
+  'out_dtype', 'tokenizer_source', 'tokenizer', 'chat_template',
+  'rules', 'stats', 'axes', 'seed', 'format', 'untie', 'vocab', 'name',
 )  # fmt: skip
-_DTYPES = ('float32', 'bfloat16', 'float16')
-# Recipe names of options whose Python name is another word.
-_RENAMED = {'lambda': 'scale'}
+DTYPES = ('float32', 'bfloat16', 'float16')
+FORMATS = ('safetensors', 'orbax', 't5x', 'npz')
+VOCAB_POLICIES = ('base', 'union', 'pad')
+# mergekit's names of methods and options -> ours.
+_METHOD_ALIASES = {'ramplus_tl': 'ram_plus'}
+_OPTION_ALIASES = {'lambda': 'scale', 'nuslerp_flatten': 'flatten'}
+# Options of mergekit that change nothing here: sums are always float32.
+_WITHOUT_EFFECT = {'int8_mask'}
+# Where mergekit's default is not the paper's, a recipe gets mergekit's.
+MERGEKIT_DEFAULTS = {
+  'ties': {'density': 1.0, 'trim_scope': 'tensor'},
+  'dare_linear': {'density': 1.0, 'rescale': 'l1'},
+  'dare_ties': {'density': 1.0, 'rescale': 'l1'},
+  'della': {'density': 1.0, 'rescale': 'l1'},
+  'della_linear': {'density': 1.0, 'rescale': 'l1'},
+}
+# What one model may have its own value of.
+PER_MODEL = ('weight', 'density', 'gamma', 'epsilon', 'scale')
+
+
+@dataclasses.dataclass(frozen=True)
+class Input:
+  """One model of a merge, or some of its layers.
+
+  Attributes:
+    model: path, or `path+adapter`.
+    parameters: its own settings.
+    layers: half-open range of its layers, None for all.
+  """
+
+  model: str
+  parameters: Mapping[str, Any]
+  layers: tuple[int, int] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+  """Some layers of the result, and the inputs they are merged from."""
+
+  inputs: tuple[Input, ...]
+  base: str | None
+  parameters: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+  """Another treatment for the parameters whose path matches.
+
+  Attributes:
+    match: regular expression of the full path.
+    copy: 'base', or the path of the model to copy from; None merges.
+    method: another method, or None.
+    parameters: settings that come before all others.
+  """
+
+  match: str
+  copy: str | None = None
+  method: str | None = None
+  parameters: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-  """A checked recipe.
+  """A recipe whose words are known; no checkpoint has been looked at.
 
   Attributes:
     method: name on the menu.
-    models: paths of the models.
-    weights: one coefficient a model, or None for the method's default.
+    slices: what the result is stacked from; one slice for `models`.
+    sliced: the recipe chose layers itself.
     base: path of the base model, or None.
-    options: options of the method, by their Python names.
-    dtype: dtype of the result, or None for that of the base or first model.
+    parameters: settings for all models.
+    rules: exceptions by path.
+    stats: statistics of the models, in their order.
+    axes: logical axes by path, see `axes`.
+    dtype: dtype of the result, or None to keep that of the base or first model.
     seed: seed of random methods.
     format: format of the result, or None for what the name of OUT says.
+    untie: give tied models a head of their own.
+    vocab: what to do where vocabularies differ, or None: an error.
+    tokenizer: 'base', 'union' or a path to take the tokenizer from; None: that
+      of the base or first model, and embeddings as they are.
+    chat_template: text or name to put into the tokenizer's settings, or None.
+    data: the recipe as it was read.
   """
 
   method: str
-  models: tuple[str, ...]
-  weights: tuple[float, ...] | None = None
+  slices: tuple[Slice, ...]
+  sliced: bool = False
   base: str | None = None
-  options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  parameters: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  rules: tuple[Rule, ...] = ()
+  stats: tuple[str, ...] = ()
+  axes: tuple[tuple[str, tuple[str, ...]], ...] = ()
   dtype: str | None = None
   seed: int = 0
   format: str | None = None
+  untie: bool = False
+  vocab: str | None = None
+  tokenizer: str | None = None
+  chat_template: str | None = None
+  data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+  def models(self) -> list[str]:
+    """Every model that is named, once, the base first."""
+    names = [self.base] if self.base else []
+    for one in self.slices:
+      names += [one.base] if one.base else []
+      names += [source.model for source in one.inputs]
+    names += [r.copy for r in self.rules if r.copy not in (None, 'base')]
+    return list(dict.fromkeys(names))
 
 
 def load_recipe(path: os.PathLike | str) -> Recipe:
@@ -67,85 +161,378 @@ def load_recipe(path: os.PathLike | str) -> Recipe:
     path: a YAML file; see the module for an example.
 
   Returns:
-    The recipe. Method and options exist; no checkpoint has been looked at.
+    The recipe. Methods and options exist; no checkpoint has been looked at.
 
   Raises:
-    UserError: the file is missing or not YAML, or something in it is not
-      known (near names are offered).
+    UserError: the file is missing or not YAML, or with everything in it that
+      is not known (near names are offered).
   """
   path = pathlib.Path(path)
   if not path.is_file():
     raise errors.UserError(f'There is no recipe at {path}.')
   try:
     data = yaml.safe_load(path.read_text(encoding='utf-8'))
-  except yaml.YAMLError as error:
+  except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
     raise errors.UserError(f'{path} is not YAML: {error}') from error
   try:
     return parse_recipe(data)
   except errors.UserError as error:
-    raise errors.UserError(f'{path}: {error}') from error
+    raise errors.UserError(f'{path}: {error.message}') from error
 
 
 def parse_recipe(data: Any) -> Recipe:
   """Checks a recipe given as nested dicts and lists; see `load_recipe`."""
-  _check_mapping(data, _KEYS, 'recipe')
-  for key in ('merge_method', 'models'):
-    if not data.get(key):
-      raise errors.UserError(f'The recipe lacks {key!r}.')
-  if not isinstance(data['models'], list):
-    raise errors.UserError("'models' must be a list of `- model: PATH`.")
-  method = str(data['merge_method'])
-  models, weights = [], []
-  for i, entry in enumerate(data['models']):
-    entry = {'model': entry} if isinstance(entry, str) else entry
-    _check_mapping(entry, ('model', 'parameters'), f'entry {i} of models')
-    if 'model' not in entry:
-      raise errors.UserError(f"Entry {i} of models lacks 'model'.")
-    own = entry.get('parameters') or {}
-    _check_mapping(own, ('weight',), f'parameters of {entry["model"]}')
-    models.append(str(entry['model']))
-    weights.append(own.get('weight'))
-  options = {}
-  shared = data.get('parameters') or {}
-  _check_mapping(shared, None, 'parameters')
-  for key, value in shared.items():
-    if key == 'weight':
-      weights = [value if weight is None else weight for weight in weights]
-    else:
-      options[_RENAMED.get(key, key)] = value
-  named.resolve(method, **options)  # unknown names fail here
-  dtype = data.get('out_dtype') or data.get('dtype')
-  if dtype is not None and dtype not in _DTYPES:
-    raise errors.UserError(errors.near(str(dtype), _DTYPES, 'dtype'))
-  given = [weight is not None for weight in weights]
-  if any(given) and not all(given):
-    raise errors.UserError('Give every model a weight, or none of them.')
-  return Recipe(
-    method=method,
-    models=tuple(models),
-    weights=_numbers(weights) if all(given) else None,
-    base=data.get('base_model'),
-    options=options,
-    dtype=dtype,
-    seed=int(data.get('seed', 0)),
-    format=data.get('format'),
-  )
+  reader = _Reader()
+  recipe = reader.recipe(data)
+  if reader.problems:
+    lines = list(dict.fromkeys(reader.problems))
+    if len(lines) == 1:
+      raise errors.UserError(lines[0])
+    raise errors.UserError(
+      f'the recipe has {len(lines)} mistakes:\n{errors.listed(lines, 20)}'
+    )
+  return recipe
 
 
-def _numbers(values):
-  for value in values:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-      raise errors.UserError(f'A weight must be one number, not {value!r}.')
-    if not np.isfinite(value):
-      raise errors.UserError(f'A weight must be finite, not {value}.')
-  return tuple(float(value) for value in values)
+class _Reader:
+  """Collects every mistake before any is reported."""
 
+  def __init__(self):
+    self.problems: list[str] = []
 
-def _check_mapping(data, known, what):
-  if not isinstance(data, dict):
-    raise errors.UserError(f'The {what} must be `key: value` lines.')
-  for key in data:
-    if known is not None and key not in known:
-      raise errors.UserError(
-        errors.near(str(key), known, f'key of the {what},')
+  def recipe(self, data) -> Recipe | None:
+    if not self._mapping(data, _TOP, 'recipe'):
+      return None
+    method = self._method(data.get('merge_method'))
+    base = self._name(data.get('base_model'), 'base_model')
+    parameters = self._parameters(data.get('parameters'), method, 'parameters')
+    slices, sliced = self._slices(data, method, base)
+    tokenizer = data.get('tokenizer_source')
+    if isinstance(data.get('tokenizer'), dict):
+      if self._mapping(data['tokenizer'], ('source',), 'tokenizer'):
+        tokenizer = data['tokenizer'].get('source', 'union')
+    elif 'tokenizer' in data:
+      self.problems.append("'tokenizer' must be `{source: base|union|PATH}`.")
+    return Recipe(
+      method=method or '',
+      slices=slices,
+      sliced=sliced,
+      base=base,
+      parameters=parameters,
+      rules=self._rules(data.get('rules'), method),
+      stats=tuple(self._names(data.get('stats'), 'stats')),
+      axes=self._axes(data.get('axes')),
+      dtype=self._choice(
+        data.get('out_dtype') or data.get('dtype'), DTYPES, 'dtype'
+      ),
+      seed=self._seed(data.get('seed', 0)),
+      format=self._choice(data.get('format'), FORMATS, 'format'),
+      untie=self._flag(data.get('untie', False), 'untie'),
+      vocab=self._choice(data.get('vocab'), VOCAB_POLICIES, 'vocab policy'),
+      tokenizer=self._name(tokenizer, 'tokenizer_source'),
+      chat_template=self._name(data.get('chat_template'), 'chat_template'),
+      data=data,
+    )
+
+  def _method(self, name):
+    if name is None:
+      self.problems.append("the recipe lacks 'merge_method'.")
+      return None
+    name = _METHOD_ALIASES.get(str(name), str(name))
+    if name not in set(named.METHODS):
+      # dare-ties is a common way to write dare_ties.
+      self.problems.append(errors.near(name, named.METHODS, 'merge method'))
+      return None
+    return name
+
+  def _slices(self, data, method, base):
+    entries = data.get('models')
+    if (entries is None) == (data.get('slices') is None):
+      self.problems.append("give either 'models' or 'slices', and not both.")
+      return (), False
+    if entries is not None:
+      inputs = self._inputs(entries, method, 'models', False)
+      return (Slice(inputs, base, {}),), False
+    slices = []
+    if not isinstance(data['slices'], list) or not data['slices']:
+      self.problems.append("'slices' must be a list of `- sources: [...]`.")
+      return (), True
+    for i, entry in enumerate(data['slices']):
+      what = f'slice {i}'
+      known = ('sources', 'base_model', 'parameters', 'residual_weight')
+      if not self._mapping(entry, known, what):
+        continue
+      if entry.get('residual_weight') is not None:
+        self.problems.append(f'{what}: residual_weight is not supported.')
+      inputs = self._inputs(entry.get('sources'), method, what, True)
+      lengths = {b - a for a, b in (x.layers for x in inputs if x.layers)}
+      if len(lengths) > 1:
+        self.problems.append(
+          f'{what}: its sources have {sorted(lengths)} layers; they must have '
+          'the same number.'
+        )
+      slices.append(
+        Slice(
+          inputs,
+          self._name(entry.get('base_model'), 'base_model') or base,
+          self._parameters(entry.get('parameters'), method, what),
+        )
       )
+    return tuple(slices), True
+
+  def _inputs(self, entries, method, what, with_layers):
+    if not isinstance(entries, list) or not entries:
+      self.problems.append(f'{what} must be a list of `- model: PATH`.')
+      return ()
+    inputs = []
+    for i, entry in enumerate(entries):
+      entry = {'model': entry} if isinstance(entry, str) else entry
+      known = ('model', 'parameters') + (
+        ('layer_range',) if with_layers else ()
+      )
+      where = f'entry {i} of {what}'
+      if not self._mapping(entry, known, where):
+        continue
+      if not isinstance(entry.get('model'), (str, dict)):
+        self.problems.append(f"{where} lacks 'model'.")
+        continue
+      layers = None
+      if with_layers:
+        layers = self._layers(entry.get('layer_range'), where)
+      inputs.append(
+        Input(
+          self._name(entry['model'], 'model'),
+          self._parameters(
+            entry.get('parameters'), method, f'parameters of {entry["model"]}'
+          ),
+          layers,
+        )
+      )
+    return tuple(inputs)
+
+  def _layers(self, value, where):
+    good = (
+      isinstance(value, (list, tuple))
+      and len(value) == 2
+      and all(type(n) is int for n in value)
+      and 0 <= value[0] < value[1]
+    )
+    if not good:
+      self.problems.append(
+        f'{where}: layer_range must be [first, end] with 0 <= first < end, '
+        f'not {value!r}.'
+      )
+      return None
+    return tuple(value)
+
+  def _parameters(self, data, method, what):
+    if data is None:
+      return {}
+    if not self._mapping(data, None, what):
+      return {}
+    result = {}
+    for key, value in data.items():
+      name = _OPTION_ALIASES.get(key, key)
+      if key in _WITHOUT_EFFECT:
+        continue
+      if key == 'nuslerp_row_wise':
+        name = 'axis'
+        value = 'input_feature' if value else 'output_unit'
+      if name == 'rescale' and isinstance(value, bool):
+        value = 'l1' if value else 'none'
+      if method is not None and not self._known_option(method, name):
+        options = [o for o in named.METHODS.options(method)]
+        options = ['lambda' if o == 'scale' and method != 'passthrough' else o for o in options]  # fmt: skip
+        self.problems.append(
+          errors.near(
+            str(key), ['weight', *options], f'option of {method} in {what},'
+          )
+        )
+        continue
+      value = _with_numbers(value)
+      problem = _setting_problem(value)
+      if problem:
+        self.problems.append(f'{what}: {key}: {problem}')
+      result[name] = value
+    return result
+
+  def _known_option(self, method, name):
+    options = named.METHODS.options(method)
+    # mergekit's task arithmetic takes, and does not use, both.
+    unused = method == 'task_arithmetic' and name in ('density', 'rescale')
+    return name == 'weight' or name in options or unused
+
+  def _rules(self, data, method):
+    rules = []
+    for i, entry in enumerate(data or []):
+      what = f'rule {i}'
+      known = ('match', 'copy', 'method', 'parameters')
+      if not self._mapping(entry, known, what):
+        continue
+      try:
+        re.compile(str(entry.get('match')))
+      except re.error as error:
+        self.problems.append(f'{what}: match is not a regular expression: {error}.')  # fmt: skip
+      if 'match' not in entry:
+        self.problems.append(f"{what} lacks 'match'.")
+      own = self._method(entry['method']) if 'method' in entry else None
+      rules.append(
+        Rule(
+          str(entry.get('match')),
+          self._name(entry.get('copy'), 'copy'),
+          own,
+          self._parameters(entry.get('parameters'), own or method, what),
+        )
+      )
+    return tuple(rules)
+
+  def _axes(self, data):
+    rules = []
+    for entry in data or []:
+      good = (
+        isinstance(entry, (list, tuple))
+        and len(entry) == 2
+        and isinstance(entry[1], list)
+      )
+      if not good:
+        self.problems.append(
+          "'axes' must be a list of `[regular expression, [axis names]]`."
+        )
+        continue
+      rules.append((str(entry[0]), tuple(map(str, entry[1]))))
+    return tuple(rules)
+
+  def _names(self, data, what):
+    if data is None:
+      return []
+    if not isinstance(data, list):
+      self.problems.append(f'{what!r} must be a list of paths.')
+      return []
+    return [str(name) for name in data]
+
+  def _name(self, value, what):
+    if value is None:
+      return None
+    if isinstance(value, dict):
+      # mergekit's long form of `path+adapter`.
+      inner = value.get('model', value)
+      if isinstance(inner, dict):
+        inner = inner.get('path')
+      lora = value.get('lora')
+      if isinstance(lora, dict):
+        lora = lora.get('path')
+      value = f'{inner}+{lora}' if lora else inner
+    if not isinstance(value, str):
+      self.problems.append(f'{what!r} must be a path or a word, not {value!r}.')
+      return None
+    return value
+
+  def _choice(self, value, choices, what):
+    if value is not None and value not in choices:
+      self.problems.append(errors.near(str(value), choices, what))
+      return None
+    return value
+
+  def _flag(self, value, what):
+    if not isinstance(value, bool):
+      self.problems.append(f'{what!r} must be true or false, not {value!r}.')
+    return bool(value)
+
+  def _seed(self, value):
+    if type(value) is not int:
+      self.problems.append(f"'seed' must be a whole number, not {value!r}.")
+      return 0
+    return value
+
+  def _mapping(self, data, known, what):
+    if not isinstance(data, dict):
+      self.problems.append(f'the {what} must be `key: value` lines.')
+      return False
+    for key in data:
+      if known is not None and key not in known:
+        close = difflib.get_close_matches(str(key), known, n=1)
+        hint = f' Did you mean {close[0]!r}?' if close else ''
+        self.problems.append(
+          f'unknown key {key!r} in the {what}.{hint} Known: {", ".join(known)}.'
+        )
+    return True
+
+
+def _with_numbers(setting: Any) -> Any:
+  """YAML reads `1e-5`, without a point, as text; here it is a number."""
+  if isinstance(setting, str):
+    try:
+      return float(setting)
+    except ValueError:
+      return setting
+  if isinstance(setting, list):
+    return [_with_numbers(one) for one in setting]
+  if isinstance(setting, dict) and 'value' in setting:
+    return {**setting, 'value': _with_numbers(setting['value'])}
+  return setting
+
+
+def _setting_problem(setting: Any) -> str | None:
+  """What is wrong with a setting, or None."""
+  if isinstance(setting, dict):
+    setting = [setting]
+  if isinstance(setting, list):
+    if not setting:
+      return 'an empty list.'
+    if all(isinstance(one, dict) for one in setting):
+      for one in setting:
+        if not set(one) <= {'filter', 'value'} or 'value' not in one:
+          return f'expected `{{filter: TEXT, value: ...}}`, not {one}.'
+        problem = _setting_problem(one['value'])
+        if problem:
+          return problem
+      return None
+    for one in setting:
+      if type(one) not in (int, float):
+        return f'a gradient is a list of numbers; {one!r} is not one.'
+    return None
+  if isinstance(setting, float) and not math.isfinite(setting):
+    return f'must be finite, not {setting}.'
+  if not isinstance(setting, (bool, int, float, str)):
+    return f'must be a number, word or list, not {setting!r}.'
+  return None
+
+
+def evaluate(setting: Any, path: str, depth: float) -> Any:
+  """The value that a setting has for one parameter.
+
+  Args:
+    setting: a plain value; a list of numbers spread evenly over the layers,
+      between which it is linear; or a list of `{filter, value}`, of which the
+      first whose filter is part of the path, '*' or absent counts.
+    path: of the parameter.
+    depth: 0 at the first layer, 1 at the last.
+
+  Returns:
+    The value, or None if no filter applies.
+
+  Example:
+    >>> evaluate([0, 1, 0], 'layers.3.mlp', 0.75)
+    0.5
+    >>> evaluate([{'filter': 'mlp', 'value': 1}, {'value': 2}], 'attn', 0.0)
+    2
+  """
+  if isinstance(setting, dict):
+    setting = [setting]
+  if not isinstance(setting, (list, tuple)):
+    return setting
+  if isinstance(setting[0], dict):
+    for one in setting:
+      if one.get('filter') in (None, '*') or one['filter'] in path:
+        return evaluate(one['value'], path, depth)
+    return None
+  return interpolate(setting, depth)
+
+
+def interpolate(values: Sequence[float], depth: float) -> float:
+  """Piecewise linear through evenly spread values."""
+  at = depth * (len(values) - 1)
+  low = min(int(at), len(values) - 1)
+  high = min(low + 1, len(values) - 1)
+  share = at - low
+  return (1 - share) * values[low] + share * values[high]

@@ -7,6 +7,7 @@ import dataclasses
 from typing import Any
 
 import flax.linen as nn
+import jax
 import numpy as np
 
 from mergejax import typing
@@ -15,7 +16,7 @@ from mergejax.evaluation import report
 from mergejax.experts import branch
 from mergejax.experts import forest
 from mergejax.merging import arithmetic
-from mergejax.merging import base as merging
+from mergejax.merging import driver as merging
 from mergejax.merging import mean
 
 
@@ -83,9 +84,14 @@ def evaluate(
       for d, one in test.items()
     }
 
+  weighted_average = jax.jit(
+    lambda models, weights: merging.merge(
+      models, mean.linear(), weights=weights
+    )
+  )
+
   def posterior_average(domain, one):
-    average = merging.merge(experts, mean.linear(), weights=priors[domain])
-    return scorer(average, one)
+    return scorer(weighted_average(experts, priors[domain]), one)
 
   def ensemble(domain, one):
     mixed = forest.ensemble(expert_lp[domain], one.mask, priors[domain])
@@ -129,10 +135,15 @@ def choose_merges(
   Returns:
     `({row: parameters}, the best row, what was chosen)`.
   """
+
+  @jax.jit  # one program for all scales
+  def at_scale(experts, seed, scale):
+    method = arithmetic.task_arithmetic(scale=scale)
+    return merging.merge(experts, method, base=seed)
+
   by_scale = {}
   for scale in scales:
-    method = arithmetic.task_arithmetic(scale=scale)
-    params = merging.merge(experts, method, base=seed)
+    params = at_scale(experts, seed, scale)
     by_scale[scale] = (validation_mean(params), params)
   scale = min(by_scale, key=lambda s: by_scale[s][0])
   average = merging.merge(experts, mean.linear())

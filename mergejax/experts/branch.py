@@ -21,9 +21,12 @@ import numpy as np
 
 from mergejax import errors
 from mergejax import mesh as mesh_lib
+from mergejax import numerics
 from mergejax import tree as tree_lib
 from mergejax import typing
 from mergejax.merging import base as merging
+from mergejax.merging import driver
+from mergejax.merging import masks
 from mergejax.train import loop
 from mergejax.train import step as step_lib
 
@@ -281,44 +284,64 @@ def merge_experts(
   *,
   base: typing.Tree | None = None,
   weights: Sequence[float] | jax.Array | None = None,
+  seed: int = 0,
 ) -> typing.Tree:
   """Merges stacked experts where they lie: one all-reduce over `branch`.
 
   Every expert's own `update(init, params)` runs on its slice, the states are
   summed over the branch axis, `finish` gives the result on every slice.
+  Methods that look at all experts first, or whose states do not add, take the
+  experts one after the other instead.
 
   Args:
     stacked: parameters with a leading axis `[K, ...]`.
-    method: an additive method.
+    method: a merge method without statistics.
     base: the seed, for methods on differences.
-    weights: `[K]`; see `merging.base.merge`.
+    weights: `[K]`; see `merging.driver.merge`.
+    seed: seeds random methods.
 
   Returns:
     One tree, without the leading axis, in the dtypes of `stacked`.
 
   Raises:
-    UserError: the method's states do not add; merge unstacked experts instead.
+    UserError: weights or the number of experts do not fit the method.
   """
-  if not method.additive:
-    raise errors.UserError(
-      'The states of this method do not add, so it cannot run over the '
-      'branch axis: merge the unstacked experts with mj.merge.'
-    )
   leaves = tree_lib.flatten(stacked)
   experts = next(iter(leaves.values())).shape[0]
+  if method.looks or not method.additive or method.view != 'element':
+    # Numbers of all experts first, or all copies at once: taken one by one.
+    return driver.merge(
+      [unstack(stacked, i) for i in range(experts)],
+      method,
+      base=base,
+      weights=weights,
+      seed=seed,
+    )
   weights = jnp.asarray(merging.check_weights(method, weights, experts))
-  base_leaves = (
-    None
-    if base is None
-    else jax.tree.map(merging.numerics.widen, tree_lib.flatten(base))
-  )
+  widen = lambda tree: jax.tree.map(numerics.widen, tree)
+  base_leaves = None
+  if base is not None and method.base != 'ignored':
+    base_leaves = widen(tree_lib.flatten(base))
+  keys = {
+    path: np.stack([masks.mask_key(seed, path, i) for i in range(experts)])
+    for path in leaves
+  }
 
-  def one(params, weight):
-    wide = jax.tree.map(merging.numerics.widen, params)
-    state = method.init(tree_lib.specs(wide))
-    return method.update(state, wide, base=base_leaves, weight=weight)
+  def one(params, weight, model, keys):
+    wide = widen(params)
+    marks = {
+      path: driver.Part([leaf], None, [merging.Mark(model, key=keys[path])])
+      for path, leaf in wide.items()
+    }
+    return method.update(
+      method.init(tree_lib.specs(wide)),
+      wide,
+      base=base_leaves,
+      weight=weight,
+      marks={path: part.placed()[0] for path, part in marks.items()},
+    )
 
-  states = jax.vmap(one)(leaves, weights)
+  states = jax.vmap(one)(leaves, weights, jnp.arange(experts), keys)
   summed = jax.tree.map(lambda x: jnp.sum(x, axis=0), states)
   merged = method.finish(summed, base=base_leaves)
   merged = {p: leaf.astype(leaves[p].dtype) for p, leaf in merged.items()}

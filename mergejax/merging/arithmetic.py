@@ -6,44 +6,85 @@ Source: Ilharco et al., "Editing Models with Task Arithmetic" (2023),
 https://arxiv.org/abs/2212.04089.
 """
 
-import jax
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax.numpy as jnp
 
-from mergejax.merging import base
+from mergejax import typing
+from mergejax.merging import base as base_lib
 from mergejax.merging import mean
 
 
-def on_deltas(inner: base.Merge, *, scale: float = 1.0) -> base.Merge:
+class Edit(NamedTuple):
+  """A change to one task vector before it is merged.
+
+  Attributes:
+    apply: `(delta, mark) -> delta`.
+    looks: what it must know first; their leaves are task vectors.
+    view: see `Merge.view`.
+  """
+
+  apply: Callable[[typing.Array, base_lib.Mark], typing.Array]
+  looks: tuple[base_lib.Look, ...] = ()
+  view: str = 'element'
+
+
+def on_deltas(
+  inner: base_lib.Merge, edit: Edit | None = None, *, scale: float = 1.0
+) -> base_lib.Merge:
   """Runs a method on task vectors and adds the result to the base.
 
-  `base + scale * inner(theta_1 - base, ..., theta_K - base)`. Differences are
-  formed after widening to float32: in bfloat16 most small ones would vanish.
+  `base + scale * inner(edit(theta_1 - base), ..., edit(theta_K - base))`.
+  Differences are formed after widening to float32: in bfloat16 most small ones
+  would vanish.
 
   Args:
     inner: the method that combines the task vectors.
+    edit: what is done to each of them first, such as trimming.
     scale: the factor lambda of the papers.
 
   Returns:
     A method that needs a base.
   """
+  base_lib.check_finite('scale', scale)
 
-  def update(state, params, *, base, weight=1.0, key=None):
-    delta = jax.tree.map(jnp.subtract, params, base)
-    return inner.update(state, delta, weight=weight, key=key)
+  def update(state, params, *, base, weight=1.0, marks=None):
+    deltas = {path: leaf - base[path] for path, leaf in params.items()}
+    if edit is not None:
+      deltas = {
+        path: edit.apply(delta, marks[path]) for path, delta in deltas.items()
+      }
+    return inner.update(state, deltas, weight=weight, marks=marks)
 
   def finish(state, *, base):
-    return jax.tree.map(
-      lambda origin, delta: origin + jnp.asarray(scale, delta.dtype) * delta,
-      base,
-      inner.finish(state),
-    )
+    return {
+      path: base[path] + jnp.asarray(scale, delta.dtype) * delta
+      for path, delta in inner.finish(state).items()
+    }
 
-  return inner._replace(update=update, finish=finish, needs_base=True)
+  def of_deltas(look, edited):
+    def measure(leaves, base, marks, weights):
+      deltas = [leaf - base for leaf in leaves]
+      if edited and edit is not None:
+        deltas = [edit.apply(*pair) for pair in zip(deltas, marks)]
+      return look.measure(deltas, None, marks, weights)
+
+    return look._replace(measure=measure)
+
+  return inner._replace(
+    update=update,
+    finish=finish,
+    looks=tuple(of_deltas(look, False) for look in (edit.looks if edit else ()))
+    + tuple(of_deltas(look, True) for look in inner.looks),
+    base='required',
+    view=edit.view if edit else inner.view,
+  )
 
 
 def task_arithmetic(
   *, scale: float = 1.0, normalize: bool = False
-) -> base.Merge:
+) -> base_lib.Merge:
   """Adds task vectors to the base: one model for several tasks.
 
   `base + scale * sum_k w_k (theta_k - base)`.
@@ -70,7 +111,7 @@ def task_arithmetic(
   return on_deltas(mean.linear(normalize=normalize), scale=scale)
 
 
-def negate(*, scale: float = 1.0) -> base.Merge:
+def negate(*, scale: float = 1.0) -> base_lib.Merge:
   """Subtracts a task vector: forgets what fine-tuning taught.
 
   `base - scale * (theta - base)`.
@@ -88,10 +129,12 @@ def negate(*, scale: float = 1.0) -> base.Merge:
 
   Source: Ilharco et al. (2023), https://arxiv.org/abs/2212.04089, section 3.
   """
-  return task_arithmetic(scale=scale)._replace(default_weights=(-1.0,))
+  return task_arithmetic(scale=scale)._replace(
+    counts=(1, 1), default_weights=(-1.0,)
+  )
 
 
-def analogy(*, scale: float = 1.0) -> base.Merge:
+def analogy(*, scale: float = 1.0) -> base_lib.Merge:
   """A is to B as C is to D: a model for D from three others.
 
   `base + scale * (tau_C + tau_B - tau_A)` with `tau_X = theta_X - base`.
@@ -110,4 +153,6 @@ def analogy(*, scale: float = 1.0) -> base.Merge:
   Source: Ilharco et al. (2023), https://arxiv.org/abs/2212.04089, section 5. Its README subtracts two task
   vectors, which the released class cannot do; here it works.
   """
-  return task_arithmetic(scale=scale)._replace(default_weights=(-1.0, 1.0, 1.0))
+  return task_arithmetic(scale=scale)._replace(
+    counts=(3, 3), default_weights=(-1.0, 1.0, 1.0)
+  )

@@ -1,17 +1,21 @@
 # Copyright 2026 The mergejax Authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A merge method is a pure triple whose state adds.
+"""What a merge method is: a pure triple whose state adds, and looks before it.
 
 Like an optax transformation: `init` makes zeros from shapes, `update` takes
 one model in, `finish` gives the result. Models stream through one at a time,
 and two states of an additive method can be summed, so the same few lines serve
 checkpoints read from disk, averaging inside a train step, and experts on a
 mesh axis.
+
+Many methods need a few numbers of a whole leaf first: norms, a K x K matrix of
+inner products, the k-th largest magnitude. They say so with `Look`s. Once the
+numbers are known everything is element-wise again, so a leaf of any size can
+be merged in pieces, and a sharded one where it lies.
 """
 
-from collections.abc import Callable, Sequence
-import logging
-import os
+from collections.abc import Callable, Mapping, Sequence
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -20,10 +24,59 @@ import numpy as np
 
 from mergejax import errors
 from mergejax import numerics
-from mergejax import tree as tree_lib
 from mergejax import typing
 
 State = Any
+Note = Mapping[str, Any]
+
+
+class Mark(NamedTuple):
+  """What a method may know of one leaf of one model, beside its numbers.
+
+  Attributes:
+    model: which of the models this is, from 0; may be traced.
+    note: what the looks found, `{name: scalars}`.
+    key: <uint32>[2], from seed, path and model alone; see `masks`.
+    stats: statistics of this leaf that the model brings, `{name: array}`.
+    place: shape of the piece at hand, and the flat position of its first
+      element in the whole leaf.
+  """
+
+  model: Any = 0
+  note: Note = {}
+  key: typing.Array | None = None
+  stats: Mapping[str, typing.Array] | None = None
+  place: tuple[tuple[int, ...], Any] | None = None
+
+  @property
+  def index(self) -> typing.Array:
+    """<uint32>[...], flat position of every element in the whole leaf."""
+    shape, offset = self.place
+    flat = jax.lax.iota(jnp.uint32, math.prod(shape)).reshape(shape)
+    return flat + jnp.asarray(offset, jnp.uint32)
+
+
+class Look(NamedTuple):
+  """A first pass over a leaf of all models that leaves a few numbers.
+
+  Attributes:
+    measure: `(leaves, base, marks, weights) -> found`. Without `ranks`: a
+      pytree of small arrays, already reduced, that combine over pieces of a
+      leaf. With `ranks`: a list of scores <float32>[...], one per element.
+    conclude: `(found, marks, weights) -> [note per model]`; the notes are
+      added to the marks that later looks and `update` get.
+    ranks: `(size, marks) -> [(rank, ...) per score]`. Asks for exact order
+      statistics of each score: `found` then holds for each score one
+      `Cut(threshold, index)` a rank, see `numerics.Cut`.
+    combine: how pieces combine, 'sum' or 'max'.
+    scope: 'leaf', or 'tree' for numbers of the whole model.
+  """
+
+  measure: Callable[..., Any]
+  conclude: Callable[..., Sequence[Note]]
+  ranks: Callable[..., Sequence[Sequence[int]]] | None = None
+  combine: str = 'sum'
+  scope: str = 'leaf'
 
 
 class Merge(NamedTuple):
@@ -31,13 +84,20 @@ class Merge(NamedTuple):
 
   Attributes:
     init: `(specs) -> state`, zeros.
-    update: `(state, params, *, base=None, weight=1.0, key=None) -> state`;
+    update: `(state, params, *, base=None, weight=1.0, marks=None) -> state`;
       params and base are `{path: array}` of floating leaves, already in their
-      accumulation dtype.
+      accumulation dtype; marks is `{path: Mark}`.
     finish: `(state, *, base=None) -> {path: array}`, not yet cast.
-    needs_base: the method works on differences from a base model.
-    default_weights: weights of the models in order when none are given; fixes
-      how many models there must be. None: any number, all weights 1.
+    looks: passes that must come first, in order.
+    needs: statistics every model must bring, such as `('fisher',)`.
+    base: 'required' for methods on differences from a common ancestor,
+      'optional' for those that then work on differences, 'ignored'.
+    counts: smallest and largest number of models, None for no limit.
+    default_weights: weights of the models in order when none are given.
+    view: how a leaf is laid before the method: 'element' as it lies (any
+      piece of it will do), 'unit' as `[units, inputs]` with one row for each
+      output unit, 'input' as `[inputs, units]`, 'matrix' as `[inputs,
+      outputs]` with nothing cut off; see `axes.View`.
     separable: leaves do not look at each other, so the tree may be split.
     additive: states add.
   """
@@ -45,154 +105,137 @@ class Merge(NamedTuple):
   init: Callable[[typing.SpecTree], State]
   update: Callable[..., State]
   finish: Callable[..., dict[typing.Path, typing.Array]]
-  needs_base: bool = False
+  looks: tuple[Look, ...] = ()
+  needs: tuple[str, ...] = ()
+  base: str = 'ignored'
+  counts: tuple[int, int | None] = (1, None)
   default_weights: tuple[float, ...] | None = None
+  view: str = 'element'
   separable: bool = True
   additive: bool = True
 
-
-# Opens a path as a store; given by the caller, because methods do not know how
-# weights are stored.
-Opener = Callable[[os.PathLike | str], Any]
-
-
-class _Model:
-  """One input of a merge, a tree or a store, seen leaf by leaf."""
-
-  def __init__(self, source, name: str, opener: Opener | None):
-    if isinstance(source, (str, os.PathLike)):
-      name, source = str(source), opener(source)
-    self.name = name
-    self._store = source if hasattr(source, 'read') else None
-    if self._store is None:
-      self._leaves = tree_lib.flatten(source)
-      self.specs = tree_lib.specs(self._leaves)
-      self.structure = jax.tree.structure(source)
-    else:
-      self.specs = source.specs()
-      self.structure = None
-
-  def leaf(self, path):
-    if self._store is None:
-      return self._leaves[path]
-    return tree_lib.flatten(self._store.read([path]))[path]
+  @property
+  def needs_base(self) -> bool:
+    """True if the method cannot run without a base."""
+    return self.base == 'required'
 
 
-def merge(
-  models: Sequence[Any],
-  method: Merge,
-  *,
-  base: Any = None,
-  weights: Sequence[Any] | None = None,
-  dtype: Any = None,
-  seed: int = 0,
-  opener: Opener | None = None,
-) -> typing.Tree:
-  """Merges models into one tree.
-
-  A separable method runs leaf by leaf: of stores, only one leaf of each model
-  is in memory at a time, beside the result. On sharded trees every leaf keeps
-  its sharding. Works under `jit`; weights may be traced, and gradients reach
-  them.
+def leafwise(
+  init: Callable[[typing.Array], State],
+  update: Callable[..., State],
+  finish: Callable[..., typing.Array],
+  **fields: Any,
+) -> Merge:
+  """A `Merge` from functions of one leaf.
 
   Args:
-    models: trees, stores, or (with `opener`) paths, all of one structure.
-    method: what to do.
-    base: the common ancestor, for methods that need one; a tree, store or path.
-    weights: one coefficient a model; all 1 by default (or as the method says).
-    dtype: dtype of floating leaves of the result; by default as in the base,
-      else as in the first model.
-    seed: seeds random methods; keys are folded with path and model.
-    opener: opens paths.
+    init: `(zeros) -> state` of a leaf; zeros have its shape and accumulation
+      dtype.
+    update: `(state, leaf, base, weight, mark) -> state`; base is None where
+      there is none, weight a scalar of the leaf's dtype.
+    finish: `(state, base) -> leaf`.
+    **fields: the other fields of `Merge`.
 
   Returns:
-    A tree of the structure of the first model. Floating leaves are accumulated
-    in float32 (float64 if stored so) and cast once. Other leaves (step
-    counters, ids) are copied from the base or the first model.
+    A method over trees.
+  """
+
+  def init_tree(specs):
+    return {
+      path: init(jnp.zeros(spec.shape, numerics.accumulation_dtype(spec.dtype)))
+      for path, spec in specs.items()
+    }
+
+  def update_tree(state, params, *, base=None, weight=1.0, marks=None):
+    return {
+      path: update(
+        state[path],
+        leaf,
+        None if base is None else base[path],
+        jnp.asarray(weight, leaf.dtype),
+        Mark() if marks is None else marks[path],
+      )
+      for path, leaf in params.items()
+    }
+
+  def finish_tree(state, *, base=None):
+    return {
+      path: finish(leaf, None if base is None else base[path])
+      for path, leaf in state.items()
+    }
+
+  return Merge(init_tree, update_tree, finish_tree, **fields)
+
+
+def gathered(combine: Callable[..., typing.Array], **fields: Any) -> Merge:
+  """A method that must see the K copies of a leaf at once.
+
+  It holds K times the leaf (or the piece of it), which the plan counts; its
+  states do not add.
+
+  Args:
+    combine: `(leaves, base, weights, marks) -> leaf`.
+    **fields: fields of `Merge`.
+
+  Returns:
+    A method over trees.
+  """
+  return leafwise(
+    lambda zeros: (),
+    lambda state, leaf, base, weight, mark: (*state, (leaf, weight, mark)),
+    lambda state, base: combine(
+      [leaf for leaf, _, _ in state],
+      base,
+      [weight for _, weight, _ in state],
+      [mark for _, _, mark in state],
+    ),
+    **{'additive': False, **fields},
+  )
+
+
+def of_model(option: Any, mark: Mark, dtype: Any) -> typing.Array:
+  """The value that an option has for a model: one for all, or one each."""
+  values = jnp.asarray(option, dtype)
+  return values if values.ndim == 0 else values[mark.model]
+
+
+def check_option(
+  name: str,
+  option: Any,
+  test: Callable[[float], bool],
+  wanted: str,
+) -> None:
+  """Checks a number, or every number of a list of one per model.
+
+  Values that JAX traces cannot be looked at and pass.
 
   Raises:
-    UserError: no model, no base where one is needed, differing trees (listed),
-      or weights that do not fit.
+    UserError: naming the option, what it may be, and what came.
   """
-  if not models:
-    raise errors.UserError('A merge needs at least one model; none was given.')
-  inputs = [_Model(m, f'model {i}', opener) for i, m in enumerate(models)]
-  base_input = None if base is None else _Model(base, 'the base', opener)
-  weights = check_weights(method, weights, len(inputs))
-  if method.needs_base and base_input is None:
-    raise errors.UserError(
-      'This method works on differences from a common ancestor: give it with '
-      '`base=` (in a recipe: `base_model:`).'
-    )
-  reference = base_input or inputs[0]
-  for one in inputs:
-    tree_lib.check_same(
-      reference.specs,
-      one.specs,
-      expected_name=reference.name,
-      given_name=one.name,
-    )
-  averaged = [
-    path
-    for path, spec in reference.specs.items()
-    if numerics.is_averaged(spec.dtype)
-  ]
-  key = jax.random.key(seed)
-  result = {}
-  for paths in [[p] for p in averaged] if method.separable else [averaged]:
-    result.update(
-      _merge_leaves(paths, inputs, base_input, method, weights, key)
-    )
-  for path, leaf in result.items():
-    wanted = np.dtype(dtype or reference.specs[path].dtype)
-    stored = jax.dtypes.canonicalize_dtype(wanted)
-    if stored != wanted:
-      logging.warning(
-          '%s is %s but JAX is limited to %s; set JAX_ENABLE_X64=1 to keep it.',
-          path, wanted, stored,
-      )  # fmt: skip
-    result[path] = leaf.astype(stored)
-  for path in reference.specs:
-    if path not in result:
-      result[path] = _copied(path, reference, inputs)
-  if inputs[0].structure is not None:
-    return jax.tree.unflatten(
-      inputs[0].structure, [result[path] for path in inputs[0].specs]
-    )
-  return tree_lib.unflatten({path: result[path] for path in reference.specs})
-
-
-def _merge_leaves(paths, inputs, base, method, weights, key):
-  widened = lambda model: {p: numerics.widen(model.leaf(p)) for p in paths}
-  base_leaves = widened(base) if base is not None else None
-  state = None
-  for i, (model, weight) in enumerate(zip(inputs, weights)):
-    leaves = widened(model)
-    if state is None:
-      state = method.init(tree_lib.specs(leaves))
-    state = method.update(
-      state,
-      leaves,
-      base=base_leaves,
-      weight=weight,
-      key=jax.random.fold_in(key, i),
-    )
-  return method.finish(state, base=base_leaves)
-
-
-def _copied(path, reference, inputs):
-  leaf = reference.leaf(path)
-  for model in inputs:
-    other = model.leaf(path)
-    if isinstance(leaf, jax.core.Tracer) or isinstance(other, jax.core.Tracer):
+  values = option if isinstance(option, (list, tuple, np.ndarray)) else [option]
+  for value in values:
+    if isinstance(value, jax.core.Tracer):
       continue
-    if not np.array_equal(np.asarray(leaf), np.asarray(other)):
-      logging.warning(
-          '%s is not a floating array and is not averaged; %s and %s differ '
-          'in it, the former is kept.', path, reference.name, model.name,
-      )  # fmt: skip
-      break
-  return leaf
+    plain = isinstance(value, (int, float, np.number, np.ndarray, jax.Array))
+    if isinstance(value, bool) or not plain or not test(float(value)):
+      raise errors.UserError(f'{name} must be {wanted}, not {value!r}.')
+
+
+def check_finite(name: str, option: Any) -> None:
+  """`check_option` for numbers that may have any finite value."""
+  check_option(name, option, math.isfinite, 'a finite number')
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+  """Checks an option that is one of a few words.
+
+  Raises:
+    UserError: with the nearest of them.
+  """
+  if value not in choices:
+    raise errors.UserError(
+      errors.near(str(value), choices, f'value of {name},')
+    )
 
 
 def check_weights(
@@ -201,12 +244,22 @@ def check_weights(
   """The coefficient of every model, checked as far as it is known.
 
   Raises:
-    UserError: a count that does not fit, or a coefficient that is not finite.
+    UserError: a number of models or weights that does not fit, or a
+      coefficient that is not finite.
   """
   fixed = method.default_weights
-  if fixed is not None and count != len(fixed):
+  least, most = method.counts
+  if count < least or (most is not None and count > most):
+    wanted = (
+      f'exactly {least}'
+      if least == most
+      else f'at least {least}'
+      if most is None
+      else f'{least} to {most}'
+    )
+    besides = '' if method.base == 'ignored' else ' besides the base'
     raise errors.UserError(
-      f'This method takes exactly {len(fixed)} model(s), {count} given.'
+      f'This method takes {wanted} model(s){besides}, {count} given.'
     )
   if weights is None:
     weights = [1.0] * count if fixed is None else fixed
@@ -221,14 +274,6 @@ def check_weights(
     if not isinstance(weight, jax.core.Tracer) and not np.isfinite(weight):
       raise errors.UserError(f'Weights must be finite numbers, not {weights}.')
   return weights
-
-
-def zeros(specs: typing.SpecTree) -> dict[typing.Path, typing.Array]:
-  """Zeros in the accumulation dtype of every leaf."""
-  return {
-    path: jnp.zeros(spec.shape, numerics.accumulation_dtype(spec.dtype))
-    for path, spec in specs.items()
-  }
 
 
 def add_states(first: State, second: State) -> State:

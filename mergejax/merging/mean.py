@@ -7,10 +7,13 @@ import jax.numpy as jnp
 
 from mergejax import errors
 from mergejax import typing
-from mergejax.merging import base
+from mergejax.merging import base as base_lib
+
+# Below this a sum of weights counts as zero, as in mergekit.
+TINY_WEIGHT = 1e-8
 
 
-def linear(*, normalize: bool = True) -> base.Merge:
+def linear(*, normalize: bool = True) -> base_lib.Merge:
   """Weighted average of models, leaf by leaf.
 
   `sum_k w_k theta_k / sum_k w_k`, or without the division.
@@ -20,8 +23,8 @@ def linear(*, normalize: bool = True) -> base.Merge:
       weights `[2, 1]` and `[2/3, 1/3]` then mean the same.
 
   Returns:
-    A method over any number of models. State: the running sum
-    `{path: <float32>[...]}` and the `<float32>[]` sum of weights.
+    A method over any number of models. State of a leaf: the running sum
+    <float32>[...] and the sum of weights <float32>[].
 
   Raises:
     UserError: the weights sum to zero, so that there is nothing to divide by.
@@ -35,38 +38,64 @@ def linear(*, normalize: bool = True) -> base.Merge:
   https://arxiv.org/abs/2203.05482, section 2 (uniform soup); mergekit `linear`.
   """
 
-  def init(specs: typing.SpecTree):
-    return {'sum': base.zeros(specs), 'weight': jnp.zeros((), jnp.float32)}
+  def init(zeros):
+    return {'sum': zeros, 'weight': jnp.zeros((), zeros.dtype)}
 
-  def update(state, params, *, base=None, weight=1.0, key=None):
-    del base, key
+  def update(state, leaf, base, weight, mark):
+    del base, mark
     return {
-      'sum': jax.tree.map(
-        lambda total, leaf: total + jnp.asarray(weight, total.dtype) * leaf,
-        state['sum'],
-        params,
-      ),
-      'weight': state['weight'] + jnp.asarray(weight, jnp.float32),
+      'sum': state['sum'] + weight * leaf,
+      'weight': state['weight'] + weight,
     }
 
-  def finish(state, *, base=None):
+  def finish(state, base):
     del base
     if not normalize:
       return state['sum']
-    weight = state['weight']
-    if not isinstance(weight, jax.core.Tracer) and abs(float(weight)) < 1e-8:
+    return state['sum'] / checked_sum(state['weight'])
+
+  return base_lib.leafwise(init, update, finish)
+
+
+def checked_sum(weight: typing.Array) -> typing.Array:
+  """A sum of weights that may be divided by.
+
+  Raises:
+    UserError: it is zero. A sum that JAX traces is checked by the caller.
+  """
+  if not isinstance(weight, jax.core.Tracer):
+    if abs(float(weight)) < TINY_WEIGHT:
       raise errors.UserError(
         'The weights sum to zero, so their average is not defined. Give '
         'weights with another sum, or normalize=False for the plain sum.'
       )
-    return jax.tree.map(
-      lambda total: total / weight.astype(total.dtype), state['sum']
-    )
-
-  return base.Merge(init, update, finish)
+  return weight
 
 
-def interpolate(*, alpha: float) -> base.Merge:
+def combination(**fields) -> base_lib.Merge:
+  """`sum_k c_k theta_k` with the coefficients that the looks found.
+
+  Spherical means and model stock are of this form: their looks need only the
+  inner products of the models. With a base it is `base + sum_k c_k (theta_k -
+  base)`.
+
+  Args:
+    **fields: `looks` and other fields of `Merge`; the last look's notes must
+      hold 'coefficient'.
+  """
+
+  def update(state, leaf, base, weight, mark):
+    del weight
+    delta = leaf if base is None else leaf - base
+    return state + jnp.asarray(mark.note['coefficient'], leaf.dtype) * delta
+
+  def finish(state, base):
+    return state if base is None else base + state
+
+  return base_lib.leafwise(lambda zeros: zeros, update, finish, **fields)
+
+
+def interpolate(*, alpha: float) -> base_lib.Merge:
   """Moves from the base towards a model (PAINT, WiSE-FT).
 
   `(1 - alpha) base + alpha model`; the convex form, so that `alpha` 0 and 1
@@ -90,13 +119,44 @@ def interpolate(*, alpha: float) -> base.Merge:
   "Robust fine-tuning of zero-shot models" (2021),
   https://arxiv.org/abs/2109.01903.
   """
+  base_lib.check_finite('alpha', alpha)
   average = linear()
 
   def finish(state, *, base):
-    return jax.tree.map(
-      lambda origin, model: (1 - alpha) * origin + alpha * model,
-      base,
-      average.finish(state),
-    )
+    def between(origin, model):
+      share = jnp.asarray(alpha, origin.dtype)
+      return (1 - share) * origin + share * model
 
-  return average._replace(finish=finish, needs_base=True)
+    return jax.tree.map(between, base, average.finish(state))
+
+  return average._replace(finish=finish, base='required')
+
+
+def passthrough(*, scale: float = 1.0) -> base_lib.Merge:
+  """Copies one model; the building block of layer stacking.
+
+  `scale * theta`.
+
+  Args:
+    scale: a factor; 1 by default, a copy.
+
+  Returns:
+    A method over exactly one model.
+
+  Example:
+    >>> merge([{'w': jnp.ones(1)}], passthrough(scale=0.5))
+    {'w': Array([0.5], dtype=float32)}
+
+  Source: mergekit `passthrough`. Which layers come from where is said by the
+  `slices` of a recipe.
+  """
+  base_lib.check_finite('scale', scale)
+  return base_lib.leafwise(
+    lambda zeros: zeros,
+    lambda state, leaf, base, weight, mark: (
+      state + jnp.asarray(scale, leaf.dtype) * leaf
+    ),
+    lambda state, base: state,
+    counts=(1, 1),
+    default_weights=(1.0,),
+  )

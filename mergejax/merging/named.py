@@ -6,14 +6,44 @@ from mergejax import errors
 from mergejax import registry
 from mergejax.merging import arithmetic
 from mergejax.merging import base
+from mergejax.merging import fisher
 from mergejax.merging import mean
+from mergejax.merging import ram
+from mergejax.merging import regmean
+from mergejax.merging import select_erase
+from mergejax.merging import sphere
+from mergejax.merging import swap
+from mergejax.merging import ties
 
 METHODS = registry.Registry('merge method')
-METHODS.register('linear')(mean.linear)
-METHODS.register('interpolate')(mean.interpolate)
-METHODS.register('task_arithmetic')(arithmetic.task_arithmetic)
-METHODS.register('negate')(arithmetic.negate)
-METHODS.register('analogy')(arithmetic.analogy)
+for _name, _constructor in {
+  'analogy': arithmetic.analogy,
+  'arcee_fusion': swap.arcee_fusion,
+  'breadcrumbs': ties.breadcrumbs,
+  'breadcrumbs_ties': ties.breadcrumbs_ties,
+  'dare_linear': ties.dare_linear,
+  'dare_ties': ties.dare_ties,
+  'della': ties.della,
+  'della_linear': ties.della_linear,
+  'fisher': fisher.fisher,
+  'interpolate': mean.interpolate,
+  'karcher': sphere.karcher,
+  'linear': mean.linear,
+  'model_stock': sphere.model_stock,
+  'multislerp': sphere.multislerp,
+  'nearswap': swap.nearswap,
+  'negate': arithmetic.negate,
+  'nuslerp': sphere.nuslerp,
+  'passthrough': mean.passthrough,
+  'ram': ram.ram,
+  'ram_plus': ram.ram_plus,
+  'regmean': regmean.regmean,
+  'sce': select_erase.sce,
+  'slerp': sphere.slerp,
+  'task_arithmetic': arithmetic.task_arithmetic,
+  'ties': ties.ties,
+}.items():
+  METHODS.register(_name)(_constructor)
 
 
 def resolve(method: str | base.Merge, **options) -> base.Merge:

@@ -14,9 +14,7 @@ import signal
 import sys
 import threading
 
-import gin
 from mergejax import errors
-from mergejax.train import loop
 
 
 class _Parser(argparse.ArgumentParser):
@@ -47,7 +45,7 @@ def run_reporting_mistakes(main: Callable[[], None]) -> int:
 
   def stop(number, frame):
     del number, frame
-    raise loop.Stopped('Stopped outside of a training step.')
+    raise errors.Stopped('Stopped outside of a training step.')
 
   # The training loop replaces this one while it runs, to end between steps.
   in_main = threading.current_thread() is threading.main_thread()
@@ -64,7 +62,7 @@ def run_reporting_mistakes(main: Callable[[], None]) -> int:
       file=sys.stderr,
     )
     return 2
-  except loop.Stopped as stopped:
+  except errors.Stopped as stopped:
     print(
       f'{str(stopped).splitlines()[0]} Everything is saved; the same command '
       'continues.',
@@ -138,6 +136,8 @@ def parse_gin(
     UserError: a missing file, a name that no file defines (near ones are
       offered), a wrong parameter, or a macro that was left to be set.
   """
+  import gin  # pylint: disable=import-outside-toplevel
+
   gin.clear_config()
   for path in (*search_paths, os.fspath(gin_folder()), ''):
     gin.add_config_file_search_path(path)
@@ -204,5 +204,7 @@ def _shipped(file: str) -> str:
 
 
 def _macros() -> list[str]:
+  import gin  # pylint: disable=import-outside-toplevel
+
   found = re.findall(r'^([A-Za-z_]\w*) =', gin.config_str(), re.M)
   return sorted(set(found))

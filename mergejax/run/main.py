@@ -18,6 +18,7 @@ COMMANDS = {
   'evaluate': 'bits per byte of models on a folder of text',
   'inspect': 'list the parameters of a checkpoint',
   'convert': 'copy a checkpoint into another format: SRC DST',
+  'extract-lora': 'the best adapter for a difference: MODEL BASE OUT',
   'methods': 'the merge methods and their options',
 }
 
@@ -73,6 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   def run():
     if command in _READS_TEXT:
       _import_tensorflow()
-    importlib.import_module(f'mergejax.run.{command}').main(rest)
+    module = command.replace('-', '_')
+    importlib.import_module(f'mergejax.run.{module}').main(rest)
 
   return common.run_reporting_mistakes(run)

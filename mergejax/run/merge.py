@@ -1,64 +1,66 @@
 # Copyright 2026 The mergejax Authors.
 # SPDX-License-Identifier: Apache-2.0
-"""`mergejax merge RECIPE OUT`: merges checkpoints leaf by leaf."""
+"""`mergejax merge RECIPE OUT`: merges checkpoints without loading them."""
 
 from collections.abc import Sequence
-import pathlib
+import sys
 
-from mergejax import api
-from mergejax import errors
+from mergejax import executor
+from mergejax import plans
 from mergejax import recipe as recipe_lib
-from mergejax import tree
 from mergejax.run import common
-from mergejax.store import checkpoint
 
 
 def main(arguments: Sequence[str]) -> None:
-  """Checks everything that headers show, merges, and saves atomically."""
+  """Plans, prints the plan, and runs it; continues what was interrupted."""
   parser = common.parser('merge', 'Merge checkpoints as a recipe says.')
-  parser.add_argument('recipe', help='a YAML file')
+  parser.add_argument('recipe', help='a YAML file; mergekit files work')
   parser.add_argument('out', help='what to create')
   parser.add_argument(
     '--dry_run', action='store_true', help='check and print, merge nothing'
   )
+  parser.add_argument(
+    '--format', help='of the result: safetensors, orbax, t5x or npz'
+  )
+  parser.add_argument(
+    '--max_shard_size', type=float, default=5.0, metavar='GB',
+    help='of the files of a safetensors directory',
+  )  # fmt: skip
+  parser.add_argument(
+    '--sandbox', metavar='DIR', help='refuse recipes that name paths outside'
+  )
+  parser.add_argument(
+    '--restart', action='store_true',
+    help='start afresh instead of continuing an interrupted merge',
+  )  # fmt: skip
   options = parser.parse_args(arguments)
   recipe = recipe_lib.load_recipe(options.recipe)
-  out = pathlib.Path(options.out)
-  if out.exists():
-    raise errors.UserError(
-      f'{out} already exists. Choose another name, or remove it.'
-    )
-  stores = [checkpoint.open_checkpoint(path) for path in recipe.models]
-  base = checkpoint.open_checkpoint(recipe.base) if recipe.base else None
-  reference = base or stores[0]
-  specs = reference.specs()
-  for store in stores:
-    tree.check_same(
-      specs,
-      store.specs(),
-      expected_name=reference.name,
-      given_name=store.name,
-    )
-  print(f'{recipe.method}, options {dict(recipe.options)}')
-  print(f'  base    {recipe.base}')
-  for i, path in enumerate(recipe.models):
-    weight = recipe.weights[i] if recipe.weights else 'default'
-    print(f'  model   {path}, weight {weight}')
-  read = sum(s.nbytes for store in stores for s in store.specs().values())
-  print(f'  {len(specs)} arrays, {read / 1e6:,.1f} MB to read')
+  plan = plans.plan(recipe, sandbox=options.sandbox)
+  print(plan.describe(), flush=True)
   if options.dry_run:
     return
-  merged = api.merge(
-    stores,
-    recipe.method,
-    base=base,
-    weights=recipe.weights,
-    dtype=recipe.dtype,
-    seed=recipe.seed,
-    **recipe.options,
+  report = executor.execute(
+    plan,
+    options.out,
+    format=options.format,
+    resume=not options.restart,
+    max_shard_bytes=int(options.max_shard_size * 1e9),
+    progress=_Progress(),
   )
-  config = None
-  if out.suffix not in ('.safetensors', '.npz'):
-    config = checkpoint.read_config(recipe.base or recipe.models[0])
-  checkpoint.save_checkpoint(out, merged, format=recipe.format, config=config)
-  print(f'wrote {out}')
+  print(report.describe())
+
+
+class _Progress:
+  """A line that renews itself on a terminal, one line a tenth elsewhere."""
+
+  def __init__(self):
+    self._tenth = 0
+
+  def __call__(self, done: int, total: int) -> None:
+    share = done / max(total, 1)
+    if sys.stderr.isatty():
+      end = '\n' if done == total else ''
+      print(f'\rmerged {share:6.1%}', end=end, file=sys.stderr, flush=True)
+    elif int(share * 10) > self._tenth:
+      self._tenth = int(share * 10)
+      print(f'merged {share:.0%}', file=sys.stderr, flush=True)

@@ -5,6 +5,7 @@
 from collections.abc import Sequence
 import inspect
 
+from mergejax import recipe
 from mergejax.merging import named
 from mergejax.run import common
 
@@ -18,7 +19,17 @@ def main(arguments: Sequence[str]) -> None:
     print(options.name + str(inspect.signature(named.METHODS[options.name])))
     print(inspect.getdoc(named.METHODS[options.name]))
     return
+  print(
+    "Options as in Python; recipes say `lambda` for `scale`. Where mergekit's"
+  )
+  print(
+    'default differs, a recipe gets that of mergekit, shown after `recipe:`.'
+  )
   for name in named.METHODS:
     first = inspect.getdoc(named.METHODS[name]).splitlines()[0]
     settings = ', '.join(map(str, named.METHODS.options(name).values()))
     print(f'{name:<16} {first}\n{"":<16} {settings}')
+    other = recipe.MERGEKIT_DEFAULTS.get(name)
+    if other:
+      words = ', '.join(f'{k}={v}' for k, v in other.items())
+      print(f'{"":<16} recipe: {words}')

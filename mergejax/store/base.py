@@ -12,6 +12,7 @@ import contextlib
 import os
 import pathlib
 import shutil
+import threading
 from typing import Any
 import uuid
 
@@ -43,10 +44,10 @@ class ParamStore(abc.ABC):
     """`{path: LeafSpec}` from headers alone."""
 
   @abc.abstractmethod
-  def _read(
+  def leaves(
     self, paths: list[typing.Path]
   ) -> Mapping[typing.Path, np.ndarray | jax.Array]:
-    """Reads the named leaves, all of which exist."""
+    """Reads the named leaves, all of which exist, into host memory."""
 
   def read(
     self,
@@ -78,7 +79,7 @@ class ParamStore(abc.ABC):
           else f'{self.name} has no parameter {path!r}. `mergejax inspect` '
           'lists what it has.'
         )
-    leaves = dict(self._read(paths))
+    leaves = dict(self.leaves(paths))
     for path, leaf in leaves.items():
       if dtype is not None and jax.numpy.issubdtype(
         leaf.dtype, jax.numpy.floating
@@ -89,6 +90,35 @@ class ParamStore(abc.ABC):
         leaf = jax.device_put(leaf, one)
       leaves[path] = leaf
     return tree_lib.unflatten({path: leaves[path] for path in paths})
+
+  def read_into(self, path: typing.Path, start: int, out: np.ndarray) -> None:
+    """Reads `out.size` elements of a leaf, from flat position `start` on.
+
+    Formats that lie flat on disk read just those bytes; others read the whole
+    leaf once and keep it until this thread asks for another.
+
+    Args:
+      path: a leaf of this store.
+      start: flat position of the first element.
+      out: <dtype of the leaf>[n], contiguous; filled in place.
+    """
+    kept = self.__dict__.setdefault('_last_leaf', threading.local())
+    if getattr(kept, 'path', None) != path:
+      kept.leaf = np.asarray(self.leaves([path])[path]).reshape(-1)
+      kept.path = path
+    out[...] = kept.leaf[start : start + out.size]
+
+  @property
+  def reads_pieces(self) -> bool:
+    """True if `read_into` reads no more than it is asked for."""
+    return False
+
+  def files(self) -> list[pathlib.Path]:
+    """The files that the parameters are read from, for their fingerprints."""
+    path = pathlib.Path(self.provenance['path'])
+    if path.is_dir():
+      return sorted(one for one in path.rglob('*') if one.is_file())
+    return [path]
 
   @property
   def name(self) -> str:
@@ -111,7 +141,7 @@ class MemoryStore(ParamStore):
   def specs(self) -> typing.SpecTree:
     return tree_lib.specs(self._leaves)
 
-  def _read(self, paths):
+  def leaves(self, paths):
     return {path: self._leaves[path] for path in paths}
 
 

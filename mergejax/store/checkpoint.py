@@ -17,8 +17,9 @@ from mergejax.store import base
 from mergejax.store import npz
 from mergejax.store import orbax
 from mergejax.store import safetensors
+from mergejax.store import t5x
 
-FORMATS = ('orbax', 'safetensors', 'npz')
+FORMATS = ('orbax', 'safetensors', 'npz', 't5x')
 CONFIG = 'config.json'
 
 
@@ -26,7 +27,7 @@ def open_checkpoint(path: os.PathLike | str) -> base.ParamStore:
   """Opens a checkpoint, whatever its format, by reading headers only.
 
   Args:
-    path: an orbax tree, step or run folder; a `.safetensors` file; a Hugging
+    path: an orbax or T5X tree, step or run folder; a `.safetensors` file; a Hugging
       Face directory, sharded or not; a `.npz` archive.
 
   Returns:
@@ -47,10 +48,48 @@ def open_checkpoint(path: os.PathLike | str) -> base.ParamStore:
   if path.suffix == '.npz' and path.is_file():
     return npz.NpzStore(path)
   if safetensors.files_of(path):
-    return safetensors.SafetensorsStore(path)
+    store = safetensors.SafetensorsStore(path)
+    store.tied = tied_head(store.specs(), read_config(path))
+    return store
   if orbax.locate(path) is not None:
     return orbax.OrbaxStore(path)
+  if t5x.locate(path) is not None:
+    return t5x.T5xStore(path)
   raise errors.UserError(_unknown(path))
+
+
+# (head, embedding) of Hugging Face models that may share one array.
+_HEADS = (
+  ('lm_head.weight', 'model.embed_tokens.weight'),
+  ('lm_head.weight', 'model.decoder.embed_tokens.weight'),
+  ('lm_head.weight', 'transformer.wte.weight'),
+  ('lm_head.weight', 'shared.weight'),
+  ('embed_out.weight', 'gpt_neox.embed_in.weight'),
+)
+
+
+def tied_head(
+  specs: typing.SpecTree, config: Mapping[str, Any] | None
+) -> dict[typing.Path, typing.Path]:
+  """`{head: embedding}` of a language model whose head is its embedding.
+
+  Args:
+    specs: the stored parameters.
+    config: its `config.json`: `tie_word_embeddings`, or, where that is silent,
+      an architecture with a head that the checkpoint does not store.
+  """
+  config = config or {}
+  tied = config.get('tie_word_embeddings')
+  with_head = any(
+    name.endswith(('ForCausalLM', 'ForConditionalGeneration', 'LMHeadModel'))
+    for name in config.get('architectures') or ()
+  )
+  for head, embedding in _HEADS:
+    if embedding in specs and (
+      tied is True or (tied is None and with_head and head not in specs)
+    ):
+      return {head: embedding}
+  return {}
 
 
 def _missing(path):
@@ -65,7 +104,7 @@ def _missing(path):
 
 def _unknown(path):
   known = (
-    'Known: an orbax checkpoint, a .safetensors file, a Hugging Face '
+    'Known: an orbax or T5X checkpoint, a .safetensors file, a Hugging Face '
     'directory with .safetensors files, a .npz archive.'
   )
   pickles = [path] if path.is_file() else list(path.iterdir())
@@ -95,7 +134,7 @@ def save_checkpoint(
   Args:
     path: a file (`.safetensors`, `.npz`) or directory to create.
     tree: nested dicts of arrays, or `{path: array}`.
-    format: `'orbax'`, `'safetensors'` or `'npz'`; by default what the suffix
+    format: `'orbax'`, `'safetensors'`, `'npz'` or `'t5x'`; by default what the suffix
       of `path` says, else orbax.
     config: written as `config.json` beside the weights of a directory; see
       `load_model`.
@@ -121,6 +160,8 @@ def save_checkpoint(
   with base.atomic_path(path, overwrite=overwrite) as temporary:
     if format == 'orbax':
       orbax.write(temporary, leaves)
+    elif format == 't5x':
+      t5x.write(temporary, leaves)
     else:
       host = {name: np.asarray(leaf) for name, leaf in leaves.items()}
       if format == 'npz':

@@ -56,7 +56,7 @@ class NpzStore(base.ParamStore):
   def specs(self) -> typing.SpecTree:
     return self._specs
 
-  def _read(self, paths):
+  def leaves(self, paths):
     with np.load(self._path, allow_pickle=False) as archive:
       return {
         path: archive[self._member[path]].view(self._specs[path].dtype)

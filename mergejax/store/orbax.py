@@ -7,7 +7,6 @@ import re
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
 from mergejax import errors
 from mergejax import tree as tree_lib
@@ -42,8 +41,16 @@ def locate(path: pathlib.Path) -> pathlib.Path | None:
   return None
 
 
-def _checkpointer() -> ocp.Checkpointer:
+def _library():
+  """orbax, which takes as long to import as a small merge takes to run."""
+  import orbax.checkpoint  # pylint: disable=import-outside-toplevel
+
+  return orbax.checkpoint
+
+
+def _checkpointer():
   """A checkpointer of this process alone: it waits for no other one."""
+  ocp = _library()
   here = jax.process_index()
   options = ocp.options.MultiprocessingOptions(
     primary_host=here,
@@ -93,7 +100,8 @@ class OrbaxStore(base.ParamStore):
   def specs(self) -> typing.SpecTree:
     return self._specs
 
-  def _read(self, paths):
+  def leaves(self, paths):
+    ocp = _library()
     wanted = {self._root + path for path in paths}
     # Placeholders are not read; every other leaf arrives in host memory.
     item = tree_lib.map_paths(

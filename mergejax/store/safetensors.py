@@ -2,9 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """safetensors: one file, or a Hugging Face directory, sharded or not."""
 
+from collections.abc import Mapping
 import json
+import os
 import pathlib
 import struct
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -15,7 +18,7 @@ from mergejax import errors
 from mergejax import typing
 from mergejax.store import base
 
-_INDEX = 'model.safetensors.index.json'
+INDEX = 'model.safetensors.index.json'
 _DTYPES = {
     'BOOL': np.bool_, 'U8': np.uint8, 'I8': np.int8, 'I16': np.int16,
     'U16': np.uint16, 'I32': np.int32, 'U32': np.uint32, 'I64': np.int64,
@@ -37,21 +40,24 @@ class SafetensorsStore(base.ParamStore):
 
   def __init__(self, path: pathlib.Path):
     self._file_of: dict[typing.Path, pathlib.Path] = {}
+    self._offset: dict[typing.Path, int] = {}
     self._specs: typing.SpecTree = {}
+    self._open_files: dict[pathlib.Path, int] = {}
     self.provenance = {'format': 'safetensors', 'path': str(path)}
-    index = path / _INDEX
+    index = path / INDEX
     if index.is_file():
       files = self._indexed(index)
     else:
       files = files_of(path)
     for file in files:
-      for name, spec in _header(file).items():
+      for name, (spec, offset) in _header(file).items():
         if name in self._specs:
           raise errors.UserError(
             f'{file} and {self._file_of[name]} both hold {name!r}: remove '
             f'the one that does not belong to the model in {path}.'
           )
         self._specs[name], self._file_of[name] = spec, file
+        self._offset[name] = offset
     if index.is_file():
       self._check_index(index)
 
@@ -89,7 +95,7 @@ class SafetensorsStore(base.ParamStore):
   def specs(self) -> typing.SpecTree:
     return self._specs
 
-  def _read(self, paths):
+  def leaves(self, paths):
     leaves = {}
     for file in sorted({self._file_of[path] for path in paths}):
       with safetensors.safe_open(file, 'numpy') as reader:
@@ -98,9 +104,43 @@ class SafetensorsStore(base.ParamStore):
             leaves[path] = reader.get_tensor(path)
     return leaves
 
+  @property
+  def reads_pieces(self):
+    return True
 
-def _header(file: pathlib.Path) -> typing.SpecTree:
-  """Specs of one file; every kind of damage becomes one message."""
+  def files(self):
+    return sorted(set(self._file_of.values()))
+
+  def read_into(self, path, start, out):
+    file = self._file_of[path]
+    descriptor = self._open_files.get(file)
+    if descriptor is None:
+      descriptor = os.open(file, os.O_RDONLY)
+      # Two threads may both have opened it; the later one is kept.
+      spare = self._open_files.setdefault(file, descriptor)
+      if spare != descriptor:
+        os.close(descriptor)
+        descriptor = spare
+    view = memoryview(out.view(np.uint8))
+    position = self._offset[path] + start * out.itemsize
+    while view:
+      count = os.preadv(descriptor, [view], position)
+      if count == 0:
+        raise errors.UserError(
+          f'{file} became shorter while it was read: {path!r} is cut off.'
+        )
+      view, position = view[count:], position + count
+
+  def __del__(self, close=os.close):
+    # `os` itself may be gone when the interpreter ends.
+    for descriptor in self.__dict__.get('_open_files', {}).values():
+      close(descriptor)
+
+
+def _header(
+  file: pathlib.Path,
+) -> dict[typing.Path, tuple[typing.LeafSpec, int]]:
+  """`{name: (spec, offset in the file)}`; any damage becomes one message."""
   size = file.stat().st_size
   with open(file, 'rb') as stream:
     start = stream.read(8)
@@ -113,7 +153,12 @@ def _header(file: pathlib.Path) -> typing.SpecTree:
     )
   try:
     with safetensors.safe_open(file, 'numpy') as reader:
-      specs = {}
+      found = {}
+      with open(file, 'rb') as stream:
+        length = struct.unpack('<Q', stream.read(8))[0]
+        # The library has checked the header: offsets fit shapes, are within
+        # the file, and do not overlap.
+        header = json.loads(stream.read(length))
       for name in reader.keys():
         part = reader.get_slice(name)
         dtype = part.get_dtype()
@@ -122,11 +167,13 @@ def _header(file: pathlib.Path) -> typing.SpecTree:
             f'{file}: tensor {name!r} has dtype {dtype}, which is not '
             f'supported. Known: {", ".join(_DTYPES)}.'
           )
-        specs[name] = typing.LeafSpec(
+        spec = typing.LeafSpec(
           tuple(part.get_shape()), np.dtype(_DTYPES[dtype])
         )
-      return specs
-  except safetensors.SafetensorError as error:
+        found[name] = spec, 8 + length + header[name]['data_offsets'][0]
+      # In the order of the file, so that reading it goes forward.
+      return dict(sorted(found.items(), key=lambda item: item[1][1]))
+  except (safetensors.SafetensorError, ValueError, OSError) as error:
     raise errors.UserError(
       f'{file} has a damaged safetensors header ({error}). Download or save '
       'it again.'
@@ -146,31 +193,92 @@ def write(path: pathlib.Path, leaves) -> None:
   )
 
 
-def write_sharded(path: pathlib.Path, leaves, max_shard_bytes: int) -> None:
-  """Writes a Hugging Face directory: shards and their index.
+class Shard(NamedTuple):
+  """A safetensors file that is yet to be written.
+
+  Attributes:
+    file: its name.
+    header: its first bytes.
+    offsets: where each array begins in the file.
+    nbytes: its size.
+  """
+
+  file: str
+  header: bytes
+  offsets: Mapping[typing.Path, int]
+  nbytes: int
+
+
+def lay_out(
+  specs: typing.SpecTree, max_shard_bytes: int, stem: str = 'model'
+) -> list[Shard]:
+  """Decides what lies where in a Hugging Face directory, before any number.
 
   Args:
-    path: a directory to create.
-    leaves: `{path: array}`, kept in this order.
+    specs: the arrays, kept in this order.
     max_shard_bytes: a shard is closed before it would grow past this; a single
       larger array gets a shard of its own.
+    stem: first part of the file names.
+
+  Returns:
+    One `Shard` a file.
   """
-  shards, size = [{}], 0
-  for name, leaf in leaves.items():
-    if shards[-1] and size + leaf.nbytes > max_shard_bytes:
-      shards.append({})
+  groups, size = [{}], 0
+  for name, spec in specs.items():
+    if groups[-1] and size + spec.nbytes > max_shard_bytes:
+      groups.append({})
       size = 0
-    shards[-1][name] = leaf
-    size += leaf.nbytes
-  path.mkdir()
+    groups[-1][name] = spec
+    size += spec.nbytes
+  names = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
+  shards = []
+  for i, group in enumerate(groups, 1):
+    # `format: pt` is what Hugging Face loaders ask for.
+    header, at = {'__metadata__': {'format': 'pt'}}, 0
+    for name, spec in group.items():
+      header[name] = {
+        'dtype': names[spec.dtype],
+        'shape': list(spec.shape),
+        'data_offsets': [at, at + spec.nbytes],
+      }
+      at += spec.nbytes
+    text = json.dumps(header, separators=(',', ':')).encode()
+    text += b' ' * (-len(text) % 8)
+    start = 8 + len(text)
+    file = f'{stem}-{i:05d}-of-{len(groups):05d}.safetensors'
+    if len(groups) == 1:
+      file = f'{stem}.safetensors'
+    shards.append(
+      Shard(
+        file,
+        struct.pack('<Q', len(text)) + text,
+        {n: start + header[n]['data_offsets'][0] for n in group},
+        start + at,
+      )
+    )
+  return shards
+
+
+def index_of(shards: list[Shard], specs: typing.SpecTree) -> str | None:
+  """The text of the index of several shards; None for a single one."""
   if len(shards) == 1:
-    write(path / 'model.safetensors', shards[0])
-    return
-  weight_map = {}
-  for i, shard in enumerate(shards, 1):
-    file = f'model-{i:05d}-of-{len(shards):05d}.safetensors'
-    write(path / file, shard)
-    weight_map.update(dict.fromkeys(shard, file))
-  total = sum(leaf.nbytes for leaf in leaves.values())
+    return None
+  total = sum(spec.nbytes for spec in specs.values())
+  weight_map = {name: s.file for s in shards for name in s.offsets}
   index = {'metadata': {'total_size': total}, 'weight_map': weight_map}
-  (path / _INDEX).write_text(json.dumps(index, indent=2) + '\n')
+  return json.dumps(index, indent=2) + '\n'
+
+
+def write_sharded(path: pathlib.Path, leaves, max_shard_bytes: int) -> None:
+  """Writes a Hugging Face directory: shards and their index; see `lay_out`."""
+  specs = {
+    name: typing.LeafSpec(leaf.shape, leaf.dtype)
+    for name, leaf in leaves.items()
+  }
+  shards = lay_out(specs, max_shard_bytes)
+  path.mkdir()
+  for shard in shards:
+    write(path / shard.file, {name: leaves[name] for name in shard.offsets})
+  index = index_of(shards, specs)
+  if index is not None:
+    (path / INDEX).write_text(index)

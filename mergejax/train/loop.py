@@ -11,6 +11,7 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
+from mergejax import errors
 from mergejax import mesh as mesh_lib
 from mergejax.train import checkpoints as checkpoints_lib
 from mergejax.train import step as step_lib
@@ -27,10 +28,6 @@ class Stream(Protocol):
   def state(self) -> bytes: ...
 
   def restore(self, state: bytes) -> None: ...
-
-
-class Stopped(Exception):
-  """The process was asked to stop (SIGTERM); the run is saved."""
 
 
 class _StopSignal:
@@ -102,7 +99,7 @@ def fit(
     The state after `steps` steps.
 
   Raises:
-    Stopped: SIGTERM came; the state is saved.
+    errors.Stopped: SIGTERM came; the state is saved.
     UserError: a checkpoint could not be written or does not fit.
   """
   if checkpoints is not None and checkpoints.latest() is not None:
@@ -127,7 +124,7 @@ def fit(
       if stopping:
         if checkpoints is not None:
           checkpoints.wait()
-        raise Stopped(f'Stopped at step {step} of {steps}.')
+        raise errors.Stopped(f'Stopped at step {step} of {steps}.')
   if checkpoints is not None:
     checkpoints.wait()
   return state

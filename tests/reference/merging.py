@@ -57,3 +57,524 @@ def analogy(models, base, weights, *, scale=1.0):
     path: origin + scale * (c[path] + b[path] - a[path] - origin)
     for path, origin in _wide(base).items()
   }
+
+
+def passthrough(models, base, weights, *, scale=1.0):
+  del base, weights
+  return {path: scale * leaf for path, leaf in _wide(models[0]).items()}
+
+
+def leafwise(function):
+  """An oracle of trees from one of leaves: `(leaves, base, weights)`."""
+
+  def run(models, base, weights, **options):
+    return {
+      path: function(
+        [_wide(model)[path] for model in models],
+        None if base is None else _wide(base)[path],
+        weights,
+        **options,
+      )
+      for path in models[0]
+    }
+
+  return run
+
+
+def top(scores, kept):
+  """Mask of the `kept` largest, equal ones by lowest flat index."""
+  flat = np.asarray(scores, np.float32).ravel()
+  order = sorted(range(flat.size), key=lambda i: (-flat[i], i))
+  mask = np.zeros(flat.size, bool)
+  mask[order[:kept]] = True
+  return mask.reshape(np.shape(scores))
+
+
+def _each(option, models):
+  return option if isinstance(option, list) else [option] * models
+
+
+def _elect(values, weights, normalize, count):
+  total = np.zeros_like(values[0])
+  for at in np.ndindex(total.shape):
+    entries = [value[at] for value in values]
+    votes = sum(np.sign(entries)) if count else sum(entries)
+    sign = 1 if votes >= 0 else -1
+    agreeing = [k for k, e in enumerate(entries) if np.sign(e) == sign]
+    total[at] = sum(entries[k] for k in agreeing)
+    weight = sum(weights[k] for k in agreeing)
+    if normalize and weight != 0:
+      total[at] /= weight
+  return total
+
+
+def _combine(deltas, weights, normalize, election):
+  values = [w * d for w, d in zip(weights, deltas)]
+  if election:
+    return _elect(values, weights, normalize, election == 'count')
+  return sum(values) / (sum(weights) if normalize else 1)
+
+
+def ties(
+  models,
+  base,
+  weights,
+  *,
+  density=0.2,
+  scale=1.0,
+  normalize=True,
+  trim_scope='global',
+  consensus='sum',
+  aggregate='sum',
+):
+  names = list(base)
+  deltas = [
+    {p: _wide(model)[p] - _wide(base)[p] for p in names} for model in models
+  ]
+  trimmed = []
+  for delta, share in zip(deltas, _each(density, len(models))):
+    if trim_scope == 'global':
+      flat = np.concatenate([np.abs(delta[p]).ravel() for p in names])
+      mask = top(flat, int(share * flat.size))
+      ends = np.cumsum([delta[p].size for p in names])[:-1]
+      parts = dict(zip(names, np.split(mask, ends)))
+      masks = {p: parts[p].reshape(delta[p].shape) for p in names}
+    else:
+      masks = {
+        p: top(np.abs(delta[p]), max(1, int(share * delta[p].size)))
+        for p in names
+      }
+    trimmed.append({p: np.where(masks[p], delta[p], 0) for p in names})
+  result = {}
+  for p in names:
+    parts = [t[p] for t in trimmed]
+    if aggregate == 'max':
+      values = [w * d for w, d in zip(weights, parts)]
+      up = sum(values) >= 0
+      merged = np.where(
+        up,
+        np.max([np.maximum(v, 0) for v in values], axis=0),
+        np.min([np.minimum(v, 0) for v in values], axis=0),
+      )
+    else:
+      merged = _combine(parts, weights, normalize, consensus)
+    result[p] = _wide(base)[p] + scale * merged
+  return result
+
+
+def _crumbs(delta, density, gamma):
+  size = delta.size
+  kept = int(density * size)
+  largest = int(gamma * size)
+  smallest = max(0, size - kept - largest)
+  ascending = np.zeros(size, int)
+  flat = np.abs(delta).ravel().astype(np.float32)
+  for rank, i in enumerate(sorted(range(size), key=lambda i: (flat[i], -i))):
+    ascending[i] = rank
+  keep = (ascending >= smallest) & (ascending < smallest + kept)
+  return np.where(keep.reshape(delta.shape), delta, 0)
+
+
+def breadcrumbs(
+  models,
+  base,
+  weights,
+  *,
+  density=1.0,
+  gamma=0.01,
+  scale=1.0,
+  normalize=False,
+  election=None,
+):
+  def one(leaves, origin, weights):
+    deltas = [
+      _crumbs(leaf - origin, share, outliers)
+      for leaf, share, outliers in zip(
+        leaves, _each(density, len(leaves)), _each(gamma, len(leaves))
+      )
+    ]
+    return origin + scale * _combine(deltas, weights, normalize, election)
+
+  return leafwise(one)(models, base, weights)
+
+
+def breadcrumbs_ties(*args, **options):
+  return breadcrumbs(*args, **options, election='sum')
+
+
+def _uniform(seed, path, model, count):
+  """The documented counter hash, in Python integers."""
+  import hashlib
+
+  digest = hashlib.blake2b(f'{seed}\0{model}\0{path}'.encode(), digest_size=8)
+  key = [int.from_bytes(digest.digest()[i : i + 4], 'little') for i in (0, 4)]
+
+  def scramble(x):
+    x ^= x >> 16
+    x = x * 0x21F0AAAD % 2**32
+    x ^= x >> 15
+    x = x * 0xD35A2D97 % 2**32
+    return x ^ (x >> 15)
+
+  words = [
+    scramble(scramble((i * 0x9E3779B9 + key[0]) % 2**32) ^ key[1])
+    for i in range(count)
+  ]
+  return np.array([(word >> 8) / 2**24 for word in words])
+
+
+def _dropped(delta, chance, drawn, rescale):
+  kept = drawn.reshape(delta.shape) < chance
+  if rescale == 'paper':
+    return np.where(kept, delta / np.where(chance > 0, chance, 1), 0)
+  sparse = np.where(kept, delta, 0)
+  if rescale == 'none':
+    return sparse
+  order = {'l1': 1, 'l2': 2, 'linf': np.inf}[rescale]
+  norms = [np.linalg.norm(x.ravel(), order) for x in (delta, sparse)]
+  return sparse * (norms[0] / norms[1] if min(norms) > 1e-7 else 1)
+
+
+def dare_linear(
+  models,
+  base,
+  weights,
+  *,
+  density,
+  scale=1.0,
+  normalize=False,
+  rescale='paper',
+  election=None,
+):
+  result = {}
+  for path, origin in _wide(base).items():
+    deltas = []
+    for k, model in enumerate(models):
+      delta = _wide(model)[path] - origin
+      share = np.full(delta.shape, _each(density, len(models))[k])
+      drawn = _uniform(0, path, k, delta.size)
+      deltas.append(_dropped(delta, share, drawn, rescale))
+    result[path] = origin + scale * _combine(
+      deltas, weights, normalize, election
+    )
+  return result
+
+
+def dare_ties(*args, **options):
+  return dare_linear(*args, **options, election='sum')
+
+
+def _units(path, leaf):
+  """Rows of output units, and how to go back; Flax layout by hand."""
+  if leaf.ndim <= 1:
+    return leaf.reshape(1, -1), lambda rows: rows.reshape(leaf.shape)
+  rows = leaf.reshape(-1, leaf.shape[-1]).T
+  return rows, lambda rows: rows.T.reshape(leaf.shape)
+
+
+def della_linear(
+  models,
+  base,
+  weights,
+  *,
+  density,
+  epsilon=0.15,
+  scale=1.0,
+  normalize=False,
+  rescale='paper',
+  election=None,
+):
+  result = {}
+  for path, origin in _wide(base).items():
+    deltas = []
+    for k, model in enumerate(models):
+      rows, back = _units(path, _wide(model)[path] - origin)
+      share = _each(density, len(models))[k]
+      chance = np.zeros_like(rows)
+      for unit, row in enumerate(rows):
+        size = np.abs(row).astype(np.float32)
+        order = sorted(range(row.size), key=lambda i: (size[i], i))
+        for rank, i in enumerate(order):
+          chance[unit, i] = (
+            share
+            if row.size == 1
+            else share - epsilon + 2 * epsilon * rank / (row.size - 1)
+          )
+      if share >= 1:
+        chance[:] = 1
+      drawn = _uniform(0, path, k, rows.size)
+      deltas.append(back(_dropped(rows, chance, drawn, rescale)))
+    result[path] = origin + scale * _combine(
+      deltas, weights, normalize, election
+    )
+  return result
+
+
+def della(models, base, weights, *, normalize=True, **options):
+  return della_linear(
+    models, base, weights, normalize=normalize, election='sum', **options
+  )
+
+
+@leafwise
+def sce(leaves, base, weights, *, select_topk=1.0):
+  del weights
+  deltas = [leaf - base for leaf in leaves]
+  if select_topk < 1:
+    spread = np.var(np.stack(deltas).astype(np.float32), axis=0)
+    mask = top(spread, int(select_topk * np.count_nonzero(spread)))
+    deltas = [np.where(mask, d, 0) for d in deltas]
+  energy = np.array([np.sum(d**2) for d in deltas])
+  share = (
+    energy / energy.sum()
+    if energy.sum() >= 1e-6
+    else np.full(len(deltas), 1 / len(deltas))
+  )
+  sign = np.where(sum(deltas) >= 0, 1, -1)
+  agree = [np.sign(d) == sign for d in deltas]
+  bottom = sum(c * m for c, m in zip(share, agree))
+  total = sum(c * m * d for c, m, d in zip(share, agree, deltas))
+  return base + total / np.maximum(bottom, 1e-6)
+
+
+def _angle(a, b):
+  norms = [np.linalg.norm(x) for x in (a, b)]
+  norms = [1.0 if n <= 1e-8 else n for n in norms]
+  return np.clip(np.vdot(a, b) / (norms[0] * norms[1]), -1, 1)
+
+
+@leafwise
+def slerp(leaves, base, weights, *, t):
+  del weights
+  cosine = _angle(base, leaves[0])
+  if abs(cosine) > 0.9995:
+    return (1 - t) * base + t * leaves[0]
+  angle = np.arccos(cosine)
+  return (
+    np.sin((1 - t) * angle) * base + np.sin(t * angle) * leaves[0]
+  ) / np.sin(angle)
+
+
+def _nuslerp(a, b, weights):
+  t = weights[1] / sum(weights)
+  angle = np.arccos(_angle(a, b))
+  if np.sin(angle) < 1e-8:
+    return (1 - t) * a + t * b
+  return (np.sin((1 - t) * angle) * a + np.sin(t * angle) * b) / np.sin(angle)
+
+
+def nuslerp(models, base, weights, *, flatten=True, axis='output_unit'):
+  result = {}
+  for path in models[0]:
+    a, b = (_wide(m)[path] for m in models)
+    origin = 0 if base is None else _wide(base)[path]
+    a, b = a - origin, b - origin
+    if flatten:
+      result[path] = origin + _nuslerp(a, b, weights)
+      continue
+    (rows_a, back), (rows_b, _) = _units(path, a), _units(path, b)
+    if axis == 'input_feature' and a.ndim > 1:
+      rows_a, rows_b = rows_a.T, rows_b.T
+    merged = np.stack([_nuslerp(x, y, weights) for x, y in zip(rows_a, rows_b)])
+    if axis == 'input_feature' and a.ndim > 1:
+      merged = merged.T
+    result[path] = origin + back(merged)
+  return result
+
+
+@leafwise
+def multislerp(leaves, base, weights, *, normalize_weights=True, eps=1e-8):
+  if base is not None:
+    leaves = [leaf - base for leaf in leaves]
+  weights = np.array(weights, float)
+  if normalize_weights:
+    weights /= weights.sum()
+  units = [x / (np.linalg.norm(x) + eps) for x in leaves]
+  middle = sum(w * u for w, u in zip(weights, units))
+  length = np.linalg.norm(middle)
+  if length < eps:
+    merged = sum(w * x for w, x in zip(weights, leaves))
+  else:
+    size = sum(w * np.linalg.norm(x) for w, x in zip(weights, leaves))
+    merged = size * middle / length
+  return merged if base is None else base + merged
+
+
+@leafwise
+def karcher(leaves, base, weights, *, max_iter=10, tol=1e-5):
+  del base, weights
+  norms = [np.linalg.norm(x) for x in leaves]
+  units = [x / n for x, n in zip(leaves, norms) if n > tol]
+  if not units:
+    return np.zeros_like(leaves[0])
+  u = sum(units) / len(units)
+  u = units[0] if np.linalg.norm(u) < tol else u / np.linalg.norm(u)
+  for _ in range(max_iter):
+    step = np.zeros_like(u)
+    for one in units:
+      cosine = np.vdot(u, one)
+      rest = one - cosine * u
+      angle = np.arctan2(np.linalg.norm(rest), cosine)
+      if angle > tol and np.sin(angle) > 1e-6:
+        step = step + angle / np.sin(angle) * rest / len(units)
+    size = np.linalg.norm(step)
+    if size < tol:
+      break
+    u = np.cos(size) * u + np.sin(size) * step / size
+    u = u / np.linalg.norm(u)
+  return u * np.mean(norms)
+
+
+def _stock(leaves, base, clamp_t):
+  deltas = [leaf - base for leaf in leaves]
+  n = len(deltas)
+  cosines = [
+    np.clip(
+      np.vdot(deltas[i], deltas[j])
+      / max(np.linalg.norm(deltas[i]) * np.linalg.norm(deltas[j]), 1e-6),
+      -1,
+      1,
+    )
+    for i in range(n)
+    for j in range(i)
+  ]
+  c = np.mean(cosines)
+  bottom = 1 + (n - 1) * c
+  t = 0 if abs(bottom) < 1e-6 else n * c / bottom
+  t = np.clip(t, 0, 1) if clamp_t else t
+  return t * sum(leaves) / n + (1 - t) * base
+
+
+def model_stock(models, base, weights, *, filter_wise=False, clamp_t=False):
+  del weights
+  result = {}
+  for path, origin in _wide(base).items():
+    leaves = [_wide(m)[path] for m in models]
+    if not filter_wise:
+      result[path] = _stock(leaves, origin, clamp_t)
+      continue
+    rows, back = _units(path, origin)
+    of_models = [_units(path, leaf)[0] for leaf in leaves]
+    result[path] = back(
+      np.stack(
+        [
+          _stock([m[i] for m in of_models], rows[i], clamp_t)
+          for i in range(len(rows))
+        ]
+      )
+    )
+  return result
+
+
+@leafwise
+def nearswap(leaves, base, weights, *, t):
+  del weights
+  share = np.clip(t / np.maximum(np.abs(base - leaves[0]), 1e-6), 0, 1)
+  return share * leaves[0] + (1 - share) * base
+
+
+def arcee_fusion(models, base, weights):
+  del weights
+  result = {}
+  for path, origin in _wide(base).items():
+    rows_a, back = _units(path, origin)
+    rows_b, _ = _units(path, _wide(models[0])[path])
+    softmax = lambda r: np.exp(r) / np.exp(r).sum(axis=1, keepdims=True)
+    p, q = softmax(rows_b) + 1e-8, softmax(rows_a) + 1e-8
+    kl = np.sum(p * np.log(p / q), axis=1, keepdims=True)
+    importance = np.abs(rows_b - rows_a) * kl
+    ordered = np.sort(importance.ravel())
+    low, middle, high = (
+      ordered[int(np.floor(f * (ordered.size - 1)))] for f in (0.25, 0.5, 0.75)
+    )
+    threshold = middle + 1.5 * (high - low)
+    result[path] = back(np.where(importance >= threshold, rows_b, rows_a))
+  return result
+
+
+@leafwise
+def ram(leaves, base, weights, *, epsilon=1e-5, factors=None):
+  del weights
+  deltas = [leaf - base for leaf in leaves]
+  active = np.stack([np.abs(d) > epsilon for d in deltas])
+  merged = np.zeros_like(base)
+  for at in np.ndindex(merged.shape):
+    own = [k for k in range(len(deltas)) if active[(k, *at)]]
+    if len(own) == 1:
+      factor = 1 if factors is None else factors(active)[own[0]]
+      merged[at] = factor * deltas[own[0]][at]
+    elif own:
+      merged[at] = np.mean([deltas[k][at] for k in own])
+  return base + merged
+
+
+def ram_plus(models, base, weights, *, r=0.1, alpha=0.2, epsilon=1e-5):
+  def factors(active):
+    count = active.sum(axis=0)
+    shared = [np.sum(a & (count > 1)) for a in active]
+    unique = [np.sum(a & (count == 1)) for a in active]
+    return [
+      1 + r * np.clip(s / max(u, 1), 0, alpha) for s, u in zip(shared, unique)
+    ]
+
+  return ram(models, base, weights, epsilon=epsilon, factors=factors)
+
+
+def fisher(
+  models,
+  base,
+  weights,
+  *,
+  stats,
+  normalize_fishers='model',
+  floor=1e-6,
+  favor_first=True,
+):
+  del base
+  information = [
+    {p: np.asarray(one[p]['fisher'], np.float64) for p in models[0]}
+    for one in stats
+  ]
+  result = {}
+  for path in models[0]:
+    top_sum, bottom = 0.0, 0.0
+    for k, (model, weight) in enumerate(zip(models, weights)):
+      if normalize_fishers == 'model':
+        norm = np.sqrt(sum(np.sum(f**2) for f in information[k].values()))
+      elif normalize_fishers == 'leaf':
+        norm = np.sqrt(np.sum(information[k][path] ** 2))
+      else:
+        norm = 1.0
+      f = information[k][path]
+      if k == 0 or not favor_first:
+        f = np.maximum(f, floor)
+      top_sum = top_sum + weight / norm * f * _wide(model)[path]
+      bottom = bottom + weight / norm * f
+    plain = (
+      _wide(models[0])[path]
+      if favor_first
+      else linear(models, None, weights)[path]
+    )
+    safe = np.where(bottom > 0, bottom, 1)
+    result[path] = np.where(bottom > 0, top_sum / safe, plain)
+  return result
+
+
+def regmean(models, base, weights, *, stats, alpha=0.9, ridge=0.0):
+  result = linear(models, base, weights)
+  for path in stats[0]:
+    shape = models[0][path].shape
+    left, right = 0.0, 0.0
+    for model, weight, one in zip(models, weights, stats):
+      gram = np.asarray(one[path]['gram'], np.float64)
+      diagonal = np.diag(np.diag(gram))
+      gram = alpha * gram + (1 - alpha) * diagonal
+      gram = gram + ridge * np.mean(np.diag(gram)) * np.eye(len(gram))
+      kernel = _wide(model)[path].reshape(len(gram), -1)
+      left = left + weight * gram
+      right = right + weight * gram @ kernel
+    solved = np.linalg.pinv(left) @ right
+    dead = np.diag(left) == 0
+    solved[dead] = result[path].reshape(solved.shape)[dead]
+    result[path] = solved.reshape(shape)
+  return result

@@ -198,7 +198,7 @@ class LoopTest(parameterized.TestCase):
       if at == 5:
         os.kill(os.getpid(), signal.SIGTERM)
 
-    with self.assertRaisesRegex(loop.Stopped, 'step 5 of 50'):
+    with self.assertRaisesRegex(errors.Stopped, 'step 5 of 50'):
       loop.fit(
           step, state, stream, steps=50, checkpoints=checkpoints,
           save_every=100, log_every=1, hooks=[stop],

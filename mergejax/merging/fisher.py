@@ -1,0 +1,126 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Fisher-weighted averaging."""
+
+import jax.numpy as jnp
+
+from mergejax.merging import base as base_lib
+
+
+def fisher(
+  *,
+  normalize_fishers: str = 'model',
+  floor: float = 1e-6,
+  floor_mode: str = 'absolute',
+  favor_first: bool = True,
+  smoothing: float = 0.0,
+) -> base_lib.Merge:
+  """Averages each entry by how much it matters to each model.
+
+  `sum_k l_k F_k theta_k / sum_k l_k F_k` with F_k the diagonal Fisher
+  information of model k and `l_k = w_k / |F_k|_2`. Where no model has any
+  information the first model's value stays (or, without `favor_first`, the
+  weighted mean).
+
+  Args:
+    normalize_fishers: 'model' divides each Fisher by its norm over the whole
+      model, as the paper's code; 'leaf' by its norm over the leaf; 'none'.
+    floor: smallest Fisher value; 1e-6 as in the paper's code. The floor acts
+      before the normalization.
+    floor_mode: 'absolute', or 'relative' to the mean of the first model's
+      Fisher: Fishers of converged models can lie far below 1e-6.
+    favor_first: floor only the first model's Fisher, so that its value stays
+      where nobody knows better; otherwise floor every model's.
+    smoothing: added to every Fisher; 1e-10 in the RegMean project's variant,
+      which has no floor.
+
+  Returns:
+    A method over models that bring `fisher` statistics. State of a leaf:
+    <float32>[...] weighted sum, sum of weights, and what to fall back on.
+
+  Raises:
+    UserError: an unknown mode, a negative floor or smoothing.
+
+  Example:
+    >>> merge([{'w': jnp.zeros(1)}, {'w': jnp.ones(1)}],
+    ...       fisher(normalize_fishers='none'),
+    ...       stats=[{'w': {'fisher': jnp.array([1.0])}},
+    ...              {'w': {'fisher': jnp.array([3.0])}}])
+    {'w': Array([0.75], dtype=float32)}
+
+  Source: Matena and Raffel, "Merging Models with Fisher-Weighted Averaging"
+  (2022), https://arxiv.org/abs/2111.09832, equation 2. The released code gives
+  NaN where all weights are zero.
+  """
+  base_lib.check_choice('normalize_fishers', normalize_fishers, ('model', 'leaf', 'none'))  # fmt: skip
+  base_lib.check_choice('floor_mode', floor_mode, ('absolute', 'relative'))
+  for name, value in (('floor', floor), ('smoothing', smoothing)):
+    base_lib.check_option(name, value, lambda v: v >= 0, '0 or above')
+
+  def measure(leaves, base, marks, weights):
+    del base, weights
+    wide = [mark.stats['fisher'].astype(leaf.dtype) for leaf, mark in zip(leaves, marks)]  # fmt: skip
+    squares = jnp.stack([jnp.sum(jnp.square(f)) for f in wide])
+    return {
+      'squares': squares,
+      'total': jnp.sum(wide[0]),
+      'size': jnp.full((), wide[0].size, jnp.float32),
+    }
+
+  def conclude(found, marks, weights):
+    del weights
+    norms = jnp.sqrt(jnp.asarray(found['squares']))
+    scale = 1 / (norms + jnp.asarray(smoothing, norms.dtype))
+    scale = jnp.where(norms + smoothing == 0, jnp.zeros_like(scale), scale)
+    if smoothing:
+      scale = scale / jnp.sum(scale)
+    least = jnp.asarray(floor, norms.dtype)
+    if floor_mode == 'relative':
+      least = least * jnp.asarray(found['total'] / found['size'], norms.dtype)
+    if normalize_fishers == 'none':
+      scale = jnp.ones_like(scale)
+    return [{'scale': scale[k], 'floor': least} for k in range(len(marks))]
+
+  def init(zeros):
+    return {
+      'sum': zeros, 'weight': zeros, 'fallback': zeros,
+      'fallback_weight': jnp.zeros((), zeros.dtype),
+    }  # fmt: skip
+
+  def update(state, leaf, base, weight, mark):
+    del base
+    information = mark.stats['fisher'].astype(leaf.dtype)
+    information = information + jnp.asarray(smoothing, leaf.dtype)
+    floored = jnp.maximum(
+      information, jnp.asarray(mark.note['floor'], leaf.dtype)
+    )
+    first = jnp.asarray(mark.model) == 0
+    if favor_first:
+      information = jnp.where(first, floored, information)
+      backing = jnp.where(first, jnp.ones_like(weight), jnp.zeros_like(weight))
+    else:
+      information, backing = floored, weight
+    share = weight * jnp.asarray(mark.note['scale'], leaf.dtype) * information
+    return {
+      'sum': state['sum'] + share * leaf,
+      'weight': state['weight'] + share,
+      'fallback': state['fallback'] + backing * leaf,
+      'fallback_weight': state['fallback_weight'] + backing,
+    }
+
+  def finish(state, base):
+    del base
+    known = state['weight'] > 0
+    safe = jnp.where(known, state['weight'], jnp.ones_like(state['weight']))
+    return jnp.where(
+      known,
+      state['sum'] / safe,
+      state['fallback'] / state['fallback_weight'],
+    )
+
+  look = base_lib.Look(
+    measure, conclude, scope='tree' if normalize_fishers != 'leaf' else 'leaf'
+  )
+  return base_lib.leafwise(
+    init, update, finish, looks=(look,), needs=('fisher',)
+  )

@@ -1,0 +1,89 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""RegMean: the kernel that answers every model's inputs as that model did."""
+
+import jax
+import jax.numpy as jnp
+from jax.scipy import linalg
+
+from mergejax.merging import base as base_lib
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+def regmean(*, alpha: float = 0.9, ridge: float = 0.0) -> base_lib.Merge:
+  """Solves each linear kernel by least squares over the models' own inputs.
+
+  `W = (sum_k w_k G_k)^-1 sum_k w_k G_k W_k` with G_k the mean of `x x^T` over
+  the inputs of the layer in model k, its off-diagonal entries multiplied by
+  alpha. Leaves without a Gram matrix are averaged.
+
+  Args:
+    alpha: 1 is plain least squares, 0 weighs each input feature by its second
+      moment. 0.9 in the paper, 0.1 for T5.
+    ridge: share of the mean diagonal that is added to every G_k on both sides;
+      0 by default. For singular Gram matrices at alpha 1.
+
+  Returns:
+    A method over models that bring `gram` statistics <float32>[in, in] for
+    linear kernels. State of a kernel: `sum G` [in, in], `sum G W` [in, out],
+    and the running mean. A further model can be folded in later.
+
+  Raises:
+    UserError: alpha outside [0, 1], a negative ridge, a kernel of unknown
+      layout.
+
+  Example:
+    >>> kernel = jnp.ones((1, 1))
+    >>> merge([{'kernel': kernel}, {'kernel': 5 * kernel}], regmean(),
+    ...       stats=[{'kernel': {'gram': 3 * kernel}},
+    ...              {'kernel': {'gram': kernel}}])
+    {'kernel': Array([[2.]], dtype=float32)}
+
+  Source: Jin et al., "Dataless Knowledge Fusion by Merging Weights of Language
+  Models" (2023), https://arxiv.org/abs/2212.09849, equation 2 and section 3.2.
+  The paper sums `x x^T`; the code, and this, take the mean over tokens, so
+  that every model counts the same whatever its data. Rows of input features
+  that are always zero are averaged; the code would return zeros.
+  """
+  base_lib.check_option('alpha', alpha, lambda v: 0 <= v <= 1, 'in [0, 1]')
+  base_lib.check_option('ridge', ridge, lambda v: v >= 0, '0 or above')
+
+  def init(zeros):
+    return {'mean': zeros, 'weight': jnp.zeros((), zeros.dtype)}
+
+  def update(state, leaf, base, weight, mark):
+    del base
+    new = {
+      **state,
+      'mean': state['mean'] + weight * leaf,
+      'weight': state['weight'] + weight,
+    }
+    if mark.stats and 'gram' in mark.stats:
+      gram = mark.stats['gram'].astype(leaf.dtype)
+      diagonal = jnp.diagonal(gram)
+      gram = jnp.asarray(alpha, leaf.dtype) * gram
+      gram = gram + (1 - alpha) * jnp.diag(diagonal)
+      lift = jnp.asarray(ridge, leaf.dtype) * jnp.mean(diagonal)
+      gram = weight * (gram + lift * jnp.eye(len(diagonal), dtype=leaf.dtype))
+      product = jnp.matmul(gram, leaf, precision=_HIGHEST)
+      first = 'gram' not in state
+      new['gram'] = gram if first else state['gram'] + gram
+      new['product'] = product if first else state['product'] + product
+    return new
+
+  def finish(state, base):
+    del base
+    mean = state['mean'] / state['weight']
+    if 'gram' not in state:
+      return mean
+    gram = state['gram']
+    dead = jnp.diagonal(gram) == 0
+    # A one on the diagonal keeps dead rows out of the system; their solution is
+    # replaced. All rows are dead for a leaf without statistics.
+    solvable = gram + jnp.diag(dead.astype(gram.dtype))
+    factor = linalg.cho_factor(solvable, lower=True)
+    solved = linalg.cho_solve(factor, state['product'])
+    return jnp.where(dead[:, None], mean, solved)
+
+  return base_lib.leafwise(init, update, finish, needs=('gram',), view='matrix')

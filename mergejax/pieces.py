@@ -1,0 +1,633 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Merging one leaf piece by piece: looks that add up, then one compiled call.
+
+A leaf never has to be in memory whole. Looks without ranks are sums over
+pieces; exact ranks come from a bracket around the wanted one: a sample says
+roughly where it lies, one pass counts what is above and keeps the few scores
+inside. Then the whole method runs on each piece in one compiled program.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+import functools
+import math
+import threading
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mergejax import errors
+from mergejax import numerics
+from mergejax import plans
+from mergejax.merging import base as base_lib
+from mergejax.merging import driver
+from mergejax.merging import masks
+from mergejax.merging import named
+
+# Leaves of so many pieces stay in memory between passes; larger ones are read
+# again.
+_RESIDENT = 4
+# One element in so many is sampled to find a bracket around a rank.
+_SAMPLE = 32
+# Where scores lie to a bracket, as a program tells it.
+_AT_LOW, _INSIDE, _AT_HIGH, _ABOVE = 1, 2, 3, 4
+# Small pieces are padded to one of these sizes, so that few programs do.
+_SIZES = (4096, 65536, 262144, plans.PIECE)
+
+
+class Piece(NamedTuple):
+  """`count` elements of a leaf from flat position `start`, as `shape`."""
+
+  number: int
+  start: int
+  count: int
+  shape: tuple[int, ...]
+
+
+class Timers:
+  """Seconds spent reading, computing and writing, over all threads."""
+
+  def __init__(self):
+    self.seconds = {'read': 0.0, 'compute': 0.0, 'write': 0.0}
+    self._lock = threading.Lock()
+
+  def timed(self, phase: str, call: Callable, *args):
+    started = time.perf_counter()
+    result = call(*args)
+    with self._lock:
+      self.seconds[phase] += time.perf_counter() - started
+    return result
+
+
+@functools.cache
+def _program(method: str, static: tuple, stage: str, number: Any):
+  """The compiled call of one stage of a method.
+
+  Stages: 'merge' to the dtype called `number`; 'look', what look `number`
+  measures; 'place', where its scores lie to brackets.
+  """
+
+  def run(leaves, base, weights, keys, notes, stats, numbers, offset, brackets):
+    built = named.resolve(method, **dict(static), **numbers)
+    marks = [
+      base_lib.Mark(k, notes[k], keys[k], stats[k]) for k in range(len(leaves))
+    ]
+    part = driver.Part(
+      [numerics.widen(leaf) for leaf in leaves],
+      None if base is None else numerics.widen(base),
+      marks,
+      offset,
+    )
+    if stage == 'merge':
+      merged = driver.run_triple(built, [[part]], list(weights))[0][0]
+      return merged.astype(jax.dtypes.canonicalize_dtype(number))
+    own = [jnp.asarray(w, part.leaves[0].dtype) for w in weights]
+    found = built.looks[number].measure(
+      part.leaves, part.base, part.placed(), own
+    )
+    if stage == 'look':
+      return found
+    small = lambda mask: mask.astype(jnp.uint8)
+    return [
+      [
+        small(score > low) + small(score >= low)
+        + small(score >= high) + small(score > high)
+        for low, high in brackets[s]
+      ]
+      for s, score in enumerate(found)
+    ]  # fmt: skip
+
+  return jax.jit(run)
+
+
+def _split_options(options: Mapping[str, Any]) -> tuple[tuple, dict[str, Any]]:
+  """Options that a program is compiled for, and numbers that it is given."""
+  static, numbers = {}, {}
+  for name, value in options.items():
+    values = value if isinstance(value, (list, tuple)) else [value]
+    plain = all(
+      isinstance(v, (int, float)) and not isinstance(v, bool) for v in values
+    )
+    if plain and name != 'max_iter':
+      numbers[name] = np.asarray(value, np.float32)
+    else:
+      static[name] = tuple(value) if isinstance(value, list) else value
+  return tuple(sorted(static.items())), numbers
+
+
+class Ranker:
+  """Exact order statistics of scores that come in pieces, in any order.
+
+  Scores above the bracket and equal to its ends are counted, those strictly
+  inside are kept. Bfloat16 task vectors have few distinct magnitudes, so that
+  a tenth of a leaf may equal one end: counting them costs no memory.
+
+  Attributes:
+    low: <float32>[] lower end of the bracket.
+    high: <float32>[] upper end.
+    done: the `Cut`, its end a Python integer, or None while it is not known.
+  """
+
+  def __init__(self, size: int, rank: int, sample: np.ndarray):
+    """Aims a bracket.
+
+    Args:
+      size: how many scores will come.
+      rank: the rank-th largest is looked for, 0 to `size`.
+      sample: <float32>[n] some of the scores.
+    """
+    self._rank = rank
+    self.done = None
+    self.low = self.high = np.float32(np.inf)
+    if rank == 0:
+      self.done = numerics.Cut(np.float32(np.inf), 0)
+    elif rank >= size:
+      self.done = numerics.Cut(np.float32(-np.inf), 0)
+    else:
+      share = rank / size
+      at = (1 - share) * (sample.size - 1)
+      margin = 4 * math.sqrt(sample.size * share * (1 - share)) + 2
+      low, high = math.floor(at - margin), math.ceil(at + margin)
+      inside = [k for k in (low, high) if 0 <= k < sample.size]
+      ordered = np.partition(sample, inside) if inside else sample
+      self.low = ordered[low] if low >= 0 else np.float32(-np.inf)
+      self.high = ordered[high] if high < sample.size else self.high
+    self._reset()
+
+  def _reset(self):
+    self._above = 0
+    self._values: list[np.ndarray] = []
+    self._places: list[np.ndarray] = []
+    # (start, how many equal the upper end, how many the lower)
+    self._equal: list[tuple[int, int, int]] = []
+
+  def add(
+    self, places: np.ndarray, index: np.ndarray, values: np.ndarray, start: int
+  ) -> None:
+    """Takes a piece.
+
+    Args:
+      places: <uint8>[n] where each score lies to the bracket: 0 below, 1 at
+        its lower end, 2 inside (or at both ends, if they are equal), 3 at its
+        upper end, 4 above.
+      index: <int64>[m] positions in the piece among which are all inside.
+      values: <float32>[m] the scores there.
+      start: position of the piece.
+    """
+    count = lambda place: int(np.count_nonzero(places == place))
+    self._above += count(_ABOVE)
+    if self.low == self.high:
+      self._equal.append((start, count(_INSIDE), 0))
+      return
+    self._equal.append((start, count(_AT_HIGH), count(_AT_LOW)))
+    inside = places[index] == _INSIDE
+    self._values.append(values[inside])
+    self._places.append(index[inside] + start)
+
+  def conclude(self, places_at: Callable[[int], np.ndarray]) -> bool:
+    """Finds the cut after all pieces came; False asks for them once more.
+
+    Args:
+      places_at: gives the places of the piece that starts at a position again.
+
+    Returns:
+      True if `done` holds the cut. False if the bracket missed and was moved:
+      add every piece again.
+    """
+    left = self._rank - self._above
+    at_high = sum(high for _, high, _ in self._equal)
+    at_low = sum(low for _, _, low in self._equal)
+    values = np.concatenate([*self._values, np.empty(0, np.float32)])
+    if left < 1:
+      self.low, self.high = self.high, np.float32(np.inf)
+    elif left <= at_high:
+      self._locate(self.high, left, 1, places_at)
+    elif left <= at_high + values.size:
+      left -= at_high
+      at = values.size - left
+      threshold = np.partition(values, at)[at]
+      left -= int(np.count_nonzero(values > threshold))
+      index = np.concatenate(self._places)[values == threshold]
+      self.done = numerics.Cut(threshold, int(np.sort(index)[left - 1]) + 1)
+    elif left <= at_high + values.size + at_low:
+      left -= at_high + values.size
+      self._locate(self.low, left, 2, places_at)
+    else:
+      self.low, self.high = np.float32(-np.inf), self.low
+    self._reset()
+    return self.done is not None
+
+  def _locate(self, threshold, left, column, places_at):
+    """The position of the `left`-th score that equals the threshold."""
+    wanted = _AT_HIGH if column == 1 else _AT_LOW
+    wanted = _INSIDE if self.low == self.high else wanted
+    for entry in sorted(self._equal):
+      if left <= entry[column]:
+        start = entry[0]
+        index = np.flatnonzero(places_at(start) == wanted)
+        self.done = numerics.Cut(threshold, start + int(index[left - 1]) + 1)
+        return
+      left -= entry[column]
+
+
+class Leaf:
+  """One parameter of the result while it is merged; belongs to one thread."""
+
+  def __init__(
+    self,
+    plan: plans.Plan,
+    task: plans.Task,
+    buffers: dict[Any, Any],
+    timers: Timers,
+  ):
+    self._plan = plan
+    self._task = task
+    self._buffers = buffers
+    self._timers = timers
+    self._checked: set[int] = set()
+    self.size = task.spec.size
+    self._resident = self.size <= _RESIDENT * plans.PIECE
+    if task.method is None:
+      return
+    self.method = task.build()
+    if len(self.method.looks) == 0:
+      self._resident = False  # one pass is all there is
+    self._static, self._numbers = _split_options(task.options)
+    self._weights = np.asarray(task.weights, np.float32)
+    self._keys = np.stack(
+      [
+        masks.mask_key(plan.recipe.seed, task.path, k)
+        for k in range(len(task.inputs))
+      ]
+    )
+    self.marks = [base_lib.Mark(k, {}, key) for k, key in enumerate(self._keys)]
+
+  # Pieces -------------------------------------------------------------------
+
+  def pieces(self) -> Iterator[Piece]:
+    """The pieces of the leaf, in order."""
+    size, shape = self.size, self._task.spec.shape
+    if self._task.method and self.method.view == 'unit':
+      # Whole units; a vector is one.
+      width = size // shape[0] if len(shape) > 1 else size
+      count = size // width
+      rows = max(1, min(count, plans.PIECE // width))
+      for number, row in enumerate(range(0, count, rows)):
+        own = min(rows, count - row) * width
+        yield Piece(number, row * width, own, (rows, width))
+      return
+    for number, start in enumerate(range(0, size, plans.PIECE)):
+      count = min(plans.PIECE, size - start)
+      padded = next(s for s in _SIZES if s >= count)
+      yield Piece(number, start, count, (padded,))
+
+  def _load(self, piece: Piece):
+    """`(leaves, base, stats)` of a piece, padded with zeros."""
+    # What the buffers hold is written beside them: leaves of a thread share
+    # them.
+    owner, held = self._buffers.get('held', (None, None))
+    if owner is not self:
+      held = {}
+      self._buffers['held'] = (self, held)
+    if piece.start not in held:
+      if not self._resident:
+        held.clear()
+      held[piece.start] = self._timers.timed('read', self._read, piece)
+    return held[piece.start]
+
+  def _sources(self):
+    """`(store, path)` of the models, then the base, then statistics."""
+    task, stores = self._task, self._plan.stores
+    refs = [(stores[name], path) for name, path in task.inputs]
+    if task.base is not None:
+      refs.append((stores[task.base[0]], task.base[1]))
+    for store, own in zip(self._plan.stats, task.stats):
+      refs += [(store, path) for path in own.values()]
+    return refs
+
+  def _roles(self, arrays):
+    """`(leaves, base, stats)` from arrays in the order of `_sources`."""
+    task, count = self._task, len(self._task.inputs)
+    stats = [None] * count
+    for k, own in enumerate(task.stats):
+      stats[k] = {n: arrays[-count + k] for n in own}
+    base = arrays[count] if task.base is not None else None
+    return arrays[:count], base, stats
+
+  def _read(self, piece):
+    arrays = []
+    for slot, (store, path) in enumerate(self._sources()):
+      array = self._buffer(slot, store.specs()[path].dtype, piece)
+      store.read_into(path, piece.start, array[: piece.count])
+      array[piece.count :] = 0
+      if piece.start not in self._checked:
+        self._check(store, path, array[: piece.count])
+      arrays.append(array.reshape(piece.shape))
+    self._checked.add(piece.start)
+    return self._roles(arrays)
+
+  def _buffer(self, slot, dtype, piece):
+    """Memory of this thread, aligned so that JAX uses it where it is."""
+    size = math.prod(piece.shape)
+    begin = piece.number * plans.PIECE if self._resident else 0
+    whole = self._buffers.get((slot, dtype.str))
+    if whole is None or whole.size < begin + size:
+      # Pages that are never touched cost nothing.
+      room = max(begin + size, _RESIDENT * plans.PIECE) * dtype.itemsize
+      raw = np.empty(room + 64, np.uint8)
+      shift = -raw.ctypes.data % 64
+      whole = raw[shift : room + shift].view(dtype)
+      self._buffers[(slot, dtype.str)] = whole
+    return whole[begin : begin + size]
+
+  def _check(self, store, path, array):
+    """Raises if a source has a number that is not finite."""
+    if not _all_finite(array):
+      bad = int(np.count_nonzero(~np.isfinite(array.astype(np.float32))))
+      raise errors.UserError(
+        f'{store.name}: {path} has numbers that are not finite ({bad} in the '
+        f'first piece of it that has any, of {array.size}). Merging them would '
+        'spoil the result; find out where the model broke, or leave the '
+        'parameter as it is in the base with a rule (`copy: base`).'
+      )
+
+  # Stages -------------------------------------------------------------------
+
+  def _call(self, stage, number, arrays, offset=0, brackets=None):
+    leaves, base, stats = arrays
+    program = _program(self._task.method, self._static, stage, number)
+    return self._timers.timed(
+      'compute',
+      lambda: jax.tree.map(
+        np.asarray,
+        program(
+          leaves, base, self._weights, self._keys,
+          [m.note for m in self.marks], stats, self._numbers,
+          np.uint32(offset), brackets,
+        ),
+      ),
+    )  # fmt: skip
+
+  def scores(self, i: int, piece: Piece) -> list[np.ndarray]:
+    """The scores that look `i` gives the elements of a piece."""
+    found = self._call('look', i, self._load(piece), piece.start)
+    return [score.reshape(-1)[: piece.count] for score in found]
+
+  def _scores_of(self, i, arrays):
+    """Scores of elements that were picked out of pieces: no unit is whole."""
+    count = arrays[0].size
+    padded = next((n for n in _SIZES if n >= count), count)
+    room = [np.zeros(padded, array.dtype) for array in arrays]
+    for target, array in zip(room, arrays):
+      target[:count] = array
+    return [s[:count] for s in self._call('look', i, self._roles(room))]
+
+  def place(self, i: int, piece: Piece, brackets) -> tuple[Any, Any, Any]:
+    """Where the scores of a piece lie to brackets, and those inside.
+
+    Returns:
+      `(places, index, values)`: `places[score][bracket]` <uint8>[n]; the
+      positions that are inside any bracket; for each score its values there.
+    """
+    arrays = self._load(piece)
+    if self.method.view == 'element':
+      places = self._call('place', i, arrays, piece.start, brackets)
+    else:
+      places = [
+        [_places(score, *bracket) for bracket in own]
+        for score, own in zip(self.scores(i, piece), brackets)
+      ]
+    places = [[p.reshape(-1)[: piece.count] for p in own] for own in places]
+    union = np.zeros(piece.count, bool)
+    for own in places:
+      for one in own:
+        union |= one == _INSIDE
+    index = np.flatnonzero(union)
+    if self.method.view == 'element':
+      leaves, base, stats = arrays
+      flat = [*leaves, *([] if base is None else [base])]
+      flat += [leaf for own in stats if own for leaf in own.values()]
+      values = self._scores_of(i, [array.reshape(-1)[index] for array in flat])
+    else:
+      values = [score[index] for score in self.scores(i, piece)]
+    return places, index, values
+
+  def sample(self, i: int) -> list[np.ndarray]:
+    """Some of the scores of look `i`, spread over the leaf."""
+    found = []
+    for piece in self.pieces():
+      if self.method.view != 'element':
+        own = [score[::_SAMPLE] for score in self.scores(i, piece)]
+      elif self._resident:
+        leaves, base, stats = self._load(piece)
+        flat = [*leaves, *([] if base is None else [base])]
+        flat += [leaf for one in stats if one for leaf in one.values()]
+        # The middle of each stride, so that the sample is not of one column.
+        step = _SAMPLE + 1 if piece.count > 4096 else 1
+        own = self._scores_of(
+          i, [array.reshape(-1)[: piece.count : step] for array in flat]
+        )
+      else:
+        own = self._scores_of(i, self._stretches(piece))
+      found.append(own)
+    return [np.concatenate(own) for own in zip(*found)]
+
+  def _stretches(self, piece):
+    """Eight short stretches of a piece of every source."""
+    length = max(1, piece.count // (8 * 2 * _SAMPLE))
+    starts = np.linspace(0, piece.count - length, 8).astype(int)
+    arrays = []
+    for store, path in self._sources():
+      room = np.empty((8, length), store.specs()[path].dtype)
+      for row, start in zip(room, starts):
+        store.read_into(path, piece.start + int(start), row)
+      arrays.append(room.reshape(-1))
+    return arrays
+
+  def total(self, i: int) -> Any:
+    """What look `i` finds, added up in float64 over the pieces."""
+    look = self.method.looks[i]
+    combine = np.maximum if look.combine == 'max' else np.add
+    total = None
+    for piece in self.pieces():
+      found = self._call('look', i, self._load(piece), piece.start)
+      found = jax.tree.map(_widest, found)
+      total = found if total is None else jax.tree.map(combine, total, found)
+    return total
+
+  def note(self, i: int, found: Any) -> None:
+    """Adds what look `i` concludes to the marks."""
+    look = self.method.looks[i]
+    notes = look.conclude(
+      jax.tree.map(_narrow, found),
+      self.marks,
+      [jnp.asarray(w, jnp.float32) for w in self._weights],
+    )
+    notes = jax.tree.map(np.asarray, list(notes))
+    self.marks = driver.with_notes(self.marks, notes)
+
+  def look(self) -> None:
+    """Runs every look whose scope is this leaf."""
+    for i, look in enumerate(self.method.looks):
+      if look.scope == 'leaf':
+        if look.ranks is None:
+          self.note(i, self.total(i))
+        else:
+          (found,) = rank(i, [self])
+          self.note(i, found)
+
+  def merge(self, write: Callable[[int, np.ndarray], None]) -> None:
+    """Merges every piece and hands it over: `write(start, array)`."""
+    task = self._task
+    for piece in self.pieces():
+      if task.method is None:
+        merged = self._load(piece)[0][0]
+      else:
+        merged = self._call(
+          'merge', task.spec.dtype.name, self._load(piece), piece.start
+        )
+      merged = merged.reshape(-1)[: piece.count].astype(
+        task.spec.dtype, copy=False
+      )
+      if task.method is not None:
+        self._check_result(merged)
+      self._timers.timed('write', write, piece.start, merged)
+
+  def _check_result(self, merged):
+    if not _all_finite(merged):
+      bad = int(np.count_nonzero(~np.isfinite(merged.astype(np.float32))))
+      raise errors.UserError(driver.not_finite(self._task.path, bad))
+
+
+def _all_finite(array: np.ndarray) -> bool:
+  """Whether every number is finite; without a copy for 16-bit floats."""
+  if array.dtype.itemsize != 2 or not array.size:
+    return bool(np.all(np.isfinite(array.astype(np.float32, copy=False))))
+  # As integers, numbers that are not finite lie above all finite ones of their
+  # sign: as signed for positive, as unsigned for negative.
+  infinite = 0x7C00 if array.dtype == np.float16 else 0x7F80
+  return bool(
+    np.max(array.view(np.int16)) < infinite
+    and np.max(array.view(np.uint16)) < infinite + 0x8000
+  )
+
+
+def _places(score, low, high):
+  """What the 'place' stage says of scores, in NumPy."""
+  places = (score > low).astype(np.uint8)
+  for mask in (score >= low, score >= high, score > high):
+    places += mask
+  return places
+
+
+def merge_whole(
+  plan: plans.Plan,
+  task: plans.Task,
+  write: Callable[[int, np.ndarray], None],
+  timers: Timers,
+) -> None:
+  """Merges a leaf that must be seen at once: stacks, columns, matrices."""
+
+  def read(store, path):
+    leaf = np.asarray(store.leaves([path])[path])
+    if not np.all(np.isfinite(leaf.astype(np.float32))):
+      raise errors.UserError(
+        f'{store.name}: {path} has numbers that are not finite.'
+      )
+    return leaf
+
+  stores = plan.stores
+  leaves = [
+    timers.timed('read', read, stores[name], path) for name, path in task.inputs
+  ]
+  base = None
+  if task.base is not None:
+    base = timers.timed('read', read, stores[task.base[0]], task.base[1])
+  stats = [
+    {name: read(store, path) for name, path in own.items()}
+    for store, own in zip(plan.stats, task.stats)
+  ] or [{} for _ in leaves]
+
+  def compute():
+    run = driver.Run(
+      task.build(), task.weights, {task.path: task.spec}, plan.recipe.seed
+    )
+    parts = run.look_at_leaf(run.parts(task.path, leaves, base, stats))
+    merged = run.finish({task.path: parts})[task.path]
+    return np.asarray(merged.astype(task.spec.dtype)).reshape(-1)
+
+  timers.timed('write', write, 0, timers.timed('compute', compute))
+
+
+def rank(i: int, leaves: Sequence[Leaf]) -> list[list[list[numerics.Cut]]]:
+  """Exact ranks of look `i` over leaves together: `[leaf][score][rank]` cuts."""
+  starts = np.cumsum([0] + [leaf.size for leaf in leaves])
+  size = int(starts[-1])
+  sample = [
+    np.concatenate(own) for own in zip(*(leaf.sample(i) for leaf in leaves))
+  ]
+  wanted = leaves[0].method.looks[i].ranks(size, leaves[0].marks)
+  rankers = [
+    [Ranker(size, r, one) for r in ranks] for ranks, one in zip(wanted, sample)
+  ]
+
+  def places_at(s, j):
+    def run(start):
+      if start in kept:
+        return kept[start][s][j]
+      # Empty leaves share their start with the next one.
+      number = int(np.searchsorted(starts, start, side='right')) - 1
+      piece = next(
+        p for p in leaves[number].pieces() if p.start + starts[number] == start
+      )
+      return leaves[number].place(i, piece, brackets)[0][s][j]
+
+    return run
+
+  waiting = [
+    (s, j, ranker)
+    for s, own in enumerate(rankers)
+    for j, ranker in enumerate(own)
+    if ranker.done is None
+  ]
+  while waiting:
+    brackets = np.asarray([[(r.low, r.high) for r in own] for own in rankers])
+    kept = {}
+    for number, leaf in enumerate(leaves):
+      for piece in leaf.pieces():
+        places, index, values = leaf.place(i, piece, brackets)
+        start = piece.start + int(starts[number])
+        if size <= _RESIDENT * plans.PIECE:
+          kept[start] = places
+        for s, j, ranker in waiting:
+          ranker.add(places[s][j], index, values[s], start)
+    waiting = [
+      (s, j, ranker)
+      for s, j, ranker in waiting
+      if not ranker.conclude(places_at(s, j))
+    ]
+  return [
+    [[_local(r.done, starts[n], leaf.size) for r in own] for own in rankers]
+    for n, leaf in enumerate(leaves)
+  ]
+
+
+def _local(cut, start, size):
+  """A cut over several leaves, as one of them sees it."""
+  end = min(max(int(cut.end) - int(start), 0), size)
+  return numerics.Cut(np.float32(cut.threshold), np.uint32(end))
+
+
+def _widest(leaf):
+  wide = np.float64 if np.issubdtype(leaf.dtype, np.floating) else np.int64
+  return leaf.astype(wide)
+
+
+def _narrow(leaf):
+  leaf = np.asarray(leaf)
+  if leaf.dtype == np.float64:
+    return leaf.astype(np.float32)
+  return leaf.astype(np.uint32) if leaf.dtype == np.int64 else leaf

@@ -1,0 +1,185 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Vocabularies: tokens of a checkpoint, and embedding rows in another order."""
+
+from collections.abc import Mapping, Sequence
+import json
+import pathlib
+
+import numpy as np
+
+from mergejax import errors
+from mergejax import typing
+from mergejax.store import base
+
+TOKENIZER = 'tokenizer.json'
+
+
+def read_tokens(path: str) -> dict[str, int]:
+  """`{token: row}` of the `tokenizer.json` of a Hugging Face directory.
+
+  Raises:
+    UserError: there is none, or it lists no vocabulary.
+  """
+  file = pathlib.Path(path).expanduser() / TOKENIZER
+  if not file.is_file():
+    raise errors.UserError(
+      f'{path} has no {TOKENIZER}, so its embedding rows cannot be matched by '
+      'token. Save the tokenizer there, or drop `tokenizer` from the recipe.'
+    )
+  try:
+    data = json.loads(file.read_text(encoding='utf-8'))
+    vocabulary = data['model']['vocab']
+    if isinstance(vocabulary, list):  # unigram models: [token, score]
+      tokens = {entry[0]: i for i, entry in enumerate(vocabulary)}
+    else:
+      tokens = {str(token): int(row) for token, row in vocabulary.items()}
+    for entry in data.get('added_tokens') or []:
+      tokens[entry['content']] = int(entry['id'])
+    return tokens
+  except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+    raise errors.UserError(
+      f'{file} is not a tokenizer that lists its vocabulary '
+      f'({type(error).__name__}: {error}).'
+    ) from error
+
+
+def union(vocabularies: Sequence[Mapping[str, int]]) -> dict[str, int]:
+  """All tokens: the first vocabulary as it is, new tokens of others after it."""
+  tokens = dict(vocabularies[0])
+  row = max(tokens.values(), default=-1) + 1
+  for vocabulary in vocabularies[1:]:
+    for token in sorted(vocabulary, key=vocabulary.get):
+      if token not in tokens:
+        tokens[token] = row
+        row += 1
+  return tokens
+
+
+def extended_tokenizer(path: str, tokens: Mapping[str, int]) -> str:
+  """The text of a `tokenizer.json` with tokens it lacks added at their rows."""
+  file = pathlib.Path(path).expanduser() / TOKENIZER
+  data = json.loads(file.read_text(encoding='utf-8'))
+  known = read_tokens(path)
+  added = list(data.get('added_tokens') or [])
+  for token in sorted(set(tokens) - set(known), key=tokens.get):
+    added.append({
+      'id': tokens[token], 'content': token, 'single_word': False,
+      'lstrip': False, 'rstrip': False, 'normalized': False, 'special': False,
+    })  # fmt: skip
+  data['added_tokens'] = added
+  return json.dumps(data, indent=2, ensure_ascii=False) + '\n'
+
+
+class RowsStore(base.ParamStore):
+  """A store whose embeddings have their rows in another order and number.
+
+  A row that the store lacks is taken from the first of `fallbacks` that has
+  it; if there is none, it is the mean of the rows of `others` that have it,
+  and zero if nobody does. For task vectors the base comes first, so that a
+  token which a model never saw does not move.
+  """
+
+  def __init__(
+    self,
+    store: base.ParamStore,
+    rows: Mapping[typing.Path, np.ndarray],
+    fallbacks: Sequence[
+      tuple[base.ParamStore, Mapping[typing.Path, np.ndarray]]
+    ],
+    others: Sequence[tuple[base.ParamStore, Mapping[typing.Path, np.ndarray]]],
+  ):
+    """Wraps a store.
+
+    Args:
+      store: the store.
+      rows: for each embedding <int64>[new rows], its row in the store, or -1.
+      fallbacks: `(store, rows)` to take missing rows from, in order.
+      others: `(store, rows)` whose mean stands in where no fallback has a row.
+    """
+    self._store = store
+    self._rows = rows
+    self._fallbacks = fallbacks
+    self._others = others
+    self.tied = store.tied
+    self.provenance = store.provenance
+    self._specs = {
+      path: typing.LeafSpec((len(rows[path]), *spec.shape[1:]), spec.dtype)
+      if path in rows
+      else spec
+      for path, spec in store.specs().items()
+    }
+
+  def specs(self) -> typing.SpecTree:
+    return self._specs
+
+  def files(self):
+    return self._store.files()
+
+  def leaves(self, paths):
+    return {
+      path: self._aligned(path)
+      if path in self._rows
+      else self._store.leaves([path])[path]
+      for path in paths
+    }
+
+  def _aligned(self, path):
+    spec = self._specs[path]
+    result = np.zeros(spec.shape, spec.dtype)
+    missing = np.ones(spec.shape[0], bool)
+    for store, rows in [(self._store, self._rows), *self._fallbacks]:
+      take = missing & (rows[path] >= 0)
+      if take.any():
+        leaf = np.asarray(store.leaves([path])[path])
+        result[take] = leaf[rows[path][take]].astype(spec.dtype)
+        missing &= ~take
+    if missing.any() and self._others:
+      total = np.zeros((int(missing.sum()), *spec.shape[1:]), np.float32)
+      count = np.zeros(int(missing.sum()), np.float32)
+      for store, rows in self._others:
+        own = rows[path][missing]
+        have = own >= 0
+        leaf = np.asarray(store.leaves([path])[path])
+        total[have] += leaf[own[have]].astype(np.float32)
+        count += have
+      shape = (-1,) + (1,) * (total.ndim - 1)
+      mean = total / np.maximum(count, 1).reshape(shape)
+      result[missing] = mean.astype(spec.dtype)
+    return result
+
+
+class AliasStore(base.ParamStore):
+  """A store with a tied parameter shown under its own name too, or left out."""
+
+  def __init__(
+    self,
+    store: base.ParamStore,
+    aliases: Mapping[typing.Path, typing.Path],
+    hidden: Sequence[typing.Path] = (),
+  ):
+    self._store = store
+    self._aliases = aliases
+    self.provenance = store.provenance
+    specs = dict(store.specs())
+    for path in hidden:
+      specs.pop(path, None)
+    self._specs = specs | {a: specs[path] for a, path in aliases.items()}
+
+  def specs(self) -> typing.SpecTree:
+    return self._specs
+
+  @property
+  def reads_pieces(self):
+    return self._store.reads_pieces
+
+  def files(self):
+    return self._store.files()
+
+  def read_into(self, path, start, out):
+    self._store.read_into(self._aliases.get(path, path), start, out)
+
+  def leaves(self, paths):
+    real = [self._aliases.get(path, path) for path in paths]
+    leaves = self._store.leaves(list(dict.fromkeys(real)))
+    return {path: leaves[self._aliases.get(path, path)] for path in paths}

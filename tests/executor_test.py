@@ -1,0 +1,426 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Streamed merges: equal to merges in memory, resumable, whole or not there."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+from unittest import mock
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import jax
+import laws_test
+import ml_dtypes
+import models_on_disk
+import numpy as np
+
+import mergejax as mj
+from mergejax import errors
+from mergejax import executor
+from mergejax import mesh as mesh_lib
+from mergejax import pieces
+from mergejax import plans
+from mergejax import tree as tree_lib
+from mergejax.merging import named
+
+
+def small_pieces():
+  """Makes leaves of a few hundred numbers many pieces."""
+  return mock.patch.multiple(plans, PIECE=64), mock.patch.multiple(
+    pieces, _SIZES=(16, 64)
+  )
+
+
+def recipe_of(row, base, paths, stats=()):
+  options = {
+    'lambda' if name == 'scale' and row.name != 'passthrough' else name: value
+    for name, value in row.options.items()
+    if not isinstance(value, list)
+  }
+  # What a recipe would fill in with mergekit's defaults.
+  for name, parameter in named.METHODS.options(row.name).items():
+    if name not in row.options and name not in ('scale', 'normalize_weights'):
+      if parameter.default is not parameter.empty:
+        options.setdefault(name, parameter.default)
+  entries = []
+  for k, path in enumerate(paths):
+    own = {n: v[k] for n, v in row.options.items() if isinstance(v, list)}
+    if row.weights is not None:
+      own['weight'] = row.weights[k]
+    entries.append({'model': path, 'parameters': own})
+  recipe = {
+    'merge_method': row.name,
+    'models': entries,
+    'parameters': {
+      k: v for k, v in options.items() if not isinstance(v, (list, tuple))
+    },
+  }
+  if base is not None:
+    recipe['base_model'] = base
+  if stats:
+    recipe['stats'] = list(stats)
+  return recipe
+
+
+class EqualityTest(parameterized.TestCase):
+  @parameterized.named_parameters(laws_test.ALL)
+  def test_streamed_equals_in_memory_and_sharded(self, row):
+    rng = np.random.default_rng(0)
+    names = ['base', *'abc'[: row.models]]
+    folder = pathlib.Path(self.create_tempdir().full_path)
+    models = {n: models_on_disk.llama(rng) for n in names}
+    for name, model in models.items():
+      models_on_disk.save(folder / name, model)
+    stats, stats_paths = None, []
+    if row.stats is not None:
+      stats = [
+        models_on_disk.statistics(row.stats, models[n], rng) for n in names[1:]
+      ]
+      for name, one in zip(names[1:], stats):
+        stats_paths.append(str(folder / f'{name}.stats.safetensors'))
+        flat = {
+          f'{p}/{kind}': leaf
+          for p, own in one.items()
+          for kind, leaf in own.items()
+        }
+        mj.save_checkpoint(stats_paths[-1], flat)
+    method = named.resolve(row.name, **row.options)
+    with_base = row.base or method.needs_base
+    recipe = recipe_of(
+      row,
+      str(folder / 'base') if with_base else None,
+      [str(folder / n) for n in names[1:]],
+      stats_paths,
+    )
+    first, second = small_pieces()
+    with first, second:
+      mj.execute(mj.plan(recipe), folder / 'out')
+    streamed = tree_lib.flatten(mj.open_checkpoint(folder / 'out').read())
+    arguments = dict(weights=row.weights, stats=stats)
+    plain = mj.merge(
+      [models[n] for n in names[1:]],
+      method,
+      base=models['base'] if with_base else None,
+      **arguments,
+    )
+    laws_test.assert_close(streamed, plain, max(row.tolerance, 2e-6))
+    mesh = mesh_lib.make_mesh(data=2, model=4)
+
+    def put(model):
+      # Every leaf over the eight devices, in the way its sizes allow.
+      specs = {2: ('batch', 'mlp'), 1: ('mlp',)}
+      return {
+        p: jax.device_put(
+          leaf, mesh_lib.sharding(mesh, specs[leaf.ndim], leaf.shape)
+        )
+        for p, leaf in model.items()
+      }
+
+    sharded = mj.merge(
+      [put(models[n]) for n in names[1:]],
+      method,
+      base=put(models['base']) if with_base else None,
+      **arguments,
+    )
+    laws_test.assert_close(streamed, sharded, max(row.tolerance, 2e-6))
+
+  def test_bfloat16_bit_for_bit(self):
+    """Random and trimming methods pick the same entries in both worlds."""
+    rng = np.random.default_rng(0)
+    folder = pathlib.Path(self.create_tempdir().full_path)
+    base = models_on_disk.llama(rng, ml_dtypes.bfloat16)
+    models = [
+      {
+        # Few distinct differences: many ties in magnitude.
+        p: (leaf + rng.integers(-2, 3, leaf.shape) * leaf * 2.0**-7).astype(
+          leaf.dtype
+        )
+        for p, leaf in base.items()
+      }
+      for _ in range(3)
+    ]
+    paths = [str(folder / n) for n in ('base', 'a', 'b', 'c')]
+    for path, model in zip(paths, [base, *models]):
+      models_on_disk.save(pathlib.Path(path), model)
+    for method, options in (
+      ('ties', dict(density=0.3, trim_scope='tensor')),
+      ('ties', dict(density=0.3, trim_scope='global')),
+      ('breadcrumbs', dict(density=0.5, gamma=0.1)),
+      ('dare_ties', dict(density=0.4, rescale='paper')),
+    ):
+      out = folder / f'{method}-{options.get("trim_scope")}'
+      recipe = {
+        'merge_method': method,
+        'base_model': paths[0],
+        'models': paths[1:],
+        'parameters': options,
+      }
+      first, second = small_pieces()
+      with first, second:
+        mj.execute(mj.plan(recipe), out)
+      streamed = tree_lib.flatten(mj.open_checkpoint(out).read())
+      plain = mj.merge(models, method, base=base, **options)
+      for path, leaf in plain.items():
+        np.testing.assert_array_equal(
+          np.asarray(leaf).view(np.uint16), streamed[path].view(np.uint16), path
+        )
+
+
+class RankerTest(parameterized.TestCase):
+  @parameterized.product(
+    kind=['normal', 'ties', 'zeros', 'constant', 'rows'], pieces_count=[1, 7]
+  )
+  def test_equals_a_sort(self, kind, pieces_count):
+    rng = np.random.default_rng(0)
+    size = 20_000
+    scores = {
+      'normal': rng.normal(size=size),
+      'ties': rng.integers(0, 9, size=size),
+      'zeros': rng.normal(size=size) * (rng.random(size) < 0.03),
+      'constant': np.ones(size),
+      # A sample of the wrong part: the bracket must move.
+      'rows': np.sort(rng.normal(size=size)),
+    }[kind]
+    scores = np.abs(scores.astype(np.float32))
+    sample = scores[:400] if kind == 'rows' else scores[::50]
+    order = np.lexsort((np.arange(size), -scores))
+    edges = np.linspace(0, size, pieces_count + 1).astype(int)
+    parts = {int(a): scores[a:b] for a, b in zip(edges[:-1], edges[1:])}
+    for rank in (0, 1, 13, 4000, 10_000, 19_999, 20_000):
+      ranker = pieces.Ranker(size, rank, sample)
+      for _ in range(4):
+        if ranker.done is not None:
+          break
+        for start, part in parts.items():
+          places = pieces._places(part, ranker.low, ranker.high)
+          index = np.flatnonzero(places == 2)
+          ranker.add(places, index, part[index], start)
+        ranker.conclude(
+          lambda start, r=ranker: pieces._places(parts[start], r.low, r.high)
+        )
+      cut = ranker.done
+      kept = (scores > cut.threshold) | (
+        (scores == cut.threshold) & (np.arange(size) < cut.end)
+      )
+      expected = np.zeros(size, bool)
+      expected[order[:rank]] = True
+      np.testing.assert_array_equal(kept, expected)
+
+
+class WholeOrNothingTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.folder = pathlib.Path(self.create_tempdir().full_path)
+    rng = np.random.default_rng(0)
+    for name in ('base', 'a', 'b'):
+      models_on_disk.save(
+        self.folder / name, models_on_disk.llama(rng, ml_dtypes.bfloat16)
+      )
+    self.recipe = {
+      'merge_method': 'dare_ties',
+      'base_model': str(self.folder / 'base'),
+      'models': [str(self.folder / 'a'), str(self.folder / 'b')],
+      'parameters': {'density': 0.5},
+    }
+
+  def files(self, out):
+    return {
+      f.name: f.read_bytes() for f in sorted(out.iterdir()) if f.is_file()
+    }
+
+  def test_result_is_complete_with_its_papers(self):
+    out = self.folder / 'out'
+    report = mj.execute(mj.plan(self.recipe), out)
+    self.assertGreater(report.computed, 0)
+    self.assertCountEqual(
+      [f.name for f in out.iterdir()],
+      ['model.safetensors', 'config.json', 'recipe.yaml', 'manifest.json',
+       'README.md', 'tokenizer.json', 'generation_config.json'],
+    )  # fmt: skip
+    manifest = json.loads((out / 'manifest.json').read_text())
+    sums = manifest['sources']
+    self.assertLen(sums, 3)
+    for file, digest in sums.items():
+      import hashlib
+
+      self.assertEqual(
+        hashlib.sha256(pathlib.Path(file).read_bytes()).hexdigest(), digest
+      )
+    self.assertFalse(list(self.folder.glob('.*')))
+    again = mj.load_recipe(out / 'recipe.yaml')
+    self.assertEqual(again.method, 'dare_ties')
+
+  def test_a_finished_result_is_not_computed_again(self):
+    out = self.folder / 'out'
+    mj.execute(mj.plan(self.recipe), out)
+    before = (out / 'model.safetensors').stat().st_mtime_ns
+    report = mj.execute(mj.plan(self.recipe), out)
+    self.assertEqual(report.computed, 0)
+    self.assertEqual((out / 'model.safetensors').stat().st_mtime_ns, before)
+    other = dict(self.recipe, parameters={'density': 0.6})
+    with self.assertRaisesRegex(mj.UserError, 'already exists and is not'):
+      mj.execute(mj.plan(other), out)
+
+  def test_interrupted_after_any_leaf_gives_the_same_bytes(self):
+    mj.execute(mj.plan(self.recipe), self.folder / 'whole')
+    whole = self.files(self.folder / 'whole')
+
+    class Killed(BaseException):
+      pass
+
+    for stop_after in (1, 3, 7):
+      out = self.folder / f'out{stop_after}'
+      calls = []
+
+      def kill(done, total, calls=calls, limit=stop_after):
+        calls.append(done)
+        if len(calls) == limit:
+          raise Killed
+
+      with self.assertRaises(Killed):
+        mj.execute(mj.plan(self.recipe), out, progress=kill)
+      self.assertFalse(out.exists())
+      report = mj.execute(mj.plan(self.recipe), out)
+      self.assertLess(report.computed, len(mj.plan(self.recipe).tasks))
+      self.assertEqual(self.files(out), whole)
+
+  def test_a_changed_source_starts_afresh(self):
+    out = self.folder / 'out'
+
+    def kill(done, total):
+      raise KeyboardInterrupt
+
+    with self.assertRaises(KeyboardInterrupt):
+      mj.execute(mj.plan(self.recipe), out, progress=kill)
+    rng = np.random.default_rng(5)
+    models_on_disk.save(
+      self.folder / 'a', models_on_disk.llama(rng, ml_dtypes.bfloat16)
+    )
+    report = mj.execute(mj.plan(self.recipe), out)
+    self.assertLen(mj.plan(self.recipe).tasks, report.computed)
+
+  def test_not_finite_source_names_tensor_and_leaves_nothing(self):
+    rng = np.random.default_rng(0)
+    model = models_on_disk.llama(rng, ml_dtypes.bfloat16)
+    model['model.layers.1.mlp.up_proj.weight'][3, 2:5] = np.nan
+    models_on_disk.save(self.folder / 'b', model)
+    with self.assertRaisesRegex(
+      mj.UserError, r'b: model.layers.1.mlp.up_proj.weight .*not finite \(3 '
+    ):
+      mj.execute(mj.plan(self.recipe), self.folder / 'out')
+    self.assertFalse((self.folder / 'out').exists())
+    self.assertFalse(list(self.folder.glob('.out*')))
+
+  def test_full_disk_keeps_what_is_done_and_continues(self):
+    out = self.folder / 'out'
+    real = os.pwrite
+    left = [4]
+
+    def pwrite(file, data, position):
+      if left[0] == 0:
+        raise OSError(28, 'No space left on device')
+      left[0] -= 1
+      return real(file, data, position)
+
+    with mock.patch.object(executor.os, 'pwrite', pwrite):
+      with self.assertRaisesRegex(mj.UserError, 'No space left.*same command'):
+        mj.execute(mj.plan(self.recipe), out)
+    self.assertFalse(out.exists())
+    mj.execute(mj.plan(self.recipe), out)
+    mj.execute(mj.plan(self.recipe), self.folder / 'whole')
+    self.assertEqual(self.files(out), self.files(self.folder / 'whole'))
+
+  def test_too_small_a_disk_is_known_before(self):
+    usage = mock.Mock(free=100)
+    with mock.patch.object(executor.shutil, 'disk_usage', return_value=usage):
+      with self.assertRaisesRegex(mj.UserError, 'more and the disk has'):
+        mj.execute(mj.plan(self.recipe), self.folder / 'out')
+    self.assertFalse(list(self.folder.glob('.out*')))
+
+  def test_two_merges_of_one_output_do_not_mix(self):
+    out = self.folder / 'out'
+    inner = []
+
+    def second(done, total):
+      if not inner:
+        inner.append(1)
+        with self.assertRaisesRegex(errors.UserError, 'Another merge'):
+          mj.execute(mj.plan(self.recipe), out)
+
+    mj.execute(mj.plan(self.recipe), out, progress=second)
+    self.assertTrue(out.exists())
+
+  @parameterized.parameters('orbax', 't5x', 'npz', 'safetensors')
+  def test_every_format_holds_the_same_numbers(self, form):
+    mj.execute(mj.plan(self.recipe), self.folder / 'whole')
+    name = {'npz': 'o.npz', 't5x': 'checkpoint_0'}.get(form, 'o')
+    out = self.folder / name
+    mj.execute(mj.plan(self.recipe), out, format=form)
+    expected = tree_lib.flatten(
+      mj.open_checkpoint(self.folder / 'whole').read()
+    )
+    found = tree_lib.flatten(mj.open_checkpoint(out).read())
+    self.assertEqual(mj.open_checkpoint(out).provenance['format'], form)
+    for path, leaf in expected.items():
+      np.testing.assert_array_equal(
+        np.asarray(leaf).view(np.uint16),
+        np.asarray(found[path]).view(np.uint16),
+      )
+
+  def test_shards_of_a_chosen_size(self):
+    mj.execute(mj.plan(self.recipe), self.folder / 'whole')
+    out = self.folder / 'out'
+    mj.execute(mj.plan(self.recipe), out, max_shard_bytes=1000)
+    files = list(out.glob('*.safetensors'))
+    self.assertGreater(len(files), 2)
+    a = tree_lib.flatten(mj.open_checkpoint(self.folder / 'whole').read())
+    b = tree_lib.flatten(mj.open_checkpoint(out).read())
+    for path, leaf in a.items():
+      self.assertEqual(leaf.tobytes(), b[path].tobytes())
+
+  def test_sigkill_then_the_same_command(self):
+    """The real thing, on a merge slow enough to be hit."""
+    recipe = self.folder / 'recipe.json'  # JSON is YAML
+    recipe.write_text(json.dumps(self.recipe))
+    command = lambda out: [
+      sys.executable, '-c',
+      'import sys, time\n'
+      'from mergejax import pieces\n'
+      'merge = pieces.Leaf.merge\n'
+      'def slow(self, write):\n'
+      '  time.sleep(0.05)\n'
+      '  merge(self, write)\n'
+      'pieces.Leaf.merge = slow\n'
+      'from mergejax.run import main\n'
+      f'sys.exit(main.main(["merge", {str(recipe)!r}, {str(out)!r}]))',
+    ]  # fmt: skip
+    run = lambda out: subprocess.run(
+      command(out), check=True, capture_output=True
+    )
+    run(self.folder / 'whole')
+    out = self.folder / 'killed'
+    rng = np.random.default_rng(0)
+    work = self.folder / '.killed.partial' / 'journal'
+    for _ in range(3):
+      process = subprocess.Popen(
+        command(out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+      )
+      before = work.stat().st_size if work.exists() else 0
+      while process.poll() is None:
+        if work.exists() and work.stat().st_size > before:
+          time.sleep(rng.uniform(0, 0.1))
+          process.send_signal(signal.SIGKILL)
+          break
+        time.sleep(0.005)
+      process.wait()
+    run(out)
+    self.assertEqual(self.files(out), self.files(self.folder / 'whole'))
+
+
+if __name__ == '__main__':
+  absltest.main()

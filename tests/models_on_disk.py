@@ -1,0 +1,70 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Small models in the format of Hugging Face, for tests of whole merges."""
+
+import json
+import pathlib
+import shutil
+
+import numpy as np
+
+import mergejax as mj
+
+
+def llama(rng, dtype=np.float32, *, vocab=40, width=12, layers=3, tied=False):
+  """`{name: array}` of a decoder with the names of Llama."""
+  shapes = {'model.embed_tokens.weight': (vocab, width)}
+  for i in range(layers):
+    layer = f'model.layers.{i}'
+    shapes[f'{layer}.self_attn.q_proj.weight'] = (width, width)
+    shapes[f'{layer}.mlp.up_proj.weight'] = (2 * width + 1, width)
+    shapes[f'{layer}.mlp.down_proj.weight'] = (width, 2 * width + 1)
+    shapes[f'{layer}.input_layernorm.weight'] = (width,)
+  shapes['model.norm.weight'] = (width,)
+  if not tied:
+    shapes['lm_head.weight'] = (vocab, width)
+  return {
+    name: rng.normal(size=shape).astype(dtype) for name, shape in shapes.items()
+  }
+
+
+def save(folder: pathlib.Path, model, tokens=None, **config):
+  """Writes a model with its side-car files, replacing what was there."""
+  shutil.rmtree(folder, ignore_errors=True)
+  layers = {name.split('.')[2] for name in model if '.layers.' in name}
+  mj.save_checkpoint(
+    folder,
+    model,
+    'safetensors',
+    config={
+      'architectures': ['LlamaForCausalLM'],
+      'model_type': 'llama',
+      'num_hidden_layers': len(layers),
+      'vocab_size': model['model.embed_tokens.weight'].shape[0],
+      'tie_word_embeddings': 'lm_head.weight' not in model,
+      'torch_dtype': model['model.norm.weight'].dtype.name,
+      **config,
+    },
+  )
+  vocabulary = tokens or {
+    f't{i}': i for i in range(model['model.embed_tokens.weight'].shape[0])
+  }
+  tokenizer = {'version': '1.0', 'model': {'type': 'BPE', 'vocab': vocabulary}}
+  (folder / 'tokenizer.json').write_text(json.dumps(tokenizer))
+  (folder / 'generation_config.json').write_text('{"eos_token_id": 2}')
+
+
+def statistics(kind, model, rng):
+  """Statistics of every leaf ('fisher') or every linear kernel ('gram')."""
+  if kind == 'fisher':
+    return {
+      p: {'fisher': rng.gamma(1.0, size=leaf.shape).astype(np.float32)}
+      for p, leaf in model.items()
+    }
+  result = {}
+  for path, leaf in model.items():
+    if 'proj' in path:
+      inputs = rng.normal(size=(50, leaf.shape[1]))
+      gram = (inputs.T @ inputs / 50).astype(np.float32)
+      result[path] = {'gram': gram}
+  return result
