@@ -29,6 +29,7 @@ import numpy as np
 import yaml
 
 import mergejax
+from mergejax import checksums
 from mergejax import errors
 from mergejax import pieces
 from mergejax import plans
@@ -168,15 +169,12 @@ class _Execution:
     self._prepare(resume, fingerprint)
     left = [t for t in self._plan.tasks if t.path not in self._done]
     try:
-      with contextlib.ExitStack() as stack:
-        hashing = concurrent.futures.ThreadPoolExecutor(1)
-        stack.callback(hashing.shutdown)
-        stack.callback(self._stop.set)
-        sums = hashing.submit(self._checksums)
-        self._check_repeated()
-        self._merge(left, progress)
-        checksums = sums.result()
-      self._finish(fingerprint, checksums)
+      sources = [pathlib.Path(name) for name in fingerprint['sources']]
+      checksums.SUMS.start(sources)
+      self._check_repeated()
+      self._merge(left, progress)
+      sums = {str(file): checksums.SUMS.of(file) for file in sources}
+      self._finish(fingerprint, sums)
     except Exception as error:
       if not store_base.is_write_failure(error):
         raise
@@ -304,24 +302,6 @@ class _Execution:
               'config.json if the head is its own.'
             )
 
-  def _checksums(self) -> dict[str, str]:
-    """sha256 of every file of the sources; what was summed before is kept."""
-    memory = self._work / 'sums.json'
-    sums = checkpoint.read_json(memory) if memory.is_file() else {}
-    stores = [*self._plan.stores.values(), *self._plan.stats]
-    for file in sorted({f for store in stores for f in store.files()}):
-      if str(file) in sums:
-        continue
-      total = hashlib.sha256()
-      with open(file, 'rb') as stream:
-        while block := stream.read(1 << 20):
-          if self._stop.is_set() and sys.exc_info()[0]:
-            return sums
-          total.update(block)
-      sums[str(file)] = total.hexdigest()
-      _write_text(memory, json.dumps(sums))
-    return sums
-
   # The work ------------------------------------------------------------------
 
   def _merge(self, tasks, progress):
@@ -419,7 +399,7 @@ class _Execution:
 
   # After ---------------------------------------------------------------------
 
-  def _finish(self, fingerprint, checksums):
+  def _finish(self, fingerprint, sums):
     result = self._work / 'result'
     if self._format != 'safetensors':
       result = self._converted(result)
@@ -431,7 +411,7 @@ class _Execution:
       'seed': self._plan.recipe.seed,
       'format': self._format,
       'versions': _versions(),
-      'sources': checksums,
+      'sources': sums,
       'settings': [
         {
           'parameters': [t.path for t in group],

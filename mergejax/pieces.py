@@ -345,14 +345,20 @@ class Leaf:
 
   def _check(self, store, path, array):
     """Raises if a source has a number that is not finite."""
-    if not _all_finite(array):
-      bad = int(np.count_nonzero(~np.isfinite(array.astype(np.float32))))
-      raise errors.UserError(
-        f'{store.name}: {path} has numbers that are not finite ({bad} in the '
-        f'first piece of it that has any, of {array.size}). Merging them would '
-        'spoil the result; find out where the model broke, or leave the '
-        'parameter as it is in the base with a rule (`copy: base`).'
-      )
+    if _all_finite(array):
+      return
+    bad = 0
+    room = np.empty(plans.PIECE, array.dtype)
+    for start in range(0, self.size, plans.PIECE):
+      part = room[: min(plans.PIECE, self.size - start)]
+      store.read_into(path, start, part)
+      bad += int(np.count_nonzero(~np.isfinite(part.astype(np.float32))))
+    raise errors.UserError(
+      f'{store.name}: {path} has {bad} number(s) that are not finite, of '
+      f'{self.size}. Merging them would spoil the result; find out where the '
+      'model broke, or leave the parameter as it is in the base with a rule '
+      '(`copy: base`).'
+    )
 
   # Stages -------------------------------------------------------------------
 

@@ -570,7 +570,9 @@ class _Planner:
     for path, depth in ends:
       if depth == 1.0:
         result.append(self._end(path, depth, last))
-    self._config['num_hidden_layers'] = at
+    # Whichever of these the reference's configuration has.
+    for key in ('num_hidden_layers', 'num_layers', 'n_layer', 'num_decoder_layers'):  # fmt: skip
+      self._config[key] = at
     self._remarks.append(f'{at} layers in {len(recipe.slices)} slices')
     return [entry for entry in result if entry is not None]
 

@@ -310,7 +310,8 @@ class WholeOrNothingTest(parameterized.TestCase):
     model['model.layers.1.mlp.up_proj.weight'][3, 2:5] = np.nan
     models_on_disk.save(self.folder / 'b', model)
     with self.assertRaisesRegex(
-      mj.UserError, r'b: model.layers.1.mlp.up_proj.weight .*not finite \(3 '
+      mj.UserError,
+      r'b: model.layers.1.mlp.up_proj.weight has 3 number.*not finite',
     ):
       mj.execute(mj.plan(self.recipe), self.folder / 'out')
     self.assertFalse((self.folder / 'out').exists())

@@ -114,6 +114,8 @@ ROWS = (
         tolerance=2e-5),
 )  # fmt: skip
 ALL = [(f'{row.name}_{i}', row) for i, row in enumerate(ROWS)]
+# One row a method, for laws of the machinery rather than of the numbers.
+ONE = list({row.name: (name, row) for name, row in reversed(ALL)}.values())
 AXES = (('b/kernel', ('layers', 'embed', 'mlp')),)
 
 
@@ -300,7 +302,7 @@ class LawsTest(parameterized.TestCase):
       row.tolerance,
     )
 
-  @parameterized.named_parameters(ALL)
+  @parameterized.named_parameters(ONE)
   def test_leaf_by_leaf_equals_whole_tree(self, row):
     base, *models = make(row.models + 1)
     method = named.resolve(row.name, **row.options)
@@ -344,13 +346,13 @@ class LawsTest(parameterized.TestCase):
     )  # fmt: skip
     assert_close(added, run(row, models, base), row.tolerance)
 
-  @parameterized.named_parameters(ALL)
+  @parameterized.named_parameters(ONE)
   def test_jit_equals_eager(self, row):
     base, *models = make(row.models + 1)
     jitted = jax.jit(lambda m, b: run(row, m, b))(models, base)
     assert_close(jitted, run(row, models, base), row.tolerance)
 
-  @parameterized.named_parameters(ALL)
+  @parameterized.named_parameters(ONE)
   def test_no_recompilation_on_the_second_call(self, row):
     base, *models = make(row.models + 1)
     traces = []
@@ -365,7 +367,7 @@ class LawsTest(parameterized.TestCase):
     merge(models, base, 2 * jnp.asarray(weights))
     self.assertLen(traces, 1)
 
-  @parameterized.named_parameters(ALL)
+  @parameterized.named_parameters(ONE)
   def test_gradients_reach_the_weights(self, row):
     if row.weights is None:
       self.skipTest('the weights are part of the method')
@@ -409,7 +411,7 @@ class LawsTest(parameterized.TestCase):
     self.assertTrue(leaf.sharding.is_equivalent_to(layout, leaf.ndim))
     assert_close(sharded, plain, row.tolerance)
 
-  @parameterized.named_parameters(ALL)
+  @parameterized.named_parameters(ONE)
   def test_on_the_branch_axis_equals_the_list(self, row):
     if row.stats is not None:
       self.skipTest('experts in training bring no statistics')
@@ -426,7 +428,7 @@ class LawsTest(parameterized.TestCase):
     )
     assert_close(merged, run(row, models, base), row.tolerance)
 
-  @parameterized.named_parameters(ALL)
+  @parameterized.named_parameters(ONE)
   def test_structure_dtype_and_other_leaves_are_kept(self, row):
     base, *models = make(row.models + 1)
     stats = make_stats(row, models)
@@ -438,7 +440,7 @@ class LawsTest(parameterized.TestCase):
     self.assertEqual(merged['step'], 7)
     self.assertEqual(merged['step'].dtype, np.int32)
 
-  @parameterized.named_parameters(ALL)
+  @parameterized.named_parameters(ONE)
   def test_stores_equal_trees(self, row):
     base, *models = make(row.models + 1)
     folder = self.create_tempdir().full_path

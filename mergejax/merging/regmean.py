@@ -35,7 +35,7 @@ def regmean(*, alpha: float = 0.9, ridge: float = 0.0) -> base_lib.Merge:
 
   Example:
     >>> kernel = jnp.ones((1, 1))
-    >>> merge([{'kernel': kernel}, {'kernel': 5 * kernel}], regmean(),
+    >>> merge([{'kernel': kernel}, {'kernel': 5 * kernel}], regmean(alpha=1.0),
     ...       stats=[{'kernel': {'gram': 3 * kernel}},
     ...              {'kernel': {'gram': kernel}}])
     {'kernel': Array([[2.]], dtype=float32)}

@@ -2,12 +2,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """`mergejax merge RECIPE OUT`: merges checkpoints without loading them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+import importlib
+import pathlib
 import sys
+from typing import Any
 
-from mergejax import executor
-from mergejax import plans
-from mergejax import recipe as recipe_lib
+import yaml
+
+from mergejax import checksums
 from mergejax.run import common
 
 
@@ -34,6 +37,12 @@ def main(arguments: Sequence[str]) -> None:
     help='start afresh instead of continuing an interrupted merge',
   )  # fmt: skip
   options = parser.parse_args(arguments)
+  if not options.dry_run and options.sandbox is None:
+    checksums.SUMS.start(_likely_sources(options.recipe))
+  # These import JAX, meanwhile.
+  recipe_lib = importlib.import_module('mergejax.recipe')
+  plans = importlib.import_module('mergejax.plans')
+  executor = importlib.import_module('mergejax.executor')
   recipe = recipe_lib.load_recipe(options.recipe)
   plan = plans.plan(recipe, sandbox=options.sandbox)
   print(plan.describe(), flush=True)
@@ -64,3 +73,31 @@ class _Progress:
     elif int(share * 10) > self._tenth:
       self._tenth = int(share * 10)
       print(f'merged {share:.0%}', file=sys.stderr, flush=True)
+
+
+def _likely_sources(recipe: str) -> list[pathlib.Path]:
+  """Files of the models that a recipe names, as far as a glance tells.
+
+  Only a head start: the plan decides, and says what is wrong.
+  """
+  try:
+    data = yaml.safe_load(pathlib.Path(recipe).read_text(encoding='utf-8'))
+    folders = dict.fromkeys(pathlib.Path(n).expanduser() for n in _names(data))
+    return [
+      f for folder in folders for f in sorted(folder.glob('*.safetensors'))
+    ]
+  except (OSError, ValueError, yaml.YAMLError, RecursionError):
+    return []
+
+
+def _names(node: Any) -> Iterator[str]:
+  """Every text below `model`, `models` or `base_model`."""
+  if isinstance(node, list):
+    for one in node:
+      yield from [one] if isinstance(one, str) else _names(one)
+  elif isinstance(node, dict):
+    for key in ('base_model', 'model', 'models', 'slices', 'sources'):
+      if isinstance(node.get(key), str):
+        yield node[key]
+      else:
+        yield from _names(node.get(key))

@@ -149,7 +149,7 @@ class T5xStore(base.ParamStore):
             'of this checkpoint is incomplete.'
           )
         spec = self._open_spec(place, entry, path)
-        waiting[path] = tensorstore.open(spec, open=True)
+        waiting[path] = tensorstore.open(spec)
     result = {}
     for path in paths:
       try:
@@ -175,6 +175,7 @@ class T5xStore(base.ParamStore):
     spec = {
       'driver': 'zarr',
       'kvstore': {'driver': 'file', 'path': f'{place}/'},
+      'open': True,
     }
     if not (place / '.zarray').is_file():
       dtype = self._specs[path].dtype
