@@ -137,6 +137,11 @@ def agreement(folder, mergekit):
       f'{method:<18}{off.max():>9}{np.mean(off > 0):>14.2e}'
       f'{np.count_nonzero(off > 1):>14}'
     )
+    for path in ours:
+      for at in np.argwhere(ulps(ours[path], theirs[path]) > 1)[:3]:
+        pair = [float(side[path][tuple(at)]) for side in (ours, theirs)]
+        rows[method].setdefault('examples', []).append([path, at.tolist(), *pair])
+        print(f'  {path} {at.tolist()}: ours {pair[0]}, mergekit {pair[1]}')
   return rows
 
 
@@ -160,7 +165,9 @@ def precision(folder, mergekit, made):
       else:
         start = origin.astype(np.float64)
         exact = start + sum(0.3 * (w - start) for w in wide)
-      unit = 2.0 ** (np.floor(np.log2(np.abs(exact) + 1e-30)) - 7)
+      # Where terms cancel to almost nothing, the unit is that of the terms.
+      size = np.maximum(np.abs(exact), np.abs(origin.astype(np.float64)))
+      unit = 2.0 ** (np.floor(np.log2(size)) - 7)
       for side, result in zip(errors, results):
         side.append(((result[path].astype(np.float64) - exact) / unit).ravel())
     flat = [np.concatenate(side) for side in errors]

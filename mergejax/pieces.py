@@ -34,8 +34,8 @@ _RESIDENT = 4
 _SAMPLE = 32
 # Where scores lie to a bracket, as a program tells it.
 _AT_LOW, _INSIDE, _AT_HIGH, _ABOVE = 1, 2, 3, 4
-# Small pieces are padded to one of these sizes, so that few programs do.
-_SIZES = (4096, 65536, 262144, plans.PIECE)
+# Pieces are padded to one of these sizes, so that few programs do.
+_SIZES = (65536, plans.PIECE)
 
 
 class Piece(NamedTuple):
