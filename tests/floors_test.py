@@ -18,11 +18,11 @@ FLOORS = {
     'typing': 0, 'errors': 0, 'tree': 0, 'axes': 0, 'numerics': 0, 'mesh': 0,
     'registry': 0, 'checksums': 0,
     'store': 1, 'merging': 1, 'nn': 1,
-    'models': 2, 'api': 2, 'recipe': 2, 'peft': 2,
+    'models': 2, 'api': 2, 'recipe': 2, 'settings': 2, 'peft': 2,
     'train': 3,
     'experts': 4,
     'data': 5, 'evaluation': 5,
-    'plans': 6, 'pieces': 6, 'executor': 6,
+    'streamed': 6,
     'run': 7, '__main__': 7, '__init__': 7,
 }  # fmt: skip
 APART = {'store', 'merging', 'nn'}

@@ -41,10 +41,10 @@ def main(arguments: Sequence[str]) -> None:
     checksums.SUMS.start(_likely_sources(options.recipe))
   # These import JAX, meanwhile.
   recipe_lib = importlib.import_module('mergejax.recipe')
-  plans = importlib.import_module('mergejax.plans')
-  executor = importlib.import_module('mergejax.executor')
+  planner = importlib.import_module('mergejax.streamed.planner')
+  executor = importlib.import_module('mergejax.streamed.executor')
   recipe = recipe_lib.load_recipe(options.recipe)
-  plan = plans.plan(recipe, sandbox=options.sandbox)
+  plan = planner.plan(recipe, sandbox=options.sandbox)
   print(plan.describe(), flush=True)
   if options.dry_run:
     return

@@ -8,8 +8,7 @@ roughly where it lies, one pass counts what is above and keeps the few scores
 inside. Then the whole method runs on each piece in one compiled program.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-import functools
+from collections.abc import Callable, Iterator, Sequence
 import math
 import threading
 import time
@@ -21,19 +20,18 @@ import numpy as np
 
 from mergejax import errors
 from mergejax import numerics
-from mergejax import plans
 from mergejax.merging import base as base_lib
 from mergejax.merging import driver
 from mergejax.merging import masks
-from mergejax.merging import named
+from mergejax.streamed import plans
+from mergejax.streamed import programs
+from mergejax.streamed import ranks as ranks_lib
 
 # Leaves of so many pieces stay in memory between passes; larger ones are read
 # again.
 _RESIDENT = 4
 # One element in so many is sampled to find a bracket around a rank.
 _SAMPLE = 32
-# Where scores lie to a bracket, as a program tells it.
-_AT_LOW, _INSIDE, _AT_HIGH, _ABOVE = 1, 2, 3, 4
 # Pieces are padded to one of these sizes, so that few programs do.
 _SIZES = (65536, plans.PIECE)
 
@@ -62,177 +60,6 @@ class Timers:
     return result
 
 
-@functools.cache
-def _program(method: str, static: tuple, stage: str, number: Any):
-  """The compiled call of one stage of a method.
-
-  Stages: 'merge' to the dtype called `number`; 'look', what look `number`
-  measures; 'place', where its scores lie to brackets.
-  """
-
-  def run(leaves, base, weights, keys, notes, stats, numbers, offset, brackets):
-    built = named.resolve(method, **dict(static), **numbers)
-    marks = [
-      base_lib.Mark(k, notes[k], keys[k], stats[k]) for k in range(len(leaves))
-    ]
-    part = driver.Part(
-      [numerics.widen(leaf) for leaf in leaves],
-      None if base is None else numerics.widen(base),
-      marks,
-      offset,
-    )
-    if stage == 'merge':
-      merged = driver.run_triple(built, [[part]], list(weights))[0][0]
-      return merged.astype(jax.dtypes.canonicalize_dtype(number))
-    own = [jnp.asarray(w, part.leaves[0].dtype) for w in weights]
-    found = built.looks[number].measure(
-      part.leaves, part.base, part.placed(), own
-    )
-    if stage == 'look':
-      return found
-    small = lambda mask: mask.astype(jnp.uint8)
-    return [
-      [
-        small(score > low) + small(score >= low)
-        + small(score >= high) + small(score > high)
-        for low, high in brackets[s]
-      ]
-      for s, score in enumerate(found)
-    ]  # fmt: skip
-
-  return jax.jit(run)
-
-
-def _split_options(options: Mapping[str, Any]) -> tuple[tuple, dict[str, Any]]:
-  """Options that a program is compiled for, and numbers that it is given."""
-  static, numbers = {}, {}
-  for name, value in options.items():
-    values = value if isinstance(value, (list, tuple)) else [value]
-    plain = all(
-      isinstance(v, (int, float)) and not isinstance(v, bool) for v in values
-    )
-    if plain and name != 'max_iter':
-      numbers[name] = np.asarray(value, np.float32)
-    else:
-      static[name] = tuple(value) if isinstance(value, list) else value
-  return tuple(sorted(static.items())), numbers
-
-
-class Ranker:
-  """Exact order statistics of scores that come in pieces, in any order.
-
-  Scores above the bracket and equal to its ends are counted, those strictly
-  inside are kept. Bfloat16 task vectors have few distinct magnitudes, so that
-  a tenth of a leaf may equal one end: counting them costs no memory.
-
-  Attributes:
-    low: <float32>[] lower end of the bracket.
-    high: <float32>[] upper end.
-    done: the `Cut`, its end a Python integer, or None while it is not known.
-  """
-
-  def __init__(self, size: int, rank: int, sample: np.ndarray):
-    """Aims a bracket.
-
-    Args:
-      size: how many scores will come.
-      rank: the rank-th largest is looked for, 0 to `size`.
-      sample: <float32>[n] some of the scores.
-    """
-    self._rank = rank
-    self.done = None
-    self.low = self.high = np.float32(np.inf)
-    if rank == 0:
-      self.done = numerics.Cut(np.float32(np.inf), 0)
-    elif rank >= size:
-      self.done = numerics.Cut(np.float32(-np.inf), 0)
-    else:
-      share = rank / size
-      at = (1 - share) * (sample.size - 1)
-      margin = 4 * math.sqrt(sample.size * share * (1 - share)) + 2
-      low, high = math.floor(at - margin), math.ceil(at + margin)
-      inside = [k for k in (low, high) if 0 <= k < sample.size]
-      ordered = np.partition(sample, inside) if inside else sample
-      self.low = ordered[low] if low >= 0 else np.float32(-np.inf)
-      self.high = ordered[high] if high < sample.size else self.high
-    self._reset()
-
-  def _reset(self):
-    self._above = 0
-    self._values: list[np.ndarray] = []
-    self._places: list[np.ndarray] = []
-    # (start, how many equal the upper end, how many the lower)
-    self._equal: list[tuple[int, int, int]] = []
-
-  def add(
-    self, places: np.ndarray, index: np.ndarray, values: np.ndarray, start: int
-  ) -> None:
-    """Takes a piece.
-
-    Args:
-      places: <uint8>[n] where each score lies to the bracket: 0 below, 1 at
-        its lower end, 2 inside (or at both ends, if they are equal), 3 at its
-        upper end, 4 above.
-      index: <int64>[m] positions in the piece among which are all inside.
-      values: <float32>[m] the scores there.
-      start: position of the piece.
-    """
-    count = lambda place: int(np.count_nonzero(places == place))
-    self._above += count(_ABOVE)
-    if self.low == self.high:
-      self._equal.append((start, count(_INSIDE), 0))
-      return
-    self._equal.append((start, count(_AT_HIGH), count(_AT_LOW)))
-    inside = places[index] == _INSIDE
-    self._values.append(values[inside])
-    self._places.append(index[inside] + start)
-
-  def conclude(self, places_at: Callable[[int], np.ndarray]) -> bool:
-    """Finds the cut after all pieces came; False asks for them once more.
-
-    Args:
-      places_at: gives the places of the piece that starts at a position again.
-
-    Returns:
-      True if `done` holds the cut. False if the bracket missed and was moved:
-      add every piece again.
-    """
-    left = self._rank - self._above
-    at_high = sum(high for _, high, _ in self._equal)
-    at_low = sum(low for _, _, low in self._equal)
-    values = np.concatenate([*self._values, np.empty(0, np.float32)])
-    if left < 1:
-      self.low, self.high = self.high, np.float32(np.inf)
-    elif left <= at_high:
-      self._locate(self.high, left, 1, places_at)
-    elif left <= at_high + values.size:
-      left -= at_high
-      at = values.size - left
-      threshold = np.partition(values, at)[at]
-      left -= int(np.count_nonzero(values > threshold))
-      index = np.concatenate(self._places)[values == threshold]
-      self.done = numerics.Cut(threshold, int(np.sort(index)[left - 1]) + 1)
-    elif left <= at_high + values.size + at_low:
-      left -= at_high + values.size
-      self._locate(self.low, left, 2, places_at)
-    else:
-      self.low, self.high = np.float32(-np.inf), self.low
-    self._reset()
-    return self.done is not None
-
-  def _locate(self, threshold, left, column, places_at):
-    """The position of the `left`-th score that equals the threshold."""
-    wanted = _AT_HIGH if column == 1 else _AT_LOW
-    wanted = _INSIDE if self.low == self.high else wanted
-    for entry in sorted(self._equal):
-      if left <= entry[column]:
-        start = entry[0]
-        index = np.flatnonzero(places_at(start) == wanted)
-        self.done = numerics.Cut(threshold, start + int(index[left - 1]) + 1)
-        return
-      left -= entry[column]
-
-
 class Leaf:
   """One parameter of the result while it is merged; belongs to one thread."""
 
@@ -255,7 +82,7 @@ class Leaf:
     self.method = task.build()
     if len(self.method.looks) == 0:
       self._resident = False  # one pass is all there is
-    self._static, self._numbers = _split_options(task.options)
+    self._static, self._numbers = programs.split_options(task.options)
     self._weights = np.asarray(task.weights, np.float32)
     self._keys = np.stack(
       [
@@ -364,7 +191,7 @@ class Leaf:
 
   def _call(self, stage, number, arrays, offset=0, brackets=None):
     leaves, base, stats = arrays
-    program = _program(self._task.method, self._static, stage, number)
+    program = programs.program(self._task.method, self._static, stage, number)
     return self._timers.timed(
       'compute',
       lambda: jax.tree.map(
@@ -403,14 +230,14 @@ class Leaf:
       places = self._call('place', i, arrays, piece.start, brackets)
     else:
       places = [
-        [_places(score, *bracket) for bracket in own]
+        [ranks_lib.places(score, *bracket) for bracket in own]
         for score, own in zip(self.scores(i, piece), brackets)
       ]
     places = [[p.reshape(-1)[: piece.count] for p in own] for own in places]
     union = np.zeros(piece.count, bool)
     for own in places:
       for one in own:
-        union |= one == _INSIDE
+        union |= one == ranks_lib.INSIDE
     index = np.flatnonzero(union)
     if self.method.view == 'element':
       leaves, base, stats = arrays
@@ -521,14 +348,6 @@ def _all_finite(array: np.ndarray) -> bool:
   )
 
 
-def _places(score, low, high):
-  """What the 'place' stage says of scores, in NumPy."""
-  places = (score > low).astype(np.uint8)
-  for mask in (score >= low, score >= high, score > high):
-    places += mask
-  return places
-
-
 def merge_whole(
   plan: plans.Plan,
   task: plans.Task,
@@ -577,7 +396,8 @@ def rank(i: int, leaves: Sequence[Leaf]) -> list[list[list[numerics.Cut]]]:
   ]
   wanted = leaves[0].method.looks[i].ranks(size, leaves[0].marks)
   rankers = [
-    [Ranker(size, r, one) for r in ranks] for ranks, one in zip(wanted, sample)
+    [ranks_lib.Ranker(size, r, one) for r in ranks]
+    for ranks, one in zip(wanted, sample)
   ]
 
   def places_at(s, j):

@@ -26,28 +26,19 @@ from typing import Any
 
 import jax
 import numpy as np
-import yaml
 
 import mergejax
 from mergejax import checksums
 from mergejax import errors
-from mergejax import pieces
-from mergejax import plans
 from mergejax.store import base as store_base
 from mergejax.store import checkpoint
 from mergejax.store import safetensors
-from mergejax.store import vocabulary
+from mergejax.streamed import pieces
+from mergejax.streamed import plans
+from mergejax.streamed import side_cars
 
-RECIPE = 'recipe.yaml'
+# Beside the weights: every setting, the seed, and the sums of all sources.
 MANIFEST = 'manifest.json'
-CARD = 'README.md'
-# Files beside the weights that go with a tokenizer, and with generation.
-_TOKENIZER_FILES = (
-  'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json',
-  'tokenizer.model', 'spiece.model', 'vocab.json', 'vocab.txt', 'merges.txt',
-  'added_tokens.json', 'chat_template.jinja', 'chat_template.json',
-)  # fmt: skip
-_OTHER_FILES = ('generation_config.json', 'preprocessor_config.json')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,7 +260,7 @@ class _Execution:
           stream.write(shard.header)
           stream.truncate(shard.nbytes)
         self._done -= set(shard.offsets)
-    _write_text(state, json.dumps(wanted))
+    side_cars.write_text(state, json.dumps(wanted))
 
   def _check_space(self):
     done = sum(self._specs[path].nbytes for path in self._done)
@@ -425,13 +416,16 @@ class _Execution:
     }
     text = json.dumps(manifest, indent=2, sort_keys=True, default=str) + '\n'
     if self._single:
-      _write_text(self._manifest_file(self._out), text)
+      side_cars.write_text(self._manifest_file(self._out), text)
       names = [shard.file for shard in self._shards]
       file = result if result.is_file() else result / names[0]
       os.replace(file, self._out)
     else:
-      _write_text(result / MANIFEST, text)
-      self._side_cars(result)
+      side_cars.write_text(result / MANIFEST, text)
+      index = safetensors.index_of(self._shards, self._specs)
+      if index is not None and self._format == 'safetensors':
+        side_cars.write_text(result / safetensors.INDEX, index)
+      side_cars.write(self._plan, result)
       os.rename(result, self._out)
     shutil.rmtree(self._work)
 
@@ -456,62 +450,6 @@ class _Execution:
       groups.setdefault(key, []).append(task)
     return groups.values()
 
-  def _side_cars(self, result):
-    """Everything beside the weights that a user of the model needs."""
-    plan = self._plan
-    index = safetensors.index_of(self._shards, self._specs)
-    if index is not None and self._format == 'safetensors':
-      _write_text(result / safetensors.INDEX, index)
-    reference = pathlib.Path(plan.reference.split('+')[0]).expanduser()
-    if (reference / 'adapter_config.json').is_file() and plan.recipe.base:
-      reference = pathlib.Path(plan.recipe.base).expanduser()
-    config = checkpoint.read_config(reference) if reference.is_dir() else None
-    if config is not None:
-      changes = {
-        k: v
-        for k, v in plan.config.items()
-        if k in config or k == 'tie_word_embeddings'
-      }
-      kept = {'bfloat16', 'float32', 'float16'}
-      if plan.recipe.dtype in kept and 'torch_dtype' in config:
-        changes['torch_dtype'] = plan.recipe.dtype
-      text = json.dumps({**config, **changes}, indent=2) + '\n'
-      _write_text(result / checkpoint.CONFIG, text)
-    kind, value = plan.tokenizer
-    source = reference if kind == 'text' else pathlib.Path(value).expanduser()
-    for name in (*_TOKENIZER_FILES, *_OTHER_FILES):
-      folder = reference if name in _OTHER_FILES else source
-      if (folder / name).is_file():
-        shutil.copyfile(folder / name, result / name)
-    if kind == 'text':
-      _write_text(result / vocabulary.TOKENIZER, value)
-    self._chat_template(result)
-    _write_text(
-      result / RECIPE, yaml.safe_dump(dict(plan.recipe.data), sort_keys=False)
-    )
-    _write_text(result / CARD, self._card())
-
-  def _chat_template(self, result):
-    wanted = self._plan.recipe.chat_template
-    if wanted is None:
-      return
-    file = result / 'tokenizer_config.json'
-    settings = checkpoint.read_json(file) if file.is_file() else {}
-    settings['chat_template'] = wanted
-    _write_text(file, json.dumps(settings, indent=2, ensure_ascii=False) + '\n')
-
-  def _card(self):
-    recipe = self._plan.recipe
-    models = '\n'.join(f'- `{name}`' for name in recipe.models())
-    text = yaml.safe_dump(dict(recipe.data), sort_keys=False)
-    return (
-      '---\ntags:\n- merge\n- mergejax\n---\n\n'
-      f'# A merge by `{recipe.method}`\n\nMerged with mergejax '
-      f'{mergejax.__version__} from:\n\n{models}\n\n## Recipe\n\n'
-      f'```yaml\n{text}```\n\n`{MANIFEST}` lists the settings of every '
-      'parameter and the sha256 of every source.\n'
-    )
-
 
 def _digest(fingerprint: Mapping[str, Any]) -> str:
   text = json.dumps(fingerprint, sort_keys=True, default=str)
@@ -531,10 +469,3 @@ def _versions() -> dict[str, str]:
     'jax': jax.__version__,
     'numpy': np.__version__,
   }
-
-
-def _write_text(path: pathlib.Path, text: str) -> None:
-  """Writes a small file whole or not at all."""
-  temporary = path.with_name(f'{path.name}.new')
-  temporary.write_text(text, encoding='utf-8')
-  os.replace(temporary, path)

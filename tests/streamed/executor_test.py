@@ -21,12 +21,12 @@ import numpy as np
 
 import mergejax as mj
 from mergejax import errors
-from mergejax import executor
 from mergejax import mesh as mesh_lib
-from mergejax import pieces
-from mergejax import plans
 from mergejax import tree as tree_lib
 from mergejax.merging import named
+from mergejax.streamed import executor
+from mergejax.streamed import pieces
+from mergejax.streamed import plans
 
 
 def small_pieces():
@@ -169,47 +169,6 @@ class EqualityTest(parameterized.TestCase):
         np.testing.assert_array_equal(
           np.asarray(leaf).view(np.uint16), streamed[path].view(np.uint16), path
         )
-
-
-class RankerTest(parameterized.TestCase):
-  @parameterized.product(
-    kind=['normal', 'ties', 'zeros', 'constant', 'rows'], pieces_count=[1, 7]
-  )
-  def test_equals_a_sort(self, kind, pieces_count):
-    rng = np.random.default_rng(0)
-    size = 20_000
-    scores = {
-      'normal': rng.normal(size=size),
-      'ties': rng.integers(0, 9, size=size),
-      'zeros': rng.normal(size=size) * (rng.random(size) < 0.03),
-      'constant': np.ones(size),
-      # A sample of the wrong part: the bracket must move.
-      'rows': np.sort(rng.normal(size=size)),
-    }[kind]
-    scores = np.abs(scores.astype(np.float32))
-    sample = scores[:400] if kind == 'rows' else scores[::50]
-    order = np.lexsort((np.arange(size), -scores))
-    edges = np.linspace(0, size, pieces_count + 1).astype(int)
-    parts = {int(a): scores[a:b] for a, b in zip(edges[:-1], edges[1:])}
-    for rank in (0, 1, 13, 4000, 10_000, 19_999, 20_000):
-      ranker = pieces.Ranker(size, rank, sample)
-      for _ in range(4):
-        if ranker.done is not None:
-          break
-        for start, part in parts.items():
-          places = pieces._places(part, ranker.low, ranker.high)
-          index = np.flatnonzero(places == 2)
-          ranker.add(places, index, part[index], start)
-        ranker.conclude(
-          lambda start, r=ranker: pieces._places(parts[start], r.low, r.high)
-        )
-      cut = ranker.done
-      kept = (scores > cut.threshold) | (
-        (scores == cut.threshold) & (np.arange(size) < cut.end)
-      )
-      expected = np.zeros(size, bool)
-      expected[order[:rank]] = True
-      np.testing.assert_array_equal(kept, expected)
 
 
 class WholeOrNothingTest(parameterized.TestCase):
@@ -391,7 +350,7 @@ class WholeOrNothingTest(parameterized.TestCase):
     command = lambda out: [
       sys.executable, '-c',
       'import sys, time\n'
-      'from mergejax import pieces\n'
+      'from mergejax.streamed import pieces\n'
       'merge = pieces.Leaf.merge\n'
       'def slow(self, write):\n'
       '  time.sleep(0.05)\n'

@@ -15,12 +15,13 @@ import yaml
 
 import mergejax as mj
 from mergejax import recipe as recipe_lib
+from mergejax import settings
 from mergejax import tree as tree_lib
 
 
 class RecipeTest(parameterized.TestCase):
   def test_settings(self):
-    evaluate = recipe_lib.evaluate
+    evaluate = settings.evaluate
     self.assertEqual(evaluate(0.5, 'x', 0.3), 0.5)
     self.assertEqual(evaluate([0, 1], 'x', 0.25), 0.25)
     self.assertEqual(evaluate([1, 0, 4], 'x', 1.0), 4)

@@ -1,0 +1,429 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Makes plans of recipes, from headers alone.
+
+Everything that names, shapes, dtypes, tied parameters, vocabularies and
+options can tell is checked here, and everything found wrong is reported at
+once, before the first weight is read.
+"""
+
+from collections.abc import Mapping
+import math
+import os
+import re
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from mergejax import axes as axes_lib
+from mergejax import errors
+from mergejax import numerics
+from mergejax import recipe as recipe_lib
+from mergejax import settings
+from mergejax import tree
+from mergejax import typing
+from mergejax.merging import base as merge_base
+from mergejax.merging import mean
+from mergejax.merging import named
+from mergejax.peft import fold
+from mergejax.streamed import inputs as inputs_lib
+from mergejax.streamed import plans
+
+_LAYER = re.compile(
+  r'(?P<stem>(?:.*[./])?(?:layers|layer|blocks|block|h)[._/])(?P<index>\d+)'
+  r'(?P<rest>[./].*)'
+)
+# Methods that divide by the sum of the weights.
+_AVERAGES = ('linear', 'task_arithmetic', 'dare_linear', 'della_linear', 'breadcrumbs')  # fmt: skip
+_FIRST = re.compile(r'.*(embed|wte|wpe|shared|token_embedder).*')
+
+
+def plan(
+  recipe: recipe_lib.Recipe | os.PathLike | str | Mapping[str, Any],
+  *,
+  sandbox: os.PathLike | str | None = None,
+) -> plans.Plan:
+  """Works out what a recipe will do, reading headers only.
+
+  Args:
+    recipe: from `load_recipe`, the path of a recipe, or its data.
+    sandbox: if given, every path of the recipe must lie in this directory.
+
+  Returns:
+    A plan; `print(plan.describe())` shows it, `execute` runs it.
+
+  Raises:
+    UserError: with everything that is wrong.
+  """
+  if isinstance(recipe, Mapping):
+    recipe = recipe_lib.parse_recipe(recipe)
+  elif not isinstance(recipe, recipe_lib.Recipe):
+    recipe = recipe_lib.load_recipe(recipe)
+  return _Planner(recipe, inputs_lib.Inputs(recipe, sandbox)).plan()
+
+
+class _Planner:
+  """Works out what happens to each parameter; collects every problem."""
+
+  def __init__(self, recipe, inputs):
+    self._recipe = recipe
+    self._inputs = inputs
+    self._problems = inputs.problems
+    self._remarks = inputs.remarks
+    self._stores = inputs.stores
+    self._stats = inputs.stats
+    self._reference = inputs.reference
+    self._config = inputs.config
+
+  def plan(self) -> plans.Plan:
+    tasks = self._tasks()
+    self._inputs.raise_problems()
+    self._defaults_remark()
+    inputs = self._inputs
+    return plans.Plan(
+      self._recipe, inputs.stores, tuple(inputs.stats), tuple(tasks),
+      inputs.reference, inputs.tied, inputs.repeated, inputs.config,
+      inputs.tokenizer, tuple(inputs.remarks),
+    )  # fmt: skip
+
+  def _defaults_remark(self):
+    chosen = recipe_lib.MERGEKIT_DEFAULTS.get(self._recipe.method, {})
+    chosen = {
+      k: v for k, v in chosen.items() if k not in self._recipe.parameters
+    }
+    if chosen:
+      words = ', '.join(f'{k}={v}' for k, v in chosen.items())
+      self._remarks.append(
+        f"mergekit's defaults where the recipe is silent: {words} "
+        f"(`mergejax methods {self._recipe.method}` tells the paper's)"
+      )
+
+  # Tasks ---------------------------------------------------------------------
+
+  def _tasks(self) -> list[plans.Task]:
+    recipe = self._recipe
+    layouts = self._layouts()
+    if self._problems:
+      return []
+    tasks = []
+    used_rules: set[int] = set()
+    for path, depth, one, refs, base in layouts:
+      task = self._inputs.attempt(
+        self._task, path, depth, one, refs, base, used_rules
+      )
+      if task is not None:
+        tasks.append(task)
+    for i, rule in enumerate(recipe.rules):
+      if i not in used_rules:
+        self._problems.append(
+          f'rule {i} ({rule.match!r}) is the first match of no parameter.'
+        )
+    if self._stats and len(self._stats) != len(recipe.slices[0].inputs):
+      self._problems.append(
+        f"{len(self._stats)} 'stats' for {len(recipe.slices[0].inputs)} "
+        'models: give one for each, in their order.'
+      )
+    return tasks
+
+  def _layouts(self):
+    """`(path, depth, slice, refs, base ref)` of every parameter."""
+    recipe = self._recipe
+    if not recipe.sliced:
+      return self._unsliced()
+    return self._stacked()
+
+  def _unsliced(self):
+    recipe = self._recipe
+    reference = self._stores[self._reference].specs()
+    one = recipe.slices[0]
+    for name, store in self._stores.items():
+      lines = tree.difference(reference, store.specs())
+      if lines:
+        self._problems.append(
+          f'{name} does not have the parameters of {self._reference} '
+          f'({len(lines)} differences; - missing, + unexpected, ! shape):\n'
+          f'{errors.listed(["  " + line for line in lines])}'
+        )
+    counts = _layer_counts(reference)
+    result = []
+    for path in reference:
+      refs = [(source.model, path) for source in one.inputs]
+      base = (recipe.base, path) if recipe.base else None
+      result.append((path, _depth(path, counts), one, refs, base))
+    return result
+
+  def _stacked(self):
+    """Layers from the slices one after the other; the rest from both ends."""
+    recipe = self._recipe
+    stems = {
+      match['stem']
+      for store in self._stores.values()
+      for path in store.specs()
+      if (match := _LAYER.fullmatch(path))
+    }
+    if len(stems) != 1:
+      self._problems.append(
+        f'slices need models with one stack of layers; found {sorted(stems)}.'
+      )
+      return []
+    stem = stems.pop()
+    counts = {
+      name: _layer_counts(store.specs()).get(stem, 0)
+      for name, store in self._stores.items()
+    }
+    for i, one in enumerate(recipe.slices):
+      for source in one.inputs:
+        if source.layers and source.layers[1] > counts[source.model]:
+          self._problems.append(
+            f'slice {i}: layer_range {list(source.layers)} of {source.model}, '
+            f'which has layers 0 to {counts[source.model] - 1}.'
+          )
+    if self._problems:
+      return []
+    result, at = [], 0
+    first, last = recipe.slices[0], recipe.slices[-1]
+    ends = [
+      (path, 0.0 if _FIRST.fullmatch(path) else 1.0)
+      for path in self._stores[self._reference].specs()
+      if not _LAYER.fullmatch(path)
+    ]
+    for path, depth in ends:
+      if depth == 0.0:
+        result.append(self._end(path, depth, first))
+    for one in recipe.slices:
+      start, end = one.inputs[0].layers
+      for j in range(end - start):
+        depth = j / (end - start - 1) if end - start > 1 else 1.0
+        result += self._layer(stem, at, j, depth, one)
+        at += 1
+    for path, depth in ends:
+      if depth == 1.0:
+        result.append(self._end(path, depth, last))
+    # Whichever of these the reference's configuration has.
+    for key in ('num_hidden_layers', 'num_layers', 'n_layer', 'num_decoder_layers'):  # fmt: skip
+      self._config[key] = at
+    self._remarks.append(f'{at} layers in {len(recipe.slices)} slices')
+    return [entry for entry in result if entry is not None]
+
+  def _end(self, path, depth, one):
+    refs = [(source.model, path) for source in one.inputs]
+    for model, _ in refs:
+      if path not in self._stores[model].specs():
+        self._problems.append(f'{model} lacks {path}.')
+    return (path, depth, one, refs, (one.base, path) if one.base else None)
+
+  def _layer(self, stem, at, j, depth, one):
+    source = one.inputs[0]
+    prefix = f'{stem}{source.layers[0] + j}'
+    result = []
+    for path in self._stores[source.model].specs():
+      match = _LAYER.fullmatch(path)
+      if not match or match['stem'] + match['index'] != prefix:
+        continue
+      refs = [
+        (s.model, f'{stem}{s.layers[0] + j}{match["rest"]}') for s in one.inputs
+      ]
+      base = None
+      if one.base:
+        own = [s for s in one.inputs if s.model == one.base]
+        begin = (own or one.inputs)[0].layers[0]
+        base = (one.base, f'{stem}{begin + j}{match["rest"]}')
+      for model, leaf in [*refs, *([base] if base else [])]:
+        if leaf not in self._stores[model].specs():
+          self._problems.append(f'{model} lacks {leaf}.')
+      result.append((f'{stem}{at}{match["rest"]}', depth, one, refs, base))
+    return result
+
+  def _task(self, path, depth, one, refs, base, used_rules) -> plans.Task:
+    recipe = self._recipe
+    rule = None
+    for i, candidate in enumerate(recipe.rules):
+      if re.fullmatch(candidate.match, path):
+        used_rules.add(i)
+        rule = candidate
+        break
+    spec = self._spec(refs[0] if base is None else base)
+    stored = spec
+    if recipe.dtype and numerics.is_averaged(spec.dtype):
+      stored = typing.LeafSpec(
+        spec.shape, np.dtype(jnp.dtype(recipe.dtype)), spec.axes
+      )
+    elif spec.dtype != (lead := self._lead_dtype(refs, base)):
+      stored = typing.LeafSpec(spec.shape, lead, spec.axes)
+    stored = axes_lib.with_axes({path: stored}, [
+      one_rule for one_rule in recipe.axes if re.fullmatch(one_rule[0], path)
+    ])[path]  # fmt: skip
+    copy = None
+    if rule is not None and rule.copy is not None:
+      if rule.copy == 'base' and not recipe.base:
+        raise errors.UserError(
+          f'{path}: a rule copies the base; none is given.'
+        )
+      copy = (recipe.base if rule.copy == 'base' else rule.copy, path)
+    elif not numerics.is_averaged(spec.dtype):
+      copy = refs[0] if base is None else base
+    if copy is not None:
+      return plans.Task(path, stored, None, {}, (), (copy,), None)
+    method = (rule and rule.method) or recipe.method
+    return self._merge_task(path, depth, one, refs, base, stored, method, rule)
+
+  def _merge_task(self, path, depth, one, refs, base, spec, method, rule):
+    wanted = _base_policy(method)
+    if wanted == 'ignored':
+      base = None
+    else:
+      refs_and_sources = [
+        (ref, source)
+        for ref, source in zip(refs, one.inputs)
+        if not (base and source.model == base[0])
+      ]
+      refs = [ref for ref, _ in refs_and_sources]
+    sources = (
+      one.inputs if wanted == 'ignored' else [s for _, s in refs_and_sources]
+    )
+    if wanted == 'required' and base is None:
+      self._problems.append(
+        f'{method} works on differences from a base model: give `base_model:`.'
+      )
+    layers = [dict(rule.parameters)] if rule else [{}]
+    shared = [*layers, one.parameters, self._recipe.parameters]
+    values: dict[str, list] = {}
+    names = set(named.METHODS.options(method)) | {'weight'}
+    for name in names:
+      values[name] = [
+        _first(name, [*layers, source.parameters, *shared[1:]], path, depth)
+        for source in sources
+      ] or [_first(name, shared, path, depth)]
+    weights = values.pop('weight')
+    options = dict(recipe_lib.MERGEKIT_DEFAULTS.get(method, {}))
+    for name, own in values.items():
+      given = [value for value in own if value is not None]
+      if not given:
+        continue
+      if all(value == own[0] for value in own):
+        options[name] = own[0]
+      elif len(given) < len(own) and name not in options:
+        raise errors.UserError(
+          f'{path}: {name} is given for some models and not for others.'
+        )
+      else:
+        options[name] = [options.get(name) if v is None else v for v in own]
+    if method == 'multislerp' and 'normalize' in options:
+      options['normalize_weights'] = options.pop('normalize')
+    try:
+      built = named.resolve(method, **options)
+      plain = None if all(w is None for w in weights) else [
+        1.0 if w is None else w for w in weights
+      ]  # fmt: skip
+      if built.default_weights is not None:
+        plain = None
+      checked = merge_base.check_weights(built, plain, len(refs))
+      if method in _AVERAGES and options.get('normalize', method == 'linear'):
+        if abs(sum(checked)) < mean.TINY_WEIGHT:
+          raise errors.UserError(
+            f'the weights of {path} sum to zero, so their average is not '
+            'defined; give others, or `normalize: false`.'
+          )
+    except errors.UserError as error:
+      raise errors.UserError(f'{method}: {error.message}') from error
+    self._check_shapes(path, spec, refs, base)
+    if built.view != 'element':
+      axes_lib.view(path, spec)
+    return plans.Task(
+      path, spec, method, options, tuple(float(w) for w in checked),
+      tuple(refs), base, self._stats_of(path, spec, built, refs),
+    )  # fmt: skip
+
+  def _stats_of(self, path, spec, method, refs):
+    if not method.needs:
+      return ()
+    kind = method.needs[0]
+    if len(self._stats) != len(refs):
+      raise errors.UserError(
+        f'this method needs `stats:`, one path for each of the {len(refs)} '
+        f'models, {len(self._stats)} given. `mergejax stats` collects them.'
+      )
+    own = [f'{path}/{kind}' for _ in self._stats]
+    have = [name in store.specs() for name, store in zip(own, self._stats)]
+    if not any(have) and kind == 'gram':
+      return tuple({} for _ in own)
+    for name, store, there in zip(own, self._stats, have):
+      if not there:
+        raise errors.UserError(f'{store.name} lacks {name}.')
+      shape = store.specs()[name].shape
+      fits = shape == spec.shape
+      if kind == 'gram':
+        view = axes_lib.view(path, spec)
+        width = math.prod(spec.shape[i] for i in view.inputs)
+        stack = tuple(spec.shape[i] for i in view.stack)
+        fits = shape == stack + (width, width)
+      if not fits:
+        raise errors.UserError(
+          f'{store.name}: {name} is {list(shape)}, which does not fit {path} '
+          f'{list(spec.shape)}. Are these the statistics of another model?'
+        )
+    return tuple({kind: name} for name in own)
+
+  def _spec(self, ref):
+    model, path = ref
+    return self._stores[model].specs()[path]
+
+  def _lead_dtype(self, refs, base):
+    """dtype of the base, or of the first model, as stored, adapters aside."""
+    model, path = refs[0] if base is None else base
+    store = self._stores[model]
+    if isinstance(store, fold.AdapterStore):
+      plain = self._stores.get(self._reference)
+      if plain is not None and path in plain.specs():
+        return plain.specs()[path].dtype
+    return store.specs()[path].dtype
+
+  def _check_shapes(self, path, spec, refs, base):
+    for ref in [*refs, *([base] if base else [])]:
+      shape = self._spec(ref).shape
+      if shape != spec.shape:
+        raise errors.UserError(
+          f'{path}: {ref[1]} of {ref[0]} is {list(shape)}, expected '
+          f'{list(spec.shape)}.'
+        )
+
+
+def _base_policy(method: str) -> str:
+  """Whether a method needs a base, from its constructor with any options."""
+  needed = {
+    name: 0.5
+    for name, parameter in named.METHODS.options(method).items()
+    if parameter.default is parameter.empty
+  }
+  return named.resolve(method, **needed).base
+
+
+def _first(name, places, path, depth):
+  """The value of a setting in the first place that has one."""
+  for place in places:
+    if name in place:
+      value = settings.evaluate(place[name], path, depth)
+      if value is not None:
+        return value
+  return None
+
+
+def _layer_counts(specs) -> dict[str, int]:
+  """`{stem: number of layers}`."""
+  counts: dict[str, int] = {}
+  for path in specs:
+    match = _LAYER.fullmatch(path)
+    if match:
+      stem = match['stem']
+      counts[stem] = max(counts.get(stem, 0), int(match['index']) + 1)
+  return counts
+
+
+def _depth(path, counts) -> float:
+  """0 at the first layer, 1 at the last; embeddings 0, what follows 1."""
+  match = _LAYER.fullmatch(path)
+  if match:
+    count = counts[match['stem']]
+    return int(match['index']) / (count - 1) if count > 1 else 1.0
+  return 0.0 if _FIRST.fullmatch(path) else 1.0
