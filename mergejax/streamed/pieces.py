@@ -27,9 +27,6 @@ from mergejax.streamed import plans
 from mergejax.streamed import programs
 from mergejax.streamed import ranks as ranks_lib
 
-# Leaves of so many pieces stay in memory between passes; larger ones are read
-# again.
-_RESIDENT = 4
 # One element in so many is sampled to find a bracket around a rank.
 _SAMPLE = 32
 # Pieces are padded to one of these sizes, so that few programs do.
@@ -76,7 +73,7 @@ class Leaf:
     self._timers = timers
     self._checked: set[int] = set()
     self.size = task.spec.size
-    self._resident = self.size <= _RESIDENT * plans.PIECE
+    self._resident = self.size <= plans.RESIDENT * plans.PIECE
     if task.method is None:
       return
     self.method = task.build()
@@ -163,7 +160,7 @@ class Leaf:
     whole = self._buffers.get((slot, dtype.str))
     if whole is None or whole.size < begin + size:
       # Pages that are never touched cost nothing.
-      room = max(begin + size, _RESIDENT * plans.PIECE) * dtype.itemsize
+      room = max(begin + size, plans.RESIDENT * plans.PIECE) * dtype.itemsize
       raw = np.empty(room + 64, np.uint8)
       shift = -raw.ctypes.data % 64
       whole = raw[shift : room + shift].view(dtype)
@@ -426,7 +423,7 @@ def rank(i: int, leaves: Sequence[Leaf]) -> list[list[list[numerics.Cut]]]:
       for piece in leaf.pieces():
         places, index, values = leaf.place(i, piece, brackets)
         start = piece.start + int(starts[number])
-        if size <= _RESIDENT * plans.PIECE:
+        if size <= plans.RESIDENT * plans.PIECE:
           kept[start] = places
         for s, j, ranker in waiting:
           ranker.add(places[s][j], index, values[s], start)

@@ -15,6 +15,9 @@ from mergejax.store import base as store_base
 
 # Elements of a leaf that are merged at a time.
 PIECE = 1 << 20
+# Leaves of so many pieces stay in memory between the passes of a method; larger
+# ones are read again.
+RESIDENT = 4
 # Leaves that are merged at the same time: some read or write while others
 # compute.
 WORKERS = 4
@@ -94,27 +97,35 @@ class Plan:
   def working_bytes(self, task: Task) -> int:
     """Bytes that merging one parameter holds at most."""
     refs = [*task.inputs, *([task.base] if task.base else [])]
+    specs = [self.stores[m].specs()[p] for m, p in refs]
     whole = sum(
-      self.stores[m].specs()[p].nbytes
-      for m, p in refs
+      spec.nbytes
+      for (m, _), spec in zip(refs, specs)
       if not self.stores[m].reads_pieces
     )
-    if task.method is None:
-      return whole + 2 * PIECE * task.spec.dtype.itemsize
+    stored = sum(spec.dtype.itemsize for spec in specs)
     wide = 4 if task.spec.dtype.itemsize < 8 else 8
-    elements = task.spec.size if not self.in_pieces(task) else PIECE
-    elements = min(task.spec.size, elements)
-    raw = sum(self.stores[m].specs()[p].dtype.itemsize for m, p in refs)
-    scores = 0
-    if any(look.ranks for look in task.build().looks):
-      # Scores of the pieces that are kept, and the bracket around a rank.
-      scores = (
-        4
-        * len(task.inputs)
-        * (min(task.spec.size, 4 * PIECE) + task.spec.size // 16)
-      )
-    copies = 3 * len(refs) if not self.in_pieces(task) else len(refs)
-    return whole + scores + elements * (raw + wide * (copies + 2))
+    if task.method is None:
+      return whole + PIECE * stored
+    size = task.spec.size
+    if not self.in_pieces(task):
+      # The leaves as stored, widened, laid for the method, and the result.
+      return whole + size * (stored + wide * (2 * len(refs) + 2))
+    piece = min(size, PIECE)
+    looks = task.build().looks
+    held = min(size, RESIDENT * PIECE) if looks else piece
+    held *= stored + sum(d.itemsize for d in self._stat_dtypes(task))
+    if any(look.ranks for look in looks):
+      # Where every element lies to the brackets, and those inside them.
+      held += len(task.inputs) * (min(size, RESIDENT * PIECE) + size)
+    return whole + held + piece * wide * (len(refs) + 4)
+
+  def _stat_dtypes(self, task):
+    return [
+      store.specs()[path].dtype
+      for store, own in zip(self.stats, task.stats)
+      for path in own.values()
+    ]
 
   def in_pieces(self, task: Task) -> bool:
     """True if a parameter is merged piece by piece rather than whole."""

@@ -343,6 +343,40 @@ class WholeOrNothingTest(parameterized.TestCase):
     for path, leaf in a.items():
       self.assertEqual(leaf.tobytes(), b[path].tobytes())
 
+  def test_holds_no_more_than_the_plan_says(self):
+    """In a process of its own, beyond what a small merge has loaded."""
+    rng = np.random.default_rng(0)
+    for size, rows in (('small', 8), ('large', 6000)):
+      for name in ('base', 'a', 'b'):
+        leaf = rng.integers(0, 9, size=(rows, 1024)).astype(ml_dtypes.bfloat16)
+        mj.save_checkpoint(
+          self.folder / f'{size}-{name}.safetensors', {'w.weight': leaf}
+        )
+    code = (
+      'import resource, sys\n'
+      'import mergejax as mj\n'
+      'rss = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n'
+      'folder, method = sys.argv[1:]\n'
+      'def run(size):\n'
+      '  path = lambda n: f"{folder}/{size}-{n}.safetensors"\n'
+      '  plan = mj.plan({"merge_method": method, "base_model": path("base"),\n'
+      '      "models": [path("a"), path("b")], "parameters": {"density": 0.5}})\n'
+      '  mj.execute(plan, f"{folder}/{method}-{size}.safetensors")\n'
+      '  return plan.peak_bytes\n'
+      'run("small")\n'
+      'before = rss()\n'
+      'allowed = run("large")\n'
+      'print(rss() - before, allowed)\n'
+    )
+    for method in ('ties', 'dare_ties', 'della'):
+      done = subprocess.run(
+        [sys.executable, '-c', code, str(self.folder), method],
+        check=True, capture_output=True, text=True,
+        env={**os.environ, 'XLA_FLAGS': ''},
+      )  # fmt: skip
+      used, allowed = map(int, done.stdout.split()[-2:])
+      self.assertLess(used, allowed, method)
+
   def test_sigkill_then_the_same_command(self):
     """The real thing, on a merge slow enough to be hit."""
     recipe = self.folder / 'recipe.json'  # JSON is YAML
