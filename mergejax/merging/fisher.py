@@ -70,10 +70,13 @@ def fisher(
   def conclude(found, marks, weights):
     del weights
     norms = jnp.sqrt(jnp.asarray(found['squares']))
-    scale = 1 / (norms + jnp.asarray(smoothing, norms.dtype))
-    scale = jnp.where(norms + smoothing == 0, jnp.zeros_like(scale), scale)
-    if smoothing:
-      scale = scale / jnp.sum(scale)
+    smooth = jnp.asarray(smoothing, norms.dtype)
+    total = norms + smooth
+    nothing = total == 0
+    scale = jnp.where(nothing, 0.0, 1 / jnp.where(nothing, 1.0, total))
+    # The variant with smoothing also makes the scales sum to one.
+    share = scale / jnp.maximum(jnp.sum(scale), jnp.finfo(scale.dtype).tiny)
+    scale = jnp.where(smooth > 0, share, scale)
     least = jnp.asarray(floor, norms.dtype)
     if floor_mode == 'relative':
       least = least * jnp.asarray(found['total'] / found['size'], norms.dtype)

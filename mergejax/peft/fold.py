@@ -114,7 +114,8 @@ class AdapterStore(base.ParamStore):
     return self._specs
 
   def files(self):
-    return self._model.files() + self._adapter.files()
+    own = pathlib.Path(self._adapter.provenance['path']).with_name(CONFIG)
+    return [*self._model.files(), *self._adapter.files(), own]
 
   def leaves(self, paths):
     leaves = dict(self._model.leaves(paths))

@@ -100,6 +100,10 @@ class OrbaxStore(base.ParamStore):
   def specs(self) -> typing.SpecTree:
     return self._specs
 
+  def files(self):
+    # Of this step: a run's folder holds others as well.
+    return sorted(f for f in self._directory.rglob('*') if f.is_file())
+
   def leaves(self, paths):
     ocp = _library()
     wanted = {self._root + path for path in paths}

@@ -142,6 +142,8 @@ class _Execution:
     self._done: set[str] = set()
     self._journal_lock = threading.Lock()
     self._stop = threading.Event()
+    # What is done stays when this call fails, for the next one to continue.
+    self._keep = False
 
   def run(self, resume, progress) -> Report:
     started = time.perf_counter()
@@ -152,14 +154,14 @@ class _Execution:
       with self._locked():
         return self._run(resume, progress, fingerprint, started)
     except errors.UserError:
-      if not getattr(self, '_keep', False):
+      if not self._keep:
         shutil.rmtree(self._work, ignore_errors=True)
       raise
 
   def _run(self, resume, progress, fingerprint, started):
-    self._prepare(resume, fingerprint)
-    left = [t for t in self._plan.tasks if t.path not in self._done]
     try:
+      self._prepare(resume, fingerprint)
+      left = [t for t in self._plan.tasks if t.path not in self._done]
       sources = [pathlib.Path(name) for name in fingerprint['sources']]
       checksums.SUMS.start(sources)
       self._check_repeated()

@@ -15,7 +15,6 @@ import time
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mergejax import errors
@@ -291,11 +290,12 @@ class Leaf:
   def note(self, i: int, found: Any) -> None:
     """Adds what look `i` concludes to the marks."""
     look = self.method.looks[i]
-    notes = look.conclude(
-      jax.tree.map(_narrow, found),
-      self.marks,
-      [jnp.asarray(w, jnp.float32) for w in self._weights],
-    )
+    found = jax.tree.map(_narrow, found)
+    if look.ranks is None:
+      conclude = programs.conclusion(self._task.method, self._static, i)
+      notes = conclude(found, self._weights, self._numbers)
+    else:
+      notes = look.conclude(found, self.marks, list(self._weights))
     notes = jax.tree.map(np.asarray, list(notes))
     self.marks = driver.with_notes(self.marks, notes)
 

@@ -74,3 +74,19 @@ def split_options(options: Mapping[str, Any]) -> tuple[tuple, dict[str, Any]]:
     else:
       static[name] = tuple(value) if isinstance(value, list) else value
   return tuple(sorted(static.items())), numbers
+
+
+@functools.cache
+def conclusion(method: str, static: tuple, number: int):
+  """`(found, weights, numbers) -> notes` of look `number`, compiled.
+
+  The geometry of spherical means is a few hundred operations on scalars: as
+  many calls for every leaf if it is not one program.
+  """
+
+  def run(found, weights, numbers):
+    built = named.resolve(method, **dict(static), **numbers)
+    marks = [base_lib.Mark(k) for k in range(len(weights))]
+    return list(built.looks[number].conclude(found, marks, list(weights)))
+
+  return jax.jit(run)
