@@ -123,7 +123,8 @@ class Recipe:
     vocab: what to do where vocabularies differ, or None: an error.
     tokenizer: 'base', 'union' or a path to take the tokenizer from; None: that
       of the base or first model, and embeddings as they are.
-    chat_template: text or name to put into the tokenizer's settings, or None.
+    chat_template: text to put into the tokenizer's settings, or None to keep
+      what the tokenizer has.
     data: the recipe as it was read.
   """
 
@@ -230,7 +231,7 @@ class _Reader:
       untie=self._flag(data.get('untie', False), 'untie'),
       vocab=self._choice(data.get('vocab'), VOCAB_POLICIES, 'vocab policy'),
       tokenizer=self._name(tokenizer, 'tokenizer_source'),
-      chat_template=self._name(data.get('chat_template'), 'chat_template'),
+      chat_template=self._template(data.get('chat_template')),
       data=data,
     )
 
@@ -424,6 +425,18 @@ class _Reader:
       value = f'{inner}+{lora}' if lora else inner
     if not isinstance(value, str):
       self.problems.append(f'{what!r} must be a path or a word, not {value!r}.')
+      return None
+    return value
+
+  def _template(self, value):
+    """A Jinja text; 'auto' keeps that of the tokenizer, which is copied."""
+    if value in (None, 'auto'):
+      return None
+    if not isinstance(value, str) or '{' not in value:
+      self.problems.append(
+        f"'chat_template' must be 'auto' or the text of a template, not "
+        f'{value!r}: templates are not known by name here.'
+      )
       return None
     return value
 

@@ -57,6 +57,8 @@ class RecipeTest(parameterized.TestCase):
         {'model': 'b', 'layer_range': [0, 3]}]}]}, 'same number'),
     ({'merge_method': 'linear', 'models': ['a'], 'rules': [{'match': '('}]},
      'not a regular expression'),
+    ({'merge_method': 'linear', 'models': ['a'], 'chat_template': 'chatml'},
+     'not known by name'),
     ('just text', '`key: value` lines'),
   )  # fmt: skip
   def test_mistakes_teach(self, data, message):
@@ -211,6 +213,17 @@ class PlanTest(parameterized.TestCase):
       mj.UserError, "rule 4 .'nothing'. is the first"
     ):
       mj.plan(recipe)
+
+  def test_chat_template(self):
+    settings_file = self.folder / 'a' / 'tokenizer_config.json'
+    settings_file.write_text('{"chat_template": "{{ a }}", "bos": 1}')
+    for given, expected in (('auto', '{{ a }}'), ('{{ b }}', '{{ b }}')):
+      out = f'out-{len(given)}'
+      self.merged(self.recipe(chat_template=given), out)
+      saved = json.loads(
+        (self.folder / out / 'tokenizer_config.json').read_text()
+      )
+      self.assertEqual(saved, {'chat_template': expected, 'bos': 1})
 
   def test_the_base_may_be_listed_among_the_models(self):
     with_it = self.recipe('ties', ('base', 'a', 'b'), base='base')
