@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from mergejax import checksums
+from mergejax import errors
 from mergejax.run import common
 
 
@@ -48,14 +49,23 @@ def main(arguments: Sequence[str]) -> None:
   print(plan.describe(), flush=True)
   if options.dry_run:
     return
-  report = executor.execute(
-    plan,
-    options.out,
-    format=options.format,
-    resume=not options.restart,
-    max_shard_bytes=int(options.max_shard_size * 1e9),
-    progress=_Progress(),
-  )
+  try:
+    report = executor.execute(
+      plan,
+      options.out,
+      format=options.format,
+      resume=not options.restart,
+      max_shard_bytes=int(options.max_shard_size * 1e9),
+      progress=_Progress(),
+    )
+  except (errors.Stopped, KeyboardInterrupt) as stop:
+    print(
+      f'mergejax: stopped; {options.out} is not complete. The same command '
+      'continues.',
+      file=sys.stderr,
+    )
+    signal_number = 2 if isinstance(stop, KeyboardInterrupt) else 15
+    sys.exit(128 + signal_number)
   print(report.describe())
 
 

@@ -4,6 +4,7 @@
 
 import json
 import pathlib
+from unittest import mock
 
 from absl.testing import absltest
 from absl.testing import parameterized
@@ -14,6 +15,7 @@ import safetensors.numpy
 import yaml
 
 import mergejax as mj
+from mergejax import errors
 from mergejax import recipe as recipe_lib
 from mergejax import settings
 from mergejax import tree as tree_lib
@@ -418,6 +420,21 @@ class PlanTest(parameterized.TestCase):
     self.assertFalse((self.folder / 'out').exists())
     self.assertEqual(main.main(['merge', str(file), self.path('out')]), 0)
     self.assertTrue((self.folder / 'out').exists())
+
+  @parameterized.parameters((errors.Stopped, 143), (KeyboardInterrupt, 130))
+  def test_a_stopped_merge_is_not_a_success(self, error, code):
+    from mergejax.run import main
+    from mergejax.streamed import executor
+
+    file = self.folder / 'r.yaml'
+    file.write_text(yaml.safe_dump(self.recipe()))
+    command = ['merge', str(file), self.path('out')]
+    with mock.patch.object(executor.pieces.Leaf, 'merge', side_effect=error):
+      with self.assertRaises(SystemExit) as caught:
+        main.main(command)
+    self.assertEqual(caught.exception.code, code)
+    self.assertFalse((self.folder / 'out').exists())
+    self.assertEqual(main.main(command), 0)
 
 
 class AdapterTest(parameterized.TestCase):
