@@ -47,6 +47,12 @@ def main(arguments: Sequence[str]) -> None:
   recipe = recipe_lib.load_recipe(options.recipe)
   plan = planner.plan(recipe, sandbox=options.sandbox)
   print(plan.describe(), flush=True)
+  form = executor.result_format(plan, pathlib.Path(options.out), options.format)
+  if form != 'safetensors':
+    print(
+      f'note      {form} is written from memory at the end, which holds '
+      f'another {plan.write_bytes / 1e6:,.1f} MB'
+    )
   if options.dry_run:
     return
   try:

@@ -105,11 +105,16 @@ def execute(
       done is kept for the same call to continue; otherwise nothing is left.
   """
   out = pathlib.Path(out).expanduser()
-  format = _format(plan, out, format)
+  format = result_format(plan, out, format)
   return _Execution(plan, out, format, max_shard_bytes).run(resume, progress)
 
 
-def _format(plan, out, format):  # pylint: disable=redefined-builtin
+def result_format(
+  plan: plans.Plan,
+  out: pathlib.Path,
+  format: str | None = None,  # pylint: disable=redefined-builtin
+) -> str:
+  """The format that a result will have; see `execute`."""
   by_suffix = {'.safetensors': 'safetensors', '.npz': 'npz'}.get(out.suffix)
   chosen = format or plan.recipe.format or by_suffix
   if chosen is None:

@@ -254,7 +254,7 @@ class Leaf:
         leaves, base, stats = self._load(piece)
         flat = [*leaves, *([] if base is None else [base])]
         flat += [leaf for one in stats if one for leaf in one.values()]
-        # The middle of each stride, so that the sample is not of one column.
+        # An odd stride, so that the sample is not of a few columns.
         step = _SAMPLE + 1 if piece.count > 4096 else 1
         own = self._scores_of(
           i, [array.reshape(-1)[: piece.count : step] for array in flat]
@@ -334,6 +334,8 @@ class Leaf:
 
 def _all_finite(array: np.ndarray) -> bool:
   """Whether every number is finite; without a copy for 16-bit floats."""
+  if not numerics.is_averaged(array.dtype):
+    return True  # counters and ids
   if array.dtype.itemsize != 2 or not array.size:
     return bool(np.all(np.isfinite(array.astype(np.float32, copy=False))))
   # As integers, numbers that are not finite lie above all finite ones of their
@@ -356,8 +358,10 @@ def merge_whole(
   def read(store, path):
     leaf = np.asarray(store.leaves([path])[path])
     if not np.all(np.isfinite(leaf.astype(np.float32))):
+      bad = int(np.count_nonzero(~np.isfinite(leaf.astype(np.float32))))
       raise errors.UserError(
-        f'{store.name}: {path} has numbers that are not finite.'
+        f'{store.name}: {path} has {bad} number(s) that are not finite, of '
+        f'{leaf.size}. Find out where the model broke.'
       )
     return leaf
 

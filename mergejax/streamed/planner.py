@@ -88,6 +88,11 @@ class _Planner:
     )  # fmt: skip
 
   def _defaults_remark(self):
+    unused = {'density', 'rescale'} & set(self._recipe.parameters)
+    if self._recipe.method == 'task_arithmetic' and unused:
+      self._remarks.append(
+        f'task_arithmetic does not use {", ".join(sorted(unused))}, as in mergekit'
+      )
     chosen = recipe_lib.MERGEKIT_DEFAULTS.get(self._recipe.method, {})
     chosen = {
       k: v for k, v in chosen.items() if k not in self._recipe.parameters
@@ -264,6 +269,12 @@ class _Planner:
     elif not numerics.is_averaged(spec.dtype):
       copy = refs[0] if base is None else base
     if copy is not None:
+      found = self._stores[copy[0]].specs().get(copy[1])
+      if found is None or found.shape != spec.shape:
+        raise errors.UserError(
+          f'{path} cannot be copied from {copy[0]}: it '
+          + ('lacks it.' if found is None else f'is {list(found.shape)} there.')
+        )
       return plans.Task(path, stored, None, {}, (), (copy,), None)
     method = (rule and rule.method) or recipe.method
     return self._merge_task(path, depth, one, refs, base, stored, method, rule)
@@ -309,8 +320,6 @@ class _Planner:
         )
       else:
         options[name] = [options.get(name) if v is None else v for v in own]
-    if method == 'multislerp' and 'normalize' in options:
-      options['normalize_weights'] = options.pop('normalize')
     try:
       built = named.resolve(method, **options)
       plain = None if all(w is None for w in weights) else [
@@ -330,6 +339,12 @@ class _Planner:
     self._check_shapes(path, spec, refs, base)
     if built.view != 'element':
       axes_lib.view(path, spec)
+    if axes_lib.stacked(spec) and any(k.scope == 'tree' for k in built.looks):
+      raise errors.UserError(
+        f'{path}: {method} looks at the whole model with these options, which '
+        'merges on disk do not do for stacked layers. Use mj.merge, or options '
+        'that look at one leaf (`trim_scope: tensor`, `normalize_fishers: leaf`).'
+      )
     return plans.Task(
       path, spec, method, options, tuple(float(w) for w in checked),
       tuple(refs), base, self._stats_of(path, spec, built, refs),

@@ -216,6 +216,36 @@ class PlanTest(parameterized.TestCase):
     ):
       mj.plan(recipe)
 
+  def test_whole_model_looks_at_stacks_are_refused(self):
+    recipe = self.recipe(
+      'ties',
+      base='base',
+      parameters={'trim_scope': 'global', 'density': 0.5},
+      axes=[['.*up_proj.weight', ['layers', 'embed']]],
+    )
+    with self.assertRaisesRegex(mj.UserError, 'trim_scope: tensor'):
+      mj.plan(recipe)
+
+  def test_sixteen_bit_integers_are_copied(self):
+    ids = np.array([0x7FFF, -1, 0x7F80], np.int16)
+    for name in ('a', 'b'):
+      models_on_disk.save(self.folder / name, {**self.models[name], 'ids': ids})
+    np.testing.assert_array_equal(self.merged(self.recipe())['ids'], ids)
+
+  def test_a_copy_that_does_not_exist(self):
+    recipe = {
+      'merge_method': 'passthrough',
+      'slices': [
+        {'sources': [{'model': self.path('a'), 'layer_range': [0, 3]}]},
+        {'sources': [{'model': self.path('a'), 'layer_range': [0, 3]}]},
+      ],
+      'rules': [{'match': '.*layers.5.*', 'copy': self.path('b')}],
+    }
+    with self.assertRaisesRegex(
+      mj.UserError, 'cannot be copied from .*lacks it'
+    ):
+      mj.plan(recipe)
+
   def test_chat_template(self):
     settings_file = self.folder / 'a' / 'tokenizer_config.json'
     settings_file.write_text('{"chat_template": "{{ a }}", "bos": 1}')
