@@ -21,6 +21,7 @@ _DATA = [
   'tensorflow-text>=2.20',
 ]
 _PLOTS = ['matplotlib>=3.9']
+_SEARCH = ['cmaes>=0.11']
 
 setuptools.setup(
   name='mergejax',
@@ -51,15 +52,18 @@ setuptools.setup(
     'orbax-checkpoint>=0.11.30',
     'PyYAML>=6.0',
     'safetensors>=0.6',
+    'scipy>=1.13',
     'tqdm>=4.66',
   ],
   extras_require={
     'data': _DATA,
     'plots': _PLOTS,
+    'search': _SEARCH,
     'tpu': ['jax[tpu]>=0.10,<0.13'],
     'test': [
       *_DATA,
       *_PLOTS,
+      *_SEARCH,
       'hypothesis>=6.100',
       'pytest>=8.3',
       'pytest-xdist>=3.6',

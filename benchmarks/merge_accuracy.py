@@ -140,7 +140,9 @@ def agreement(folder, mergekit):
     for path in ours:
       for at in np.argwhere(ulps(ours[path], theirs[path]) > 1)[:3]:
         pair = [float(side[path][tuple(at)]) for side in (ours, theirs)]
-        rows[method].setdefault('examples', []).append([path, at.tolist(), *pair])
+        rows[method].setdefault('examples', []).append(
+          [path, at.tolist(), *pair]
+        )
         print(f'  {path} {at.tolist()}: ours {pair[0]}, mergekit {pair[1]}')
   return rows
 

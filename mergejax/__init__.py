@@ -14,6 +14,7 @@ __version__ = '0.1.0'
 _PUBLIC = {
   'Merge': ('mergejax.merging.base', 'Merge'),
   'UserError': ('mergejax.errors', 'UserError'),
+  'align': ('mergejax.align', None),
   'analogy': ('mergejax.merging.arithmetic', 'analogy'),
   'arcee_fusion': ('mergejax.merging.swap', 'arcee_fusion'),
   'breadcrumbs': ('mergejax.merging.ties', 'breadcrumbs'),
@@ -46,7 +47,9 @@ _PUBLIC = {
   'regmean': ('mergejax.merging.regmean', 'regmean'),
   'save_checkpoint': ('mergejax.store.checkpoint', 'save_checkpoint'),
   'sce': ('mergejax.merging.select_erase', 'sce'),
+  'select': ('mergejax.select', None),
   'slerp': ('mergejax.merging.sphere', 'slerp'),
+  'stats': ('mergejax.stats', None),
   'task_arithmetic': ('mergejax.merging.arithmetic', 'task_arithmetic'),
   'ties': ('mergejax.merging.ties', 'ties'),
 }

@@ -3,13 +3,17 @@
 """`mj.merge`: methods and stores joined, for people."""
 
 from collections.abc import Sequence
+import os
 from typing import Any
+
+import jax
 
 from mergejax import axes as axes_lib
 from mergejax import typing
 from mergejax.merging import base as merge_base
 from mergejax.merging import driver
 from mergejax.merging import named
+from mergejax.stats import saved
 from mergejax.store import checkpoint
 
 
@@ -21,6 +25,7 @@ def merge(
   weights: Sequence[Any] | None = None,
   stats: Sequence[Any] | None = None,
   axes: axes_lib.Rules = (),
+  rules: Sequence[tuple[str, str | merge_base.Merge]] = (),
   dtype: Any = None,
   seed: int = 0,
   **options: Any,
@@ -33,10 +38,13 @@ def merge(
       `Merge` built from one: `mj.task_arithmetic(scale=0.4)`.
     base: the common ancestor, where the method needs one.
     weights: one coefficient a model; see the method for the default.
-    stats: statistics of each model, `{path: {name: array}}`, for `fisher` and
-      `regmean`.
+    stats: statistics of each model for `fisher` and `regmean`: what
+      `mj.stats.collect` returns, a path where it was saved, or
+      `{path: {name: array}}`.
     axes: `(regular expression, logical axes)` of leaves whose layout their
       path does not tell, or that are stacks of layers.
+    rules: `(regular expression, method)` for leaves that are to be merged
+      otherwise: the name of a method, one built from options, or `'copy'`.
     dtype: dtype of the result's floating leaves; by default as stored.
     seed: seeds random methods.
     **options: options of the named method.
@@ -46,20 +54,42 @@ def merge(
 
   Raises:
     UserError: unknown method or option, a missing base, differing trees,
-      weights that do not fit.
+      weights that do not fit, statistics of another model.
 
   Example:
     >>> merge([{'w': np.zeros(2)}, {'w': np.ones(2)}], 'linear')
     {'w': Array([0.5, 0.5], dtype=float32)}
   """
+  models = [_opened(model) for model in models]
+  if stats is not None:
+    stats = [
+      saved.load(own) if isinstance(own, (str, os.PathLike)) else own
+      for own in stats
+    ]
+    for i, (model, own) in enumerate(zip(models, stats)):
+      leaves = jax.tree.leaves(model)
+      if not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        saved.check_fingerprint(
+          getattr(model, 'name', f'model {i}'), model,
+          f'statistics {i}', getattr(own, 'fingerprint', None),
+        )  # fmt: skip
   return driver.merge(
     models,
     named.resolve(method, **options),
-    base=base,
+    base=_opened(base),
     weights=weights,
     stats=stats,
     axes=axes,
+    rules=[
+      (pattern, own if own == driver.COPY else named.resolve(own))
+      for pattern, own in rules
+    ],
     dtype=dtype,
     seed=seed,
-    opener=checkpoint.open_checkpoint,
   )
+
+
+def _opened(model):
+  if isinstance(model, (str, os.PathLike)):
+    return checkpoint.open_checkpoint(model)
+  return model

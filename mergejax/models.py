@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models: from a configuration, from a checkpoint, and back."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import dataclasses
 import os
 from typing import Any
@@ -16,23 +16,30 @@ from mergejax import tree
 from mergejax import typing
 from mergejax.nn import lm
 from mergejax.nn import t5
+from mergejax.nn import vision
 from mergejax.store import base
 from mergejax.store import checkpoint
 from mergejax.store.names import t5 as t5_names
 
-# model_type -> (module, config class, number of token arguments)
+# model_type -> (module, config class)
 _KINDS = {
-  't5x': (t5.Transformer, t5.T5Config, 3),
-  'lm': (lm.LanguageModel, lm.LMConfig, 2),
+  't5x': (t5.Transformer, t5.T5Config),
+  'lm': (lm.LanguageModel, lm.LMConfig),
+  'mlp': (vision.MLP, vision.MLPConfig),
+  'vgg': (vision.VGG, vision.VGGConfig),
+  'resnet': (vision.ResNet, vision.ResNetConfig),
+  'vit': (vision.ViT, vision.ViTConfig),
 }
+# Running statistics of batch norms, which a tree of parameters may hold.
+BATCH_STATS = 'batch_stats'
 
 
 def build(config: Mapping[str, Any]) -> nn.Module:
   """Builds the module that a `config.json` of this project describes.
 
   Args:
-    config: `model_type` (`'t5x'` or `'lm'`) and the fields of `T5Config` or
-      `LMConfig`; missing fields take their defaults.
+    config: `model_type` (`'t5x'`, `'lm'`, `'mlp'`, `'vgg'`, `'resnet'`, `'vit'`)
+      and the fields of its config class; missing fields take their defaults.
 
   Raises:
     UserError: unknown `model_type` or field (near names are offered).
@@ -45,7 +52,7 @@ def build(config: Mapping[str, Any]) -> nn.Module:
   kind = fields.pop('model_type', None)
   if kind not in _KINDS:
     raise errors.UserError(errors.near(str(kind), _KINDS, 'model_type'))
-  module, config_class, _ = _KINDS[kind]
+  module, config_class = _KINDS[kind]
   known = [field.name for field in dataclasses.fields(config_class)]
   for name, value in fields.items():
     if name not in known:
@@ -59,7 +66,7 @@ def build(config: Mapping[str, Any]) -> nn.Module:
 
 def describe(module: nn.Module) -> dict[str, Any]:
   """The `config.json` from which `build` makes `module` again."""
-  for kind, (module_class, _, _) in _KINDS.items():
+  for kind, (module_class, _) in _KINDS.items():
     if isinstance(module, module_class):
       return {'model_type': kind, **dataclasses.asdict(module.config)}
   raise errors.UserError(
@@ -68,14 +75,161 @@ def describe(module: nn.Module) -> dict[str, Any]:
   )
 
 
-def _tokens(module: nn.Module) -> list[typing.Array]:
-  count = next(n for cls, _, n in _KINDS.values() if isinstance(module, cls))
-  return [jnp.ones((1, 1), jnp.int32)] * count
+def example_batch(
+  module: nn.Module, rows: int = 1, *, length: int = 1
+) -> dict[str, jax.Array]:
+  """A batch that a known model accepts: all tokens 1, all pixels 0.
+
+  Raises:
+    UserError: the module is none of this project's.
+  """
+  describe(module)
+  if isinstance(module.config, vision.VisionConfig):
+    return {
+      'images': jnp.zeros((rows, *module.config.image_shape), jnp.float32),
+      'labels': jnp.zeros((rows,), jnp.int32),
+    }
+  names = ['decoder_input_tokens', 'decoder_target_tokens']
+  if isinstance(module, t5.Transformer):
+    names.append('encoder_input_tokens')
+  return {name: jnp.ones((rows, length), jnp.int32) for name in names}
+
+
+def arguments(
+  batch: Mapping[str, Any],
+) -> tuple[list[typing.Array], dict[str, typing.Array]]:
+  """`(positional, by name)` of a batch for a module's `__call__`."""
+  if 'images' in batch:
+    return [batch['images']], {}
+  names = ('encoder_segment_ids', 'decoder_segment_ids')
+  if 'encoder_input_tokens' in batch:
+    positional = [batch['encoder_input_tokens']]
+  else:
+    positional = []
+    names = ('decoder_segment_ids', 'decoder_causal_attention')
+  positional += [batch['decoder_input_tokens'], batch['decoder_target_tokens']]
+  return positional, {name: batch[name] for name in names if name in batch}
+
+
+def variables(params: typing.Tree) -> dict[str, typing.Tree]:
+  """A tree as flax's collections: `params`, and `batch_stats` if it has them."""
+  if BATCH_STATS not in params:
+    return {'params': params}
+  rest = {name: leaf for name, leaf in params.items() if name != BATCH_STATS}
+  return {'params': rest, BATCH_STATS: params[BATCH_STATS]}
+
+
+def logits(
+  module: nn.Module,
+  params: typing.Tree,
+  batch: Mapping[str, Any],
+  key: jax.Array | None = None,
+) -> jax.Array:
+  """What a model says of a batch.
+
+  Args:
+    module: a T5, a language model (T5X's call signature) or an image
+      classifier.
+    params: its parameters.
+    batch: seqio's names: `decoder_input_tokens`, `decoder_target_tokens`,
+      optionally `encoder_input_tokens`, segment ids and
+      `decoder_causal_attention`. Or `images`.
+    key: enables dropout.
+
+  Returns:
+    `<float32>[batch, length, vocab]`, or `<float32>[batch, classes]`.
+  """
+  positional, named = arguments(batch)
+  if 'images' not in batch:
+    named['enable_dropout'] = key is not None
+  return module.apply(
+    variables(params),
+    *positional,
+    **named,
+    rngs=None if key is None else {'dropout': key},
+  )
+
+
+def answer_logits(
+  module: nn.Module, answers: jax.Array
+) -> Callable[[typing.Tree, Mapping[str, Any]], jax.Array]:
+  """A text-to-text model as a classifier over a list of answers.
+
+  `logits[b, c] = sum_t log p(answer_c[t] | input_b, answer_c[<t])`.
+
+  Args:
+    module: a T5.
+    answers: `<int32>[classes, length]` tokens, ended by the end token and
+      padded with 0.
+
+  Returns:
+    `(params, batch) -> <float32>[batch, classes]`.
+  """
+  answers = jnp.asarray(answers, jnp.int32)
+
+  def fn(params, batch):
+    inputs = batch['encoder_input_tokens']
+    encoded = module.apply(
+      {'params': params}, inputs, method=type(module).encode
+    )
+
+    def score(answer):
+      tokens = jnp.broadcast_to(answer, (len(inputs), len(answer)))
+      shifted = jnp.pad(tokens, ((0, 0), (1, 0)))[:, :-1]
+      given = module.apply(
+          {'params': params}, encoded, inputs, shifted, tokens,
+          method=type(module).decode,
+      )  # fmt: skip
+      log_p = jax.nn.log_softmax(given.astype(jnp.float32))
+      picked = jax.nn.one_hot(tokens, log_p.shape[-1], dtype=log_p.dtype)
+      real = (tokens > 0).astype(log_p.dtype)[..., None]
+      return jnp.sum(log_p * picked * real, axis=(1, 2))
+
+    return jax.lax.map(score, answers).T
+
+  return fn
+
+
+def training_logits(
+  module: nn.Module,
+  params: typing.Tree,
+  batch: Mapping[str, Any],
+  key: jax.Array | None = None,
+) -> tuple[jax.Array, typing.Tree | None]:
+  """`logits` in training mode, and the batch norms' new running statistics."""
+  if BATCH_STATS not in params:
+    return logits(module, params, batch, key), None
+  positional, named = arguments(batch)
+  result, changed = module.apply(
+    variables(params), *positional, **named, train=True, mutable=[BATCH_STATS]
+  )
+  return result, changed[BATCH_STATS]
+
+
+def targets(batch: Mapping[str, Any]) -> jax.Array:
+  """`<int32>[batch, length]` target tokens, or `<int32>[batch]` labels."""
+  if 'images' in batch:
+    return jnp.asarray(batch['labels'], jnp.int32)
+  return jnp.asarray(batch['decoder_target_tokens'])
+
+
+def target_weights(batch: Mapping[str, Any]) -> jax.Array:
+  """`<float32>` weight of every target: 1, 0 for padding, or what is given."""
+  weights = batch.get('decoder_loss_weights', batch.get('weights'))
+  if weights is None:
+    if 'images' in batch:
+      return jnp.ones(batch['labels'].shape, jnp.float32)
+    weights = batch['decoder_target_tokens'] > 0
+  return jnp.asarray(weights).astype(jnp.float32)
 
 
 def init_params(module: nn.Module, key: jax.Array) -> typing.Tree:
   """Fresh float32 parameters of a model."""
-  return module.init(key, *_tokens(module))['params']
+  positional, named = arguments(example_batch(module))
+  made = module.init(key, *positional, **named)
+  if BATCH_STATS in made:
+    return {**made['params'], BATCH_STATS: made[BATCH_STATS]}
+  return made['params']
 
 
 def param_specs(module: nn.Module) -> typing.SpecTree:

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import seqio
 
+from mergejax import models
 from mergejax import typing
 from mergejax.data import stream
 from mergejax.train import losses
@@ -40,7 +41,7 @@ class TestSet:
   @property
   def mask(self) -> np.ndarray:
     """`<bool>[sequences, length]`, True on tokens that count."""
-    rows = [np.asarray(losses.target_weights(b)) > 0 for b in self.batches]
+    rows = [np.asarray(models.target_weights(b)) > 0 for b in self.batches]
     return np.concatenate(rows)
 
 
@@ -97,7 +98,7 @@ def make_scorer(
   @jax.jit
   def one(params: Any, batch: dict[str, Any]):
     lp = losses.token_log_likelihood(module, params, batch)
-    return lp * losses.target_weights(batch)
+    return lp * models.target_weights(batch)
 
   def scorer(params, test_set):
     params = jax.device_put(params)

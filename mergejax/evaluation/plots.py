@@ -2,12 +2,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pictures of a table."""
 
+from collections.abc import Mapping, Sequence
 import os
 
 import matplotlib
+from matplotlib import figure as figures
 import numpy as np
 
+from mergejax.analysis import barrier
 from mergejax.evaluation import report
+from mergejax.evaluation import scores as scores_lib
+from mergejax.search import base as search_base
+from mergejax.stats import surveys
 
 
 def heatmap(
@@ -47,3 +53,121 @@ def heatmap(
   figure.colorbar(image)
   figure.savefig(path, dpi=120, bbox_inches='tight')
   pyplot.close(figure)
+
+
+def _save(figure: figures.Figure, path: os.PathLike | str) -> None:
+  figure.savefig(path, dpi=120, bbox_inches='tight')
+
+
+def lines(
+  curves: Mapping[str, barrier.Line],
+  path: os.PathLike | str,
+  *,
+  name: str = 'loss',
+) -> None:
+  """Writes curves between models, one a label, as a PNG."""
+  figure = figures.Figure(figsize=(5, 3.5))
+  axes = figure.add_subplot()
+  for label, one in curves.items():
+    axes.plot(one.lambdas, one.values[name], marker='.', label=label)
+  axes.set(xlabel='lambda', ylabel=name)
+  axes.legend()
+  _save(figure, path)
+
+
+def plane(
+  values: barrier.Plane, path: os.PathLike | str, *, name: str = 'loss'
+) -> None:
+  """Writes the plane through three models as a contour PNG."""
+  figure = figures.Figure(figsize=(5, 4))
+  axes = figure.add_subplot()
+  filled = axes.contourf(values.x, values.y, values.values[name], levels=20)
+  axes.scatter(*values.corners.T, color='white', edgecolor='black')
+  for corner, label in zip(values.corners, 'abc'):
+    axes.annotate(label, corner)
+  figure.colorbar(filled, label=name)
+  _save(figure, path)
+
+
+def search(
+  log: search_base.Log, names: Sequence[str], path: os.PathLike | str
+) -> None:
+  """Writes the objective against each coefficient as a PNG."""
+  points = np.array([one.point for one in log.candidates])
+  values = [one.objective for one in log.candidates]
+  columns = min(len(names), 8)
+  figure = figures.Figure(figsize=(2.6 * columns + 0.8, 3))
+  for i in range(columns):
+    axes = figure.add_subplot(1, columns, i + 1)
+    axes.scatter(points[:, i], values, s=12)
+    axes.scatter(*[[v] for v in (log.best().point[i], log.best().objective)])
+    axes.set(xlabel=names[i], ylabel='' if i else 'objective')
+  _save(figure, path)
+
+
+def norms(found: surveys.Survey, path: os.PathLike | str) -> None:
+  """Writes a survey: relative size, cosine and sign agreement of each leaf."""
+  rows = found.to_rows()[:-1]
+  figure = figures.Figure(figsize=(8, 1.2 + 0.16 * len(rows)))
+  for i, (title, value) in enumerate((
+    ('|task vector| / |base|', lambda r: np.mean([n or 0.0 for n in r['relative_norms']])),
+    ('mean cosine', lambda r: r['mean_cosine']),
+    ('signs agree', lambda r: r['sign_agreement']),
+  )):  # fmt: skip
+    axes = figure.add_subplot(1, 3, i + 1)
+    axes.barh(range(len(rows)), [value(row) for row in rows])
+    axes.set_yticks(
+      range(len(rows)),
+      [row['path'] for row in rows] if not i else [],
+      fontsize=5,
+    )
+    axes.invert_yaxis()
+    axes.set_title(title, fontsize=8)
+  _save(figure, path)
+
+
+def table(
+  scores: scores_lib.Table, path: os.PathLike | str, kind: str = 'heatmap'
+) -> None:
+  """Writes a table of models by tasks as a PNG.
+
+  Args:
+    scores: raw or normalised scores.
+    path: the file.
+    kind: 'heatmap', 'bar' or 'radar'.
+  """
+  models, tasks = list(scores), list(next(iter(scores.values())))
+  values = np.array([[scores[m][t].value for t in tasks] for m in models])
+  if kind == 'heatmap':
+    figure = figures.Figure(
+      figsize=(2 + 0.9 * len(tasks), 1.2 + 0.35 * len(models))
+    )
+    axes = figure.add_subplot()
+    axes.imshow(values, cmap='viridis', aspect='auto')
+    axes.set_xticks(range(len(tasks)), tasks, rotation=30, ha='right')
+    axes.set_yticks(range(len(models)), models)
+    for (row, column), value in np.ndenumerate(values):
+      axes.text(column, row, f'{value:.3g}', ha='center', va='center',
+                fontsize=7, color='white')  # fmt: skip
+  elif kind == 'bar':
+    figure = figures.Figure(figsize=(2 + 1.2 * len(tasks), 3.5))
+    axes = figure.add_subplot()
+    width = 0.8 / len(models)
+    for i, model in enumerate(models):
+      low = [values[i, t] - scores[model][n].low for t, n in enumerate(tasks)]
+      high = [scores[model][n].high - values[i, t] for t, n in enumerate(tasks)]
+      axes.bar(
+        np.arange(len(tasks)) + i * width, values[i], width, label=model,
+        yerr=np.maximum([low, high], 0),
+      )  # fmt: skip
+    axes.set_xticks(np.arange(len(tasks)) + 0.4, tasks, rotation=30, ha='right')
+    axes.legend(fontsize=6)
+  else:
+    figure = figures.Figure(figsize=(5, 5))
+    axes = figure.add_subplot(projection='polar')
+    angles = np.linspace(0, 2 * np.pi, len(tasks), endpoint=False)
+    for i, model in enumerate(models):
+      axes.plot([*angles, angles[0]], [*values[i], values[i, 0]], label=model)
+    axes.set_xticks(angles, tasks)
+    axes.legend(fontsize=6, loc='lower right')
+  _save(figure, path)

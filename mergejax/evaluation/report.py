@@ -8,6 +8,7 @@ import dataclasses
 import numpy as np
 
 from mergejax.evaluation import bits
+from mergejax.evaluation import scores as scores_lib
 
 # {model: {domain: Score}}, models in the order of the table.
 Table = Mapping[str, Mapping[str, bits.Score]]
@@ -56,20 +57,11 @@ def to_markdown(table: Table) -> str:
 
 def to_text(table: Table) -> str:
   """The table for a terminal, without intervals."""
-  domains = list(next(iter(table.values())))
-  width = max(len(model) for model in table) + 2
-  columns = [max(len(d), 6) + 2 for d in domains] + [8]
-  lines = [
-    ' ' * width
-    + ''.join(f'{d:>{w}}' for d, w in zip([*domains, 'mean'], columns))
-  ]
-  for model, scores in table.items():
-    values = [scores[d].bits_per_byte for d in domains] + [mean(scores)]
-    lines.append(
-      f'{model:<{width}}'
-      + ''.join(f'{v:>{w}.3f}' for v, w in zip(values, columns))
-    )
-  return '\n'.join(lines)
+  rows = {
+    model: {**{d: s.bits_per_byte for d, s in own.items()}, 'mean': mean(own)}
+    for model, own in table.items()
+  }
+  return scores_lib.to_text(rows)
 
 
 @dataclasses.dataclass(frozen=True)

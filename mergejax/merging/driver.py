@@ -2,11 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs a merge method over trees and stores: looks first, then the triple."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 import functools
 import logging
 import math
-import os
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +23,8 @@ from mergejax.merging import masks
 
 # Opens a path as a store; given by the caller, because methods do not know how
 # weights are stored.
-Opener = Callable[[os.PathLike | str], Any]
+# What a rule says for leaves that are not merged.
+COPY = 'copy'
 
 
 class Part(NamedTuple):
@@ -50,11 +51,9 @@ class Part(NamedTuple):
 class Source:
   """One input of a merge, a tree or a store, seen leaf by leaf."""
 
-  def __init__(self, source, name: str, opener: Opener | None):
-    if isinstance(source, (str, os.PathLike)):
-      name, source = str(source), opener(source)
-    self.name = name
+  def __init__(self, source, name: str):
     self._store = source if hasattr(source, 'read') else None
+    self.name = name if self._store is None else source.name
     if self._store is None:
       self._leaves = tree_lib.flatten(source)
       self.specs = tree_lib.specs(self._leaves)
@@ -78,9 +77,9 @@ def merge(
   stats: Sequence[Mapping[typing.Path, Mapping[str, typing.Array]]]
   | None = None,
   axes: axes_lib.Rules = (),
+  rules: Sequence[tuple[str, base_lib.Merge | str]] = (),
   dtype: Any = None,
   seed: int = 0,
-  opener: Opener | None = None,
 ) -> typing.Tree:
   """Merges models into one tree.
 
@@ -90,18 +89,20 @@ def merge(
   gathered. Works under `jit`; weights may be traced, and gradients reach them.
 
   Args:
-    models: trees, stores, or (with `opener`) paths, all of one structure.
+    models: trees or stores, all of one structure.
     method: what to do.
-    base: the common ancestor, for methods that need one; a tree, store or path.
+    base: the common ancestor, for methods that need one; a tree or store.
     weights: one coefficient a model; all 1 by default (or as the method says).
     stats: for each model `{path: {name: array}}`, for methods that need
       statistics.
     axes: `(regular expression, logical axes)` of leaves whose layout their
       path does not tell, or that are stacks of layers.
+    rules: `(regular expression, method)` for leaves that are to be merged
+      otherwise, or `'copy'` to take them from the base or the first model; the
+      first full match of a path decides.
     dtype: dtype of floating leaves of the result; by default as in the base,
       else as in the first model.
     seed: seeds random methods; keys are made of seed, path and model.
-    opener: opens paths.
 
   Returns:
     A tree of the structure of the first model. Floating leaves are accumulated
@@ -114,14 +115,9 @@ def merge(
   """
   if not models:
     raise errors.UserError('A merge needs at least one model; none was given.')
-  inputs = [Source(m, f'model {i}', opener) for i, m in enumerate(models)]
-  base_input = None if base is None else Source(base, 'the base', opener)
-  weights = base_lib.check_weights(method, weights, len(inputs))
-  if method.base == 'required' and base_input is None:
-    raise errors.UserError(
-      'This method works on differences from a common ancestor: give it with '
-      '`base=` (in a recipe: `base_model:`).'
-    )
+  inputs = [Source(m, f'model {i}') for i, m in enumerate(models)]
+  base_input = None if base is None else Source(base, 'the base')
+  _check_call(method, weights, len(inputs), base_input)
   reference = base_input or inputs[0]
   for one in inputs:
     tree_lib.check_same(
@@ -132,24 +128,15 @@ def merge(
     )
   specs = axes_lib.with_axes(reference.specs, axes)
   averaged = [p for p, s in specs.items() if numerics.is_averaged(s.dtype)]
-  stats = check_stats(method, stats, [one.name for one in inputs], averaged)
-  if method.base == 'ignored':
-    base_input = None
-  run = Run(method, weights, specs, seed)
-
-  def parts_of(path):
-    leaves = [one.leaf(path) for one in inputs]
-    origin = None if base_input is None else base_input.leaf(path)
-    return run.parts(path, leaves, origin, [one.get(path) for one in stats])
-
-  whole_tree = {p: parts_of(p) for p in averaged if run.looks_at_trees}
-  whole_tree = run.look_at_tree(whole_tree)
   result = {}
-  groups = [[p] for p in averaged] if method.separable else [averaged]
-  for paths in groups:
-    parts = {p: whole_tree.get(p) or parts_of(p) for p in paths}
-    merged = run.finish({p: run.look_at_leaf(q) for p, q in parts.items()})
-    for path, leaf in merged.items():
+  for own, paths in _by_rule(rules, method, averaged):
+    if own == COPY:
+      result |= {path: reference.leaf(path) for path in paths}
+      continue
+    merged = _merge_leaves(
+        own, paths, specs, inputs, base_input, weights, stats, seed,
+    )  # fmt: skip
+    for path, leaf in merged:
       result[path] = _stored(path, leaf, dtype or specs[path].dtype)
       layout = getattr(inputs[0].leaf(path), 'sharding', None)
       if isinstance(layout, jax.sharding.NamedSharding):
@@ -163,6 +150,66 @@ def merge(
       inputs[0].structure, [result[path] for path in inputs[0].specs]
     )
   return tree_lib.unflatten({path: result[path] for path in reference.specs})
+
+
+def _check_call(method, weights, count, base_input):
+  """The weights, if method, models and base fit together."""
+  weights = base_lib.check_weights(method, weights, count)
+  if method.base == 'required' and base_input is None:
+    raise errors.UserError(
+      'This method works on differences from a common ancestor: give it with '
+      '`base=` (in a recipe: `base_model:`).'
+    )
+  return weights
+
+
+def _by_rule(rules, method, paths):
+  """`[(method, paths)]`: the leaves of each rule, then those of none."""
+  for pattern, own in rules:
+    if isinstance(own, str) and own != COPY:
+      raise errors.UserError(
+        f'The rule {pattern!r} should give a method, such as mj.linear(), or '
+        f'{COPY!r}, not {own!r}.'
+      )
+  table = [*rules, ('.*', method)]
+  chosen = {}
+  for path in paths:
+    chosen[path] = next(
+      i for i, (pattern, _) in enumerate(table) if re.fullmatch(pattern, path)
+    )
+  unused = [table[i][0] for i in range(len(rules)) if i not in chosen.values()]
+  if unused:
+    raise errors.UserError(
+      f'These rules are the first match of no leaf:\n{errors.listed(unused)}'
+    )
+  groups = [
+    (own, [path for path in paths if chosen[path] == i])
+    for i, (_, own) in enumerate(table)
+  ]
+  return [(own, some) for own, some in groups if some]
+
+
+def _merge_leaves(
+  method, paths, specs, inputs, base_input, weights, stats, seed
+):
+  """Yields `(path, merged leaf)` for leaves that one method merges."""
+  weights = _check_call(method, weights, len(inputs), base_input)
+  stats = check_stats(method, stats, [one.name for one in inputs], paths, specs)
+  if method.base == 'ignored':
+    base_input = None
+  run = Run(method, weights, specs, seed)
+
+  def parts_of(path):
+    leaves = [one.leaf(path) for one in inputs]
+    origin = None if base_input is None else base_input.leaf(path)
+    return run.parts(path, leaves, origin, [one.get(path) for one in stats])
+
+  whole_tree = {p: parts_of(p) for p in paths if run.looks_at_trees}
+  whole_tree = run.look_at_tree(whole_tree)
+  for group in [[p] for p in paths] if method.separable else [paths]:
+    parts = {p: whole_tree.get(p) or parts_of(p) for p in group}
+    merged = run.finish({p: run.look_at_leaf(q) for p, q in parts.items()})
+    yield from merged.items()
 
 
 class Run:
@@ -394,12 +441,14 @@ def check_stats(
   stats: Sequence[Mapping[typing.Path, Any]] | None,
   names: Sequence[str],
   paths: Sequence[typing.Path],
+  specs: typing.SpecTree,
 ) -> list[Mapping[typing.Path, Any]]:
   """Statistics of every model, as many and as complete as the method needs.
 
   Raises:
     UserError: none given where they are needed, a wrong number, a path that no
-      model has, or leaves that some models have statistics of and others not.
+      model has, leaves that some models have statistics of and others not, or
+      shapes and values that cannot be.
   """
   if not method.needs:
     return [{} for _ in names]
@@ -413,12 +462,16 @@ def check_stats(
     )
   lines = []
   some = {path for one in stats for path in one}
+  lines += [f'{p}: no model has such a leaf' for p in sorted(some - set(specs))]
+  some &= set(paths)
   wanted = set(paths) if kind == 'fisher' else some
-  lines += [f'{p}: no model has such a leaf' for p in sorted(some - set(paths))]
   for name, one in zip(names, stats):
-    lines += [
-      f'{p}: {name} lacks its {kind}' for p in sorted(wanted - set(one))
-    ]
+    for path in sorted(wanted):
+      lacks = [n for n in method.needs if n not in one.get(path, {})]
+      if lacks:
+        lines.append(f'{path}: {name} lacks its {lacks[0]}')
+      elif path in specs:
+        lines += _misfit(path, specs[path], name, kind, one[path][kind])
   if not some:
     lines.append(f'no leaf has {kind} statistics')
   if lines:
@@ -426,6 +479,31 @@ def check_stats(
       f'The {kind} statistics do not fit the models:\n{errors.listed(lines)}'
     )
   return list(stats)
+
+
+def _misfit(path, spec, name, kind, found):
+  """What is wrong with the statistics of one leaf of one model."""
+  fits = tuple(found.shape) == spec.shape
+  if kind == 'gram':
+    view = axes_lib.view(path, spec)
+    width = math.prod(spec.shape[i] for i in view.inputs)
+    stack = tuple(spec.shape[i] for i in view.stack)
+    fits = tuple(found.shape) == stack + (width, width)
+  if not fits:
+    return [
+      f'{path}: {name} has {kind} {list(found.shape)}, which does not fit '
+      f'{list(spec.shape)}'
+    ]
+  if isinstance(found, jax.core.Tracer):
+    return []
+  with jax.ensure_compile_time_eval():  # numbers are known, also under jit
+    own = jnp.asarray(found)
+    if kind == 'gram':
+      own = jnp.diagonal(own, axis1=-2, axis2=-1)
+    sound = bool(jnp.all(own >= 0))
+  if not sound:
+    return [f'{path}: the {kind} of {name} has negative or undefined entries']
+  return []
 
 
 def _copied(path, reference, inputs):

@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """RegMean: the kernel that answers every model's inputs as that model did."""
 
+import logging
+
 import jax
 import jax.numpy as jnp
 from jax.scipy import linalg
@@ -9,9 +11,13 @@ from jax.scipy import linalg
 from mergejax.merging import base as base_lib
 
 _HIGHEST = jax.lax.Precision.HIGHEST
+# Condition number from which float32 leaves few digits.
+_ILL = 1e6
 
 
-def regmean(*, alpha: float = 0.9, ridge: float = 0.0) -> base_lib.Merge:
+def regmean(
+  *, alpha: float = 0.9, ridge: float = 0.0, weighting: str = 'models'
+) -> base_lib.Merge:
   """Solves each linear kernel by least squares over the models' own inputs.
 
   `W = (sum_k w_k G_k)^-1 sum_k w_k G_k W_k` with G_k the mean of `x x^T` over
@@ -20,7 +26,8 @@ def regmean(*, alpha: float = 0.9, ridge: float = 0.0) -> base_lib.Merge:
 
   Args:
     alpha: 1 is plain least squares, 0 weighs each input feature by its second
-      moment. 0.9 in the paper, 0.1 for T5.
+      moment. 0.9 in the paper, 0.1 for T5. To give some paths another value,
+      or plain averaging, use `rules=` of `mj.merge` (in recipes: `rules:`).
     ridge: share of the mean diagonal that is added to every G_k on both sides;
       0 by default. For singular Gram matrices at alpha 1.
 
@@ -31,7 +38,8 @@ def regmean(*, alpha: float = 0.9, ridge: float = 0.0) -> base_lib.Merge:
 
   Raises:
     UserError: alpha outside [0, 1], a negative ridge, a kernel of unknown
-      layout.
+      layout, a summed Gram matrix that is singular. Above a condition of 1e6
+      there is a warning.
 
   Example:
     >>> kernel = jnp.ones((1, 1))
@@ -48,6 +56,8 @@ def regmean(*, alpha: float = 0.9, ridge: float = 0.0) -> base_lib.Merge:
   """
   base_lib.check_option('alpha', alpha, lambda v: 0 <= v <= 1, 'in [0, 1]')
   base_lib.check_option('ridge', ridge, lambda v: v >= 0, '0 or above')
+  base_lib.check_choice('weighting', weighting, ('models', 'tokens'))
+  by_tokens = weighting == 'tokens'
 
   def init(zeros):
     return {'mean': zeros, 'weight': jnp.zeros((), zeros.dtype)}
@@ -66,6 +76,8 @@ def regmean(*, alpha: float = 0.9, ridge: float = 0.0) -> base_lib.Merge:
       gram = gram + (1 - alpha) * jnp.diag(diagonal)
       lift = jnp.asarray(ridge, leaf.dtype) * jnp.mean(diagonal)
       gram = weight * (gram + lift * jnp.eye(len(diagonal), dtype=leaf.dtype))
+      if by_tokens:
+        gram = gram * jnp.asarray(mark.stats['count'], leaf.dtype)
       product = jnp.matmul(gram, leaf, precision=_HIGHEST)
       first = 'gram' not in state
       new['gram'] = gram if first else state['gram'] + gram
@@ -83,7 +95,26 @@ def regmean(*, alpha: float = 0.9, ridge: float = 0.0) -> base_lib.Merge:
     # replaced. All rows are dead for a leaf without statistics.
     solvable = gram + jnp.diag(dead.astype(gram.dtype))
     factor = linalg.cho_factor(solvable, lower=True)
+    _warn_if_ill(factor[0], dead)
     solved = linalg.cho_solve(factor, state['product'])
     return jnp.where(dead[:, None], mean, solved)
 
-  return base_lib.leafwise(init, update, finish, needs=('gram',), view='matrix')
+  needs = ('gram', 'count') if by_tokens else ('gram',)
+  return base_lib.leafwise(init, update, finish, needs=needs, view='matrix')
+
+
+def _warn_if_ill(factor, dead):
+  """Warns of a badly conditioned system, where its numbers can be seen."""
+  if isinstance(factor, jax.core.Tracer):
+    return
+  pivots = jnp.where(dead, 1.0, jnp.square(jnp.diagonal(factor)))
+  least = jnp.min(jnp.where(dead, jnp.inf, pivots))
+  most = jnp.max(jnp.where(dead, 0.0, pivots))
+  # The ratio of pivots never exceeds the condition number.
+  if bool(most > _ILL * least):
+    logging.warning(
+      'The summed Gram matrix of a kernel [%d inputs] has a condition number '
+      'of at least %.1e: its solution may amplify rounding. Lower alpha, '
+      'collect more tokens, or give a ridge.',
+      len(dead), float(most / least),
+    )  # fmt: skip

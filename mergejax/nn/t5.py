@@ -161,9 +161,18 @@ def relative_bias(
   )
 
 
-def token_embedder(config: StackConfig) -> nn.Embed:
+class TokenEmbedder(nn.Embed):
+  """An embedding that can be the output head too, in float32."""
+
+  def attend(self, query: typing.Array) -> typing.Array:
+    """`<float>[..., embed] -> <float32>[..., vocab]`, over sqrt(embed)."""
+    table = self.embedding.astype(jnp.float32)
+    return query.astype(jnp.float32) @ table.T / np.sqrt(self.features)
+
+
+def token_embedder(config: StackConfig) -> TokenEmbedder:
   """The table `token_embedder/embedding [vocab, embed]`, drawn from N(0, 1)."""
-  return nn.Embed(
+  return TokenEmbedder(
     config.vocab_size,
     config.emb_dim,
     dtype=config.dtype,
@@ -239,8 +248,7 @@ class Decoder(nn.Module):
       )
     x = block.dropout(block.norm('decoder_norm')(x))
     if config.logits_via_embedding:
-      table = embedder.embedding.astype(jnp.float32)
-      return x.astype(jnp.float32) @ table.T / np.sqrt(config.emb_dim)
+      return embedder.attend(x)
     return layers.dense(
       config.vocab_size, 'float32', layers.mlp_init, 'logits_dense'
     )(x)

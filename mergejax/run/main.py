@@ -15,14 +15,20 @@ COMMANDS = {
   'quickstart': 'Branch-Train-Merge on text this machine has, in minutes',
   'train': 'train what a gin file describes',
   'merge': 'merge checkpoints as a recipe says: RECIPE OUT',
-  'evaluate': 'bits per byte of models on a folder of text',
+  'stats': 'Gram matrices, Fishers, or a survey of models, before merging',
+  'search': 'coefficients of a merge, chosen on held-out data: RECIPE OUT',
+  'align': 'permute the units of one model to match another: A B OUT',
+  'rank': 'which model for which task, without training',
+  'evaluate': 'a table of models and recipes by tasks or domains',
   'inspect': 'list the parameters of a checkpoint',
   'convert': 'copy a checkpoint into another format: SRC DST',
   'extract-lora': 'the best adapter for a difference: MODEL BASE OUT',
   'methods': 'the merge methods and their options',
 }
 
-_READS_TEXT = ('quickstart', 'train', 'evaluate')
+_READS_TEXT = ('quickstart', 'train', 'evaluate', 'search', 'rank')
+# These read text only if they are given a suite of tasks.
+_MAY_READ_TEXT = ('stats', 'align')
 
 
 def _import_tensorflow() -> None:
@@ -72,7 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 2
 
   def run():
-    if command in _READS_TEXT:
+    with_suite = any(one.startswith('--suite') for one in rest)
+    if command in _READS_TEXT or (command in _MAY_READ_TEXT and with_suite):
       _import_tensorflow()
     module = command.replace('-', '_')
     importlib.import_module(f'mergejax.run.{module}').main(rest)

@@ -187,7 +187,7 @@ def write(path: pathlib.Path, leaves) -> None:
   are the same for every framework.
   """
   safetensors.numpy.save_file(
-    {name: np.ascontiguousarray(leaf) for name, leaf in leaves.items()},
+    {name: np.require(leaf, requirements='C') for name, leaf in leaves.items()},
     path,
     metadata={'format': 'pt'},
   )

@@ -17,6 +17,7 @@ import numpy as np
 from mergejax import errors
 from mergejax import recipe as recipe_lib
 from mergejax.peft import fold
+from mergejax.stats import saved
 from mergejax.store import base as store_base
 from mergejax.store import checkpoint
 from mergejax.store import vocabulary
@@ -102,9 +103,22 @@ class Inputs:
     for name in recipe.stats:
       if self._inside(name):
         self.stats.append(self.attempt(checkpoint.open_checkpoint, name))
+        if len(self.stats) <= len(recipe.slices[0].inputs):
+          model = recipe.slices[0].inputs[len(self.stats) - 1].model
+          self._check_fingerprint(name, model)
     tok = recipe.tokenizer
     if tok not in (None, 'base', 'union'):
       self._inside(tok)
+
+  def _check_fingerprint(self, name, model):
+    store = self.stores.get(model)
+    if self.stats[-1] is not None and store is not None:
+      expected = self.attempt(saved.about, name)
+      if expected:
+        self.attempt(
+          saved.check_fingerprint, model, store, name,
+          expected.get('fingerprint'),
+        )  # fmt: skip
 
   def _open_model(self, name):
     model, _, adapter = name.partition('+')

@@ -124,6 +124,12 @@ class _Planner:
         self._problems.append(
           f'rule {i} ({rule.match!r}) is the first match of no parameter.'
         )
+    if self._stats and not any(any(task.stats) for task in tasks):
+      self._problems.append(
+        'these statistics are of no parameter of the models: are they of '
+        f'another model? {self._stats[0].name} begins with:\n'
+        f'{errors.listed(list(self._stats[0].specs()), 3)}'
+      )
     if self._stats and len(self._stats) != len(recipe.slices[0].inputs):
       self._problems.append(
         f"{len(self._stats)} 'stats' for {len(recipe.slices[0].inputs)} "
@@ -378,7 +384,7 @@ class _Planner:
           f'{store.name}: {name} is {list(shape)}, which does not fit {path} '
           f'{list(spec.shape)}. Are these the statistics of another model?'
         )
-    return tuple({kind: name} for name in own)
+    return tuple({n: f'{path}/{n}' for n in method.needs} for _ in own)
 
   def _spec(self, ref):
     model, path = ref

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mergejax import errors
+from mergejax import models
 from mergejax import typing
 
 # (params, batch, key, train) -> (loss to differentiate, metrics)
@@ -117,48 +118,6 @@ def normalizer(
   )
 
 
-def model_logits(
-  module: nn.Module,
-  params: typing.Tree,
-  batch: dict[str, Any],
-  key: jax.Array | None = None,
-) -> jax.Array:
-  """Applies a T5 or a language model to a batch of seqio's names.
-
-  Args:
-    module: a module with T5X's call signature.
-    params: its parameters.
-    batch: `decoder_input_tokens`, `decoder_target_tokens`, optionally
-      `encoder_input_tokens`, segment ids and `decoder_causal_attention`.
-    key: enables dropout.
-
-  Returns:
-    `<float32>[batch, length, vocab]`.
-  """
-  names = ('encoder_segment_ids', 'decoder_segment_ids')
-  if 'encoder_input_tokens' in batch:
-    positional = [batch['encoder_input_tokens']]
-  else:
-    positional = []
-    names = ('decoder_segment_ids', 'decoder_causal_attention')
-  positional += [batch['decoder_input_tokens'], batch['decoder_target_tokens']]
-  return module.apply(
-    {'params': params},
-    *positional,
-    **{name: batch[name] for name in names if name in batch},
-    enable_dropout=key is not None,
-    rngs=None if key is None else {'dropout': key},
-  )
-
-
-def target_weights(batch: dict[str, Any]) -> jax.Array:
-  """`decoder_loss_weights` of a batch, or 1 on every real target."""
-  weights = batch.get('decoder_loss_weights')
-  if weights is None:
-    weights = batch['decoder_target_tokens'] > 0
-  return jnp.asarray(weights).astype(jnp.float32)
-
-
 def make_loss(
   module: nn.Module,
   *,
@@ -169,7 +128,7 @@ def make_loss(
   """The training loss of a model.
 
   Args:
-    module: a T5 or language model.
+    module: a T5, a language model or an image classifier.
     z_loss: see `token_cross_entropy`; T5's 1e-4.
     label_smoothing: likewise; T5's 0.
     normalizing_factor: see `normalizer`. Per real token by default, so that
@@ -179,13 +138,14 @@ def make_loss(
   Returns:
     `loss(params, batch, key=None) -> (loss, metrics)` with the metrics `loss`
     (nats per token, without z-loss), `z_loss`, `accuracy` and `tokens`. With
-    a key, dropout is drawn from it.
+    a key, dropout is drawn from it. Models with batch norm add `batch_stats`,
+    which the step stores in the parameters.
   """
 
   def loss_fn(params, batch, key=None):
-    logits = model_logits(module, params, batch, key)
-    targets = batch['decoder_target_tokens']
-    weights = target_weights(batch)
+    logits, batch_stats = models.training_logits(module, params, batch, key)
+    targets = models.targets(batch)
+    weights = models.target_weights(batch)
     factor, scaled = normalizer(
       normalizing_factor, targets, weights, batch.get('decoder_segment_ids')
     )
@@ -201,6 +161,8 @@ def make_loss(
       'accuracy': mean(correct),
       'tokens': tokens,
     }
+    if batch_stats is not None:
+      metrics[models.BATCH_STATS] = batch_stats
     return jnp.sum(token_loss * scaled) / factor, metrics
 
   return loss_fn
@@ -210,6 +172,6 @@ def token_log_likelihood(
   module: nn.Module, params: typing.Tree, batch: dict[str, Any]
 ) -> jax.Array:
   """`log p(target)` of every position, `<float32>[batch, length]`, in nats."""
-  logits = model_logits(module, params, batch)
-  loss, _ = token_cross_entropy(logits, batch['decoder_target_tokens'])
+  logits = models.logits(module, params, batch)
+  loss, _ = token_cross_entropy(logits, models.targets(batch))
   return -loss

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from mergejax import models
 from mergejax import typing
 from mergejax.train import losses
 
@@ -87,6 +88,9 @@ def make_step(
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     metrics = dict(metrics, grad_norm=optax.tree.norm(grads))
+    if models.BATCH_STATS in metrics:
+      # Running statistics are measured, not learned.
+      params = {**params, models.BATCH_STATS: metrics.pop(models.BATCH_STATS)}
     state = state.replace(
       step=state.step + 1, params=params, opt_state=opt_state
     )

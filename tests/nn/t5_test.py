@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mergejax import axes
+from mergejax import models
 from mergejax import tree
 from mergejax.nn import layers
 from mergejax.nn import t5
@@ -73,7 +74,7 @@ class T5XTest(parameterized.TestCase):
     arrays = goldens.load(version)
     module, params = tiny(version), goldens.subtree(arrays, 'params/')
     batch = batch_of(arrays)
-    logits = losses.model_logits(module, params, batch)
+    logits = models.logits(module, params, batch)
     np.testing.assert_allclose(logits, arrays['logits'], rtol=1e-4, atol=2e-5)
     encoded = module.apply(
       {'params': params}, batch['encoder_input_tokens'], method='encode'
@@ -83,7 +84,7 @@ class T5XTest(parameterized.TestCase):
   @parameterized.parameters(*VERSIONS)
   def test_packed_logits(self, version):
     arrays = goldens.load(version)
-    logits = losses.model_logits(
+    logits = models.logits(
       tiny(version),
       goldens.subtree(arrays, 'params/'),
       batch_of(arrays, 'packed/'),
@@ -97,7 +98,7 @@ class T5XTest(parameterized.TestCase):
     arrays = goldens.load(version)
     module, params = tiny(version), goldens.subtree(arrays, 'params/')
     packed = batch_of(arrays, 'packed/')
-    whole = losses.model_logits(module, params, packed)
+    whole = models.logits(module, params, packed)
     checked = 0
     for row in range(3):
       for segment in range(
@@ -105,7 +106,7 @@ class T5XTest(parameterized.TestCase):
       ):
         inside = packed['encoder_segment_ids'][row] == segment
         targets = packed['decoder_segment_ids'][row] == segment
-        alone = losses.model_logits(module, params, {
+        alone = models.logits(module, params, {
             'encoder_input_tokens':
                 packed['encoder_input_tokens'][row][inside][None],
             'decoder_input_tokens':
@@ -123,7 +124,7 @@ class T5XTest(parameterized.TestCase):
   def test_bfloat16_is_close(self, version):
     arrays = goldens.load(version)
     module = tiny(version, dtype='bfloat16')
-    logits = losses.model_logits(
+    logits = models.logits(
       module, goldens.subtree(arrays, 'params/'), batch_of(arrays)
     )
     self.assertEqual(logits.dtype, jnp.float32)

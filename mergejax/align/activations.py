@@ -1,0 +1,233 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Activation matching: units that answer alike are the same unit."""
+
+from collections.abc import Callable, Iterable, Mapping
+import logging
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mergejax import axes as axes_lib
+from mergejax import errors
+from mergejax import tree as tree_lib
+from mergejax import typing
+from mergejax.align import spec as spec_lib
+from mergejax.align import weights as weights_lib
+from mergejax.merging import base as merge_base
+from mergejax.stats import capture
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+def match_activations(
+  spec: spec_lib.PermutationSpec,
+  module: nn.Module,
+  a: typing.Tree,
+  b: typing.Tree,
+  batches: Iterable[Mapping[str, Any]],
+  *,
+  similarity: str = 'inner',
+  mask: capture.Mask | None = None,
+  kernels: Mapping[type, capture.Describe] | None = None,
+  apply: Callable[..., Any] | None = None,
+) -> spec_lib.Permutation:
+  """Permutes b's units so that they answer as a's do, in one pass over data.
+
+  For each group the activations that the next linear maps are given are
+  compared, `S = mean of z_a z_b^T` over examples and positions (and over the
+  places where a residual stream is read); then one assignment a group, no
+  iteration.
+
+  Args:
+    spec: the groups.
+    module: the model's module.
+    a: the model to be matched.
+    b: the model to be permuted.
+    batches: dicts of arrays; padding counts for nothing.
+    similarity: 'inner' is the uncentred mean product, which minimises `sum |z_a
+      - P z_b|^2` (the paper); 'pearson' the correlation (the released VGG
+      script), 0 for units that never change.
+    mask: see `stats.gram`.
+    kernels: see `stats.gram`.
+    apply: see `stats.gram`.
+
+  Returns:
+    `{group: index}`; groups that no linear map reads stay, with a warning.
+
+  Raises:
+    UserError: no batch, an unknown similarity, activations that are not finite.
+
+  Source: Ainsworth et al. (2023), https://arxiv.org/abs/2209.04836, section
+  3.1.
+  """
+  merge_base.check_choice('similarity', similarity, ('inner', 'pearson'))
+  mask = mask or capture.default_mask
+  taps = _taps(spec, a)
+  every = weights_lib.units(spec)
+
+  @jax.jit
+  def measure(a, b, batch):
+    def rows(params):
+      found = capture.inputs_of(
+          module, params, batch,
+          lambda path, x: _rows(path, x, taps[path], mask(path, batch)),
+          wanted=taps.__contains__,
+          kernels={nn.Conv: _whole_conv, **(kernels or {})}, apply=apply,
+      )  # fmt: skip
+      return found
+
+    first, second = rows(a), rows(b)
+    return {path: _moments(first[path], second[path]) for path in first}
+
+  totals = None
+  a, b = jax.device_put(a), jax.device_put(b)
+  for batch in batches:
+    found = jax.device_get(
+      measure(a, b, jax.tree.map(jnp.asarray, dict(batch)))
+    )
+    found = jax.tree.map(lambda x: np.asarray(x, np.float64), found)
+    if totals is None:
+      totals = found
+    else:
+      totals = jax.tree.map(np.add, totals, found)
+  if totals is None:
+    raise errors.UserError('There was no batch to compare activations on.')
+  permutation = spec_lib.identity(spec)
+  stay = []
+  for name, unit in every.items():
+    sums = statistics(spec, unit, taps, totals, similarity)
+    if not sums:
+      stay.append(name)
+      continue
+    new, _ = weights_lib.assign(spec, unit, sums, permutation)
+    permutation |= new
+  if stay:
+    logging.warning(
+      'No linear map reads the units of %s; they stay.', ', '.join(stay)
+    )
+  return permutation
+
+
+def _whole_conv(module, method, arguments):
+  """Channels of an image; its positions are rows."""
+  del module
+  return [('kernel', arguments[0])] if method == '__call__' else []
+
+
+def _taps(spec, params):
+  """`{path of a kernel: (stack axes, input factors)}`, where groups are read."""
+  result = {}
+  for path, leaf in tree_lib.flatten(params).items():
+    axes = spec.leaves[path]
+    stack = [
+      i for i, axis in enumerate(axes)
+      if any(f.name in spec.stacks for f in axis)
+    ]  # fmt: skip
+    names = tuple('layers' if i in stack else '' for i in range(len(axes)))
+    try:
+      view = axes_lib.view(path, typing.LeafSpec(leaf.shape, leaf.dtype, names))
+    except errors.UserError:
+      continue
+    if not view.outputs:
+      continue
+    factors = [f for i in view.inputs for f in axes[i]]
+    if path.endswith('kernel') and leaf.ndim - len(stack) == 4:
+      factors = list(axes[view.inputs[-1]])  # channels; the window is not read
+    if any(f.name in spec.groups for f in factors):
+      result[path] = factors
+  return result
+
+
+def _rows(path, inputs, factors, mask):
+  """Rows of units: `(<float32>[rows, units], weights <float32>[rows])`.
+
+  Factors that may not move are positions: they become rows.
+  """
+  weights = capture.row_weights(mask, inputs, path)
+  lead = inputs.shape[:-1]
+  if weights is None:
+    weights = jnp.ones(lead, jnp.float32)
+  sizes = [f.size for f in factors]
+  wide = inputs.astype(jnp.float32).reshape(*lead, *sizes)
+  moving = [i for i, f in enumerate(factors) if f.name is not None]
+  still = [i for i in range(len(factors)) if i not in moving]
+  at = len(lead)
+  order = [*range(at), *(at + i for i in still), *(at + i for i in moving)]
+  units = math.prod(sizes[i] for i in moving)
+  repeat = math.prod(sizes[i] for i in still)
+  rows = jnp.transpose(wide, order).reshape(-1, units)
+  weights = jnp.repeat(weights.reshape(-1), repeat)
+  # What stands in padding is arbitrary, even infinite.
+  return jnp.where(weights[:, None] > 0, rows, 0.0), weights
+
+
+def _moments(first, second):
+  """Sums over rows; lifted layers keep their stack in front."""
+  (za, weights), (zb, _) = first, second
+  wb = zb * weights[..., None]
+  return {
+    'ab': jnp.einsum('...ri,...rj->...ij', za, wb, precision=_HIGHEST),
+    'a': jnp.sum(za * weights[..., None], axis=-2),
+    'b': jnp.sum(wb, axis=-2),
+    'aa': jnp.sum(jnp.square(za) * weights[..., None], axis=-2),
+    'bb': jnp.sum(zb * wb, axis=-2),
+    'n': jnp.sum(weights, axis=-1),
+  }
+
+
+def _similarity(sums, kind):
+  """`[stack, units, units]` mean products or correlations."""
+  n = sums['n'].reshape(-1, 1, 1)
+  size = sums['a'].shape[-1]
+  product = sums['ab'].reshape(-1, size, size) / n
+  if kind == 'inner':
+    return product
+  vector = lambda name: sums[name].reshape(-1, size) / n[..., 0]
+  mean_a, mean_b = vector('a'), vector('b')
+  spread = lambda square, mean: np.sqrt(np.maximum(square - mean**2, 0))
+  deviation_a = spread(vector('aa'), mean_a)
+  deviation_b = spread(vector('bb'), mean_b)
+  covariance = product - mean_a[:, :, None] * mean_b[:, None, :]
+  scale = deviation_a[:, :, None] * deviation_b[:, None, :]
+  # A unit that never changes correlates with nothing; rounding would say else.
+  least = 1e-6 * (1 + np.abs(mean_a[:, :, None] * mean_b[:, None, :]))
+  return np.where(
+    scale > least * 1e-6, covariance / np.maximum(scale, 1e-300), 0
+  )
+
+
+def statistics(
+  spec: spec_lib.PermutationSpec,
+  unit: weights_lib.Unit,
+  taps: Mapping[typing.Path, list[spec_lib.Factor]],
+  totals: Mapping[typing.Path, Mapping[str, np.ndarray]],
+  kind: str,
+) -> dict[str | None, np.ndarray]:
+  """Similarities of a unit's positions, averaged over where they are read.
+
+  Returns:
+    `{child: <float64>[stack, n, m, n, m]}` as `weights.assign` takes them.
+  """
+  found: dict[str | None, list[np.ndarray]] = {}
+  for path, factors in taps.items():
+    names = [f.name for f in factors if f.name is not None]
+    if unit.name not in names or path not in totals:
+      continue
+    child = next((c for c in unit.children if c in names), None)
+    if set(names) - {unit.name, child}:
+      continue  # units of another group are mixed in
+    whole = _similarity(totals[path], kind)
+    n = spec.groups[unit.name].size
+    m = whole.shape[-1] // n
+    laid = whole.reshape(-1, n, m, n, m)
+    if unit.stack and len(laid) == 1:
+      continue
+    if not unit.stack:
+      laid = laid.mean(axis=0, keepdims=True)
+    found.setdefault(child, []).append(laid)
+  return {child: sum(some) / len(some) for child, some in found.items()}

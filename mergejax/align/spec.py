@@ -1,0 +1,489 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Which units of a model can change places: permutation groups of its leaves.
+
+An axis of a leaf is a product of factors, most often of one: `heads * head_dim`
+of two, the flattened map `height * width * channels` of three. A factor carries
+the name of a group (its positions may be permuted, with those of all other
+factors of that name), of a stack (they stay, but each may have permutations of
+its own), or None.
+
+A permutation is `{group: index}`: position i of the permuted model holds unit
+`index[i]`. A group with parents has one index for every position of its
+parents, `<int32>[*parents, size]`: units of each layer of a scanned stack, or
+head dimensions of each head.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+import math
+import re
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mergejax import axes as axes_lib
+from mergejax import errors
+from mergejax import tree as tree_lib
+from mergejax import typing
+from mergejax.align import trace
+
+Permutation = dict[str, np.ndarray]
+
+
+class Factor(NamedTuple):
+  """Part of an axis: a group or stack, or None for what may not move."""
+
+  name: str | None
+  size: int
+
+
+class Group(NamedTuple):
+  """Units that are permuted together.
+
+  Attributes:
+    size: their number.
+    parents: groups or stacks for each position of which they are permuted by
+      themselves.
+  """
+
+  size: int
+  parents: tuple[str, ...] = ()
+
+
+class PermutationSpec(NamedTuple):
+  """The permutation groups of a model.
+
+  Attributes:
+    leaves: `{path: for each axis its factors}`, every leaf of the model.
+    groups: `{name: Group}`.
+    stacks: `{name: size}` of axes that stay but separate permutations.
+    notes: what could not be permuted, in words.
+  """
+
+  leaves: Mapping[typing.Path, tuple[tuple[Factor, ...], ...]]
+  groups: Mapping[str, Group]
+  stacks: Mapping[str, int]
+  notes: tuple[str, ...] = ()
+
+  def describe(self) -> str:
+    """One line a group: its size and what carries it."""
+    lines = []
+    for name, group in self.groups.items():
+      places = [
+        f'{path}:{i}'
+        for path, axes in self.leaves.items()
+        for i, axis in enumerate(axes)
+        if any(factor.name == name for factor in axis)
+      ]
+      each = f' for each of {", ".join(group.parents)}' if group.parents else ''
+      lines.append(
+        f'{name}: {group.size} units{each}, on {len(places)} axes: '
+        + ', '.join(places[:4])
+        + (', ...' if len(places) > 4 else '')
+      )
+    return '\n'.join([*lines, *self.notes])
+
+  def leaves_with(self, name: str) -> list[typing.Path]:
+    """Paths of the leaves that carry a group."""
+    return [
+      path
+      for path, axes in self.leaves.items()
+      if any(factor.name == name for axis in axes for factor in axis)
+    ]
+
+
+def permutation_spec(
+  axes: Mapping[typing.Path, Sequence[str | None]], params: typing.Tree
+) -> PermutationSpec:
+  """A specification written by hand: a group name or None for every axis.
+
+  Args:
+    axes: `{path: names}`, every leaf of the model.
+    params: arrays or their shapes.
+
+  Returns:
+    The specification, checked.
+
+  Raises:
+    UserError: leaves that are not in the tree or not in the specification, a
+      wrong number of axes, sizes that conflict, one name twice on a leaf.
+
+  Example:
+    >>> spec = permutation_spec({'a': (None, 'P'), 'b': ('P', None)},
+    ...                         {'a': np.ones((2, 3)), 'b': np.ones((3, 1))})
+    >>> spec.groups
+    {'P': Group(size=3, parents=())}
+  """
+  specs = tree_lib.specs(params)
+  lines = [f'- {p}: not in the specification' for p in specs if p not in axes]
+  lines += [f'+ {p}: not a leaf of the model' for p in axes if p not in specs]
+  groups: dict[str, Group] = {}
+  leaves = {}
+  for path, spec in specs.items():
+    names = tuple(axes.get(path, ()))
+    if path not in axes:
+      continue
+    if len(names) != len(spec.shape):
+      lines.append(
+        f'! {path}: {len(names)} names for {len(spec.shape)} axes '
+        f'{list(spec.shape)}'
+      )
+      continue
+    known = [name for name in names if name is not None]
+    for name in {n for n in known if known.count(n) > 1}:
+      lines.append(f'! {path}: {name} on two axes, which cannot be matched')
+    for name, size in zip(names, spec.shape):
+      if name is not None and groups.setdefault(name, Group(size)).size != size:
+        lines.append(
+          f'! {path}: {name} has {size} units here and {groups[name].size} '
+          'elsewhere'
+        )
+    leaves[path] = tuple((Factor(n, s),) for n, s in zip(names, spec.shape))
+  if lines:
+    raise errors.UserError(
+      f'The permutation specification does not fit:\n{errors.listed(lines)}'
+    )
+  return PermutationSpec(leaves, groups, {})
+
+
+def derive(
+  apply: Callable[..., Any], params: typing.Tree, *inputs: Any
+) -> PermutationSpec:
+  """The permutation groups of a model, found by tracing it; see `trace`.
+
+  Args:
+    apply: `(params, *inputs) -> outputs`, pure, in evaluation mode.
+    params: its parameters, running statistics among them; or their shapes.
+    inputs: an example of what else it takes; only shapes matter.
+
+  Returns:
+    A specification with every permutation that provably leaves the outputs as
+    they are.
+
+  Raises:
+    UserError: no unit may be permuted.
+  """
+  leaves, traced = trace.follow(apply, params, *inputs)
+  notes = []
+  while True:
+    twice = _twice(leaves)
+    if twice is None:
+      break
+    path, atom = twice
+    atom.pinned = True
+    notes.append(
+      f'{path} carries the same units on two axes, so they stay where they are.'
+    )
+  free = {}
+  for path, one in leaves.items():
+    for i, axis in enumerate(one.axes):
+      for atom in trace.expanded(axis):
+        if not atom.pinned:
+          free.setdefault(atom, f'{path}:{i}')
+  if not free:
+    raise errors.UserError(
+      'No unit of this model can change places: every axis of its parameters '
+      'is fixed by an input, an output, or an operation that is not followed.'
+    )
+  names: dict[Any, str] = {}
+  for atom, name in free.items():
+    taken = name in names.values()
+    names[atom] = f'{name}/{atom.size}' if taken else name
+  parents, stacks = _parents(names, traced, leaves)
+  groups = {}
+  for atom, name in names.items():
+    groups[name] = Group(atom.size, tuple(parents[atom]))
+  factors = {
+    path: tuple(
+      tuple(
+        Factor(names.get(atom, stacks.get(atom)), atom.size)
+        for atom in trace.expanded(axis)
+      )
+      or (Factor(None, 1),)
+      for axis in one.axes
+    )
+    for path, one in leaves.items()
+  }
+  sizes = {name: atom.size for atom, name in stacks.items()}
+  return PermutationSpec(factors, groups, sizes, tuple(dict.fromkeys(notes)))
+
+
+def _twice(leaves):
+  """A leaf with one free atom on two axes, and the atom."""
+  for path, one in leaves.items():
+    atoms = [a for axis in one.axes for a in trace.expanded(axis)]
+    for atom in atoms:
+      if not atom.pinned and atoms.count(atom) > 1:
+        return path, atom
+  return None
+
+
+def _parents(names, traced, leaves):
+  """For each free atom the names it depends on, and the stacks among them."""
+  # atom -> atoms that every array with it has as well
+  with_it: dict[Any, set] = {}
+  for one, context in traced.seen:
+    here = {
+      atom for axis in (*one.axes, *context) for atom in trace.expanded(axis)
+    }
+    for atom in here:
+      with_it[atom] = with_it[atom] & here if atom in with_it else set(here)
+  stack_atoms = [
+    a for _, context in traced.seen for axis in context
+    for a in trace.expanded(axis)
+  ]  # fmt: skip
+  stacks = {}
+  for atom in dict.fromkeys(stack_atoms):
+    stacks[atom] = f'stack {len(stacks)}'
+  order = {}
+  for one in leaves.values():
+    for axis in one.axes:
+      for i, atom in enumerate(trace.expanded(axis)):
+        order.setdefault(atom, i)
+  result = {}
+  for atom in names:
+    others = with_it.get(atom, set()) - {atom}
+    fixed = [stacks[a] for a in stacks if a in others]
+    moving = [
+      names[a]
+      for a in names
+      if a in others
+      # Of two that are always together the slower one leads.
+      and (atom not in with_it[a] or order[a] < order[atom])
+    ]
+    # Deeper nests are not matched jointly; one leader is enough.
+    result[atom] = fixed + moving[:1]
+  by_name = {name: atom for atom, name in names.items()}
+  for atom, own in result.items():
+    leaders = [n for n in own if n in by_name]
+    if leaders and any(n in by_name for n in result[by_name[leaders[0]]]):
+      result[atom] = [n for n in own if n not in by_name]
+  return result, stacks
+
+
+def from_axes(
+  specs: typing.SpecTree, rules: axes_lib.Rules = axes_lib.T5_RULES
+) -> PermutationSpec:
+  """Groups from logical axes, for checkpoints whose module is not at hand.
+
+  The hidden units of each MLP (axis `mlp`, one group for each folder of
+  kernels) and the residual stream (`embed`, one group for the whole model).
+  Attention stays: how many heads there are is not written in the shapes.
+
+  Args:
+    specs: of the model.
+    rules: `(regular expression, axes)`, see `axes.logical_axes`.
+
+  Raises:
+    UserError: a leaf that no rule covers.
+  """
+  logical = axes_lib.logical_axes(specs, rules)
+  leaves, groups, stacks = {}, {}, {}
+  for path, spec in specs.items():
+    axes = []
+    above = [n for n in logical[path] if n in axes_lib.STACKS]
+    for name, size in zip(logical[path], spec.shape):
+      if name in axes_lib.STACKS:
+        stacks[name] = size
+        factor = Factor(name, size)
+      elif name == 'embed':
+        groups['embed'] = Group(size)
+        factor = Factor('embed', size)
+      elif name == 'mlp':
+        folder = path.rsplit('/', 2)[0]
+        group = f'{folder}/mlp'
+        groups[group] = Group(size, tuple(above))
+        factor = Factor(group, size)
+      else:
+        factor = Factor(None, size)
+      axes.append((factor,))
+    leaves[path] = tuple(axes)
+  return PermutationSpec(
+    leaves,
+    groups,
+    stacks,
+    ('Attention heads stay: their number is not known.',),
+  )
+
+
+def identity(spec: PermutationSpec) -> Permutation:
+  """The permutation that moves nothing."""
+  result = {}
+  for name, group in spec.groups.items():
+    index = np.arange(group.size, dtype=np.int32)
+    result[name] = np.broadcast_to(index, index_shape(spec, name)).copy()
+  return result
+
+
+def size_of(spec: PermutationSpec, name: str) -> int:
+  """Positions of a group or a stack."""
+  return spec.stacks[name] if name in spec.stacks else spec.groups[name].size
+
+
+def index_shape(spec: PermutationSpec, name: str) -> tuple[int, ...]:
+  """`[*parents, size]`."""
+  group = spec.groups[name]
+  return (*(size_of(spec, p) for p in group.parents), group.size)
+
+
+def check_permutation(spec: PermutationSpec, permutation: Permutation) -> None:
+  """Checks that every index of a permutation is one.
+
+  Raises:
+    UserError: groups that are missing or unknown, a wrong shape, an index that
+      does not hold every number once.
+  """
+  lines = [f'- {n} is missing' for n in spec.groups if n not in permutation]
+  lines += [f'+ {n} is unknown' for n in permutation if n not in spec.groups]
+  for name, index in permutation.items():
+    if name not in spec.groups:
+      continue
+    index = np.asarray(index)
+    if index.shape != index_shape(spec, name):
+      lines.append(
+        f'! {name} is {list(index.shape)}, not {list(index_shape(spec, name))}'
+      )
+    elif not (np.sort(index, axis=-1) == np.arange(index.shape[-1])).all():
+      lines.append(f'! {name} does not hold each of its numbers once')
+  if lines:
+    raise errors.UserError(
+      f'This is no permutation of these groups:\n{errors.listed(lines)}'
+    )
+
+
+def unfolded(spec: PermutationSpec, path: str, leaf: Any) -> Any:
+  """A leaf with one axis for every factor."""
+  return leaf.reshape([f.size for axis in spec.leaves[path] for f in axis])
+
+
+def permute_leaf(
+  spec: PermutationSpec,
+  path: typing.Path,
+  leaf: Any,
+  permutation: Mapping[str, Any],
+) -> Any:
+  """Applies permutations to an unfolded leaf; groups not given stay."""
+  factors = [f.name for axis in spec.leaves[path] for f in axis]
+  xp = np if isinstance(leaf, np.ndarray) else jnp
+  # Leaders first: those that follow are numbered in their new places.
+  groups = [n for n in factors if n in spec.groups and n in permutation]
+  for name in sorted(groups, key=lambda n: len(spec.groups[n].parents)):
+    at, index = factors.index(name), permutation[name]
+    parents = spec.groups[name].parents
+    if not parents:
+      leaf = xp.take(leaf, index, axis=at)
+      continue
+    places = [*(factors.index(p) for p in parents), at]
+    order = np.argsort(places)
+    shape = [1] * len(factors)
+    for place in places:
+      shape[place] = leaf.shape[place]
+    laid = xp.transpose(xp.asarray(index), [int(i) for i in order])
+    leaf = xp.take_along_axis(leaf, laid.reshape(shape), axis=at)
+  return leaf
+
+
+def permute(
+  spec: PermutationSpec, permutation: Permutation, params: typing.Tree
+) -> typing.Tree:
+  """The model with its units in new places; it computes the same function.
+
+  Args:
+    spec: the groups.
+    permutation: `{group: index}`; unit i of the result is unit `index[i]`.
+    params: the model.
+
+  Returns:
+    A tree of the same structure and dtypes.
+
+  Raises:
+    UserError: a permutation or a tree that does not fit the specification.
+  """
+  check_permutation(spec, permutation)
+  check_model(spec, params, 'the model')
+  return tree_lib.map_paths(
+    lambda path, leaf: permute_leaf(
+      spec, path, unfolded(spec, path, leaf), permutation
+    ).reshape(leaf.shape),
+    params,
+  )
+
+
+def check_model(spec: PermutationSpec, params: typing.Tree, name: str) -> None:
+  """Raises when a tree does not have the leaves of a specification."""
+  expected = {
+    path: typing.LeafSpec(
+      tuple(math.prod(f.size for f in axis) for axis in axes),
+      np.dtype('float32'),
+    )
+    for path, axes in spec.leaves.items()
+  }
+  tree_lib.check_same(
+    expected, tree_lib.specs(params),
+    expected_name='the permutation specification', given_name=name,
+  )  # fmt: skip
+
+
+def check_function(
+  apply: Callable[..., Any],
+  before: typing.Tree,
+  after: typing.Tree,
+  *inputs: Any,
+  tolerance: float = 1e-3,
+) -> float:
+  """Checks that two models compute the same on a batch.
+
+  Args:
+    apply: `(params, *inputs) -> outputs`.
+    before: the model.
+    after: it, permuted.
+    inputs: a batch; random numbers will do.
+    tolerance: largest difference allowed, over the largest output.
+
+  Returns:
+    The largest difference over the largest output.
+
+  Raises:
+    UserError: they differ by more: the specification is wrong for this model.
+  """
+  first = jax.tree.leaves(jax.jit(apply)(before, *inputs))
+  second = jax.tree.leaves(jax.jit(apply)(after, *inputs))
+  worst = 0.0
+  for a, b in zip(first, second):
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    worst = max(worst, np.abs(a - b).max() / max(np.abs(a).max(), 1e-30))
+  if not worst <= tolerance:
+    raise errors.UserError(
+      f'The permuted model gives other outputs (largest difference {worst:.1e} '
+      'of the largest output): the permutation specification is wrong for this '
+      'model, and nothing is written.'
+    )
+  return float(worst)
+
+
+def random_permutation(spec: PermutationSpec, seed: int = 0) -> Permutation:
+  """A random permutation of every group, for tests of invariance."""
+  rng = np.random.default_rng(seed)
+  return {
+    name: rng.permuted(index, axis=-1) for name, index in identity(spec).items()
+  }
+
+
+def matching(spec: PermutationSpec, patterns: Sequence[str]) -> set[str]:
+  """Names of groups that full-match any of the patterns.
+
+  Raises:
+    UserError: a pattern that matches no group.
+  """
+  found = set()
+  for pattern in patterns:
+    own = {n for n in spec.groups if re.fullmatch(pattern, n)}
+    if not own:
+      raise errors.UserError(
+        f'{pattern!r} matches no permutation group:\n'
+        f'{errors.listed(list(spec.groups))}'
+      )
+    found |= own
+  return found

@@ -1,0 +1,235 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Loss and accuracy between models: on a line, and on a plane of three."""
+
+from collections.abc import Callable, Iterable, Mapping
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mergejax import errors
+from mergejax import models
+from mergejax import numerics
+from mergejax import tree as tree_lib
+from mergejax import typing
+from mergejax.search import base as search_base
+from mergejax.search import grid
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+  """Values along `(1 - lambda) theta_a + lambda theta_b`.
+
+  Attributes:
+    lambdas: <float64>[points] from 0 to 1.
+    values: `{name: <float64>[points]}`, such as `loss` and `accuracy`.
+  """
+
+  lambdas: np.ndarray
+  values: Mapping[str, np.ndarray]
+
+  def barrier(self, name: str = 'loss') -> float:
+    """`max over lambda of L(lambda) - [(1 - lambda) L(0) + lambda L(1)]`.
+
+    Zero or below where the line never rises over the chord; for scores where
+    more is better, the barrier of their negative.
+    """
+    values = self.values[name]
+    values = values if name == 'loss' else -values
+    chord = (1 - self.lambdas) * values[0] + self.lambdas * values[-1]
+    return float((values - chord).max())
+
+
+def line(
+  a: typing.Tree,
+  b: typing.Tree,
+  evaluate: search_base.Evaluator | Callable[[typing.Tree], Mapping[str, Any]],
+  *,
+  points: int = 25,
+  prepare: Callable[[typing.Tree], typing.Tree] | None = None,
+) -> Line:
+  """Evaluates models between two others; the ends are the models themselves.
+
+  Args:
+    a: the model at lambda 0.
+    b: the model at lambda 1; align it first with `align`.
+    evaluate: `params -> {'loss': ..., 'accuracy': ...}`; an `Evaluator` runs
+      all points in one compiled loop.
+    points: 25 in the plots of the Git Re-Basin code.
+    prepare: applied to each interpolated model, such as `refresh_norms`; not
+      with an `Evaluator`.
+
+  Returns:
+    The curve.
+
+  Raises:
+    UserError: models that differ, fewer than two points.
+  """
+  tree_lib.check_same(
+    tree_lib.specs(a), tree_lib.specs(b),
+    expected_name='model a', given_name='model b',
+  )  # fmt: skip
+  if points < 2:
+    raise errors.UserError(f'A line has at least two points, not {points}.')
+  lambdas = np.linspace(0.0, 1.0, points)
+  return Line(
+    lambdas, _values(between, (a, b), evaluate, lambdas[:, None], prepare)
+  )
+
+
+def between(pair: Any, point: typing.Array) -> typing.Tree:
+  """`(1 - point[0]) a + point[0] b`, in float32, cast back; traceable."""
+
+  def mix(x, y):
+    if not numerics.is_averaged(x.dtype):
+      return x
+    wide = numerics.widen(x)
+    by = point[0].astype(wide.dtype)
+    return ((1 - by) * wide + by * numerics.widen(y)).astype(x.dtype)
+
+  return jax.tree.map(mix, *pair)
+
+
+def _values(mix, inputs, evaluate, points, prepare):
+  if prepare is not None:
+    plain = evaluate
+    evaluate = lambda params: plain(prepare(params))
+  log = grid.grid(
+    mix, inputs, evaluate, points,
+    log=search_base.Log(objective=lambda scores: 0.0),
+  )  # fmt: skip
+  names = log.candidates[0].scores
+  return {
+    name: np.array([one.scores[name] for one in log.candidates])
+    for name in names
+  }
+
+
+@dataclasses.dataclass(frozen=True)
+class Plane:
+  """Values on the plane through three models.
+
+  Attributes:
+    x: <float64>[columns], coordinates along `theta_b - theta_a`.
+    y: <float64>[rows], along the part of `theta_c - theta_a` at right angles.
+    corners: <float64>[3, 2], where the three models lie.
+    values: `{name: <float64>[rows, columns]}`.
+  """
+
+  x: np.ndarray
+  y: np.ndarray
+  corners: np.ndarray
+  values: Mapping[str, np.ndarray]
+
+
+def plane(
+  a: typing.Tree,
+  b: typing.Tree,
+  c: typing.Tree,
+  evaluate: search_base.Evaluator | Callable[[typing.Tree], Mapping[str, Any]],
+  *,
+  points: int = 11,
+  margin: float = 0.2,
+) -> Plane:
+  """Evaluates models on the plane through three of them.
+
+  Coordinates are distances in weight space: a lies at (0, 0), b at
+  (|b - a|, 0).
+
+  Args:
+    a: first model.
+    b: second model.
+    c: third model, not on the line through the others.
+    evaluate: as for `line`.
+    points: in each direction.
+    margin: how far the picture reaches beyond the models, as a share.
+
+  Returns:
+    The values.
+
+  Raises:
+    UserError: models that differ, or that lie on one line.
+  """
+  for name, other in (('model b', b), ('model c', c)):
+    tree_lib.check_same(
+      tree_lib.specs(a), tree_lib.specs(other),
+      expected_name='model a', given_name=name,
+    )  # fmt: skip
+  dot = lambda u, v: sum(
+    float(jnp.vdot(x, y))
+    for x, y in zip(jax.tree.leaves(u), jax.tree.leaves(v))
+  )
+  apart = lambda u: jax.tree.map(
+    lambda x, y: numerics.widen(x) - numerics.widen(y)
+    if numerics.is_averaged(x.dtype)
+    else jnp.zeros((), jnp.float32),
+    u, a,
+  )  # fmt: skip
+  to_b, to_c = apart(b), apart(c)
+  width = np.sqrt(dot(to_b, to_b))
+  if not width:
+    raise errors.UserError('Models a and b are the same: they span no plane.')
+  along = dot(to_c, to_b) / width
+  height = np.sqrt(max(dot(to_c, to_c) - along**2, 0.0))
+  if height <= 1e-6 * width:
+    raise errors.UserError('The three models lie on one line: no plane.')
+  corners = np.array([[0.0, 0.0], [width, 0.0], [along, height]])
+  low, high = corners.min(axis=0), corners.max(axis=0)
+  room = margin * (high - low)
+  x, y = (
+    np.linspace(low[i] - room[i], high[i] + room[i], points) for i in (0, 1)
+  )
+  # A point is a + s (b - a) + t (c - a).
+  grid_points = []
+  for v in y:
+    for u in x:
+      t = v / height
+      grid_points.append(((u - t * along) / width, t))
+  values = _values(_on_plane, (a, b, c), evaluate, np.array(grid_points), None)
+  shaped = {n: v.reshape(points, points) for n, v in values.items()}
+  return Plane(x, y, corners, shaped)
+
+
+def _on_plane(corners, point):
+  def mix(x, y, z):
+    if not numerics.is_averaged(x.dtype):
+      return x
+    origin = numerics.widen(x)
+    s, t = point[0].astype(origin.dtype), point[1].astype(origin.dtype)
+    moved = origin + s * (numerics.widen(y) - origin)
+    return (moved + t * (numerics.widen(z) - origin)).astype(x.dtype)
+
+  return jax.tree.map(mix, *corners)
+
+
+def refresh_norms(
+  module: nn.Module,
+  params: typing.Tree,
+  batches: Iterable[Mapping[str, Any]],
+) -> typing.Tree:
+  """Running statistics of batch norms, measured anew on data.
+
+  Averaged weights have other activations than either model, so averaged
+  statistics are wrong, and the barrier they make has nothing to do with
+  alignment.
+
+  Args:
+    module: the model.
+    params: its parameters, with `batch_stats`; without them nothing changes.
+    batches: tens of them: the norm's momentum forgets what it was before.
+
+  Returns:
+    The same parameters with new running statistics.
+  """
+  if models.BATCH_STATS not in params:
+    return params
+  update = jax.jit(
+    lambda params, batch: models.training_logits(module, params, batch)[1]
+  )
+  for batch in batches:
+    params = {**params, models.BATCH_STATS: update(params, dict(batch))}
+  return params

@@ -1,0 +1,117 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""`mergejax stats gram|fisher|survey`: what data-based merges look at."""
+
+from collections.abc import Sequence
+import importlib
+import json
+import pathlib
+import sys
+
+from mergejax import errors
+from mergejax import mesh as mesh_lib
+from mergejax import models
+from mergejax import stats
+from mergejax.run import common
+from mergejax.store import checkpoint
+
+
+def main(arguments: Sequence[str]) -> None:
+  """Collects statistics of one model, or surveys several."""
+  parser = common.parser('stats', 'Collect statistics for merges.')
+  kinds = parser.add_subparsers(dest='kind', required=True)
+  for kind, text in (
+    ('gram', 'Gram matrices of the inputs of linear maps, for regmean'),
+    ('fisher', 'the diagonal Fisher information, for fisher'),
+  ):
+    one = kinds.add_parser(kind, help=text)
+    one.add_argument('model', help='a checkpoint with its config.json')
+    one.add_argument('out', help='the directory to create')
+    one.add_argument('--suite', required=True, help='a YAML file of tasks')
+    one.add_argument('--task', action='append', help='by default all of them')
+    one.add_argument('--split', default='train')
+    one.add_argument('--max_examples', type=int, default=4096, help='of a task')
+    one.add_argument('--data', type=int, default=1, help='devices for rows')
+    one.add_argument('--model_parallel', type=int, default=1)
+    one.add_argument('--exclude', action='append', default=[])
+    if kind == 'gram':
+      one.add_argument('--include', action='append')
+      one.add_argument('--conv', action='store_true')
+      one.add_argument('--tied_head', action='store_true')
+    else:
+      one.add_argument(
+        '--estimator', help='exact, sampled or empirical; by default exact for '
+        'classifiers and sampled for text',
+      )  # fmt: skip
+      one.add_argument('--samples', type=int, default=1)
+      one.add_argument('--seed', type=int, default=0)
+  survey = kinds.add_parser(
+    'survey', help='sizes, signs, angles of task vectors'
+  )
+  survey.add_argument('base')
+  survey.add_argument('models', nargs='+')
+  survey.add_argument('--json', help='also write the rows to this file')
+  survey.add_argument('--plot', help='also draw them into this PNG')
+  options = parser.parse_args(arguments)
+  if options.kind == 'survey':
+    _survey(options)
+  else:
+    _collect(options)
+
+
+def _survey(options):
+  found = stats.survey(
+    [checkpoint.open_checkpoint(path) for path in options.models],
+    checkpoint.open_checkpoint(options.base),
+  )
+  print(found.to_text())
+  if options.json:
+    text = json.dumps(found.to_rows(), indent=2) + '\n'
+    pathlib.Path(options.json).write_text(text)
+  if options.plot:
+    plots = importlib.import_module('mergejax.evaluation.plots')
+    plots.norms(found, options.plot)
+
+
+def _collect(options):
+  # Imports seqio, which takes seconds.
+  suite_lib = importlib.import_module('mergejax.evaluation.suite')
+  suite = suite_lib.load(options.suite)
+  names = options.task or list(suite.tasks)
+  module, params = models.load_model(options.model)
+  batches = [
+    batch
+    for name in names
+    for batch in suite.batches(name, options.split, options.max_examples)
+  ]
+  if options.kind == 'gram':
+    statistic = stats.gram(
+      include=options.include, exclude=options.exclude, conv=options.conv,
+      tied_head=options.tied_head,
+    )  # fmt: skip
+  else:
+    if options.exclude:
+      raise errors.UserError('--exclude is for gram: a Fisher has every leaf.')
+    default = 'exact' if 'images' in batches[0] else 'sampled'
+    statistic = stats.fisher(
+      estimator=options.estimator or default, samples=options.samples,
+      seed=options.seed,
+    )  # fmt: skip
+  mesh = None
+  if options.data * options.model_parallel > 1:
+    mesh = mesh_lib.make_mesh(data=options.data, model=options.model_parallel)
+
+  def progress(done):
+    if sys.stderr.isatty():
+      print(f'\r{done} of {len(batches)} batches', end='', file=sys.stderr)
+    elif done % 64 == 0 or done == len(batches):
+      print(f'{done} of {len(batches)} batches', file=sys.stderr)
+
+  found = stats.collect(
+    statistic, module, params, batches, mesh=mesh, out=options.out,
+    progress=progress,
+  )  # fmt: skip
+  print(
+    f'{options.kind} of {len(found)} parameters over {len(batches)} batches of '
+    f'{", ".join(names)}: {options.out}'
+  )

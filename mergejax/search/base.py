@@ -1,0 +1,318 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What searches share: candidates, their log, and what is searched over.
+
+A search is a deterministic sequence of questions. Every answer is written down
+before the next question is asked; a search that was killed asks the same
+questions again and finds the first answers in the log.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import inspect
+import json
+import math
+import os
+import pathlib
+import re
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mergejax import errors
+from mergejax import recipe as recipe_lib
+from mergejax import typing
+from mergejax.merging import driver
+from mergejax.merging import named
+
+# `{task: score}`, higher is better.
+Scores = Mapping[str, Any]
+
+
+class Evaluator(NamedTuple):
+  """How good parameters are, in a form that can be compiled with a merge.
+
+  Attributes:
+    score: `(params, data) -> {task: score}`, traceable; higher is better.
+    data: the arrays it reads, which stay on the device.
+  """
+
+  score: Callable[[typing.Tree, Any], Scores]
+  data: Any
+
+  def __call__(self, params: typing.Tree) -> Scores:
+    """`score(params, data)`, not compiled."""
+    return self.score(params, self.data)
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+  """Coefficients that were tried.
+
+  Attributes:
+    point: the coefficients, one for each name of the space.
+    scores: `{task: score}`.
+    objective: what the search maximises.
+  """
+
+  point: tuple[float, ...]
+  scores: Mapping[str, float]
+  objective: float
+
+
+def mean_score(scores: Scores) -> float:
+  """The default objective: unweighted mean over tasks."""
+  return float(np.mean([float(s) for s in scores.values()]))
+
+
+class Log:
+  """The candidates of a search, in order, in a file of JSON lines or in memory.
+
+  Args:
+    path: the file; None keeps them in memory only.
+    settings: of the search; a log begun with others is refused.
+    objective: `scores -> number` to maximise. Scores that are not finite make
+      a candidate the worst there can be.
+
+  Raises:
+    UserError: the file is of a search with other settings.
+  """
+
+  def __init__(
+    self,
+    path: os.PathLike | str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    objective: Callable[[Scores], float] = mean_score,
+  ):
+    self.candidates: list[Candidate] = []
+    self._recorded: list[Candidate] = []
+    self._objective = objective
+    self._path = None if path is None else pathlib.Path(path)
+    if self._path is not None:
+      self._open(json.dumps({'search': settings or {}}, sort_keys=True))
+
+  def _open(self, first):
+    if not self._path.exists():
+      self._path.parent.mkdir(parents=True, exist_ok=True)
+      self._append(first)
+      return
+    text = self._path.read_text(encoding='utf-8')
+    whole = text[: text.rfind('\n') + 1]
+    if whole != text:  # killed while writing a line
+      self._path.write_text(whole, encoding='utf-8')
+    lines = whole.splitlines()
+    if not lines:
+      self._append(first)
+      return
+    if lines[0] != first:
+      raise errors.UserError(
+        f'{self._path} is the log of a search with other settings. Choose '
+        'another folder, or remove it to start afresh.'
+      )
+    for line in lines[1:]:
+      row = json.loads(line)
+      self._recorded.append(self._candidate(row['point'], row['scores']))
+
+  def _append(self, line):
+    with open(self._path, 'a', encoding='utf-8') as stream:
+      stream.write(line + '\n')
+      stream.flush()
+      os.fsync(stream.fileno())
+
+  def _candidate(self, point, scores):
+    scores = {name: float(score) for name, score in scores.items()}
+    objective = self._objective(scores)
+    if not math.isfinite(objective):
+      objective = -math.inf
+    return Candidate(tuple(float(x) for x in point), scores, objective)
+
+  def recorded(self, point: Sequence[float]) -> Candidate | None:
+    """The next candidate of the log, if it was tried before.
+
+    Raises:
+      UserError: the log holds another point there.
+    """
+    at = len(self.candidates)
+    if at >= len(self._recorded):
+      return None
+    found = self._recorded[at]
+    if found.point != tuple(float(x) for x in point):
+      raise errors.UserError(
+        f'{self._path}: candidate {at} of the log is {list(found.point)}, but '
+        f'this search asks for {list(map(float, point))}: the log is of '
+        'another search.'
+      )
+    self.candidates.append(found)
+    return found
+
+  def add(self, point: Sequence[float], scores: Scores) -> Candidate:
+    """Writes down a candidate that has just been tried."""
+    one = self._candidate(point, scores)
+    self.candidates.append(one)
+    if self._path is not None:
+      self._append(json.dumps({'point': one.point, 'scores': one.scores}))
+    return one
+
+  def best(self) -> Candidate:
+    """The best candidate; the first of equals."""
+    if not self.candidates:
+      raise errors.UserError('A search must try at least one candidate.')
+    best = max(self.candidates, key=lambda one: one.objective)
+    if best.objective == -math.inf:
+      raise errors.UserError(
+        'No candidate has a finite score; look at the models, and at the log.'
+      )
+    return best
+
+
+@dataclasses.dataclass(frozen=True)
+class Space:
+  """What is searched over: the arguments of a merge, as one vector.
+
+  Attributes:
+    method: name on the menu.
+    count: number of models.
+    options: fixed options of the method.
+    vary: what varies: 'weights' (one a model), 'weight' (one for all models),
+      or a numeric option of the method such as 'scale', 't' or 'density'.
+    low: least value.
+    high: largest value.
+    start: where searches begin.
+    blocks: parts of paths, the last of them '*' for the rest; each block has
+      coefficients of its own. One block by default. See `blocks_of`.
+  """
+
+  method: str
+  count: int
+  options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  vary: str = 'weights'
+  low: float = 0.0
+  high: float = 1.0
+  start: float = 0.5
+  blocks: tuple[str, ...] = ('*',)
+
+  def __post_init__(self):
+    known = ('weights', 'weight', *named.METHODS.options(self.method))
+    if self.vary not in known:
+      raise errors.UserError(
+        errors.near(self.vary, known, f'argument of {self.method} to vary,')
+      )
+    if not self.low < self.high or not self.low <= self.start <= self.high:
+      raise errors.UserError(
+        f'A search from {self.low} to {self.high} cannot begin at '
+        f'{self.start}: low < high, and the start between them.'
+      )
+
+  @property
+  def per_block(self) -> int:
+    """Coefficients of one block."""
+    return self.count if self.vary == 'weights' else 1
+
+  @property
+  def names(self) -> tuple[str, ...]:
+    """A name for each coefficient."""
+    single = [self.vary] if self.per_block == 1 else [
+      f'weight of model {k}' for k in range(self.count)
+    ]  # fmt: skip
+    if len(self.blocks) == 1:
+      return tuple(single)
+    return tuple(f'{name} in {b}' for b in self.blocks for name in single)
+
+  def merge(
+    self,
+    models: Sequence[typing.Tree],
+    point: typing.Array,
+    *,
+    base: typing.Tree | None = None,
+    stats: Sequence[Any] | None = None,
+    seed: int = 0,
+  ) -> typing.Tree:
+    """Merges trees with the coefficients of a point; traceable.
+
+    Args:
+      models: trees, `count` of them.
+      point: <float>[blocks * per_block].
+      base: their ancestor, where the method needs one.
+      stats: statistics of each model, where it needs them.
+      seed: of random methods.
+
+    Returns:
+      The merged tree.
+    """
+    methods = [
+      self._method(point[i * self.per_block : (i + 1) * self.per_block])
+      for i in range(len(self.blocks))
+    ]
+    rules = [
+      (f'.*{re.escape(block)}.*', method)
+      for block, method in zip(self.blocks[:-1], methods)
+    ]
+    return driver.merge(
+      models, methods[-1], base=base, rules=rules, stats=stats, seed=seed
+    )
+
+  def _method(self, values):
+    options = dict(self.options)
+    if self.vary not in ('weights', 'weight'):
+      options[self.vary] = values[0]
+      return named.resolve(self.method, **options)
+    method = named.resolve(self.method, **options)
+    repeats = 1 if self.vary == 'weights' else self.count
+    weights = [values[k] for k in range(self.per_block)] * repeats
+    return method._replace(default_weights=tuple(weights))
+
+  def to_recipe(
+    self, point: Sequence[float], models: Sequence[str], base: str | None
+  ) -> dict[str, Any]:
+    """The recipe that merges files with the coefficients of a point."""
+    by_block = np.reshape(point, (len(self.blocks), self.per_block)).tolist()
+
+    def setting(k):
+      values = [own[min(k, len(own) - 1)] for own in by_block]
+      if len(values) == 1:
+        return values[0]
+      named_blocks = [
+        {'filter': block, 'value': value}
+        for block, value in zip(self.blocks[:-1], values)
+      ]
+      return [*named_blocks, {'value': values[-1]}]
+
+    # What a recipe would otherwise take from mergekit is written out.
+    given = named.METHODS.options(self.method)
+    parameters = {
+      name: given[name].default
+      for name in recipe_lib.MERGEKIT_DEFAULTS.get(self.method, ())
+      if given[name].default is not inspect.Parameter.empty
+    }
+    parameters |= self.options
+    entries = [{'model': model} for model in models]
+    if self.vary in ('weights', 'weight'):
+      for k, entry in enumerate(entries):
+        entry['parameters'] = {'weight': setting(k)}
+    else:
+      parameters[self.vary] = setting(0)
+    if 'scale' in parameters and self.method != 'passthrough':
+      parameters['lambda'] = parameters.pop('scale')
+    recipe = {'merge_method': self.method, 'models': entries}
+    if base:
+      recipe['base_model'] = base
+    if parameters:
+      recipe['parameters'] = parameters
+    return recipe
+
+
+def blocks_of(paths: Sequence[typing.Path]) -> tuple[str, ...]:
+  """The blocks of a model: each of its layers, and '*' for everything else.
+
+  Example:
+    >>> blocks_of(['encoder/layers_0/wi', 'encoder/layers_1/wi', 'norm/scale'])
+    ('encoder/layers_0/', 'encoder/layers_1/', '*')
+  """
+  found = {}
+  for path in paths:
+    layer = re.match(
+      r'.*?(layers?|blocks?|h|stage)[._]\d+(_block_\d+)?[./]', path
+    )
+    if layer:
+      found[layer[0]] = None
+  return (*found, '*')

@@ -1,0 +1,350 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Coefficients by gradient: learned soups and AdaMerging.
+
+The gradient of a loss at `theta = theta_0 + sum_k w_k v_k` with respect to a
+coefficient is an inner product, `dL/dw_k = <dL/dtheta, v_k>`. So one backward
+pass at the merged point and K inner products, leaf by leaf, are enough: K
+models are never on the device at once.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+import dataclasses
+import json
+import os
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from mergejax import errors
+from mergejax import numerics
+from mergejax import tree as tree_lib
+from mergejax import typing
+from mergejax.merging import base as merge_base
+from mergejax.merging import driver
+from mergejax.search import base
+from mergejax.store import base as store_base
+
+GRANULARITIES = ('model', 'block', 'leaf')
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+@dataclasses.dataclass(frozen=True)
+class Learned:
+  """Learned coefficients.
+
+  Attributes:
+    params: the merge.
+    coefficients: `{group: <float>[K]}`, what multiplies each model.
+    raw: the same before the constraint.
+    temperature: what the logits were multiplied with.
+    losses: before each update.
+    metrics: what the loss told beside it, before each update.
+  """
+
+  params: typing.Tree
+  coefficients: Mapping[str, np.ndarray]
+  raw: Mapping[str, np.ndarray]
+  temperature: float
+  losses: tuple[float, ...]
+  metrics: tuple[Mapping[str, float], ...]
+
+
+def entropy(logits: typing.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """Mean entropy of predictions, `-sum p ln(p + 1e-8)`: AdaMerging's loss.
+
+  Args:
+    logits: <float>[batch, classes].
+
+  Returns:
+    `(<float32>[], metrics)`; `largest_class`, the share of the class that is
+    predicted most, tells of a collapse: entropy is least where one class wins
+    everywhere.
+  """
+  p = jax.nn.softmax(logits)
+  value = -jnp.mean(jnp.sum(p * jnp.log(p + 1e-8), axis=-1))
+  return value, {'largest_class': jnp.max(jnp.mean(p, axis=0))}
+
+
+def learn(
+  models: Sequence[typing.Tree | store_base.ParamStore],
+  loss: Callable[..., Any],
+  batches: Iterable[Any],
+  *,
+  base_model: typing.Tree | store_base.ParamStore | None = None,
+  granularity: str | Callable[[typing.Path], str] = 'model',
+  constraint: str = 'softmax',
+  initial: float | None = None,
+  temperature: bool = True,
+  optimizer: optax.GradientTransformation | None = None,
+  journal: os.PathLike | str | None = None,
+  save_every: int = 20,
+  progress: Callable[[int, float], None] = lambda step, loss: None,
+) -> Learned:
+  """Learns coefficients of models by gradient descent on a loss.
+
+  Without `base_model` a learned soup, `theta_l = sum_k softmax(a_l)_k
+  theta_lk`; with it task arithmetic with learned scales, `theta_l = theta_l0 +
+  sum_k a_lk (theta_lk - theta_l0)`, as AdaMerging. `l` runs over the groups of
+  `granularity`.
+
+  Args:
+    models: trees or stores, K of them. Of stores, and of host arrays, one leaf
+      of one model is on the device at a time; sharded leaves stay sharded.
+    loss: `(params, batch, temperature) -> number`, or `(number, metrics)`;
+      differentiated with respect to params and temperature, which multiplies
+      the logits.
+    batches: one an update; their number is that of the updates.
+    base_model: the common ancestor, for task vectors.
+    granularity: 'model' has one coefficient a model, 'block' one for each layer
+      (see `search.base.blocks_of`), 'leaf' one for each array (the released
+      "by layer"), or a function from path to group.
+    constraint: 'softmax' keeps the coefficients of a group on the simplex,
+      'none' leaves them free, 'clip' cuts them to [0, 1].
+    initial: first value of every coefficient before the constraint; by default
+      1 / K, and 0.3 with a base (AdaMerging).
+    temperature: learn one temperature of the logits as well, from 1.
+    optimizer: AdamW with rate 0.05 by default (learned soups); AdaMerging uses
+      `optax.adam(1e-3)`.
+    journal: a file that keeps what is done; the same call continues from it.
+    save_every: updates between two saves of the journal.
+    progress: called with the updates done and the loss.
+
+  Returns:
+    Coefficients and their merge.
+
+  Raises:
+    UserError: no model, models that differ, a loss that is not finite, a
+      journal of something else.
+
+  Source: Wortsman et al. (2022), https://arxiv.org/abs/2203.05482, appendix I;
+  Yang et al., "AdaMerging" (2024), https://arxiv.org/abs/2310.02575.
+  """
+  merge_base.check_choice('constraint', constraint, ('softmax', 'none', 'clip'))
+  if not models:
+    raise errors.UserError('There must be at least one model to mix.')
+  mixer = _Mixer(models, base_model, granularity)
+  if initial is None:
+    initial = 1 / len(models) if base_model is None else 0.3
+  optimizer = optimizer or optax.adamw(0.05, weight_decay=0.0)
+  wide = numerics.accumulation_dtype(mixer.dtype)
+  raw = {g: jnp.full(len(models), initial, wide) for g in mixer.groups}
+  variables = {'raw': raw, 'temperature': jnp.ones((), wide)}
+  state = optimizer.init(variables)
+
+  def constrained(raw):
+    if constraint == 'softmax':
+      return jax.tree.map(jax.nn.softmax, raw)
+    if constraint == 'clip':
+      return jax.tree.map(lambda a: jnp.clip(a, 0.0, 1.0), raw)
+    return raw
+
+  def with_metrics(params, heat, batch):
+    result = loss(params, batch, heat)
+    return result if isinstance(result, tuple) else (result, {})
+
+  backward = jax.jit(
+    jax.value_and_grad(with_metrics, argnums=(0, 1), has_aux=True)
+  )
+
+  @jax.jit
+  def update(variables, state, products, heat_gradient):
+    _, pull = jax.vjp(constrained, variables['raw'])
+    gradient = {
+      'raw': pull(products)[0],
+      'temperature': heat_gradient if temperature else jnp.zeros((), wide),
+    }
+    # optax counts in integers and multiplies them with floats.
+    with jax.numpy_dtype_promotion('standard'):
+      steps, state = optimizer.update(gradient, state, variables)
+      return optax.apply_updates(variables, steps), state
+
+  record = _Journal(journal, mixer, constraint, initial)
+  (variables, state), losses, metrics = record.load((variables, state))
+  done = len(losses)
+  for i, batch in enumerate(batches):
+    if i < done:
+      continue
+    params = mixer.mix(constrained(variables['raw']))
+    (value, told), (gradient, heat) = backward(
+      params, variables['temperature'], batch
+    )
+    value = float(value)
+    if not np.isfinite(value):
+      raise errors.UserError(
+        f'The loss of update {i} is {value}. Check the models and the batch, '
+        'or lower the learning rate.'
+      )
+    products = mixer.products(gradient)
+    del params, gradient
+    variables, state = update(variables, state, products, heat)
+    losses.append(value)
+    metrics.append({name: float(one) for name, one in told.items()})
+    progress(len(losses), value)
+    if len(losses) % save_every == 0:
+      record.save((variables, state), losses, metrics)
+  coefficients = constrained(variables['raw'])
+  params = mixer.mix(coefficients)
+  record.forget()
+  return Learned(
+    params,
+    jax.device_get(coefficients),
+    jax.device_get(variables['raw']),
+    float(variables['temperature']),
+    tuple(losses),
+    tuple(metrics),
+  )
+
+
+def folded(head: typing.Tree, temperature: float) -> typing.Tree:
+  """A head (kernel and bias) that multiplies its logits by a temperature.
+
+  Example:
+    >>> folded({'kernel': jnp.ones(1)}, 2.0)
+    {'kernel': Array([2.], dtype=float32)}
+  """
+  return jax.tree.map(
+    lambda leaf: leaf * jnp.asarray(temperature, leaf.dtype), head
+  )
+
+
+@jax.jit
+def _accumulate(total, leaf, origin, weight):
+  """`total + weight (leaf - origin)`; origin None for a plain mix."""
+  wide = numerics.widen(leaf)
+  if origin is not None:
+    wide = wide - numerics.widen(origin)
+  return total + weight.astype(wide.dtype) * wide
+
+
+@jax.jit
+def _product(gradient, leaf, origin):
+  """`<gradient, leaf - origin>`."""
+  wide = numerics.widen(leaf)
+  if origin is not None:
+    wide = wide - numerics.widen(origin)
+  return jnp.vdot(gradient.astype(wide.dtype), wide, precision=_HIGHEST)
+
+
+class _Mixer:
+  """Models as vectors: their mix, and their products with a gradient."""
+
+  def __init__(self, models, base_model, granularity):
+    self._sources = [driver.Source(m, f'model {i}') for i, m in enumerate(models)]  # fmt: skip
+    self._base = None
+    if base_model is not None:
+      self._base = driver.Source(base_model, 'the base')
+    first = self._base or self._sources[0]
+    for source in self._sources:
+      tree_lib.check_same(
+        first.specs, source.specs,
+        expected_name=first.name, given_name=source.name,
+      )  # fmt: skip
+    self._first = first
+    self._mixed = [
+      p for p, s in first.specs.items() if numerics.is_averaged(s.dtype)
+    ]
+    if not self._mixed:
+      raise errors.UserError('These models have no floating parameters to mix.')
+    self.dtype = max(
+      (first.specs[p].dtype for p in self._mixed), key=lambda d: d.itemsize
+    )
+    if not callable(granularity):
+      merge_base.check_choice('granularity', granularity, GRANULARITIES)
+    self._group = {p: self._group_of(p, granularity) for p in self._mixed}
+    self.groups = list(dict.fromkeys(self._group.values()))
+
+  def _group_of(self, path, granularity):
+    if callable(granularity):
+      return granularity(path)
+    if granularity == 'leaf':
+      return path
+    if granularity == 'model':
+      return '*'
+    blocks = base.blocks_of(self._mixed)
+    return next((b for b in blocks[:-1] if b in path), '*')
+
+  def _origin(self, path):
+    return None if self._base is None else self._base.leaf(path)
+
+  def mix(self, coefficients):
+    """The merged tree, in the dtypes of the first model."""
+    leaves = {}
+    for path, spec in self._first.specs.items():
+      origin = self._origin(path)
+      if path not in self._group:
+        leaf = self._first.leaf(path)
+      else:
+        weights = coefficients[self._group[path]]
+        start = origin if origin is not None else self._sources[0].leaf(path)
+        leaf = numerics.widen(start)
+        leaf = leaf if origin is not None else jnp.zeros_like(leaf)
+        for k, source in enumerate(self._sources):
+          leaf = _accumulate(leaf, source.leaf(path), origin, weights[k])
+        leaf = leaf.astype(jax.dtypes.canonicalize_dtype(spec.dtype))
+      leaves[path] = leaf
+    if self._first.structure is not None:
+      return jax.tree.unflatten(self._first.structure, list(leaves.values()))
+    return tree_lib.unflatten(leaves)
+
+  def products(self, gradient):
+    """`{group: <float>[K]}`: sums over the group's leaves."""
+    gradient = tree_lib.flatten(gradient)
+    sums = {}
+    for path in self._mixed:
+      origin = self._origin(path)
+      own = jnp.stack([
+        _product(gradient[path], source.leaf(path), origin)
+        for source in self._sources
+      ])  # fmt: skip
+      group = self._group[path]
+      wide = own.astype(numerics.accumulation_dtype(self.dtype))
+      sums[group] = wide if group not in sums else sums[group] + wide
+    return sums
+
+
+class _Journal:
+  """Coefficients and optimizer state after some updates: a few numbers."""
+
+  def __init__(self, path, mixer, constraint, initial):
+    self._path = None if path is None else pathlib.Path(path)
+    self._about = {
+      'groups': mixer.groups, 'constraint': constraint, 'initial': initial,
+    }  # fmt: skip
+
+  def load(self, fresh):
+    if self._path is None or not self._path.exists():
+      return fresh, [], []
+    data = json.loads(self._path.read_text(encoding='utf-8'))
+    if data['about'] != self._about:
+      raise errors.UserError(
+        f'{self._path} was begun with other models or settings; remove it to '
+        'start afresh.'
+      )
+    leaves, structure = jax.tree.flatten(fresh)
+    saved = [
+      jnp.asarray(np.array(value, leaf.dtype).reshape(leaf.shape))
+      for value, leaf in zip(data['leaves'], leaves)
+    ]
+    return jax.tree.unflatten(structure, saved), data['losses'], data['metrics']
+
+  def save(self, kept, losses, metrics):
+    if self._path is None:
+      return
+    # A float32 written as a decimal number of Python reads back as itself.
+    leaves = [np.asarray(x, np.float64).tolist() for x in jax.tree.leaves(kept)]
+    data = {
+      'about': self._about, 'leaves': leaves, 'losses': losses,
+      'metrics': metrics,
+    }  # fmt: skip
+    self._path.parent.mkdir(parents=True, exist_ok=True)
+    with store_base.atomic_path(self._path, overwrite=True) as temporary:
+      temporary.write_text(json.dumps(data))
+
+  def forget(self):
+    if self._path is not None:
+      self._path.unlink(missing_ok=True)

@@ -1,0 +1,197 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Uniform and greedy model soups."""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import numpy as np
+
+from mergejax import errors
+from mergejax import numerics
+from mergejax import tree as tree_lib
+from mergejax import typing
+from mergejax.merging import base as merge_base
+from mergejax.merging import driver
+from mergejax.merging import mean
+from mergejax.search import base
+from mergejax.store import base as store_base
+
+
+@dataclasses.dataclass(frozen=True)
+class Soup:
+  """A greedy soup.
+
+  Attributes:
+    params: the mean of the ingredients.
+    ingredients: their numbers, in the order in which they were added.
+    score: of the soup, on the held-out data.
+    single_scores: of every model alone, None where the order was given.
+    candidate_scores: of the first model, then of every soup that was tried.
+    order: in which models were tried.
+  """
+
+  params: typing.Tree
+  ingredients: tuple[int, ...]
+  score: float
+  single_scores: tuple[float, ...] | None
+  candidate_scores: tuple[float, ...]
+  order: tuple[int, ...]
+
+
+def uniform(
+  models: Sequence[typing.Tree | store_base.ParamStore],
+) -> typing.Tree:
+  """The plain mean of all models; the head is averaged too."""
+  return driver.merge(models, mean.linear())
+
+
+def greedy(
+  models: Sequence[typing.Tree | store_base.ParamStore],
+  evaluate: Callable[[typing.Tree], Any],
+  *,
+  accept: str = 'ge',
+  higher_is_better: bool = True,
+  order: Sequence[int] | None = None,
+  log: base.Log | None = None,
+) -> Soup:
+  """Adds models to a mean, best first, as long as the mean does not get worse.
+
+  With n ingredients the candidate is `(n soup + theta) / (n + 1)`, from a sum
+  kept in float32. No model is tried twice, so K models cost at most K
+  evaluations alone and K - 1 of soups.
+
+  Args:
+    models: trees or stores, K of them; only one is read at a time.
+    evaluate: `params -> score`, a number or `{task: score}` whose mean counts,
+      on held-out data; never on the test set.
+    accept: 'ge' keeps a model that leaves the score equal, as the paper's
+      recipe; 'gt' asks for a better one, as the released script.
+    higher_is_better: False for losses.
+    order: the numbers of the models in the order to try them, if known;
+      otherwise by their own score. Of equal models the later one comes first,
+      as in the released script.
+    log: where scores are written down; what it holds is not evaluated again.
+
+  Returns:
+    The soup. Its score is never worse than that of the best model alone.
+
+  Raises:
+    UserError: no model, models that differ, an order that is not one of all
+      models, not one finite score.
+
+  Source: Wortsman et al., "Model soups" (2022),
+  https://arxiv.org/abs/2203.05482, recipe 1.
+  """
+  merge_base.check_choice('accept', accept, ('ge', 'gt'))
+  count = len(models)
+  if not count:
+    raise errors.UserError('A soup needs at least one model; none was given.')
+  sources = [driver.Source(m, f'model {i}') for i, m in enumerate(models)]
+  for source in sources[1:]:
+    tree_lib.check_same(
+      sources[0].specs, source.specs,
+      expected_name=sources[0].name, given_name=source.name,
+    )  # fmt: skip
+  log = base.Log() if log is None else log
+
+  def score(members, params):
+    """Higher is better; what is not finite is worst. Memoised by the log."""
+    point = np.isin(np.arange(count), members) / len(members)
+    found = log.recorded(point)
+    if found is None:
+      scores = evaluate(params())
+      if not isinstance(scores, dict):
+        scores = {'score': scores}
+      found = log.add(point, scores)
+    value = base.mean_score(found.scores)
+    value = value if higher_is_better else -value
+    return value if math.isfinite(value) else -math.inf
+
+  if order is None:
+    single = tuple(
+      score([k], lambda k=k: _tree(_params(sources[k]), sources[k]))
+      for k in range(count)
+    )
+    # Stable by ascending score, then reversed.
+    order = tuple(reversed(np.argsort(single, kind='stable').tolist()))
+  else:
+    order, single = tuple(int(k) for k in order), None
+    if sorted(order) != list(range(count)):
+      raise errors.UserError(
+        f'order must hold each of 0 to {count - 1} once, not {list(order)}.'
+      )
+  first = order[0]
+  best = (
+    single[first]
+    if single
+    else score([first], lambda: _tree(_params(sources[first]), sources[first]))
+  )
+  if best == -math.inf:
+    raise errors.UserError(
+      'The best model has no finite score: check the evaluation, and the models.'
+    )
+  chosen, tried = [first], [best]
+  total = _sum(None, _params(sources[first]))
+  for k in order[1:]:
+    bigger = _sum(total, _params(sources[k]))
+    size = len(chosen) + 1
+    value = score(
+      [*chosen, k], lambda b=bigger, n=size: _mean(b, n, sources[0])
+    )
+    tried.append(value)
+    if value > best or (value == best and accept == 'ge'):
+      total, best = bigger, value
+      chosen.append(k)
+  sign = 1 if higher_is_better else -1
+  return Soup(
+    _mean(total, len(chosen), sources[0]),
+    tuple(chosen),
+    sign * best,
+    None if single is None else tuple(sign * s for s in single),
+    tuple(sign * t for t in tried),
+    order,
+  )
+
+
+def _params(source):
+  return {path: source.leaf(path) for path in source.specs}
+
+
+@jax.jit
+def _add(total, leaf):
+  return total + numerics.widen(leaf)
+
+
+def _sum(total, params):
+  """Float leaves summed in float32, others of the first model."""
+  if total is None:
+    return {
+      path: numerics.widen(leaf) if numerics.is_averaged(leaf.dtype) else leaf
+      for path, leaf in params.items()
+    }
+  return {
+    path: _add(total[path], leaf)
+    if numerics.is_averaged(leaf.dtype)
+    else total[path]
+    for path, leaf in params.items()
+  }
+
+
+def _mean(total, count, source):
+  leaves = {}
+  for path, leaf in total.items():
+    dtype = source.specs[path].dtype
+    if numerics.is_averaged(dtype):
+      leaf = (leaf / count).astype(jax.dtypes.canonicalize_dtype(dtype))
+    leaves[path] = leaf
+  return _tree(leaves, source)
+
+
+def _tree(leaves, source):
+  if source.structure is not None:
+    return jax.tree.unflatten(source.structure, list(leaves.values()))
+  return tree_lib.unflatten(leaves)

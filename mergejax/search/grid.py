@@ -1,0 +1,101 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Coefficients by grid: merge and evaluation in one compiled loop."""
+
+from collections.abc import Callable
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mergejax import typing
+from mergejax.search import base
+
+
+def line(space: base.Space, points: int) -> np.ndarray:
+  """`<float64>[points, 1]` evenly spread from low to high, both included."""
+  return np.linspace(space.low, space.high, points)[:, None]
+
+
+def lattice(space: base.Space, points: int) -> np.ndarray:
+  """`<float64>[points ** n, n]`: every combination of evenly spread values."""
+  axis = np.linspace(space.low, space.high, points)
+  return np.array(list(itertools.product(axis, repeat=len(space.names))))
+
+
+def pairs(points: int = 51) -> np.ndarray:
+  """Two models' coefficients `(1, 0)` to `(0, 1)` in even steps.
+
+  Returns:
+    `<float64>[points, 2]`, the grid of Matena and Raffel (2022).
+  """
+  second = np.linspace(0.0, 1.0, points)
+  return np.stack([1 - second, second], axis=1)
+
+
+def dirichlet(count: int, draws: int, seed: int = 0) -> np.ndarray:
+  """`<float64>[draws, count]` from the flat Dirichlet: more than two models."""
+  return np.random.default_rng(seed).dirichlet(np.ones(count), draws)
+
+
+def grid(
+  merge: Callable[[Any, typing.Array], typing.Tree],
+  models: Any,
+  evaluate: base.Evaluator | Callable[[typing.Tree], base.Scores],
+  points: np.ndarray,
+  *,
+  log: base.Log | None = None,
+  chunk: int = 7,
+  progress: Callable[[int, int], None] = lambda done, total: None,
+) -> base.Log:
+  """Scores every point of a grid.
+
+  With an `Evaluator` one compiled program holds models and data on the device
+  and loops over the points: no merged model ever leaves it. With a plain
+  function every point is merged, then evaluated.
+
+  Args:
+    merge: `(models, point <float32>[n]) -> params`, traceable for an
+      `Evaluator`; see `Space.merge`.
+    models: what merge reads: trees and statistics.
+    evaluate: how good parameters are.
+    points: <float>[points, n].
+    log: where candidates are written down; what it holds is not tried again.
+    chunk: points of one call of the program; the log grows by as many.
+    progress: called with the points done and their number.
+
+  Returns:
+    The log with all points.
+  """
+  log = base.Log() if log is None else log
+  points = np.asarray(points, np.float64)
+  todo = [point for point in points if log.recorded(point) is None]
+  done = len(points) - len(todo)
+  if not isinstance(evaluate, base.Evaluator):
+    for point in todo:
+      log.add(point, evaluate(merge(models, jnp.asarray(point, jnp.float32))))
+      done += 1
+      progress(done, len(points))
+    return log
+
+  @jax.jit
+  def scores(models, data, some):
+    return jax.lax.map(
+      lambda point: evaluate.score(merge(models, point), data), some
+    )
+
+  models = jax.device_put(models)
+  for start in range(0, len(todo), chunk):
+    some = todo[start : start + chunk]
+    # The last chunk is filled up, so that one program serves all.
+    filled = np.stack(some + [some[-1]] * (min(chunk, len(points)) - len(some)))
+    found = jax.device_get(
+      scores(models, evaluate.data, jnp.asarray(filled, jnp.float32))
+    )
+    for i, point in enumerate(some):
+      log.add(point, {name: values[i] for name, values in found.items()})
+    done += len(some)
+    progress(done, len(points))
+  return log

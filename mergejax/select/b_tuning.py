@@ -1,0 +1,123 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""B-Tuning: fine-tuning one model towards the evidence of several."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mergejax import errors
+from mergejax import typing
+from mergejax.merging import base as merge_base
+from mergejax.train import losses
+
+
+def teacher_weights(
+  scores: Sequence[float], temperature: float = 0.1
+) -> jax.Array:
+  """`softmax(LogME / temperature)` over teachers, <float>[K].
+
+  Example:
+    >>> teacher_weights([1.0, 1.0]).tolist()
+    [0.5, 0.5]
+  """
+  merge_base.check_option(
+    'temperature', temperature, lambda v: v > 0, 'above 0'
+  )
+  return jax.nn.softmax(jnp.asarray(scores) / temperature)
+
+
+def loss(
+  student_features: typing.Array,
+  student_means: typing.Array,
+  teacher_features: Sequence[typing.Array],
+  teacher_means: Sequence[typing.Array],
+  weights: typing.Array,
+) -> jax.Array:
+  """`mean (F_s m_s^T - sum_k pi_k F_k m_k^T)^2` over batch and classes.
+
+  No gradient reaches the teachers, nor any posterior mean.
+
+  Args:
+    student_features: <float>[batch, D].
+    student_means: <float>[C, D], posterior means of LogME for the student on
+      the target task, from before training.
+    teacher_features: <float>[batch, D_k] each.
+    teacher_means: <float>[C, D_k] each.
+    weights: <float>[K] from `teacher_weights`.
+
+  Returns:
+    <float>[]. As the mean is over classes too, lambda 100 is 100 / C for each
+    example.
+
+  Raises:
+    UserError: features and means that do not fit each other.
+
+  Source: You et al. (2022), https://arxiv.org/abs/2110.10545, section 6.
+  """
+  pairs = [(student_features, student_means), *zip(teacher_features, teacher_means)]  # fmt: skip
+  if len(teacher_features) != len(teacher_means) or not teacher_features:
+    raise errors.UserError(
+      f'{len(teacher_features)} features and {len(teacher_means)} means of '
+      'teachers: one of each, and at least one teacher.'
+    )
+  for i, (features, means) in enumerate(pairs):
+    who = f'teacher {i - 1}' if i else 'the student'
+    if means is None:
+      raise errors.UserError(
+        f'The posterior means of {who} are missing: `select.evidence(features, '
+        'labels).means`.'
+      )
+    if features.shape[-1] != means.shape[-1] or means.shape[0] != pairs[0][1].shape[0]:  # fmt: skip
+      raise errors.UserError(
+        f'Features {list(features.shape)} and means {list(means.shape)} of '
+        f'{who} do not fit: [batch, D] and [classes, D].'
+      )
+  still = jax.lax.stop_gradient
+  target = student_features @ still(student_means).T
+  source = sum(
+    weights[k] * (still(features) @ still(means).T)
+    for k, (features, means) in enumerate(pairs[1:])
+  )
+  return jnp.mean(jnp.square(target - still(source)))
+
+
+def with_teachers(
+  loss_fn: losses.LossFn,
+  features: Callable[[typing.Tree, Any], jax.Array],
+  means: typing.Array,
+  teachers: Sequence[tuple[Callable[[Any], jax.Array], typing.Array]],
+  scores: Sequence[float],
+  *,
+  trade_off: float = 100.0,
+  temperature: float = 0.1,
+) -> losses.LossFn:
+  """A training loss with the B-Tuning term, for `train.step.make_step`.
+
+  Args:
+    loss_fn: the task's loss, from `losses.make_loss`.
+    features: `(params, batch) -> <float>[batch, D]` of the student; see
+      `select.features`.
+    means: <float>[C, D] of the student.
+    teachers: `(features of a batch, means)` of each teacher; the former may
+      read a cache.
+    scores: LogME of each teacher.
+    trade_off: lambda; 100 in the paper.
+    temperature: of the teachers' weights; 0.1 in the paper.
+
+  Returns:
+    A loss with the further metric `b_tuning`.
+  """
+  weights = teacher_weights(scores, temperature)
+
+  def combined(params, batch, key=None):
+    value, metrics = loss_fn(params, batch, key)
+    extra = loss(
+      features(params, batch), means, [f(batch) for f, _ in teachers],
+      [m for _, m in teachers], weights,
+    )  # fmt: skip
+    return value + trade_off * extra, dict(metrics, b_tuning=extra)
+
+  return combined

@@ -1,0 +1,109 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Features of a model on a task: what its last layer is given."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mergejax import errors
+from mergejax import models
+from mergejax import tree as tree_lib
+from mergejax import typing
+from mergejax.nn import t5
+from mergejax.stats import capture
+
+
+def extract(
+  module: nn.Module,
+  params: typing.Tree,
+  batches: Iterable[Mapping[str, Any]],
+  *,
+  layer: str | None = None,
+) -> np.ndarray:
+  """Features of examples, by interception of what a linear map is given.
+
+  Image classifiers: the input of the head. Language models: that of the output
+  layer, averaged over real positions. Encoder-decoders: the encoder's output
+  (the input of the first cross-attention), averaged over real positions.
+
+  Args:
+    module: the model.
+    params: its parameters.
+    batches: dicts of arrays; rows without any real target are left out.
+    layer: path of another kernel whose inputs are the features.
+
+  Returns:
+    <float32>[examples, width].
+
+  Raises:
+    UserError: a layer that does not exist or was not seen, no example.
+
+  Example:
+    >>> from mergejax.nn import vision
+    >>> module = vision.MLP(vision.MLPConfig(hidden=(4,)))
+    >>> params = models.init_params(module, jax.random.key(0))
+    >>> extract(module, params, [models.example_batch(module, 3)]).shape
+    (3, 4)
+  """
+  specs = tree_lib.specs(params)
+  layer = layer or default_layer(module, specs)
+  if layer not in specs:
+    raise errors.UserError(errors.near(layer, specs, 'parameter'))
+
+  @jax.jit
+  def pooled(params, batch):
+    return features_of(module, params, batch, layer)
+
+  rows = []
+  for batch in batches:
+    weights = np.asarray(models.target_weights(batch))
+    real = weights.reshape(len(weights), -1).max(axis=1) > 0
+    rows.append(np.asarray(pooled(params, dict(batch)))[real])
+  if not rows:
+    raise errors.UserError('There was no batch to take features of.')
+  return np.concatenate(rows)
+
+
+def default_layer(module: nn.Module, specs: typing.SpecTree) -> str:
+  """The kernel whose inputs are a known model's features."""
+  if isinstance(module, t5.Transformer):
+    return 'decoder/layers_0/encoder_decoder_attention/key/kernel'
+  for name in ('head/kernel', 'decoder/logits_dense/kernel'):
+    if name in specs:
+      return name
+  return 'decoder/token_embedder/embedding'
+
+
+def features_of(
+  module: nn.Module,
+  params: typing.Tree,
+  batch: Mapping[str, Any],
+  layer: str,
+) -> jax.Array:
+  """Features of one batch, <float32>[batch, width]; differentiable."""
+  mask = capture.default_mask(layer, batch)
+
+  def pool(path, inputs):
+    wide = inputs.astype(jnp.float32)
+    if wide.ndim == 2:
+      return wide
+    wide = wide.reshape(wide.shape[0], -1, wide.shape[-1])
+    if mask is None or mask.ndim == 1:
+      return jnp.mean(wide, axis=1)
+    real = mask.astype(jnp.float32)[..., None]
+    total = jnp.sum(jnp.where(real > 0, wide, 0.0), axis=1)
+    return total / jnp.maximum(jnp.sum(real, axis=1), 1.0)
+
+  found = capture.inputs_of(
+    module, params, batch, pool, wanted=lambda path: path == layer
+  )
+  if layer not in found:
+    raise errors.UserError(
+      f'{layer} was not seen at work; name another kernel with `layer`.'
+    )
+  return found[layer]

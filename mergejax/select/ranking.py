@@ -1,0 +1,117 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Many models, many tasks, one table of scores."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from mergejax import errors
+from mergejax import models
+from mergejax import typing
+from mergejax.select import bayes
+from mergejax.select import features
+from mergejax.select import transfer
+
+SCORES = ('logme', 'h_score', 'leep', 'nce')
+
+
+def classes_of(batches: Iterable[Mapping[str, Any]]) -> np.ndarray:
+  """`<int64>[examples]` classes: labels, or distinct whole answers of text.
+
+  Answers are numbered in the order of their tokens, so that the numbers do not
+  depend on which examples come first.
+  """
+  answers = []
+  for batch in batches:
+    weights = np.asarray(models.target_weights(batch))
+    real = weights.reshape(len(weights), -1).max(axis=1) > 0
+    answers.append(np.asarray(models.targets(batch))[real])
+  if not answers:
+    raise errors.UserError('There was no batch to take labels of.')
+  found = np.concatenate(answers)
+  if found.ndim == 1:
+    return found.astype(np.int64)
+  _, numbers = np.unique(found, axis=0, return_inverse=True)
+  return numbers.reshape(-1)
+
+
+def rank(
+  rows: Iterable[tuple[str, nn.Module, typing.Tree]],
+  tasks: Mapping[str, Sequence[Mapping[str, Any]]],
+  *,
+  score: str = 'logme',
+  progress: Any = lambda model, task: None,
+) -> dict[str, dict[str, float]]:
+  """Scores every model for every task, without training.
+
+  Args:
+    rows: `(name, module, params)`, which may come one by one.
+    tasks: `{task: batches}`, some hundreds of examples each.
+    score: 'logme' or 'h_score' of the features (see `features.extract`); 'leep'
+      or 'nce' of the model's own answers: classes of an image classifier, or
+      the most likely first token of text.
+    progress: called with model and task.
+
+  Returns:
+    `{model: {task: score}}`, higher is better; comparable within a task.
+
+  Raises:
+    UserError: an unknown score, a task with fewer than two classes.
+  """
+  if score not in SCORES:
+    raise errors.UserError(errors.near(score, SCORES, 'ranking score'))
+  labels = {}
+  for task, batches in tasks.items():
+    labels[task] = classes_of(batches)
+    if len(np.unique(labels[task])) < 2:
+      raise errors.UserError(
+        f'All examples of {task} have one answer: there is nothing to rank by.'
+      )
+  result = {}
+  for name, module, params in rows:
+    result[name] = {}
+    params = jax.device_put(params)
+    for task, batches in tasks.items():
+      progress(name, task)
+      result[name][task] = _score(module, params, batches, labels[task], score)
+  return result
+
+
+def _score(module, params, batches, labels, score):
+  if score in ('logme', 'h_score'):
+    found = features.extract(module, params, batches)
+    if score == 'logme':
+      return bayes.logme(found, labels)
+    return transfer.h_score(found, labels)
+  given = source_probabilities(module, params, batches)
+  if score == 'leep':
+    return transfer.leep(given, labels)
+  return transfer.nce(given.argmax(axis=1), labels)
+
+
+def source_probabilities(
+  module: nn.Module,
+  params: typing.Tree,
+  batches: Iterable[Mapping[str, Any]],
+) -> np.ndarray:
+  """`<float64>[examples, classes]`, what a model answers in its own classes.
+
+  For text, the distribution of the first target token.
+  """
+
+  @jax.jit
+  def one(params, batch):
+    logits = models.logits(module, params, batch)
+    logits = logits if logits.ndim == 2 else logits[:, 0]
+    return jax.nn.softmax(logits)
+
+  rows = []
+  for batch in batches:
+    weights = np.asarray(models.target_weights(batch))
+    real = weights.reshape(len(weights), -1).max(axis=1) > 0
+    rows.append(np.asarray(one(params, dict(batch)), np.float64)[real])
+  return np.concatenate(rows)

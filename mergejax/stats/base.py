@@ -1,0 +1,296 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Statistics of a model's behaviour on data: collected in one stream, saved.
+
+A statistic is a sum over examples. Every device of the mesh axis `data` sums
+its own examples; the sums meet once, when they are fetched. On the host they
+are kept in float64, so a long stream loses nothing.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+import itertools
+import json
+import os
+import pathlib
+import signal
+import threading
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
+import numpy as np
+
+from mergejax import errors
+from mergejax import mesh as mesh_lib
+from mergejax import typing
+from mergejax.stats import saved
+from mergejax.store import base as store_base
+
+
+class Statistic(NamedTuple):
+  """A mean over examples of something a model does.
+
+  Attributes:
+    kind: its name in files and in `Merge.needs`: 'gram' or 'fisher'.
+    measure: `(module, params, batch, number, shards) -> {path: {'sum': array,
+      'count': array}}` of one batch, each with a leading axis of `shards`
+      parts; number is that of the batch.
+    check: `(params, paths) -> None`, raises if something asked for was not
+      seen.
+    settings: what a reader of the file should know.
+  """
+
+  kind: str
+  measure: Callable[..., dict[typing.Path, dict[str, jax.Array]]]
+  check: Callable[..., None] = lambda *_: None
+  settings: Mapping[str, Any] = {}
+
+
+def collect(
+  statistic: Statistic,
+  module: nn.Module,
+  params: typing.Tree,
+  batches: Iterable[Mapping[str, Any]],
+  *,
+  mesh: jax.sharding.Mesh | None = None,
+  out: os.PathLike | str | None = None,
+  save_every: int = 64,
+  progress: Callable[[int], None] = lambda batches: None,
+) -> saved.Statistics:
+  """Collects a statistic of a model over batches, in evaluation mode.
+
+  Args:
+    statistic: `gram(...)` or `fisher(...)`.
+    module: the model.
+    params: its parameters; left as they are.
+    batches: dicts of arrays of equal shapes; rows that are padding count for
+      nothing.
+    mesh: its axis `data` shares the rows of a batch, `model` the rows of Gram
+      matrices; one device by default.
+    out: where to save; also keeps what is done beside it, and the same call
+      continues from there to the same bits.
+    save_every: batches after which device sums (float32) are added to those of
+      the host (float64), and progress is saved.
+    progress: called with the number of batches done.
+
+  Returns:
+    The means and counts, with the model's fingerprint.
+
+  Raises:
+    UserError: a parameter asked for that was never seen at work, no batch at
+      all, rows that do not divide over the mesh, sums that are not finite.
+
+  Example:
+    >>> from mergejax.stats import gram
+    >>> module, params = nn.Dense(1), {'kernel': jnp.ones((2, 1))}
+    >>> params['bias'] = jnp.zeros(1)
+    >>> means = collect(
+    ...     gram(apply=lambda m, p, batch: m.apply(
+    ...         {'params': p}, batch['x'], mutable=['intermediates'])[1]),
+    ...     module, params, [{'x': jnp.array([[1.0, 2.0]])}])
+    >>> means['kernel']['gram'].tolist()
+    [[1.0, 2.0], [2.0, 4.0]]
+  """
+  mesh = mesh or mesh_lib.make_mesh(devices=jax.devices()[:1])
+  shards = mesh.shape['data']
+  fingerprint = saved.fingerprint(params)
+  settings = {'kind': statistic.kind, **statistic.settings}
+  journal = _Journal(out, {**settings, 'fingerprint': fingerprint})
+  totals, done = journal.load()
+  params = jax.device_put(params, _param_layout(mesh, params))
+  zeros = step = None
+
+  @jax.jit
+  def measure(params, batch, number):
+    return statistic.measure(module, params, batch, number, shards)
+
+  def add(sums, params, batch, number):
+    return jax.tree.map(jnp.add, sums, measure(params, batch, number))
+
+  sums, number = None, done
+  with _Stopping() as stopping:
+    for number, batch in enumerate(
+      itertools.islice(batches, done, None), done + 1
+    ):
+      batch = _placed(mesh, batch)
+      index = np.uint32(number - 1)
+      if step is None:
+        shapes = jax.eval_shape(measure, params, batch, index)
+        statistic.check(params, list(shapes))
+        layout = _sum_layout(mesh, statistic.kind, shapes)
+        zeros = jax.jit(
+          lambda shapes=shapes: jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype), shapes
+          ),
+          out_shardings=layout,
+        )
+        step = jax.jit(add, donate_argnums=0, out_shardings=layout)
+      sums = step(zeros() if sums is None else sums, params, batch, index)
+      progress(number)
+      if number % save_every == 0:
+        totals, sums = _fetched(totals, sums), None
+        journal.save(totals, number)
+      if stopping.received:
+        # What came after the last save is not kept: sums are added up in the
+        # same groups however often a collection is interrupted.
+        raise errors.Stopped(f'Stopped after {number} batches.')
+  if sums is not None:
+    totals = _fetched(totals, sums)
+  if totals is None:
+    raise errors.UserError('There was no batch to collect statistics from.')
+  result = _means(statistic.kind, totals, fingerprint, settings, number)
+  if out is not None:
+    result.save(out)
+  journal.forget()
+  return result
+
+
+def _param_layout(mesh, params):
+  """Parameters stay where they are on this mesh, else go to all devices."""
+
+  def of(leaf):
+    layout = getattr(leaf, 'sharding', None)
+    if isinstance(layout, NamedSharding) and layout.mesh == mesh:
+      return layout
+    return mesh_lib.replicated(mesh)
+
+  return jax.tree.map(of, params)
+
+
+def _placed(mesh, batch):
+  """A batch with its rows spread over `data`."""
+  shards = mesh.shape['data']
+  rows = NamedSharding(mesh, PartitionSpec('data'))
+  result = {}
+  for name, leaf in batch.items():
+    leaf = jnp.asarray(leaf)
+    if leaf.ndim and leaf.shape[0] % shards:
+      raise errors.UserError(
+        f'{name} of a batch has {leaf.shape[0]} rows, which do not divide over '
+        f'{shards} data slices of the mesh.'
+      )
+    result[name] = jax.device_put(
+      leaf, rows if leaf.ndim else mesh_lib.replicated(mesh)
+    )
+  return result
+
+
+def _sum_layout(mesh, kind, shapes):
+  """One part a data slice; rows of a Gram matrix over `model`."""
+
+  def of(shape):
+    spec = ['data'] + [None] * (len(shape.shape) - 1)
+    if kind == 'gram' and len(shape.shape) >= 3:
+      if shape.shape[-2] % mesh.shape['model'] == 0:
+        spec[-2] = 'model'
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+  return jax.tree.map(of, shapes)
+
+
+def _fetched(totals, sums):
+  """Totals in host float64 with the sums of all data slices added."""
+  joined = jax.jit(
+    lambda tree: jax.tree.map(lambda x: jnp.sum(x, axis=0), tree)
+  )(sums)
+  host = {
+    f'{path}/{name}': leaf.astype(np.float64)
+    for path, own in mesh_lib.to_host(joined).items()
+    for name, leaf in own.items()
+  }
+  if totals is None:
+    return host
+  return {path: totals[path] + leaf for path, leaf in host.items()}
+
+
+def _means(kind, totals, fingerprint, settings, batches):
+  result, bad = {}, []
+  for path in dict.fromkeys(name.rsplit('/', 1)[0] for name in totals):
+    count = totals[f'{path}/count']
+    summed = totals[f'{path}/sum']
+    known = np.maximum(count, 1.0)
+    mean = summed / known.reshape(
+      known.shape + (1,) * (summed.ndim - known.ndim)
+    )
+    if not np.isfinite(mean).all():
+      bad.append(path)
+    result[path] = {kind: mean.astype(np.float32), 'count': count}
+  if bad:
+    raise errors.UserError(
+      f'The {kind} statistics of these parameters are not finite; does the '
+      f'model give finite outputs on this data?\n{errors.listed(bad)}'
+    )
+  return saved.Statistics(
+    result, kind, fingerprint, {**settings, 'batches': batches}
+  )
+
+
+class _Journal:
+  """What is done so far, beside the result, saved whole or not at all."""
+
+  def __init__(self, out, settings):
+    self._path = None
+    if out is not None:
+      out = pathlib.Path(out)
+      if out.exists():
+        raise errors.UserError(
+          f'{out} already exists. Choose another name, or remove it first.'
+        )
+      self._path = out.with_name(f'.{out.name}.collecting.npz')
+    self._settings = json.dumps(settings, sort_keys=True)
+
+  def load(self):
+    if self._path is None or not self._path.exists():
+      return None, 0
+    try:
+      with np.load(self._path, allow_pickle=False) as archive:
+        leaves = dict(archive)
+    except (ValueError, OSError, EOFError) as error:
+      raise errors.UserError(
+        f'{self._path} cannot be read ({error}); remove it to start afresh.'
+      ) from error
+    if str(leaves.pop('settings')) != self._settings:
+      raise errors.UserError(
+        f'{self._path} holds a collection that was begun for another model or '
+        'with other settings. Remove it to start afresh.'
+      )
+    done = int(leaves.pop('batches'))
+    return {n.replace('|', '/'): x for n, x in leaves.items()}, done
+
+  def save(self, totals, batches):
+    if self._path is None or jax.process_index():
+      return
+    leaves = {n.replace('/', '|'): x for n, x in totals.items()}
+    with store_base.atomic_path(self._path, overwrite=True) as temporary:
+      with open(temporary, 'wb') as stream:
+        np.savez(
+          stream, settings=self._settings, batches=np.int64(batches), **leaves
+        )
+
+  def forget(self):
+    if self._path is not None and not jax.process_index():
+      self._path.unlink(missing_ok=True)
+
+
+class _Stopping:
+  """Notes SIGTERM, so that a collection ends between two batches."""
+
+  def __init__(self):
+    self.received = False
+    self._main = threading.current_thread() is threading.main_thread()
+
+  def __enter__(self):
+    if self._main:
+      self._previous = signal.signal(signal.SIGTERM, self._note)
+    return self
+
+  def _note(self, number, frame):
+    del number, frame
+    self.received = True
+
+  def __exit__(self, *_):
+    if self._main:
+      signal.signal(signal.SIGTERM, self._previous)

@@ -1,0 +1,135 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Gram matrices of the inputs of linear maps, for RegMean."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mergejax import errors
+from mergejax import tree as tree_lib
+from mergejax.stats import base
+from mergejax.stats import capture
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+# A symmetric matrix is computed in blocks of rows, each up to the diagonal:
+# of so many blocks a little more than half of the products remain.
+_BLOCKS, _SMALLEST_BLOCK = 8, 64
+
+
+def gram(
+  *,
+  include: Sequence[str] | None = None,
+  exclude: Sequence[str] = (),
+  conv: bool = False,
+  tied_head: bool = False,
+  mask: capture.Mask | None = None,
+  kernels: Mapping[type, capture.Describe] | None = None,
+  apply: Callable[..., Any] | None = None,
+) -> base.Statistic:
+  """The statistic `mean over real positions of x x^T` of every linear map.
+
+  `G = X^T X / n` with X the inputs of a kernel, all positions stacked; sums in
+  float32 at the highest precision whatever the model computes in.
+
+  Args:
+    include: full-match regular expressions of parameters; by default every
+      `kernel`, multi-head, stacked (scanned) and expert kernels among them.
+    exclude: expressions to leave out.
+    conv: also convolutions, whose inputs are patches, `[height * width *
+      channels]` as the kernel lies; off by default, as in the paper.
+    tied_head: also an embedding that is the output head; averaged by default.
+    mask: `(path, batch) -> weights` of the input rows of a layer. The default
+      knows this project's batches and leaves padding out.
+    kernels: `{module class: describe}` for linear maps of other layers;
+      `describe(module, method name, arguments) -> [(parameter, inputs)]`.
+    apply: `(module, params, batch) -> variables`, for modules that are called
+      otherwise than `models.logits` does; must allow `mutable=
+      ['intermediates']`.
+
+  Returns:
+    A statistic for `collect`, whose result has `gram <float32>[(stack,) in,
+    in]` and `count`, the rows seen, for each kernel.
+
+  Source: Jin et al. (2023), https://arxiv.org/abs/2212.09849, section 3.2. The
+  released code counts padding and keeps dropout as it finds it; this does not.
+  """
+  mask = mask or capture.default_mask
+
+  def asked(params):
+    return capture.wanted_kernels(
+      tree_lib.specs(params), include, exclude, conv=conv, tied_head=tied_head
+    )
+
+  def measure(module, params, batch, number, shards):
+    del number
+    paths = set(asked(params))
+
+    def reduce(path, inputs):
+      weights = capture.row_weights(mask(path, batch), inputs, path)
+      return _products(path, inputs, weights, shards)
+
+    found = capture.inputs_of(
+        module, params, batch, reduce, wanted=paths.__contains__,
+        kernels=kernels, apply=apply,
+    )  # fmt: skip
+    # Lifted layers put their stack in front of the shards.
+    return {
+      path: {
+        'sum': jnp.moveaxis(own['sum'], -3, 0),
+        'count': jnp.moveaxis(own['count'], -1, 0),
+      }
+      for path, own in found.items()
+    }
+
+  def check(params, paths):
+    capture.check_seen(asked(params), paths, tree_lib.specs(params))
+
+  settings = {
+    'include': include and list(include), 'exclude': list(exclude),
+    'conv': conv, 'tied_head': tied_head,
+  }  # fmt: skip
+  return base.Statistic('gram', measure, check, settings)
+
+
+def _products(path, inputs, weights, shards):
+  """`{'sum': [shards, in, in], 'count': [shards]}` of one call of a layer."""
+  size = inputs.shape[-1]
+  if inputs.ndim < 2 or inputs.shape[0] % shards:
+    raise errors.UserError(
+      f'The inputs of {path} are {list(inputs.shape)}; their first axis should '
+      f'be the rows of a batch, to be shared by {shards} device(s).'
+    )
+  # [batch, ..., in] -> [shards, rows, in]: no row leaves its device.
+  rows = inputs.astype(jnp.float32).reshape(shards, -1, size)
+  if weights is None:
+    count = jnp.full((shards,), rows.shape[1], jnp.float32)
+    weighted = rows
+  else:
+    weights = weights.reshape(shards, -1)
+    count = jnp.sum(weights, axis=1)
+    # What stands in padding is arbitrary, even infinite.
+    rows = jnp.where(weights[..., None] > 0, rows, 0.0)
+    weighted = rows * weights[..., None]
+  return {'sum': _symmetric(rows, weighted), 'count': count}
+
+
+def _symmetric(rows, weighted):
+  """`rows^T weighted`, which is symmetric, `[shards, in, in]`."""
+  product = lambda a, b: jnp.einsum('sri,srj->sij', a, b, precision=_HIGHEST)
+  size = rows.shape[-1]
+  if size < 2 * _SMALLEST_BLOCK:
+    return product(rows, weighted)
+  step = max(-(-size // _BLOCKS), _SMALLEST_BLOCK)
+  strips = []
+  for start in range(0, size, step):
+    end = min(start + step, size)
+    strip = product(rows[..., start:end], weighted[..., :end])
+    strips.append(jnp.pad(strip, ((0, 0), (0, 0), (0, size - end))))
+  lower = jnp.concatenate(strips, axis=1)
+  # The blocks on the diagonal are whole; the strict lower triangle suffices.
+  below = jnp.tril(lower, -1)
+  on = jnp.tril(lower) - below
+  return below + jnp.swapaxes(below, 1, 2) + on

@@ -1,0 +1,548 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Git Re-Basin: function equality, planted permutations, goldens."""
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import flax.linen as nn
+import goldens
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import mergejax as mj
+from mergejax import align
+from mergejax import errors
+from mergejax import mesh as mesh_lib
+from mergejax import models
+from mergejax import tree
+from mergejax.align import activations
+from mergejax.align import spec as spec_lib
+from mergejax.align import straight_through
+from mergejax.align import weights
+from mergejax.stats import capture
+
+TEXT = dict(vocab_size=20, emb_dim=10, num_heads=3, head_dim=4, mlp_dim=9)
+BUILT = (
+  ('mlp', dict(model_type='mlp', hidden=(8, 6), image_shape=(4, 4, 1))),
+  ('vgg', dict(model_type='vgg', channels=(6, 0, 8, 0), dense=(7,),
+               image_shape=(8, 8, 1))),
+  ('resnet_batch', dict(model_type='resnet', stages=(1, 1), channels=(4, 6),
+                        norm='batch', image_shape=(8, 8, 1))),
+  ('resnet50', dict(model_type='resnet', stages=(1, 2), channels=(4, 8),
+                    bottleneck=True, large_stem=True, norm='group',
+                    image_shape=(16, 16, 1))),
+  ('vit', dict(model_type='vit', emb_dim=12, num_heads=3, num_layers=1,
+               mlp_dim=9, patch=4, image_shape=(8, 8, 1))),
+  ('t5', dict(model_type='t5x', num_encoder_layers=2, num_decoder_layers=1,
+              logits_via_embedding=True, **TEXT)),
+  ('lm', dict(model_type='lm', num_layers=2, **TEXT)),
+)  # fmt: skip
+
+
+def shaken(params, seed, size=0.3):
+  """Parameters with noise, so that no two units are alike."""
+  rng = np.random.default_rng(seed)
+
+  def shake(path, leaf):
+    noise = size * rng.normal(size=leaf.shape).astype(np.float32)
+    return np.abs(leaf + noise) if path.endswith('var') else leaf + noise
+
+  return tree.map_paths(shake, jax.tree.map(np.asarray, params))
+
+
+def random_batch(module, rows=3, length=5, seed=0):
+  rng = np.random.default_rng(seed)
+  batch = models.example_batch(module, rows, length=length)
+  batch.pop('labels', None)
+  return {
+    name: rng.random(x.shape).astype(np.float32)
+    if name == 'images'
+    else rng.integers(1, 20, x.shape)
+    for name, x in batch.items()
+  }
+
+
+def built(fields, seed=0):
+  """`(module, apply, params, batch)`."""
+  module = models.build(fields)
+  params = shaken(models.init_params(module, jax.random.key(seed)), seed)
+  apply = lambda params, batch: models.logits(module, params, batch)
+  return module, apply, params, random_batch(module)
+
+
+class Stacked(nn.Module):
+  """Scanned gated MLP blocks around a residual stream."""
+
+  @nn.compact
+  def __call__(self, x):
+    class Block(nn.Module):
+      @nn.compact
+      def __call__(self, x, _):
+        gate = nn.Dense(7, name='wi_0')(x) * nn.tanh(
+          nn.Dense(7, name='wi_1')(x)
+        )
+        return x + nn.Dense(6, name='wo')(gate), None
+
+    x = nn.Dense(6, name='in')(x)
+    layers = nn.scan(
+      Block, variable_axes={'params': 0, 'intermediates': 0},
+      split_rngs={'params': True}, length=3,
+    )  # fmt: skip
+    return nn.Dense(2, name='out')(layers(name='layers')(x, None)[0])
+
+
+def stacked_model():
+  module = Stacked()
+  x = np.random.default_rng(0).normal(size=(4, 5)).astype(np.float32)
+  params = shaken(module.init(jax.random.key(0), x)['params'], 0)
+  apply = lambda params, x: module.apply({'params': params}, x)
+  return module, apply, params, x
+
+
+class DeriveTest(parameterized.TestCase):
+  @parameterized.named_parameters(*BUILT)
+  def test_random_permutations_keep_the_function(self, fields):
+    _, apply, params, batch = built(fields)
+    spec = align.derive(apply, params, batch)
+    permutation = spec_lib.random_permutation(spec, 1)
+    moved = align.permute(spec, permutation, params)
+    worst = align.check_function(apply, params, moved, batch, tolerance=1e-5)
+    self.assertLess(worst, 1e-5)
+    changed = jax.tree.map(lambda x, y: not np.array_equal(x, y), params, moved)
+    self.assertTrue(any(jax.tree.leaves(changed)))
+
+  @parameterized.named_parameters(
+    ('mlp', BUILT[0][1], [8, 6]),
+    ('vgg', BUILT[1][1], [6, 8, 7]),
+    # a stage's stream, and the middle of each block
+    ('resnet', BUILT[2][1], [4, 4, 6, 6]),
+    # residual stream; per stack: heads, with dimensions of q, k and of v, out
+    # per layer; cross-attention heads per layer; MLPs
+    ('t5', BUILT[5][1], [10, 3, 3, 3] + [4] * 8 + [9] * 3),
+    ('lm', BUILT[6][1], [10, 3] + [4] * 4 + [9] * 2),
+  )
+  def test_the_groups_are_those_of_the_architecture(self, fields, sizes):
+    _, apply, params, batch = built(fields)
+    spec = align.derive(apply, params, batch)
+    found = sorted(group.size for group in spec.groups.values())
+    expected = [4, 4, 6, 6] if fields['model_type'] == 'resnet' else sizes
+    self.assertEqual(found, sorted(expected))
+
+  def test_heads_of_a_stack_move_as_one(self):
+    _, apply, params, batch = built(BUILT[6][1])
+    spec = align.derive(apply, params, batch)
+    (heads,) = [
+      name for name in spec.groups
+      if 'decoder/relpos_bias/rel_embedding' in spec.leaves_with(name)
+    ]  # fmt: skip
+    self.assertLen(spec.leaves_with(heads), 1 + 2 * 4)
+    inside = [n for n, g in spec.groups.items() if g.parents == (heads,)]
+    self.assertLen(inside, 4)
+
+  def test_scanned_layers_have_their_own(self):
+    _, apply, params, x = stacked_model()
+    spec = align.derive(apply, params, x)
+    shapes = sorted(spec_lib.index_shape(spec, name) for name in spec.groups)
+    self.assertEqual(shapes, [(3, 7), (6,)])
+    moved = align.permute(spec, spec_lib.random_permutation(spec), params)
+    align.check_function(apply, params, moved, x, tolerance=1e-5)
+
+  def test_flattened_map(self):
+    def apply(params, x):
+      y = jnp.maximum(
+        jax.lax.conv(x, params['conv'], (1, 1), 'SAME'), 0.0
+      )  # [batch, channels, height, width]
+      y = jnp.moveaxis(y, 1, 3).reshape(len(x), -1)
+      return y @ params['dense']
+
+    rng = np.random.default_rng(0)
+    params = {
+      'conv': rng.normal(size=(5, 1, 3, 3)).astype(np.float32),
+      'dense': rng.normal(size=(4 * 4 * 5, 2)).astype(np.float32),
+    }
+    x = rng.normal(size=(2, 1, 4, 4)).astype(np.float32)
+    spec = align.derive(apply, params, x)
+    self.assertEqual([g.size for g in spec.groups.values()], [5])
+    moved = align.permute(spec, spec_lib.random_permutation(spec), params)
+    align.check_function(apply, params, moved, x, tolerance=1e-5)
+
+  def test_what_tells_positions_apart_is_fixed(self):
+    params = {
+      'a': np.ones((3, 4), np.float32),
+      'b': np.ones((4, 2), np.float32),
+    }
+    x = np.ones((5, 3), np.float32)
+    for change in (
+      lambda h: h * jnp.arange(4.0)[None],
+      lambda h: jnp.concatenate([h[:, :1], h[:, 1:]], axis=1),
+      lambda h: jnp.cumsum(h, axis=1),
+      lambda h: jnp.sort(h, axis=1),
+      lambda h: h[:, ::-1],
+      lambda h: jax.lax.while_loop(lambda h: h[0, 0] < 0, lambda h: h + 1, h),
+    ):
+      apply = lambda p, x, change=change: change(x @ p['a']) @ p['b']
+      with self.assertRaisesRegex(errors.UserError, 'No unit'):
+        align.derive(apply, params, x)
+
+  def test_units_on_two_axes_of_a_leaf_stay(self):
+    params = {
+      'in': np.ones((3, 4), np.float32), 'mix': np.ones((4, 4), np.float32),
+      'out': np.ones((4, 2), np.float32), 'w': np.ones((3, 5), np.float32),
+      'v': np.ones((5, 4), np.float32),
+    }  # fmt: skip
+
+    def apply(p, x):
+      h = x @ p['in'] + jnp.tanh(x @ p['w']) @ p['v']
+      return (h + h @ p['mix']) @ p['out']
+
+    spec = align.derive(apply, params, np.ones((2, 3), np.float32))
+    self.assertEqual([g.size for g in spec.groups.values()], [5])
+    self.assertIn('mix', spec.notes[0])
+
+  def test_from_axes(self):
+    _, apply, params, batch = built(BUILT[5][1])
+    spec = align.from_axes(tree.specs(params))
+    moved = align.permute(spec, spec_lib.random_permutation(spec), params)
+    align.check_function(apply, params, moved, batch, tolerance=1e-5)
+
+  def test_bad_specifications(self):
+    params = {'a': np.ones((2, 3)), 'b': np.ones((4, 1))}
+    with self.assertRaises(errors.UserError) as raised:
+      align.permutation_spec(
+        {'a': ('P', 'P'), 'b': ('P', None), 'c': ()}, params
+      )
+    for part in ('two axes', '4 units here', '+ c'):
+      self.assertIn(part, raised.exception.message)
+    with self.assertRaisesRegex(errors.UserError, '- b'):
+      align.permutation_spec({'a': (None, 'P')}, params)
+    spec = align.permutation_spec({'a': (None, 'P'), 'b': (None, None)}, params)
+    for index in ([0, 0, 1], [0, 1]):
+      with self.assertRaisesRegex(errors.UserError, 'no permutation'):
+        align.permute(spec, {'P': np.array(index)}, params)
+    with self.assertRaisesRegex(errors.UserError, '- b'):
+      align.match_weights(spec, params, {'a': params['a']})
+    with self.assertRaisesRegex(errors.UserError, 'nothing is written'):
+      align.check_function(
+        lambda p, x: x @ p['a'], params, {**params, 'a': -params['a']},
+        np.ones((1, 2)),
+      )  # fmt: skip
+    broken = {**params, 'a': np.full((2, 3), np.nan)}
+    with self.assertRaisesRegex(errors.UserError, 'not finite'):
+      align.match_weights(spec, params, broken)
+
+
+class MatchTest(parameterized.TestCase):
+  @parameterized.named_parameters(*BUILT[:2], *BUILT[3:])
+  def test_planted_permutations_are_found(self, fields):
+    _, apply, params, batch = built(fields)
+    spec = align.derive(apply, params, batch)
+    planted = align.permute(
+      spec, spec_lib.random_permutation(spec, 3), shaken(params, 7, 0.003)
+    )
+    best = 0.0
+    for key in range(3):  # a local search
+      found = align.match_weights(spec, params, planted, key)
+      back = align.permute(spec, found, planted)
+      best = max(best, align.objective(spec, params, planted, found))
+    distance = max(
+      np.abs(np.asarray(x) - np.asarray(y)).max()
+      for x, y in zip(jax.tree.leaves(params), jax.tree.leaves(back))
+    )
+    norm = sum(np.vdot(x, x) for x in jax.tree.leaves(params))
+    np.testing.assert_allclose(best, norm, rtol=2e-3)
+    self.assertLess(distance, 0.05)
+
+  def test_scanned(self):
+    _, apply, params, x = stacked_model()
+    spec = align.derive(apply, params, x)
+    planted = align.permute(spec, spec_lib.random_permutation(spec, 3), params)
+    found = align.match_weights(spec, params, planted)
+    back = align.permute(spec, found, planted)
+    jax.tree.map(np.testing.assert_array_equal, back, params)
+
+  def test_sharded_equals_unsharded(self):
+    _, apply, params, batch = built(BUILT[0][1])
+    spec = align.derive(apply, params, batch)
+    other = shaken(params, 5, 1.0)
+    mesh = mesh_lib.make_mesh(data=8)
+    layout = jax.sharding.NamedSharding(
+      mesh, jax.sharding.PartitionSpec('data')
+    )
+    spread = lambda tree_: tree.map_paths(
+      lambda path, leaf: jax.device_put(
+        leaf,
+        layout if leaf.shape[0] % 8 == 0 else mesh_lib.replicated(mesh),
+      ),
+      tree_,
+    )
+    one = align.match_weights(spec, params, other, 1)
+    many = align.match_weights(spec, spread(params), spread(other), 1)
+    jax.tree.map(np.testing.assert_array_equal, one, many)
+
+  def test_inputs_stay_and_fixed_groups_too(self):
+    _, apply, params, batch = built(BUILT[0][1])
+    spec = align.derive(apply, params, batch)
+    other = shaken(params, 5, 1.0)
+    copy = jax.tree.map(np.copy, other)
+    start = spec_lib.random_permutation(spec, 2)
+    begun = {n: x.copy() for n, x in start.items()}
+    names = list(spec.groups)
+    found = align.match_weights(
+      spec, params, other, initial=start, fixed=[names[0]]
+    )
+    np.testing.assert_array_equal(found[names[0]], begun[names[0]])
+    jax.tree.map(np.testing.assert_array_equal, start, begun)
+    jax.tree.map(np.testing.assert_array_equal, other, copy)
+    with self.assertRaisesRegex(errors.UserError, 'matches no permutation'):
+      align.match_weights(spec, params, other, fixed=['nothing'])
+
+  def test_one_hidden_layer_needs_one_sweep(self):
+    fields = dict(model_type='mlp', hidden=(8,), image_shape=(3, 3, 1))
+    _, apply, params, batch = built(fields)
+    spec = align.derive(apply, params, batch)
+    sweeps = []
+    align.match_weights(
+      spec, params, shaken(params, 5, 1.0),
+      progress=lambda sweep, gained: sweeps.append(gained),
+    )  # fmt: skip
+    self.assertLen(sweeps, 1)
+
+
+class GoldenTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.arrays = goldens.load('git_rebasin')
+    self.model = lambda prefix: tree.unflatten(
+      {
+        p.replace('__', '/'): x
+        for p, x in goldens.subtree(self.arrays, f'{prefix}__').items()
+      }
+    )
+    self.a, self.b = self.model('a'), self.model('b')
+    names = {}
+    for i in range(4):
+      before = None if i == 0 else f'P_{i - 1}'
+      after = None if i == 3 else f'P_{i}'
+      names[f'Dense_{i}/kernel'] = (before, after)
+      names[f'Dense_{i}/bias'] = (after,)
+    self.spec = align.permutation_spec(names, self.a)
+    self.permutation = {
+      f'P_{i}': self.arrays[f'wm_perm__P_{i}'] for i in range(3)
+    }
+
+  def logits(self, params, x):
+    for i in range(4):
+      layer = params[f'Dense_{i}']
+      x = x @ layer['kernel'] + layer['bias'][None]
+      x = jnp.maximum(x, 0.0) if i < 3 else x
+    return x
+
+  def loss(self, params, batch):
+    x, y = batch
+    log_p = jax.nn.log_softmax(self.logits(params, x))
+    return -jnp.mean(jnp.take_along_axis(log_p, y[:, None], axis=1))
+
+  def curve(self, second):
+    batch = self.arrays['x'], self.arrays['y']
+    return [
+      float(self.loss(jax.tree.map(
+          lambda x, y, by=np.float32(by): (1 - by) * x + by * y,
+          self.a, second), batch))
+      for by in self.arrays['lambdas']
+    ]  # fmt: skip
+
+  def test_derived_groups_are_those_of_the_specification(self):
+    derived = align.derive(self.logits, self.a, self.arrays['x'])
+    by_leaves = lambda spec: sorted(spec.leaves_with(n) for n in spec.groups)
+    self.assertEqual(by_leaves(derived), by_leaves(self.spec))
+
+  def test_permuting_and_interpolating(self):
+    moved = align.permute(self.spec, self.permutation, self.b)
+    np.testing.assert_allclose(
+      self.logits(moved, self.arrays['x'][:5]),
+      self.arrays['logits_b_first5'], rtol=1e-4, atol=1e-5,
+    )  # fmt: skip
+    np.testing.assert_allclose(
+      self.curve(self.b), self.arrays['loss_curve_naive'], rtol=1e-4
+    )
+    np.testing.assert_allclose(
+      self.curve(moved), self.arrays['loss_curve_matched'], rtol=1e-4
+    )
+    for name, permutation in (
+      ('wm_objective_identity', None), ('wm_objective_matched', self.permutation)
+    ):  # fmt: skip
+      self.assertAlmostEqual(
+        align.objective(self.spec, self.a, self.b, permutation),
+        float(self.arrays[name]), places=3,
+      )  # fmt: skip
+
+  def test_weight_matching_is_in_the_band(self):
+    band = self.arrays['wm_objective_20_orders']
+    found = [
+      align.objective(
+        self.spec, self.a, self.b,
+        align.match_weights(self.spec, self.a, self.b, key),
+      )
+      for key in range(10)
+    ]  # fmt: skip
+    self.assertGreaterEqual(min(found), 0.98 * band.min())
+    self.assertGreaterEqual(np.mean(found), 0.995 * band.mean())
+    identity = float(self.arrays['wm_objective_identity'])
+    self.assertGreater(min(found), identity)
+    best = align.match_weights(self.spec, self.a, self.b, jax.random.key(3))
+    matched = self.curve(align.permute(self.spec, best, self.b))
+    naive = self.curve(self.b)
+    self.assertLess(matched[5], naive[5])
+    self.assertAlmostEqual(matched[-1], naive[-1], places=5)
+
+  def test_planted(self):
+    planted = self.model('planted_b')
+    found = align.match_weights(self.spec, self.a, planted)
+    for i in range(3):
+      np.testing.assert_array_equal(
+        found[f'P_{i}'], self.arrays[f'planted_perm__P_{i}']
+      )
+
+  def test_one_assignment(self):
+    pairs = weights._Pairs(self.spec, self.a, self.b)
+    unit = weights.units(self.spec)['P_0']
+    start = align.identity(self.spec)
+    found = pairs.similarities(unit, start)
+    np.testing.assert_allclose(
+      np.asarray(found[None])[0, :, 0, :, 0],
+      self.arrays['similarity_P_0_identity_elsewhere'],
+      rtol=1e-4,
+      atol=1e-5,
+    )
+    new, gain = weights.assign(self.spec, unit, found, start)
+    np.testing.assert_array_equal(
+      new['P_0'], self.arrays['lap_P_0_identity_elsewhere']
+    )
+    self.assertGreater(gain, 0)
+
+  @parameterized.parameters('inner', 'pearson')
+  def test_activation_matching(self, similarity):
+    class Net(nn.Module):
+      @nn.compact
+      def __call__(self, x):
+        for i, width in enumerate((20, 16, 20, 4)):
+          x = nn.Dense(width)(x)
+          x = nn.relu(x) if i < 3 else x
+        return x
+
+    apply = lambda module, params, batch: module.apply(
+      {'params': params}, batch['x'], mutable=[capture.COLLECTION]
+    )[1]
+    x = self.arrays['x']
+    for batches in ([{'x': x}], [{'x': x[:100]}, {'x': x[100:]}]):
+      found = activations.match_activations(
+          self.spec, Net(), self.a, self.b, batches, similarity=similarity,
+          apply=apply,
+      )  # fmt: skip
+      kind = 'rawinner' if similarity == 'inner' else 'pearson'
+      for i in range(3):
+        np.testing.assert_array_equal(
+          found[f'P_{i}'], self.arrays[f'act_perm_{kind}__P_{i}']
+        )
+
+  def test_activation_statistics(self):
+    hidden = {}
+    for name, params in (('a', self.a), ('b', self.b)):
+      first = params['Dense_0']
+      hidden[name] = jnp.maximum(
+        self.arrays['x'] @ first['kernel'] + first['bias'][None], 0.0
+      )
+    ones = jnp.ones(300)
+    sums = activations._moments((hidden['a'], ones), (hidden['b'], ones))
+    sums = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
+    pearson = activations._similarity(sums, 'pearson')[0]
+    np.testing.assert_allclose(
+      pearson, self.arrays['act_pearson__0'], rtol=2e-3, atol=2e-4
+    )
+    # cov / (n - 1) + outer(means), the released script's statistic
+    inner = activations._similarity(sums, 'inner')[0]
+    outer = np.outer(sums['a'], sums['b']) / 300**2
+    np.testing.assert_allclose(
+      (inner - outer) * 300 / 299 + outer, self.arrays['act_Eab__0'],
+      rtol=1e-4, atol=1e-5,
+    )  # fmt: skip
+
+  def test_straight_through(self):
+    batch = self.arrays['x'], self.arrays['y']
+    projected = align.permute(self.spec, self.permutation, self.b)
+    value, gradient = jax.value_and_grad(
+      straight_through.midpoint_loss, argnums=1
+    )(self.loss, self.a, self.a, projected, batch)
+    np.testing.assert_allclose(value, self.arrays['ste_loss'], rtol=1e-5)
+    expected = self.model('ste_grad')
+    jax.tree.map(
+      lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6),
+      gradient,
+      expected,
+    )
+    copy = jax.tree.map(np.copy, self.b)
+    found = align.match_straight_through(
+      self.spec, self.loss, self.a, self.b, [batch] * 20, batch,
+      validate_every=1,
+    )  # fmt: skip
+    self.assertLess(found.loss, found.losses[0])
+    self.assertAlmostEqual(found.loss, min(found.losses), places=5)
+    # The permutation that is returned is the best one, not the last.
+    best = align.permute(self.spec, found.permutation, self.b)
+    self.assertAlmostEqual(self.curve(best)[5], found.loss, places=4)
+    jax.tree.map(np.testing.assert_array_equal, self.b, copy)
+
+  def test_many(self):
+    several = [self.a, self.b, self.model('c')]
+    batch = self.arrays['x'], self.arrays['y']
+
+    def apart(some):
+      flat = [np.concatenate([np.ravel(x) for x in jax.tree.leaves(m)]) for m in some]  # fmt: skip
+      return sum(
+        np.square(flat[i] - flat[j]).sum() for i in range(3) for j in range(i)
+      )
+
+    mean = lambda some: mj.merge(some, 'linear')
+    self.assertAlmostEqual(
+      apart(several) / float(self.arrays['mergemany_pairwise_sq_l2_before']),
+      1, places=4,
+    )  # fmt: skip
+    self.assertAlmostEqual(
+      float(self.loss(mean(several), batch)),
+      float(self.arrays['mergemany_naive_loss']), places=4,
+    )  # fmt: skip
+    done = min(
+      (align.merge_many(self.spec, several, key) for key in range(3)), key=apart
+    )
+    expected = float(self.arrays['mergemany_pairwise_sq_l2_after'])
+    self.assertLess(apart(done), 1.03 * expected)
+    self.assertLess(
+      float(self.loss(mean(done), batch)),
+      float(self.arrays['mergemany_naive_loss']),
+    )
+    with self.assertRaisesRegex(errors.UserError, 'at least two'):
+      align.merge_many(self.spec, several[:1])
+
+
+class ActivationsTest(parameterized.TestCase):
+  @parameterized.named_parameters(BUILT[1], BUILT[5])
+  def test_planted_permutations_are_found(self, fields):
+    module, apply, params, batch = built(fields)
+    spec = align.derive(apply, params, batch)
+    planted = spec_lib.random_permutation(spec, 3)
+    other = align.permute(spec, planted, params)
+    big = random_batch(module, rows=24, seed=4)
+    found = align.match_activations(
+      spec, module, params, other, [big], similarity='pearson'
+    )
+    back = align.permute(spec, found, other)
+    align.check_function(apply, params, back, batch, tolerance=1e-5)
+    start = align.objective(spec, params, other)
+    self.assertGreater(align.objective(spec, params, other, found), start)
+    if fields['model_type'] == 'vgg':
+      jax.tree.map(np.testing.assert_array_equal, back, params)
+
+
+if __name__ == '__main__':
+  absltest.main()

@@ -1,0 +1,237 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""`stats`, `align`, `rank`, `search` and `evaluate` on small image models."""
+
+import contextlib
+import io
+import json
+import pathlib
+import tempfile
+
+from absl.testing import absltest
+import jax
+import numpy as np
+import yaml
+
+import mergejax as mj
+from mergejax import models
+from mergejax import stats
+from mergejax.run import main as main_lib
+
+CLASSES = 3
+
+
+class CommandsTest(absltest.TestCase):
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    cls.folder = pathlib.Path(
+      cls.enterClassContext(tempfile.TemporaryDirectory())
+    )
+    rng = np.random.default_rng(0)
+    for task in ('left', 'right'):
+      (cls.folder / task).mkdir()
+      for split in ('train', 'validation', 'test'):
+        labels = rng.integers(0, CLASSES, 60)
+        images = rng.integers(0, 90, (60, 4, 4))
+        column = labels if task == 'left' else (labels + 1) % CLASSES
+        images[np.arange(60), :, column] += 150
+        np.savez(
+          cls.folder / task / f'{split}.npz',
+          images=images.astype(np.uint8), labels=labels.astype(np.uint8),
+        )  # fmt: skip
+    cls.suite = cls.folder / 'suite.yaml'
+    tasks = {t: {'images': str(cls.folder / t)} for t in ('left', 'right')}
+    cls.suite.write_text(yaml.safe_dump({'tasks': tasks, 'batch_size': 16}))
+    module = models.build(
+      dict(model_type='mlp', hidden=(6,), image_shape=(4, 4, 1), classes=CLASSES)
+    )  # fmt: skip
+    for i, name in enumerate(('base', 'a', 'b')):
+      params = models.init_params(module, jax.random.key(i))
+      mj.save_checkpoint(
+        cls.folder / name, params, config=models.describe(module)
+      )
+
+  def run_command(self, *arguments, code=0):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+      found = main_lib.main([str(a) for a in arguments])
+    self.assertEqual(found, code, err.getvalue())
+    return out.getvalue() if code == 0 else err.getvalue()
+
+  def path(self, name):
+    return self.folder / name
+
+  def recipe(self, name, data):
+    path = self.folder / f'{name}.yaml'
+    path.write_text(yaml.safe_dump(data))
+    return path
+
+  def test_statistics_then_regmean_and_fisher(self):
+    for kind in ('gram', 'fisher'):
+      for name in ('a', 'b'):
+        self.run_command(
+          'stats', kind, self.path(name), self.path(f'{kind}_{name}'),
+          '--suite', self.suite, '--task', 'left',
+        )  # fmt: skip
+      recipe = self.recipe(kind, {
+          'merge_method': 'regmean' if kind == 'gram' else 'fisher',
+          'models': [str(self.path('a')), str(self.path('b'))],
+          'stats': [str(self.path(f'{kind}_{n}')) for n in ('a', 'b')],
+      })  # fmt: skip
+      out = self.path(f'merged_{kind}')
+      self.run_command('merge', recipe, out)
+      expected = mj.merge(
+        [self.path('a'), self.path('b')],
+        'regmean' if kind == 'gram' else 'fisher',
+        stats=[stats.load(self.path(f'{kind}_{n}')) for n in ('a', 'b')],
+      )
+      jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5),
+        mj.open_checkpoint(out).read(),
+        expected,
+      )
+    text = self.run_command(
+      'evaluate', self.path('a'), recipe, '--suite', self.suite,
+      '--json', self.path('table.json'),
+    )  # fmt: skip
+    self.assertIn('left', text)
+    table = json.loads(self.path('table.json').read_text())['raw']
+    self.assertLen(table, 2)
+    score = table[str(self.path('a'))]['tasks']['left']
+    self.assertBetween(score['value'], score['low'], score['high'])
+
+  def test_survey(self):
+    text = self.run_command(
+      'stats', 'survey', self.path('base'), self.path('a'), self.path('b'),
+      '--plot', self.path('survey.png'),
+    )  # fmt: skip
+    self.assertIn('whole model', text)
+    self.assertTrue(self.path('survey.png').exists())
+
+  def test_align(self):
+    text = self.run_command(
+      'align', self.path('a'), self.path('b'), self.path('aligned'),
+      '--permutation', self.path('permutation.npz'),
+    )  # fmt: skip
+    self.assertIn('same outputs', text)
+    module, moved = models.load_model(self.path('aligned'))
+    _, before = models.load_model(self.path('b'))
+    batch = models.example_batch(module, 3)
+    batch['images'] = batch['images'] + 0.3
+    np.testing.assert_allclose(
+      models.logits(module, moved, batch),
+      models.logits(module, before, batch), rtol=1e-4, atol=1e-5,
+    )  # fmt: skip
+    for method in ('activations', 'straight_through'):
+      self.run_command(
+        'align', self.path('a'), self.path('b'), self.path(method),
+        '--method', method, '--suite', self.suite, '--steps', 3,
+      )  # fmt: skip
+    message = self.run_command(
+      'align', self.path('a'), self.path('b'), self.path('x'),
+      '--method', 'activations', code=2,
+    )  # fmt: skip
+    self.assertIn('--suite', message)
+
+  def test_rank(self):
+    text = self.run_command(
+      'rank', self.path('a'), self.path('b'), '--suite', self.suite,
+      '--json', self.path('rank.json'),
+    )  # fmt: skip
+    self.assertIn(' > ', text)
+    table = json.loads(self.path('rank.json').read_text())
+    self.assertEqual(set(table[str(self.path('a'))]), {'left', 'right'})
+    self.run_command(
+      'rank', self.path('a'), '--suite', self.suite, '--score', 'leep'
+    )
+
+  def search(self, name, code=0, **fields):
+    recipe = self.recipe(name, {
+        'merge': {
+            'merge_method': 'task_arithmetic',
+            'base_model': str(self.path('base')),
+            'models': [str(self.path('a')), str(self.path('b'))],
+        },
+        'suite': str(self.suite), **fields,
+    })  # fmt: skip
+    return self.run_command(
+      'search', recipe, self.path(f'{name}_out'), code=code
+    )
+
+  def test_search_gives_a_recipe_that_reproduces_its_winner(self):
+    for name, fields in (
+      ('grid', dict(vary='scale', points=5)),
+      ('blocks', dict(strategy='one_plus_one', budget=4)),
+    ):
+      text = self.search(name, evaluate='test', **fields)
+      self.assertIn('the merge', text)
+      out = self.path(f'{name}_out')
+      self.run_command('merge', out / 'recipe.yaml', self.path(f'{name}_merge'))
+      lines = (out / 'candidates.jsonl').read_text().splitlines()[1:]
+      best = max(
+        (json.loads(line) for line in lines),
+        key=lambda row: np.mean(list(row['scores'].values())),
+      )
+      self.run_command(
+        'evaluate', self.path(f'{name}_merge'), '--suite', self.suite,
+        '--split', 'validation', '--json', self.path('v.json'),
+      )  # fmt: skip
+      table = json.loads(self.path('v.json').read_text())['raw']
+      (row,) = table.values()
+      for task, score in best['scores'].items():
+        self.assertAlmostEqual(row['tasks'][task]['value'], score, places=5)
+      self.assertTrue((out / 'scores.png').exists())
+
+  def test_rank_pick_merge_evaluate(self):
+    text = self.search(
+      'picked', vary='scale', points=3, rank={'pick': 1}, evaluate='test'
+    )
+    self.assertIn('picked', text)
+    recipe = yaml.safe_load(
+      (self.path('picked_out') / 'recipe.yaml').read_text()
+    )
+    self.assertLen(recipe['models'], 1)
+
+  def test_soups(self):
+    merge = {
+      'merge_method': 'linear',
+      'models': [str(self.path('a')), str(self.path('b'))],
+    }
+    for strategy, extra in (('greedy', {}), ('gradient', {'budget': 4})):
+      self.search(strategy, strategy=strategy, merge=merge, **extra)
+      self.run_command(
+        'merge', self.path(f'{strategy}_out') / 'recipe.yaml',
+        self.path(f'{strategy}_merge'),
+      )  # fmt: skip
+
+  def test_mistakes(self):
+    for message, fields in (
+      ("Did you mean 'grid'", dict(strategy='gird')),
+      ("Did you mean 'left'", dict(tasks=['leftt'])),
+      ("Did you mean 'scale'", dict(vary='scael')),
+      ('vary', dict(varry='scale')),
+    ):
+      self.assertIn(message, self.search('wrong', code=2, **fields))
+    other = models.build(
+      dict(model_type='mlp', hidden=(5,), image_shape=(4, 4, 1), classes=2)
+    )
+    mj.save_checkpoint(
+      self.path('other'), models.init_params(other, jax.random.key(0)),
+      config=models.describe(other), overwrite=True,
+    )  # fmt: skip
+    message = self.run_command(
+      'align', self.path('a'), self.path('other'), self.path('x'), code=2
+    )
+    self.assertIn('does not have the parameters', message)
+    message = self.run_command(
+      'evaluate', self.path('other'), '--suite', self.suite, code=2
+    )
+    self.assertIn('outside the range', message)
+    bad = self.recipe('bad_suite', {'tasks': {'x': {'images': 'left', 'metric': 'acuracy'}}})  # fmt: skip
+    message = self.run_command('rank', self.path('a'), '--suite', bad, code=2)
+    self.assertIn("'accuracy'", message)
+
+
+if __name__ == '__main__':
+  absltest.main()
