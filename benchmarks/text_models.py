@@ -9,11 +9,11 @@ Needs the data folder in MERGEJAX_DATA.
 
 import functools
 import os
-import pathlib
 
 import jax
 import numpy as np
 import optax
+import real_data
 
 from mergejax import errors
 from mergejax import models
@@ -41,12 +41,6 @@ VOCABULARY = 'vocab/t5_cc_all_32000/sentencepiece.model'
 KEPT_PIECES = 8192
 LENGTHS = {'inputs': 64, 'targets': 12}
 SEED_STEPS = 3000
-
-
-def cache_folder() -> pathlib.Path:
-  """Where trained models are kept between runs."""
-  root = os.environ.get('XDG_CACHE_HOME', '~/.cache')
-  return pathlib.Path(root).expanduser() / 'mergejax' / 'benchmarks'
 
 
 def module():
@@ -237,7 +231,7 @@ def common_seed():
   """`(module, params)` of the model that all others start from, cached."""
   if not os.environ.get('MERGEJAX_DATA'):
     raise errors.UserError('Set MERGEJAX_DATA to the data folder first.')
-  path = cache_folder() / f'text_seed_{SEED_STEPS}'
+  path = real_data.cache_folder() / f'text_seed_{SEED_STEPS}'
   if not path.exists():
     print(f'training the common seed, {SEED_STEPS} steps', flush=True)
     the_module = module()
@@ -254,7 +248,9 @@ def common_seed():
 
 def expert(name: str, seed: int, *, steps: int = 300):
   """Parameters of the seed fine-tuned on a task (or several, joined by '+')."""
-  path = cache_folder() / f'text_{SEED_STEPS}_{name}_{seed}_{steps}.npz'
+  path = (
+    real_data.cache_folder() / f'text_{SEED_STEPS}_{name}_{seed}_{steps}.npz'
+  )
   if path.exists():
     return checkpoint.open_checkpoint(path).read()
   the_module, params = common_seed()

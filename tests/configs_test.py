@@ -14,9 +14,11 @@ import mergejax as mj
 from mergejax import models
 from mergejax import tree as tree_lib
 from mergejax.merging import named
+from mergejax.run import main as main_lib
 
 FOLDER = pathlib.Path(__file__).parent.parent / 'configs' / 'merge'
 FILES = sorted(FOLDER.glob('*.yaml'))
+SEARCHES = sorted(FOLDER.parent.glob('search/*.yaml'))
 EXPERTS = ('c_headers', 'licences', 'python', 'reference', 'unicode')
 
 
@@ -80,6 +82,24 @@ class ConfigsTest(parameterized.TestCase):
     self.assertTrue(
       all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(params))
     )
+
+  @parameterized.parameters(*SEARCHES)
+  def test_search_is_understood(self, file):
+    previous = os.getcwd()
+    os.chdir(self.folder)
+    self.addCleanup(os.chdir, previous)
+    text = file.read_text()
+    self.assertIn('# Paper: ', text)
+    self.assertIn(f'mergejax search configs/search/{file.name} OUT', text)
+    for name in EXPERTS:
+      corpus = self.folder / 'quickstart' / 'corpora' / name
+      corpus.mkdir(parents=True, exist_ok=True)
+      for split in ('train', 'validation', 'test'):
+        (corpus / f'{split}.jsonl').write_text('{"text": "a"}\n')
+    out = pathlib.Path(self.create_tempdir().full_path) / 'out'
+    code = main_lib.main(['search', str(file), str(out), '--dry_run'])
+    self.assertEqual(code, 0)
+    self.assertFalse(out.exists())
 
 
 if __name__ == '__main__':

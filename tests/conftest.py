@@ -4,12 +4,24 @@
 
 import os
 import pathlib
+import shutil
 import sys
+import tempfile
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=8'
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
+# One folder for all processes of a run, commands that tests start included:
+# what one of them compiled the others load, and no test writes to ~/.cache.
+_OWNS_CACHE = 'MERGEJAX_TEST_CACHE' not in os.environ
+if _OWNS_CACHE:
+  os.environ['MERGEJAX_TEST_CACHE'] = tempfile.mkdtemp(prefix='mergejax-tests-')
+_CACHE = os.environ['MERGEJAX_TEST_CACHE']
+os.environ['XDG_CACHE_HOME'] = _CACHE
+os.environ['JAX_COMPILATION_CACHE_DIR'] = _CACHE + '/jax'
+os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
+os.environ['JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES'] = '-1'
 
 from absl import flags  # noqa: E402  (after the flags of XLA)
 import jax  # noqa: E402
@@ -29,3 +41,16 @@ def pytest_collection_modifyitems(items):
       item.add_marker(
         pytest.mark.filterwarnings(f'ignore:::{module}.*'), append=True
       )
+
+
+@pytest.fixture(autouse=True, scope='module')
+def forget_programs():
+  """Thousands of compiled programs would fill the memory of a long run."""
+  yield
+  jax.clear_caches()
+
+
+def pytest_sessionfinish():
+  """Removes the folder, in the process that made it."""
+  if _OWNS_CACHE:
+    shutil.rmtree(_CACHE, ignore_errors=True)

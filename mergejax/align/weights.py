@@ -18,9 +18,13 @@ from mergejax import tree as tree_lib
 from mergejax import typing
 from mergejax.align import spec as spec_lib
 
-# An improvement below this share of the objective is rounding; in float32 an
-# absolute threshold can go round in circles.
-_PROGRESS = 1e-9
+# An improvement below this share of |a| |b| is rounding; in float32 an absolute
+# threshold can go round in circles.
+_PROGRESS = 1e-8
+# A similarity is brought up to date for so many moved units at once, and
+# computed afresh after so many updates, which each add a rounding error.
+_UPDATE_SIZES = (16, 64, 128)
+_UPDATES = 12
 
 
 class Unit(NamedTuple):
@@ -176,6 +180,14 @@ def _inner(a, b, batch, rows):
   )  # fmt: skip
 
 
+class _Known(NamedTuple):
+  """A leaf's similarity, and the permutations it was computed under."""
+
+  value: jax.Array
+  others: Mapping[str, np.ndarray]
+  updates: int
+
+
 class _Pairs:
   """Two models, unfolded into factors, and their inner products."""
 
@@ -192,6 +204,7 @@ class _Pairs:
       for path in self._a
     }
     self._near: dict[str, set[str]] = {}
+    self._known: dict[tuple[str, str], _Known] = {}
 
   def scale(self) -> float:
     """|a| |b|, which no objective exceeds."""
@@ -231,32 +244,67 @@ class _Pairs:
       `{child: <float32>[stack, n, m, n, m]}` for n units of m positions.
     """
     own = {unit.name, *unit.children}
-    others = {n: x for n, x in permutation.items() if n not in own}
     sums: dict[str | None, Any] = {}
     for path, names in self._factors.items():
       if unit.name not in names:
         continue
-      b = self._others_moved(path, names, others)
+      others = {
+        n: permutation[n] for n in names if n in permutation and n not in own
+      }
       child = next((c for c in unit.children if c in names), None)
-      batch = tuple(names.index(s) for s in unit.stack)
-      rows = (names.index(unit.name),)
-      rows += () if child is None else (names.index(child),)
-      found = _inner(self._a[path], b, batch, rows)
-      size = [found.shape[len(batch)], 1 if child is None else found.shape[len(batch) + 1]]  # fmt: skip
-      found = found.reshape(-1, *size, *size)
+      found = self._of_leaf(unit, child, path, others)
       sums[child] = found if child not in sums else sums[child] + found
     return sums
 
-  def _others_moved(self, path, names, others):
-    here = {n: x for n, x in others.items() if n in names}
-    if not here:
-      return self._b[path]
-    if all(not self._spec.groups[n].parents for n in here):
-      leaf = self._b[path]
-      for name, index in here.items():
-        leaf = jnp.take(leaf, index, axis=names.index(name))
-      return leaf
-    return spec_lib.permute_leaf(self._spec, path, self._b[path], here)
+  def _of_leaf(self, unit, child, path, others):
+    """What one leaf adds; remembered, as most others stay between visits."""
+    cached = self._known.get((unit.name, path))
+    moved = None
+    if cached is not None:
+      moved = [n for n, x in others.items() if (x != cached.others[n]).any()]
+      if not moved:
+        return cached.value
+    value = None
+    if moved is not None and len(moved) == 1 and cached.updates < _UPDATES:
+      value = self._updated(unit, child, path, cached, moved[0], others)
+    updates = cached.updates + 1 if value is not None else 0
+    if value is None:
+      b = spec_lib.permute_leaf(self._spec, path, self._b[path], others)
+      value = self._compared(unit, child, path, self._a[path], b)
+    copies = {n: np.array(x) for n, x in others.items()}
+    self._known[unit.name, path] = _Known(value, copies, updates)
+    return value
+
+  def _updated(self, unit, child, path, cached, name, others):
+    """The similarity after a few units of one other group have moved."""
+    if any(self._spec.groups[n].parents for n in others):
+      return None
+    new, old = np.asarray(others[name]), cached.others[name]
+    places = np.flatnonzero(new != old)
+    size = next((n for n in _UPDATE_SIZES if n >= len(places)), None)
+    if size is None or size > len(new) // 2:
+      return None
+    # Filled up with places that have not moved, whose difference is zero.
+    still = np.flatnonzero(new == old)[: size - len(places)]
+    places = np.concatenate([places, still])
+    axis = self._factors[path].index(name)
+    rest = {n: x for n, x in others.items() if n != name}
+    a = jnp.take(self._a[path], places, axis=axis)
+    b = jnp.take(self._b[path], new[places], axis=axis) - jnp.take(
+      self._b[path], old[places], axis=axis
+    )
+    b = spec_lib.permute_leaf(self._spec, path, b, rest)
+    return cached.value + self._compared(unit, child, path, a, b)
+
+  def _compared(self, unit, child, path, a, b):
+    """`[stack, n, m, n, m]` inner products over all other axes."""
+    names = self._factors[path]
+    batch = tuple(names.index(s) for s in unit.stack)
+    rows = (names.index(unit.name),)
+    rows += () if child is None else (names.index(child),)
+    found = _inner(a, b, batch, rows)
+    counts = [a.shape[rows[0]], 1 if child is None else a.shape[rows[1]]]
+    return found.reshape(-1, *counts, *counts)
 
 
 def assign(

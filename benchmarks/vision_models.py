@@ -1,0 +1,114 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Small image classifiers on real images, for the benchmarks.
+
+Needs the data folder in MERGEJAX_DATA; trained models are kept in a cache.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import real_data
+
+from mergejax import models
+from mergejax import tree as tree_lib
+from mergejax.data import images
+from mergejax.search import base as search_base
+from mergejax.store import checkpoint
+from mergejax.train import arrays
+from mergejax.train import losses
+from mergejax.train import step as step_lib
+
+TASKS = ('mnist', 'notmnist', 'usps', 'omniglot_alphabets')
+
+
+@functools.cache
+def load(task: str, split: str) -> dict[str, np.ndarray]:
+  """A task's images and labels; CIFAR-10 becomes grey and 28 x 28."""
+  found = images.load(f'vision/{task}', split)
+  pixels = found['images']
+  if task == 'cifar10':
+    pixels = pixels.mean(axis=-1)[:, 2:30, 2:30].astype(np.uint8)
+  return {'images': pixels, 'labels': found['labels']}
+
+
+def classes(task: str) -> int:
+  """Number of labels of a task."""
+  return int(load(task, 'train')['labels'].max()) + 1
+
+
+def train(
+  module, params, data, *, steps, learning_rate, seed, batch_size=64,
+  weight_decay=0.0, freeze=None, augment=False,
+):  # fmt: skip
+  """Trains with AdamW and a cosine decay; `freeze` is a path prefix."""
+  schedule = optax.warmup_cosine_decay_schedule(
+    0.0, learning_rate, min(50, steps // 5), steps
+  )
+  optimizer = optax.adamw(schedule, weight_decay=weight_decay)
+  if freeze is not None:
+    labels = tree_lib.map_paths(
+      lambda path, _: 'still' if path.startswith(freeze) else 'free', params
+    )
+    optimizer = optax.multi_transform(
+      {'free': optimizer, 'still': optax.set_to_zero()}, labels
+    )
+  step = jax.jit(
+    step_lib.make_step(losses.make_loss(module, z_loss=0.0), optimizer),
+    donate_argnums=0,
+  )
+  state = step_lib.create(
+    jax.tree.map(jnp.array, params), optimizer, jax.random.key(seed)
+  )
+  stream = arrays.ArrayStream(data, batch_size, seed=seed)
+  rng = np.random.default_rng(seed)
+  for _ in range(steps):
+    batch = next(stream)
+    if augment:
+      shift = rng.integers(-2, 3, 2)
+      batch['images'] = np.roll(batch['images'], shift, axis=(1, 2))
+    state, _ = step(state, batch)
+  return jax.device_get(state.params)
+
+
+def cached(name: str, make):
+  """What `make` gives, from the cache if it is there."""
+  path = real_data.cache_folder() / f'{name}.npz'
+  if path.exists():
+    return checkpoint.open_checkpoint(path).read()
+  params = make()
+  checkpoint.save_checkpoint(path, params)
+  return params
+
+
+def evaluator(module, data, size=200) -> search_base.Evaluator:
+  """Loss and accuracy on a split, to be compiled with a merge."""
+  count = len(data['labels']) // size * size
+  stacked = {
+    n: jnp.asarray(x[:count].reshape(-1, size, *x.shape[1:]))
+    for n, x in data.items()
+  }
+
+  def score(params, data):
+    def one(batch):
+      logits = models.logits(module, params, batch)
+      loss, _ = losses.token_cross_entropy(logits, batch['labels'])
+      right = logits.argmax(-1) == batch['labels']
+      return loss.mean(), right.mean(dtype=jnp.float32)
+
+    loss, right = jax.lax.map(one, data)
+    return {'loss': loss.mean(), 'accuracy': right.mean()}
+
+  return search_base.Evaluator(score, jax.device_put(stacked))
+
+
+def scorer(module, data, size=200):
+  """`params -> {'loss': ..., 'accuracy': ...}`, compiled once."""
+  evaluate = evaluator(module, data, size)
+  compiled = jax.jit(evaluate.score)
+  return lambda params: {
+    n: float(v) for n, v in compiled(params, evaluate.data).items()
+  }

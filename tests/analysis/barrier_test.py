@@ -1,0 +1,108 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Lines and planes between models."""
+
+from absl.testing import absltest
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mergejax import errors
+from mergejax import models
+from mergejax.analysis import barrier
+from mergejax.evaluation import plots
+from mergejax.search import base
+
+
+def bowl(params, data=0.0):
+  """A loss with a bump in the middle of the line from 0 to 1."""
+  x = params['w'][0]
+  return {'loss': x * (1 - x) * 4 + data, 'accuracy': x}
+
+
+class LineTest(absltest.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.a = {'n': np.array([3]), 'w': np.zeros(2, np.float32)}
+    self.b = {'n': np.array([3]), 'w': np.ones(2, np.float32)}
+
+  def test_barrier(self):
+    plain = barrier.line(
+      self.a, self.b, lambda p: jax.tree.map(float, bowl(p)), points=5
+    )
+    compiled = barrier.line(
+      self.a, self.b, base.Evaluator(bowl, jnp.float32(0.5)), points=5
+    )
+    np.testing.assert_allclose(plain.values['loss'], [0, 0.75, 1, 0.75, 0])
+    np.testing.assert_allclose(
+      compiled.values['loss'], plain.values['loss'] + 0.5, rtol=1e-6
+    )
+    self.assertAlmostEqual(plain.barrier(), 1.0)
+    self.assertAlmostEqual(compiled.barrier(), 1.0, places=6)
+    self.assertAlmostEqual(plain.barrier('accuracy'), 0.0, places=6)
+
+  def test_ends_are_the_models(self):
+    for share, expected in ((0.0, self.a), (1.0, self.b)):
+      found = barrier.between((self.a, self.b), jnp.array([share]))
+      jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+  def test_plane(self):
+    a, b, c = (
+      {'w': np.array(w, np.float32)} for w in ([1, 1], [3, 1], [1.5, 4])
+    )
+    seen = base.Evaluator(
+      lambda p, data: {'loss': p['w'][0], 'other': p['w'][1]}, jnp.zeros(())
+    )
+    found = barrier.plane(a, b, c, seen, points=4)
+    np.testing.assert_allclose(
+      found.corners, [[0, 0], [2, 0], [0.5, 3]], atol=1e-5
+    )
+    # Here weight space is the plane itself, so values are coordinates.
+    for name, offset in (
+      ('loss', found.x[None, :]),
+      ('other', found.y[:, None]),
+    ):
+      np.testing.assert_allclose(
+        found.values[name], 1 + np.broadcast_to(offset, (4, 4)), atol=1e-4
+      )
+    folder = self.create_tempdir().full_path
+    plots.plane(found, f'{folder}/plane.png')
+    line = barrier.line(a, b, seen, points=3)
+    plots.lines({'a to b': line}, f'{folder}/line.png')
+
+  def test_bad_input(self):
+    with self.assertRaisesRegex(errors.UserError, '- w'):
+      barrier.line(self.a, {'n': self.a['n']}, bowl)
+    with self.assertRaisesRegex(errors.UserError, 'two points'):
+      barrier.line(self.a, self.b, bowl, points=1)
+    a, b = {'w': np.zeros(2)}, {'w': np.ones(2)}
+    with self.assertRaisesRegex(errors.UserError, 'one line'):
+      barrier.plane(a, b, {'w': np.full(2, 2.0)}, bowl)
+    with self.assertRaisesRegex(errors.UserError, 'the same'):
+      barrier.plane(a, a, b, bowl)
+
+
+class NormsTest(absltest.TestCase):
+  def test_running_statistics_are_measured_anew(self):
+    module = models.build(
+      dict(model_type='resnet', stages=(1,), channels=(3,), norm='batch',
+           image_shape=(4, 4, 1))
+    )  # fmt: skip
+    params = models.init_params(module, jax.random.key(0))
+    images = jax.random.uniform(jax.random.key(1), (16, 4, 4, 1)) * 3 + 1
+    batch = {'images': images, 'labels': jnp.zeros(16, jnp.int32)}
+    fresh = barrier.refresh_norms(module, params, [batch] * 120)
+    # With the batch's own statistics both modes agree.
+    expected, _ = models.training_logits(module, params, batch)
+    np.testing.assert_allclose(
+      models.logits(module, fresh, batch), expected, rtol=1e-3, atol=1e-4
+    )
+    for name in params:
+      if name != models.BATCH_STATS:
+        jax.tree.map(np.testing.assert_array_equal, fresh[name], params[name])
+    plain = {'w': np.ones(2)}
+    self.assertIs(barrier.refresh_norms(module, plain, [batch]), plain)
+
+
+if __name__ == '__main__':
+  absltest.main()

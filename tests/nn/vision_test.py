@@ -1,0 +1,88 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Image classifiers: shapes, bytes, norms, training."""
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from mergejax import errors
+from mergejax import models
+from mergejax import tree
+from mergejax.train import losses
+from mergejax.train import step as step_lib
+
+SMALL = dict(image_shape=(8, 8, 1), classes=3)
+MODELS = (
+  ('mlp', dict(model_type='mlp', hidden=(5,), **SMALL)),
+  ('vgg', dict(model_type='vgg', channels=(4, 0, 4), dense=(5,), **SMALL)),
+  ('batch', dict(model_type='resnet', stages=(1, 1), channels=(3, 4),
+                 norm='batch', **SMALL)),
+  ('vit', dict(model_type='vit', patch=4, emb_dim=6, num_heads=2,
+               num_layers=1, mlp_dim=5, **SMALL)),
+)  # fmt: skip
+
+
+class VisionTest(parameterized.TestCase):
+  @parameterized.named_parameters(*MODELS)
+  def test_learns_and_describes_itself(self, fields):
+    module = models.build(fields)
+    self.assertEqual(models.build(models.describe(module)), module)
+    params = models.init_params(module, jax.random.key(0))
+    labels = np.arange(24) % 3
+    images = np.zeros((24, 8, 8, 1), np.float32)
+    images[np.arange(24), :, labels * 2] = 1.0
+    batch = {'images': images, 'labels': labels}
+    optimizer = optax.sgd(0.3)
+    step = jax.jit(
+      step_lib.make_step(losses.make_loss(module, z_loss=0.0), optimizer)
+    )
+    state = step_lib.create(params, optimizer, jax.random.key(0))
+    state, first = step(state, batch)
+    for _ in range(80):
+      state, last = step(state, batch)
+    self.assertLess(float(last['loss']), 0.9 * float(first['loss']))
+    if fields.get('norm') == 'batch':
+      moved = state.params[models.BATCH_STATS]['stem_norm']['mean']
+      self.assertGreater(float(jnp.abs(moved).max()), 0)
+      self.assertNotIn(models.BATCH_STATS, last)
+    self.assertEqual(tree.specs(state.params), models.param_specs(module))
+
+  def test_bytes_and_grey_images(self):
+    module = models.build(MODELS[1][1])
+    params = models.init_params(module, jax.random.key(0))
+    images = (
+      np.random.default_rng(0).integers(0, 256, (2, 8, 8)).astype(np.uint8)
+    )
+    as_bytes = models.logits(module, params, {'images': images})
+    as_floats = models.logits(
+      module, params, {'images': np.float32(images)[..., None] / 255}
+    )
+    np.testing.assert_allclose(as_bytes, as_floats, rtol=1e-5, atol=1e-6)
+
+  @parameterized.parameters(
+    (dict(model_type='vgg', image_shape=(32, 32, 3)), 15_245_130, 13),
+    (dict(model_type='resnet'), 270_282, 19),
+    (dict(model_type='resnet', stages=(3, 4, 6, 3),
+          channels=(64, 128, 256, 512), bottleneck=True, large_stem=True,
+          image_shape=(224, 224, 3), classes=1000, norm='layer'),
+     25_557_032, 49),
+  )  # fmt: skip
+  def test_sizes_are_those_of_the_architectures(self, fields, size, convs):
+    specs = models.param_specs(models.build(fields))
+    found = sum(spec.size for spec in specs.values())
+    self.assertLess(abs(found - size) / size, 0.02)
+    kernels = [p for p, s in specs.items() if len(s.shape) == 4]
+    plain = [p for p in kernels if 'shortcut' not in p]
+    self.assertLen(plain, convs)
+
+  def test_unknown_norm(self):
+    with self.assertRaisesRegex(errors.UserError, "'layer'"):
+      models.build(dict(model_type='vgg', norm='layers'))
+
+
+if __name__ == '__main__':
+  absltest.main()
