@@ -36,11 +36,19 @@ def parser(command: str, description: str) -> argparse.ArgumentParser:
   )
 
 
-def run_reporting_mistakes(main: Callable[[], None]) -> int:
+def run_reporting_mistakes(
+  main: Callable[[], None], stopped_code: int = 0
+) -> int:
   """Runs a command; returns its exit code.
 
-  0 if the result is complete (or training was asked to stop and is saved), 2
-  with one message and no traceback for a mistake in what was asked for.
+  Args:
+    main: the command.
+    stopped_code: the exit code if it was asked to stop (SIGTERM) and saved what
+      it had: 0 for training, 143 where the result is not complete.
+
+  Returns:
+    0 if the result is complete, 2 with one message and no traceback for a
+    mistake in what was asked for, 130 if it was interrupted.
   """
 
   def stop(number, frame):
@@ -68,7 +76,10 @@ def run_reporting_mistakes(main: Callable[[], None]) -> int:
       'continues.',
       file=sys.stderr,
     )
-    return 0
+    return stopped_code
+  except KeyboardInterrupt:
+    print('mergejax: interrupted.', file=sys.stderr)
+    return 130
   finally:
     if in_main:
       signal.signal(signal.SIGTERM, previous)

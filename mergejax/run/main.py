@@ -84,4 +84,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
     module = command.replace('-', '_')
     importlib.import_module(f'mergejax.run.{module}').main(rest)
 
-  return common.run_reporting_mistakes(run)
+  trains = command in ('quickstart', 'train')
+  return common.run_reporting_mistakes(run, 0 if trains else 143)

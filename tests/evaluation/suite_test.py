@@ -1,0 +1,192 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Suites: text tasks, mixtures, tables, and what is refused."""
+
+import pathlib
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import jax
+import numpy as np
+import seqio
+
+from mergejax import errors
+from mergejax import models
+from mergejax.evaluation import bits
+from mergejax.evaluation import plots
+from mergejax.evaluation import scores
+from mergejax.evaluation import suite as suite_lib
+
+SIZES = dict(vocab_size=384, emb_dim=8, num_heads=2, head_dim=4, mlp_dim=8)
+
+
+def greedy(module, params, inputs, length):
+  """Whole answers by greedy decoding, one token a pass, without a cache."""
+  answer = np.zeros((len(inputs), length), np.int32)
+  logits = jax.jit(lambda p, b: models.logits(module, p, b))
+  for t in range(length):
+    batch = {
+      'encoder_input_tokens': inputs,
+      'decoder_input_tokens': np.pad(answer, ((0, 0), (1, 0)))[:, :-1],
+      'decoder_target_tokens': np.ones_like(answer),
+    }
+    answer[:, t] = np.asarray(logits(params, batch))[:, t].argmax(axis=-1)
+  return answer
+
+
+class SuiteTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.folder = pathlib.Path(self.create_tempdir().full_path)
+    rows = [('good food', 'a'), ('bad film', 'b'), ('fine', 'a'), ('poor', 'b')]
+    for split in ('train', 'validation', 'test'):
+      (self.folder / f'{split}.tsv').write_text(
+        'text\tlabel\n' + ''.join(f'{t} {split}\t{y}\n' for t, y in rows)
+      )
+    self.corpus = self.folder / 'corpus.txt'
+    self.corpus.write_text('some words of text\nand a second line\n')
+
+  def suite(self, **task):
+    fields = {
+      'files': str(self.folder), 'inputs': 'mood: {text}', 'targets': '{label}',
+      **task,
+    }  # fmt: skip
+    fields = {n: v for n, v in fields.items() if v is not None}
+    return suite_lib.load({
+        'tasks': {'mood': fields}, 'lengths': {'inputs': 32, 'targets': 4},
+        'batch_size': 3,
+    })  # fmt: skip
+
+  def test_accuracy_is_that_of_greedy_decoding(self):
+    module = models.build(
+      dict(
+        model_type='t5x', num_encoder_layers=1, num_decoder_layers=1, **SIZES
+      )
+    )
+    params = models.init_params(module, jax.random.key(0))
+    inputs = np.random.default_rng(0).integers(3, 250, (4, 6))
+    said = greedy(module, params, inputs, 3)
+    self.assertTrue((said > 0).all())
+    targets = said.copy()
+    targets[1, 2] += 1  # the last token differs
+    targets[2, 0] += 1  # the first one does
+    targets[3, 1:] = 0  # padding is not asked for
+    batch = {
+      'encoder_input_tokens': inputs,
+      'decoder_target_tokens': targets,
+      'decoder_input_tokens': np.pad(targets, ((0, 0), (1, 0)))[:, :-1],
+    }
+    up, down = suite_lib.example_scores(module, params, batch, 'accuracy')
+    np.testing.assert_array_equal(up, [1, 0, 0, 1])
+    np.testing.assert_array_equal(down, [1, 1, 1, 1])
+
+  def test_filled_rows_do_not_count(self):
+    suite = self.suite()
+    module = models.build(
+      dict(
+        model_type='t5x', num_encoder_layers=1, num_decoder_layers=1, **SIZES
+      )
+    )
+    params = models.init_params(module, jax.random.key(0))
+    batches = suite.batches('mood', 'test')
+    self.assertEqual([len(b['decoder_target_tokens']) for b in batches], [3, 3])
+    pairs = [
+      suite_lib.example_scores(module, params, b, 'accuracy') for b in batches
+    ]
+    self.assertEqual(sum(float(down.sum()) for _, down in pairs), 4)
+    found = suite.table([('m', module, params)])['m']['mood']
+    compiled = suite.evaluator(module, 'test')
+    self.assertAlmostEqual(float(compiled(params)['mood']), found.value)
+
+  def test_bits_per_byte_are_those_of_the_corpora(self):
+    suite = suite_lib.load({
+        'tasks': {'words': {'text': str(self.corpus)}},
+        'lengths': {'targets': 16}, 'batch_size': 1,
+    })  # fmt: skip
+    module = models.build(dict(model_type='lm', num_layers=1, **SIZES))
+    params = models.init_params(module, jax.random.key(0))
+    found = suite.table([('m', module, params)])['m']['words']
+    test_set = bits.make_test_set(
+      suite.batches('words', 'test'), seqio.ByteVocabulary()
+    )
+    expected = bits.score(
+      bits.make_scorer(module)(params, test_set), test_set.num_bytes
+    )
+    self.assertAlmostEqual(found.value, expected.bits_per_byte, places=4)
+    compiled = suite.evaluator(module, 'test')
+    self.assertAlmostEqual(
+      float(compiled(params)['words']), -found.value, places=4
+    )
+
+  def test_mixtures_of_seqio(self):
+    self.suite()
+    seqio.MixtureRegistry.add('moods_for_test', [('suite_mood', 1.0)])
+    self.addCleanup(seqio.MixtureRegistry.remove, 'moods_for_test')
+    suite = suite_lib.load({'mixture': 'moods_for_test', 'metric': 'loss'})
+    self.assertEqual(suite.tasks['suite_mood'].metric, 'loss')
+    with self.assertRaisesRegex(errors.UserError, "'moods_for_test'"):
+      suite_lib.load({'mixture': 'moods_for_tests'})
+    with self.assertRaisesRegex(errors.UserError, 'cannot be imported'):
+      suite_lib.load({'mixture': 'x', 'import': 'no_such_module'})
+
+  def test_mistakes(self):
+    for message, call in (
+      ("'accuracy'", lambda: self.suite(metric='acuracy')),
+      ('of language models', lambda: self.suite(metric='bits_per_byte')),
+      ("lacks the template 'targets'", lambda: self.suite(targets=None)),
+      ("'label'", lambda: self.suite(targets='{labl}')),
+      ('There is no', lambda: self.suite(files='nowhere')),
+      ("'expert'", lambda: self.suite(exprt='x')),
+      ('one of', lambda: self.suite(files=None)),
+      ('at least one task', lambda: suite_lib.load({'tasks': {}})),
+      ("either 'tasks'", lambda: suite_lib.load({})),
+      ('no suite', lambda: suite_lib.load(self.folder / 'none.yaml')),
+      ("'mood'", lambda: self.suite().batches('moood', 'test')),
+      ("'test'", lambda: self.suite().batches('mood', 'tset')),
+    ):
+      with self.assertRaisesRegex(errors.UserError, message):
+        call()
+
+
+class ScoresTest(absltest.TestCase):
+  def table(self):
+    one = lambda value: scores.Score(value, value - 0.1, value + 0.1)
+    return {
+      'base': {'x': one(0.3), 'y': one(0.4)},
+      'expert x': {'x': one(0.6), 'y': one(0.2)},
+      'merge': {'x': one(0.45), 'y': one(0.5)},
+    }
+
+  def test_bootstrap_covers_the_truth(self):
+    rng = np.random.default_rng(0)
+    inside = 0
+    for _ in range(40):
+      hits = (rng.random(200) < 0.7).astype(float)
+      found = scores.bootstrap(hits, np.ones(200), resamples=200)
+      inside += found.low <= 0.7 <= found.high
+    self.assertGreater(inside, 32)
+    with self.assertRaisesRegex(errors.UserError, 'no example'):
+      scores.bootstrap(np.zeros(0), np.zeros(0))
+
+  def test_normalised(self):
+    over = scores.normalised(self.table(), {'x': 'expert x'})
+    self.assertAlmostEqual(over['merge']['x'].value, 0.75)
+    self.assertEqual(over['expert x']['x'].value, 1.0)
+    self.assertNotIn('y', over['merge'])
+    with self.assertRaisesRegex(errors.UserError, "'expert x'"):
+      scores.normalised(self.table(), {'x': 'expert'})
+
+  def test_tables_and_plots(self):
+    text = scores.to_markdown(self.table())
+    self.assertIn('**0.600 (0.500-0.700)**', text)
+    self.assertIn('merge', scores.to_text(scores.values(self.table())))
+    self.assertAlmostEqual(scores.to_json(self.table())['base']['mean'], 0.35)
+    folder = self.create_tempdir().full_path
+    for kind in ('heatmap', 'bar', 'radar'):
+      path = pathlib.Path(folder) / f'{kind}.png'
+      plots.table(self.table(), path, kind)
+      self.assertGreater(path.stat().st_size, 1000)
+
+
+if __name__ == '__main__':
+  absltest.main()
