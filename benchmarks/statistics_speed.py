@@ -17,6 +17,7 @@ import real_data
 
 from mergejax import models
 from mergejax import stats
+from mergejax.stats import base as stats_base
 
 
 def main():
@@ -35,16 +36,17 @@ def main():
   })  # fmt: skip
   statistic = stats.gram()
   forward = jax.jit(lambda params, batch: models.logits(module, params, batch))
-  shapes = jax.eval_shape(
-    lambda p, b: statistic.measure(module, p, b, np.uint32(0), 1), params, batch
-  )
+  measure = lambda p, b: stats_base.distinct(
+    statistic.measure(module, p, b, np.uint32(0), 1)
+  )[0]
+  shapes = jax.eval_shape(measure, params, batch)
   sums = jax.tree.map(lambda s: jax.numpy.zeros(s.shape, s.dtype), shapes)
   collect = jax.jit(
     lambda sums, params, batch: jax.tree.map(
-      jax.numpy.add, sums,
-      statistic.measure(module, params, batch, np.uint32(0), 1),
-    ), donate_argnums=0,
-  )  # fmt: skip
+      jax.numpy.add, sums, measure(params, batch)
+    ),
+    donate_argnums=0,
+  )
   jax.block_until_ready(forward(params, batch))
   sums = jax.block_until_ready(collect(sums, params, batch))
   times = {'forward': [], 'forward and Gram': []}

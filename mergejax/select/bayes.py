@@ -76,8 +76,7 @@ def evidence(
     features: <float>[N, D], as they come: neither centred nor scaled.
     labels: <int>[N] classes from 0, each a column of zeros and ones; or
       <float>[N, C].
-    variant: 'jmlr', by singular values; 'icml', the earlier algorithm, by
-      eigenvalues and with a coarser tolerance.
+    variant: 'jmlr'; 'icml' is the earlier algorithm, with a coarser tolerance.
     reference_compat: reproduce the released score of 'jmlr', which leaves out
       the D - k null directions: with fewer samples than features it is too high
       by `(D - k) ln(alpha) / 2N`, and models of different width cannot be
@@ -108,24 +107,7 @@ def evidence(
   if variant == 'icml':
     found = _icml(features, targets)
   else:
-    left, values, right = np.linalg.svd(features, full_matrices=False)
-    # Rounding leaves small values where there are none.
-    largest = values[0] ** 2 if len(values) else 0.0
-    keep = values**2 > largest * max(features.shape) * np.finfo(np.float64).eps
-    left, values, right = left[:, keep], values[keep], right[keep]
-    projected = left.T @ targets
-    found = _jmlr(
-      values**2,
-      projected**2,
-      (targets**2).sum(axis=0),
-      features.shape,
-      exact=not reference_compat,
-    )
-    scores, alphas, betas, ratios, converged = found
-    weights = (values[:, None] * projected) / (
-      ratios[None, :] + values[:, None] ** 2
-    )
-    found = scores, alphas, betas, (right.T @ weights).T, converged
+    found = _by_eigenvalues(features, targets, not reference_compat)
   return _finished(*found)
 
 
@@ -133,9 +115,6 @@ def from_moments(
   gram: Any, products: Any, squares: Any, count: int
 ) -> Evidence:
   """`evidence` from sums over samples, for streams and meshes.
-
-  Exact, yet it squares the condition number: prefer `evidence` when the
-  features fit into memory.
 
   Args:
     gram: <float>[D, D], `F^T F`.
@@ -150,22 +129,44 @@ def from_moments(
   """
   gram = np.asarray(gram, np.float64)
   products = np.asarray(products, np.float64)
-  size = len(gram)
-  eigenvalues, vectors = np.linalg.eigh(gram)
-  keep = eigenvalues > (
-    eigenvalues[-1] * max(count, size) * np.finfo(np.float64).eps
-  )
-  eigenvalues, vectors = eigenvalues[keep], vectors[:, keep]
+  squares = np.asarray(squares, np.float64)
+  return _finished(*_tall(gram, products, squares, count, True))
+
+
+def _tall(gram, products, squares, count, exact):
+  """From `F^T F` and `F^T Y`: fewer features than samples."""
+  eigenvalues, vectors = _spectrum(gram, count)
   turned = vectors.T @ products
   scores, alphas, betas, ratios, converged = _jmlr(
-    eigenvalues,
-    turned**2 / eigenvalues[:, None],
-    np.asarray(squares, np.float64),
-    (count, size),
-    exact=True,
-  )
+    eigenvalues, turned**2 / eigenvalues[:, None], squares,
+    (count, len(gram)), exact=exact,
+  )  # fmt: skip
   weights = turned / (ratios[None, :] + eigenvalues[:, None])
-  return _finished(scores, alphas, betas, (vectors @ weights).T, converged)
+  return scores, alphas, betas, (vectors @ weights).T, converged
+
+
+def _by_eigenvalues(features, targets, exact):
+  """By the smaller of `F^T F` and `F F^T`; all columns at once."""
+  count, width = features.shape
+  squares = (targets**2).sum(axis=0)
+  if count > width:
+    products = features.T @ targets
+    return _tall(features.T @ features, products, squares, count, exact)
+  eigenvalues, vectors = _spectrum(features @ features.T, width)
+  projected = vectors.T @ targets
+  scores, alphas, betas, ratios, converged = _jmlr(
+    eigenvalues, projected**2, squares, (count, width), exact=exact
+  )
+  weights = projected / (ratios[None, :] + eigenvalues[:, None])
+  return scores, alphas, betas, (vectors @ weights).T @ features, converged
+
+
+def _spectrum(matrix, other):
+  """Eigenvalues and vectors, without those that rounding leaves for zeros."""
+  eigenvalues, vectors = np.linalg.eigh(matrix)
+  least = max(other, len(matrix)) * np.finfo(np.float64).eps
+  keep = eigenvalues > max(eigenvalues[-1], 0.0) * least
+  return eigenvalues[keep], vectors[:, keep]
 
 
 def _checked(features, labels):

@@ -99,13 +99,16 @@ def collect(
   fingerprint = saved.fingerprint(params)
   settings = {'kind': statistic.kind, **statistic.settings}
   journal = _Journal(out, {**settings, 'fingerprint': fingerprint})
-  totals, done = journal.load()
+  totals, done, aliases = journal.load()
   params = jax.device_put(params, _param_layout(mesh, params))
   zeros = step = None
 
   @jax.jit
   def measure(params, batch, number):
-    return statistic.measure(module, params, batch, number, shards)
+    found = statistic.measure(module, params, batch, number, shards)
+    unique, own = distinct(found)
+    aliases.update(own)
+    return unique
 
   def add(sums, params, batch, number):
     return jax.tree.map(jnp.add, sums, measure(params, batch, number))
@@ -119,7 +122,7 @@ def collect(
       index = np.uint32(number - 1)
       if step is None:
         shapes = jax.eval_shape(measure, params, batch, index)
-        statistic.check(params, list(shapes))
+        statistic.check(params, [*shapes, *aliases])
         layout = _sum_layout(mesh, statistic.kind, shapes)
         zeros = jax.jit(
           lambda shapes=shapes: jax.tree.map(
@@ -132,7 +135,7 @@ def collect(
       progress(number)
       if number % save_every == 0:
         totals, sums = _fetched(totals, sums), None
-        journal.save(totals, number)
+        journal.save(totals, number, aliases)
       if stopping.received:
         # What came after the last save is not kept: sums are added up in the
         # same groups however often a collection is interrupted.
@@ -141,11 +144,38 @@ def collect(
     totals = _fetched(totals, sums)
   if totals is None:
     raise errors.UserError('There was no batch to collect statistics from.')
-  result = _means(statistic.kind, totals, fingerprint, settings, number)
+  result = _means(
+    statistic.kind, totals, aliases, fingerprint, settings, number
+  )
   if out is not None:
     result.save(out)
   journal.forget()
   return result
+
+
+def distinct(
+  found: Mapping[typing.Path, Mapping[str, jax.Array]],
+) -> tuple[dict[typing.Path, Any], dict[typing.Path, typing.Path]]:
+  """What is different, and which parameter has the same as which.
+
+  Query, key and value of a layer are given one input: its Gram matrix is summed
+  once.
+
+  Args:
+    found: what a statistic measured, while tracing.
+
+  Returns:
+    `({path: measured}, {path: path of the same})`.
+  """
+  first: dict[int, typing.Path] = {}
+  unique, aliases = {}, {}
+  for path, own in found.items():
+    leader = first.setdefault(id(own['sum']), path)
+    if leader == path:
+      unique[path] = own
+    else:
+      aliases[path] = leader
+  return unique, aliases
 
 
 def _param_layout(mesh, params):
@@ -206,11 +236,13 @@ def _fetched(totals, sums):
   return {path: totals[path] + leaf for path, leaf in host.items()}
 
 
-def _means(kind, totals, fingerprint, settings, batches):
+def _means(kind, totals, aliases, fingerprint, settings, batches):
   result, bad = {}, []
-  for path in dict.fromkeys(name.rsplit('/', 1)[0] for name in totals):
-    count = totals[f'{path}/count']
-    summed = totals[f'{path}/sum']
+  paths = [name.rsplit('/', 1)[0] for name in totals]
+  for path in sorted({*paths, *aliases}):
+    leader = aliases.get(path, path)
+    count = totals[f'{leader}/count']
+    summed = totals[f'{leader}/sum']
     known = np.maximum(count, 1.0)
     mean = summed / known.reshape(
       known.shape + (1,) * (summed.ndim - known.ndim)
@@ -244,7 +276,7 @@ class _Journal:
 
   def load(self):
     if self._path is None or not self._path.exists():
-      return None, 0
+      return None, 0, {}
     try:
       with np.load(self._path, allow_pickle=False) as archive:
         leaves = dict(archive)
@@ -258,16 +290,22 @@ class _Journal:
         'with other settings. Remove it to start afresh.'
       )
     done = int(leaves.pop('batches'))
-    return {n.replace('|', '/'): x for n, x in leaves.items()}, done
+    aliases = json.loads(str(leaves.pop('aliases')))
+    totals = {n.replace('|', '/'): x for n, x in leaves.items()}
+    return totals, done, aliases
 
-  def save(self, totals, batches):
+  def save(self, totals, batches, aliases):
     if self._path is None or jax.process_index():
       return
     leaves = {n.replace('/', '|'): x for n, x in totals.items()}
     with store_base.atomic_path(self._path, overwrite=True) as temporary:
       with open(temporary, 'wb') as stream:
         np.savez(
-          stream, settings=self._settings, batches=np.int64(batches), **leaves
+          stream,
+          settings=self._settings,
+          batches=np.int64(batches),
+          aliases=json.dumps(aliases),
+          **leaves,
         )
 
   def forget(self):

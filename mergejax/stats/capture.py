@@ -8,7 +8,6 @@ and vmapped layers work if they lift that collection.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-import functools
 import math
 import re
 from typing import Any
@@ -186,10 +185,8 @@ def _leave(module, name, value):
     COLLECTION,
     _MARK + name,
     value,
-    reduce_fn=lambda a, b: jax.tree.map(jnp.add, a, b),
-    init_fn=functools.partial(
-      jax.tree.map, lambda x: jnp.zeros(x.shape, x.dtype), value
-    ),
+    reduce_fn=lambda a, b: b if a is None else jax.tree.map(jnp.add, a, b),
+    init_fn=lambda: None,
   )
 
 
