@@ -8,11 +8,11 @@ merged = mj.merge([a, mj.align.permute(spec, permutation, b)], 'linear')
 """
 
 from mergejax.align.activations import match_activations
+from mergejax.align.groups import derive
+from mergejax.align.groups import from_axes
 from mergejax.align.spec import Permutation
 from mergejax.align.spec import PermutationSpec
 from mergejax.align.spec import check_function
-from mergejax.align.spec import derive
-from mergejax.align.spec import from_axes
 from mergejax.align.spec import identity
 from mergejax.align.spec import permutation_spec
 from mergejax.align.spec import permute

@@ -10,8 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mergejax import errors
 from mergejax import typing
 from mergejax.search import base
+
+_MOST_POINTS = 20_000
 
 
 def line(space: base.Space, points: int) -> np.ndarray:
@@ -20,7 +23,18 @@ def line(space: base.Space, points: int) -> np.ndarray:
 
 
 def lattice(space: base.Space, points: int) -> np.ndarray:
-  """`<float64>[points ** n, n]`: every combination of evenly spread values."""
+  """`<float64>[points ** n, n]`: every combination of evenly spread values.
+
+  Raises:
+    UserError: more combinations than anyone would wait for.
+  """
+  names = len(space.names)
+  if points**names > _MOST_POINTS:
+    raise errors.UserError(
+      f'A grid of {points} values for each of {names} coefficients has '
+      f'{points}^{names} points. Vary one number (`vary: scale` or `weight`), '
+      "or take the strategy 'cmaes' or 'gradient'."
+    )
   axis = np.linspace(space.low, space.high, points)
   return np.array(list(itertools.product(axis, repeat=len(space.names))))
 

@@ -554,6 +554,12 @@ class GridTest(absltest.TestCase):
       atol=1e-6,
     )
 
+  def test_lattice(self):
+    points = grid.lattice(base.Space('linear', 2), 3)
+    self.assertEqual(points.shape, (9, 2))
+    with self.assertRaisesRegex(errors.UserError, "'cmaes'"):
+      grid.lattice(base.Space('linear', 8), 11)
+
   def test_pairs(self):
     points = grid.pairs(5)
     np.testing.assert_allclose(
