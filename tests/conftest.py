@@ -12,16 +12,13 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=8'
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
-# One folder for all processes of a run, commands that tests start included:
-# what one of them compiled the others load, and no test writes to ~/.cache.
+# One folder for all processes of a run, commands that tests start included: no
+# test writes to ~/.cache.
 _OWNS_CACHE = 'MERGEJAX_TEST_CACHE' not in os.environ
 if _OWNS_CACHE:
   os.environ['MERGEJAX_TEST_CACHE'] = tempfile.mkdtemp(prefix='mergejax-tests-')
 _CACHE = os.environ['MERGEJAX_TEST_CACHE']
 os.environ['XDG_CACHE_HOME'] = _CACHE
-os.environ['JAX_COMPILATION_CACHE_DIR'] = _CACHE + '/jax'
-os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
-os.environ['JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES'] = '-1'
 
 from absl import flags  # noqa: E402  (after the flags of XLA)
 import jax  # noqa: E402
