@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weight matching: permutations that bring one model close to another."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 import functools
 from typing import Any, NamedTuple
 
@@ -73,12 +73,18 @@ def match_weights(
   assigned jointly: the best permutation of dimensions for every pair of heads,
   then the best pairs.
 
+  The released code starts at the identity, which means nothing for models that
+  were trained apart: in the first sweep most of what it compares is noise. Here
+  the first visit of a group compares only leaves whose other groups have been
+  visited before, in the order in which the most is known of a group: from the
+  inputs on, as a rule. The identity is the start where it is nearer than that.
+
   Args:
     spec: the groups; see `derive` and `permutation_spec`.
     a: the model to be matched.
     b: the model to be permuted.
     key: a JAX key or an integer, for the order of the visits.
-    initial: where to begin; the identity by default.
+    initial: where to begin; by default from the first visits above.
     fixed: full-match patterns of groups that stay.
     max_iter: sweeps at most.
     progress: called after each sweep with its number and what it gained.
@@ -95,16 +101,15 @@ def match_weights(
   """
   spec_lib.check_model(spec, a, 'model a')
   spec_lib.check_model(spec, b, 'model b')
-  permutation = spec_lib.identity(spec)
-  if initial is not None:
-    spec_lib.check_permutation(spec, initial)
-    permutation = {n: np.array(index) for n, index in initial.items()}
   pairs = _Pairs(spec, a, b)
   staying = spec_lib.matching(spec, fixed)
   every = {n: u for n, u in units(spec).items() if n not in staying}
-  if not every:
-    return permutation
   rng = make_rng(key)
+  if initial is None:
+    permutation = _first_visits(spec, pairs, every, rng)
+  else:
+    spec_lib.check_permutation(spec, initial)
+    permutation = {n: np.array(index) for n, index in initial.items()}
   scale = pairs.scale()
   stale = set(every)
   for sweep in range(max_iter):
@@ -142,6 +147,26 @@ def make_rng(key: jax.Array | int) -> np.random.Generator:
   if isinstance(key, int):
     return np.random.default_rng(key)
   return np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel())
+
+
+def _first_visits(spec, pairs, every, rng):
+  """Visits each unit once, comparing what earlier visits have settled."""
+  identity = spec_lib.identity(spec)
+  permutation = dict(identity)
+  open_ = dict(every)
+  while open_:
+    # Chance decides between units of which about as much is settled.
+    shares = [pairs.settled(one, open_) for one in open_.values()]
+    first = np.argmax(shares * rng.uniform(0.5, 1.0, len(shares)))
+    unit = list(open_.values())[first]
+    waiting = set(open_) - {unit.name}
+    # Of a unit of which nothing is settled everything is compared.
+    found = pairs.similarities(unit, permutation, waiting) or (
+      pairs.similarities(unit, permutation)
+    )
+    permutation |= assign(spec, unit, found, permutation)[0]
+    del open_[unit.name]
+  return max(identity, permutation, key=pairs.objective)
 
 
 def _independent(every, order, pairs):
@@ -203,6 +228,9 @@ class _Pairs:
       path: [f.name for axis in spec.leaves[path] for f in axis]
       for path in self._a
     }
+    self._leader = {}
+    for name, unit in units(spec).items():
+      self._leader |= {n: name for n in (name, *unit.children)}
     self._near: dict[str, set[str]] = {}
     self._known: dict[tuple[str, str], _Known] = {}
 
@@ -225,20 +253,35 @@ class _Pairs:
   def neighbours(self, unit: Unit) -> set[str]:
     """Units that share a leaf with this one."""
     if unit.name not in self._near:
-      leader = {}
-      for name, other in units(self._spec).items():
-        leader |= {n: name for n in (name, *other.children)}
-      self._near[unit.name] = {
-        leader[n]
-        for names in self._factors.values()
-        if unit.name in names
-        for n in names
-        if n in leader and leader[n] != unit.name
-      }
+      paths = [p for p, names in self._factors.items() if unit.name in names]
+      self._near[unit.name] = set().union(
+        *(self._others(unit, path) for path in paths)
+      )
     return self._near[unit.name]
 
-  def similarities(self, unit: Unit, permutation) -> dict[str | None, Any]:
+  def _others(self, unit, path):
+    """Units of a leaf beside this one."""
+    leaders = {self._leader.get(n) for n in self._factors[path]}
+    return leaders - {None, unit.name}
+
+  def settled(self, unit: Unit, waiting: Collection[str]) -> float:
+    """The share of a unit's weights that touch no waiting unit."""
+    sizes = {True: 0, False: 0}
+    for path, names in self._factors.items():
+      if unit.name in names:
+        known = self._others(unit, path).isdisjoint(waiting)
+        sizes[known] += self._a[path].size
+    return sizes[True] / (sizes[True] + sizes[False])
+
+  def similarities(
+    self, unit: Unit, permutation, waiting: Collection[str] = ()
+  ) -> dict[str | None, Any]:
     """Similarities of units, by child (None for leaves without one).
+
+    Args:
+      unit: the leading group and its children.
+      permutation: the one so far.
+      waiting: units whose leaves are left out.
 
     Returns:
       `{child: <float32>[stack, n, m, n, m]}` for n units of m positions.
@@ -247,6 +290,8 @@ class _Pairs:
     sums: dict[str | None, Any] = {}
     for path, names in self._factors.items():
       if unit.name not in names:
+        continue
+      if not self._others(unit, path).isdisjoint(waiting):
         continue
       others = {
         n: permutation[n] for n in names if n in permutation and n not in own
@@ -420,6 +465,8 @@ def merge_many(
       for x, y in zip(jax.tree.leaves(first), jax.tree.leaves(second))
     )
 
+  # Models that have been matched before are near the identity.
+  initial = None
   for _ in range(max_iter):
     progress = False
     for k in rng.permutation(len(models)):
@@ -427,11 +474,14 @@ def merge_many(
       mean = jax.tree.map(
         lambda *x: sum(numerics.widen(y) for y in x) / len(x), *others
       )
-      found = match_weights(spec, mean, models[k], int(rng.integers(2**31)))
+      found = match_weights(
+        spec, mean, models[k], int(rng.integers(2**31)), initial=initial
+      )
       moved = spec_lib.permute(spec, found, models[k])
       before = distance(mean, models[k])
       if distance(mean, moved) < before * (1 - 1e-6):
         models[k], progress = moved, True
     if not progress:
       break
+    initial = spec_lib.identity(spec)
   return models

@@ -297,6 +297,26 @@ class MatchTest(parameterized.TestCase):
     with self.assertRaisesRegex(errors.UserError, 'matches no permutation'):
       align.match_weights(spec, params, other, fixed=['nothing'])
 
+  def test_a_start_from_what_is_settled(self):
+    """Apart from each other, models gain nothing from a start at identity."""
+    fields = dict(model_type='mlp', hidden=(16,) * 8, image_shape=(8, 8, 1))
+    _, apply, params, batch = built(fields)
+    other = built(fields, seed=1)[2]
+    spec = align.derive(apply, params, batch)
+    before = align.objective(spec, params, other)
+    gained = lambda initial: np.mean([
+      align.objective(
+        spec, params, other,
+        align.match_weights(spec, params, other, key, initial=initial),
+      ) - before
+      for key in range(5)
+    ])  # fmt: skip
+    self.assertGreater(gained(None), 1.02 * gained(align.identity(spec)))
+    # Near each other, the identity is found again.
+    near = shaken(params, 5, 0.1)
+    found = align.match_weights(spec, params, near)
+    jax.tree.map(np.testing.assert_array_equal, found, align.identity(spec))
+
   def test_one_hidden_layer_needs_one_sweep(self):
     fields = dict(model_type='mlp', hidden=(8,), image_shape=(3, 3, 1))
     _, apply, params, batch = built(fields)
@@ -483,7 +503,7 @@ class GoldenTest(parameterized.TestCase):
     )
     copy = jax.tree.map(np.copy, self.b)
     found = align.match_straight_through(
-      self.spec, self.loss, self.a, self.b, [batch] * 20, batch,
+      self.spec, self.loss, self.a, self.b, [batch] * 45, batch,
       validate_every=1,
     )  # fmt: skip
     self.assertLess(found.loss, found.losses[0])
