@@ -4,6 +4,7 @@
 
 from collections.abc import Callable, Mapping
 import dataclasses
+import functools
 import os
 from typing import Any
 
@@ -225,11 +226,17 @@ def target_weights(batch: Mapping[str, Any]) -> jax.Array:
 
 def init_params(module: nn.Module, key: jax.Array) -> typing.Tree:
   """Fresh float32 parameters of a model."""
-  positional, named = arguments(example_batch(module))
-  made = module.init(key, *positional, **named)
+  made = _init(module, key)
   if BATCH_STATS in made:
     return {**made['params'], BATCH_STATS: made[BATCH_STATS]}
   return made['params']
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _init(module, key):
+  """Compiled, so that the model is traced and not run."""
+  positional, named = arguments(example_batch(module))
+  return module.init(key, *positional, **named)
 
 
 def param_specs(module: nn.Module) -> typing.SpecTree:
