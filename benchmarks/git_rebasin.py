@@ -20,7 +20,7 @@ from mergejax.train import arrays
 from mergejax.train import losses
 
 MODELS = {
-  'mlp': (dict(model_type='mlp', hidden=(512, 512, 512)), 'mnist', 2000, 1e-3),
+  'mlp': (dict(model_type='mlp', hidden=(512, 512, 512)), 'mnist', 600, 1e-3),
   'resnet20 x1': (
     dict(model_type='resnet', norm='layer'), 'mnist', 200, 2e-3,
   ),
@@ -99,14 +99,16 @@ def main():
   parser = real_data.parser()
   parser.add_argument('--models', nargs='*', default=list(MODELS))
   options = parser.parse_args()
-  results = {}
   for name in options.models:
     runs = real_data.over_seeds(
       lambda seed, n=name: run(n, seed), options.seeds
     )
-    results[name] = real_data.summary(runs)
-    real_data.show(name, results[name])
-  real_data.write('git_rebasin', seeds=options.seeds, results=results)
+    rows = real_data.summary(runs)
+    real_data.show(name, rows)
+    real_data.write(
+      f'git_rebasin_{name.replace(" ", "_")}', seeds=options.seeds,
+      results=rows,
+    )  # fmt: skip
 
 
 if __name__ == '__main__':

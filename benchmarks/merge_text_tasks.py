@@ -120,12 +120,14 @@ def main():
   parser = real_data.parser()
   parser.add_argument('--families', nargs='*', default=list(FAMILIES))
   options = parser.parse_args()
-  results = {}
   for family in options.families:
     runs = real_data.over_seeds(lambda s, f=family: run(f, s), options.seeds)
-    results[family] = real_data.summary(runs)
-    real_data.show(family, results[family])
-  real_data.write('merge_text_tasks', seeds=options.seeds, results=results)
+    rows = real_data.summary(runs)
+    real_data.show(family, rows)
+    name = family.replace(', ', '_').replace(' ', '_')
+    real_data.write(
+      f'merge_text_tasks_{name}', seeds=options.seeds, results=rows
+    )
 
 
 if __name__ == '__main__':

@@ -16,6 +16,7 @@ from mergejax import axes as axes_lib
 from mergejax import errors
 from mergejax import tree as tree_lib
 from mergejax import typing
+from mergejax.align import pairs as pairs_lib
 from mergejax.align import spec as spec_lib
 from mergejax.align import weights as weights_lib
 from mergejax.merging import base as merge_base
@@ -68,7 +69,7 @@ def match_activations(
   merge_base.check_choice('similarity', similarity, ('inner', 'pearson'))
   mask = mask or capture.default_mask
   taps = _taps(spec, a)
-  every = weights_lib.units(spec)
+  every = pairs_lib.units(spec)
 
   @jax.jit
   def measure(a, b, batch):
@@ -203,7 +204,7 @@ def _similarity(sums, kind):
 
 def statistics(
   spec: spec_lib.PermutationSpec,
-  unit: weights_lib.Unit,
+  unit: pairs_lib.Unit,
   taps: Mapping[typing.Path, list[spec_lib.Factor]],
   totals: Mapping[typing.Path, Mapping[str, np.ndarray]],
   kind: str,

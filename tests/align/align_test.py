@@ -20,6 +20,7 @@ from mergejax import mesh as mesh_lib
 from mergejax import models
 from mergejax import tree
 from mergejax.align import activations
+from mergejax.align import pairs as pairs_lib
 from mergejax.align import spec as spec_lib
 from mergejax.align import straight_through
 from mergejax.align import weights
@@ -434,8 +435,8 @@ class GoldenTest(parameterized.TestCase):
       )
 
   def test_one_assignment(self):
-    pairs = weights._Pairs(self.spec, self.a, self.b)
-    unit = weights.units(self.spec)['P_0']
+    pairs = pairs_lib.Pairs(self.spec, self.a, self.b)
+    unit = pairs_lib.units(self.spec)['P_0']
     start = align.identity(self.spec)
     found = pairs.similarities(unit, start)
     np.testing.assert_allclose(
