@@ -15,13 +15,16 @@ os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=8'
 # devices now and then waits for one that gets no thread, until XLA aborts.
 os.environ['NPROC'] = '32'
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
-# One folder for all processes of a run, commands that tests start included: no
-# test writes to ~/.cache.
+# One folder for all processes of a run, commands that tests start included:
+# what one of them compiled the others load, and no test writes to ~/.cache.
 _OWNS_CACHE = 'MERGEJAX_TEST_CACHE' not in os.environ
 if _OWNS_CACHE:
   os.environ['MERGEJAX_TEST_CACHE'] = tempfile.mkdtemp(prefix='mergejax-tests-')
 _CACHE = os.environ['MERGEJAX_TEST_CACHE']
 os.environ['XDG_CACHE_HOME'] = _CACHE
+os.environ['JAX_COMPILATION_CACHE_DIR'] = _CACHE + '/jax'
+os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
+os.environ['JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES'] = '-1'
 
 from absl import flags  # noqa: E402  (after the flags of XLA)
 import jax  # noqa: E402
@@ -41,6 +44,14 @@ def pytest_collection_modifyitems(items):
       item.add_marker(
         pytest.mark.filterwarnings(f'ignore:::{module}.*'), append=True
       )
+    # Tests kill processes and fill disks: what JAX was writing then is cut off,
+    # and is compiled again.
+    item.add_marker(
+      pytest.mark.filterwarnings(
+        'ignore:Error (reading|writing) persistent compilation'
+      ),
+      append=True,
+    )
 
 
 @pytest.fixture(autouse=True, scope='module')
