@@ -67,7 +67,7 @@ def run(name, seed):
     'weights': align.match_weights(spec, a, b, seed),
     'activations': align.match_activations(spec, module, a, b, batches),
   }
-  steps = 300 if name == 'mlp' else 20
+  steps = 60 if name == 'mlp' else 20
   many = arrays.ArrayStream(data, 500, seed=seed + 100)
   found['straight-through'] = align.match_straight_through(
     spec, loss, a, b, (next(many) for _ in range(steps)),
