@@ -33,7 +33,7 @@ BUILT = (
                image_shape=(8, 8, 1))),
   ('resnet_batch', dict(model_type='resnet', stages=(1, 1), channels=(4, 6),
                         norm='batch', image_shape=(8, 8, 1))),
-  ('resnet50', dict(model_type='resnet', stages=(1, 1), channels=(4, 8),
+  ('resnet50', dict(model_type='resnet', stages=(1, 2), channels=(4, 8),
                     bottleneck=True, large_stem=True, norm='group',
                     image_shape=(16, 16, 1))),
   ('vit', dict(model_type='vit', emb_dim=12, num_heads=3, num_layers=1,

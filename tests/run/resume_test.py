@@ -141,7 +141,7 @@ class ResumeTest(absltest.TestCase):
     # SIGKILL at random moments of what is left to do, then to the end.
     rng = random.Random(time.time())
     moments = []
-    for _ in range(3):
+    for _ in range(5):
       process = self.start('killed')
       moments.append(rng.uniform(0.3, 0.95) * self.took)
       try:
