@@ -246,6 +246,29 @@ def param_specs(module: nn.Module) -> typing.SpecTree:
   )
 
 
+def load_module(path: os.PathLike | str) -> nn.Module:
+  """The module that a checkpoint's `config.json` describes; reads no weight.
+
+  Raises:
+    UserError: no `config.json`, or an unknown model type or setting.
+  """
+  config = checkpoint.read_config(path)
+  if config is None:
+    raise errors.UserError(
+      f'{path} has no {checkpoint.CONFIG}, so its architecture is unknown. '
+      'Add one: {"model_type": "lm" or "t5x", ...sizes}. `mergejax inspect` '
+      'lists the shapes.'
+    )
+  if is_hugging_face(path):
+    config = dict(model_type='t5x', **t5_names.config_from_hf(config))
+  return build(config)
+
+
+def is_hugging_face(path: os.PathLike | str) -> bool:
+  """Whether a checkpoint's parameters have Hugging Face's names for T5."""
+  return (checkpoint.read_config(path) or {}).get('model_type') == 't5'
+
+
 def load_model(
   path: os.PathLike | str, sharding: Any = None
 ) -> tuple[nn.Module, typing.Tree]:
@@ -265,20 +288,14 @@ def load_model(
       those of the described model.
   """
   store = checkpoint.open_checkpoint(path)
-  config = checkpoint.read_config(path)
-  if config is None:
-    raise errors.UserError(
-      f'{path} has no {checkpoint.CONFIG}, so its architecture is unknown. '
-      'Add one: {"model_type": "lm" or "t5x", ...sizes}. `mergejax inspect` '
-      'lists the shapes.'
+  module = load_module(path)
+  if is_hugging_face(path):
+    leaves = t5_names.from_hf(
+      tree.flatten(store.read()),
+      tied_head=module.config.logits_via_embedding,
     )
-  if config.get('model_type') == 't5':
-    config = dict(model_type='t5x', **t5_names.config_from_hf(config))
-    leaves = tree.flatten(store.read())
-    leaves = t5_names.from_hf(leaves, tied_head=config['logits_via_embedding'])
     store = base.MemoryStore(leaves, name=str(path))
   params = store.read(sharding=sharding)
-  module = build(config)
   tree.check_same(
     param_specs(module),
     tree.specs(params),

@@ -22,8 +22,6 @@ from mergejax.merging import base as base_lib
 from mergejax.merging import given
 from mergejax.merging import masks
 
-# Opens a path as a store; given by the caller, because methods do not know how
-# weights are stored.
 # What a rule says for leaves that are not merged.
 COPY = 'copy'
 
@@ -286,9 +284,9 @@ class Run:
 
   def finish(self, parts: dict[str, list[Part]]) -> dict[str, typing.Array]:
     """Merges laid slices and puts the leaves together again."""
-    merged = run_triple(self._method, list(parts.values()), self._weights)
+    merged = run_triple(self._method, parts, self._weights)
     result = {}
-    for path, outs in zip(parts, merged):
+    for path, outs in merged.items():
       leaf = self._assemble(path, outs)
       self._check_finite(path, leaf)
       result[path] = leaf
@@ -395,35 +393,39 @@ def rank(
   return found
 
 
-def run_triple(method, leaves_parts, weights):
-  """The triple over laid slices: a list of results for each list of slices."""
-  names, flat, marks = [], [], []
-  for i, slices in enumerate(leaves_parts):
-    for j, part in enumerate(slices):
-      names.append((i, j))
-      flat.append(part)
-      marks.append(part.placed())
-  label = lambda name: f'{name[0]}/{name[1]}'
-  specs = {
-    label(n): tree_lib.leaf_spec(part.leaves[0]) for n, part in zip(names, flat)
+def run_triple(
+  method: base_lib.Merge,
+  parts: Mapping[str, Sequence[Part]],
+  weights: Sequence[Any],
+) -> dict[str, list[typing.Array]]:
+  """The triple over laid slices: `{path: results}` for `{path: slices}`."""
+  names = {
+    path: [path if len(own) == 1 else f'{path}[{j}]' for j in range(len(own))]
+    for path, own in parts.items()
   }
-  base = None
-  if flat and flat[0].base is not None:
-    base = {label(n): part.base for n, part in zip(names, flat)}
+  slices = {
+    name: part
+    for path, own in parts.items()
+    for name, part in zip(names[path], own)
+  }
+  marks = {name: part.placed() for name, part in slices.items()}
+  specs = {
+    name: tree_lib.leaf_spec(part.leaves[0]) for name, part in slices.items()
+  }
+  base = {name: part.base for name, part in slices.items()}
+  if any(leaf is None for leaf in base.values()):
+    base = None
   state = method.init(specs)
   for k, weight in enumerate(weights):
     state = method.update(
       state,
-      {label(n): part.leaves[k] for n, part in zip(names, flat)},
+      {name: part.leaves[k] for name, part in slices.items()},
       base=base,
       weight=weight,
-      marks={label(n): own[k] for n, own in zip(names, marks)},
+      marks={name: own[k] for name, own in marks.items()},
     )
   merged = method.finish(state, base=base)
-  return [
-    [merged[label((i, j))] for j in range(len(slices))]
-    for i, slices in enumerate(leaves_parts)
-  ]
+  return {path: [merged[name] for name in own] for path, own in names.items()}
 
 
 def _stored(path, leaf, dtype):

@@ -46,6 +46,16 @@ for _name, _constructor in {
   METHODS.register(_name)(_constructor)
 
 
+def base_policy(method: str) -> str:
+  """'required', 'optional' or 'ignored': what a method wants of a base."""
+  needed = {
+    name: 0.5
+    for name, parameter in METHODS.options(method).items()
+    if parameter.default is parameter.empty
+  }
+  return resolve(method, **needed).base
+
+
 def resolve(method: str | base.Merge, **options) -> base.Merge:
   """A method from its name and options, or the method itself.
 

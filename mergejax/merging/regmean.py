@@ -84,8 +84,7 @@ def regmean(
       new['product'] = product if first else state['product'] + product
     return new
 
-  def finish(state, base):
-    del base
+  def solve(path, state):
     mean = state['mean'] / state['weight']
     if 'gram' not in state:
       return mean
@@ -95,15 +94,21 @@ def regmean(
     # replaced. All rows are dead for a leaf without statistics.
     solvable = gram + jnp.diag(dead.astype(gram.dtype))
     factor = linalg.cho_factor(solvable, lower=True)
-    _warn_if_ill(factor[0], dead)
+    _warn_if_ill(path, factor[0], dead)
     solved = linalg.cho_solve(factor, state['product'])
     return jnp.where(dead[:, None], mean, solved)
 
+  def finish(state, *, base=None):
+    del base
+    return {path: solve(path, leaf) for path, leaf in state.items()}
+
   needs = ('gram', 'count') if by_tokens else ('gram',)
-  return base_lib.leafwise(init, update, finish, needs=needs, view='matrix')
+  method = base_lib.leafwise(init, update, solve, needs=needs, view='matrix')
+  # Not leaf by leaf: the warning names the kernel.
+  return method._replace(finish=finish)
 
 
-def _warn_if_ill(factor, dead):
+def _warn_if_ill(path, factor, dead):
   """Warns of a badly conditioned system, where its numbers can be seen."""
   if isinstance(factor, jax.core.Tracer):
     return
@@ -113,8 +118,8 @@ def _warn_if_ill(factor, dead):
   # The ratio of pivots never exceeds the condition number.
   if bool(most > _ILL * least):
     logging.warning(
-      'The summed Gram matrix of a kernel [%d inputs] has a condition number '
-      'of at least %.1e: its solution may amplify rounding. Lower alpha, '
-      'collect more tokens, or give a ridge.',
-      len(dead), float(most / least),
+      '%s: the summed Gram matrix of its %d inputs has a condition number of '
+      'at least %.1e; its solution may amplify rounding. Lower alpha, collect '
+      'more tokens, or give a ridge.',
+      path, len(dead), float(most / least),
     )  # fmt: skip

@@ -7,16 +7,27 @@
       base_model: path/to/base
       models: [path/to/a, path/to/b]
     suite: suite.yaml                  # or the suite itself
-    vary: scale                        # weights, weight, or an option
-    strategy: grid                     # grid, random, one_plus_one, cmaes,
-                                       # gradient or greedy
-    low: 0.0
-    high: 1.0
-    points: 11                         # of a grid, in each direction
-    budget: 40                         # evaluations of other strategies
-    granularity: model                 # or block: coefficients for each layer
+    split: validation                  # of the suite
+    tasks: [books, news]               # all of them by default
+    strategy: grid                     # see below
     rank: {pick: 2, score: logme}      # first choose among the models
     evaluate: test                     # last, a table of base, models, winner
+    seed: 0
+
+and, by strategy:
+
+    grid       vary: scale             # weights, weight, or an option
+               low: 0.0
+               high: 1.0
+               granularity: model      # or block: coefficients for each layer
+               points: 11              # in each direction
+    random, one_plus_one, cmaes
+               as grid, with budget: 40 (evaluations) and start instead of points
+    gradient   granularity: model      # or block, or leaf
+               loss: cross_entropy     # or entropy: AdaMerging, without labels
+               budget: 100             # updates
+               learning_rate: 0.05
+    greedy     accept: ge              # or gt
 
 OUT gets `recipe.yaml`, which `mergejax merge` takes, every candidate in
 `candidates.jsonl`, and a plot.
@@ -31,17 +42,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import yaml
 
-from mergejax import errors
 from mergejax import models as models_lib
-from mergejax import recipe as recipe_lib
 from mergejax import tree as tree_lib
 from mergejax.evaluation import plots
 from mergejax.evaluation import scores
-from mergejax.evaluation import suite as suite_lib
 from mergejax.run import common
 from mergejax.run import evaluate as evaluate_command
+from mergejax.run import search_request
 from mergejax.search import base as base_lib
 from mergejax.search import evolve
 from mergejax.search import gradient
@@ -52,12 +62,8 @@ from mergejax.stats import saved
 from mergejax.store import base as store_base
 from mergejax.train import losses
 
-STRATEGIES = (*evolve.STRATEGIES, 'grid', 'gradient', 'greedy')
-_TOP = (
-  'merge', 'suite', 'split', 'tasks', 'vary', 'strategy', 'low', 'high',
-  'start', 'points', 'budget', 'granularity', 'seed', 'rank', 'evaluate',
-  'learning_rate',
-)  # fmt: skip
+# Options whose numbers must be known when a merge is compiled.
+_NOT_TRACED = ('density', 'select_topk', 'gamma', 'epsilon')
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -67,98 +73,29 @@ def main(arguments: Sequence[str]) -> None:
   parser.add_argument('out', help='a folder; the same command continues in it')
   parser.add_argument('--dry_run', action='store_true', help='check only')
   options = parser.parse_args(arguments)
-  search = _Search(_read(options.recipe), pathlib.Path(options.out))
-  print(search.describe(), flush=True)
+  request = search_request.load(options.recipe)
+  print(request.describe(), flush=True)
   if not options.dry_run:
-    search.run()
-
-
-def _read(path):
-  file = pathlib.Path(path)
-  if not file.is_file():
-    raise errors.UserError(f'There is no search recipe at {path}.')
-  try:
-    data = yaml.safe_load(file.read_text(encoding='utf-8'))
-  except yaml.YAMLError as error:
-    raise errors.UserError(f'{path} is not YAML: {error}') from error
-  if not isinstance(data, dict):
-    raise errors.UserError(f'{path} should hold a mapping; see the docs.')
-  for word in data:
-    if word not in _TOP:
-      raise errors.UserError(
-        errors.near(str(word), _TOP, 'word of a search recipe,')
-      )
-  for word in ('merge', 'suite'):
-    if word not in data:
-      raise errors.UserError(f'{path} lacks {word!r}.')
-  return data
+    _Search(request, pathlib.Path(options.out)).run()
 
 
 class _Search:
-  """One search, from a checked recipe to its results."""
+  """One search, from a checked request to its results."""
 
-  def __init__(self, data, out):
-    self._data, self._out = data, out
-    self._strategy = data.get('strategy', 'grid')
-    if self._strategy not in STRATEGIES:
-      raise errors.UserError(
-        errors.near(str(self._strategy), STRATEGIES, 'search strategy')
-      )
-    self._recipe = recipe_lib.parse_recipe(data['merge'])
-    self._check_recipe()
-    self._suite = suite_lib.load(data['suite'])
-    self._names = list(data.get('tasks') or self._suite.tasks)
-    for name in self._names:
-      if name not in self._suite.tasks:
-        raise errors.UserError(
-          errors.near(str(name), self._suite.tasks, 'task of the suite')
-        )
-    self._split = data.get('split', 'validation')
-    self._paths = [one.model for one in self._recipe.slices[0].inputs]
-    self._space = self._make_space(self._paths)
-
-  def _check_recipe(self):
-    recipe = self._recipe
-    for what, given in (
-      ('slices', recipe.sliced), ('rules', recipe.rules),
-      ('vocab', recipe.vocab), ('tokenizer', recipe.tokenizer),
-      ('axes', recipe.axes),
-    ):  # fmt: skip
-      if given:
-        raise errors.UserError(
-          f'A search merges in memory and does not take {what!r}: merge such '
-          'models to checkpoints of one shape first.'
-        )
-
-  def _make_space(self, paths, blocks=('*',)):
-    data = self._data
-    low, high = float(data.get('low', 0)), float(data.get('high', 1))
-    options = dict(self._recipe.parameters)
-    options.pop('weight', None)
-    return base_lib.Space(
-      self._recipe.method, len(paths), options=options,
-      vary=data.get('vary', 'weights'), low=low, high=high,
-      start=float(data.get('start', (low + high) / 2)), blocks=tuple(blocks),
-    )  # fmt: skip
-
-  def describe(self) -> str:
-    """What will be done."""
-    return (
-      f'search    {self._recipe.method}, {self._space.vary} of '
-      f'{len(self._paths)} models by {self._strategy}\n'
-      f'objective mean over {", ".join(self._names)} ({self._split})'
-    )
+  def __init__(self, request: search_request.Request, out: pathlib.Path):
+    self._request, self._out = request, out
 
   def run(self) -> None:
     """Loads, ranks, searches, writes."""
     module, params, base = self._load()
-    if 'rank' in self._data:
+    if 'rank' in self._request.data:
       params = self._pick(module, params)
-    evaluate = self._suite.evaluator(module, self._split, self._names)
+    request = self._request
+    evaluate = request.suite.evaluator(module, request.split, request.tasks)
     self._out.mkdir(parents=True, exist_ok=True)
-    if self._strategy == 'greedy':
+    if request.strategy == 'greedy':
       recipe, log, names = self._greedy(params, evaluate)
-    elif self._strategy == 'gradient':
+    elif request.strategy == 'gradient':
       recipe, log, names = self._gradient(module, params, base)
     else:
       recipe, log, names = self._search(params, base, evaluate)
@@ -168,150 +105,142 @@ class _Search:
       best = log.best()
       print(f'best      {best.objective:.4f} at {np.round(best.point, 4).tolist()}')  # fmt: skip
     print(f'recipe    {self._out / "recipe.yaml"}')
-    if 'evaluate' in self._data:
+    if 'evaluate' in request.data:
       self._table(module, params, base, recipe)
 
   def _load(self):
-    module, params = None, []
-    for path in self._paths:
-      own, tree = models_lib.load_model(path)
-      if module is not None and own != module:
-        raise errors.UserError(
-          f'{path} is of another architecture than {self._paths[0]}: their '
-          'config.json differ.'
-        )
-      module = own
-      params.append(tree)
+    request = self._request
+    loaded = [models_lib.load_model(path) for path in request.paths]
     base = None
-    if self._recipe.base:
-      _, base = models_lib.load_model(self._recipe.base)
-    return module, params, base
+    if request.recipe.base:
+      _, base = models_lib.load_model(request.recipe.base)
+    return loaded[0][0], [params for _, params in loaded], base
 
   def _pick(self, module, params):
     """The models that rank first, by their mean place over the tasks."""
-    rank = {'pick': 2, 'score': 'logme', **(self._data['rank'] or {})}
-    tasks = {n: self._suite.batches(n, 'train') for n in self._names}
+    request = self._request
+    rank = {'pick': 2, 'score': 'logme', **(request.data['rank'] or {})}
+    tasks = {n: request.suite.batches(n, 'train') for n in request.tasks}
     table = ranking.rank(
-      ((p, module, t) for p, t in zip(self._paths, params)), tasks,
+      ((p, module, t) for p, t in zip(request.paths, params)), tasks,
       score=rank['score'],
     )  # fmt: skip
     print(scores.to_text(table))
-    places = {path: 0 for path in table}
+    places = dict.fromkeys(table, 0)
     for task in tasks:
       for place, path in enumerate(
         sorted(table, key=lambda p: -table[p][task])
       ):
         places[path] += place
-    chosen = sorted(places, key=places.get)[: int(rank['pick'])]
+    chosen = sorted(places, key=places.get)[: rank['pick']]
     print(f'picked    {", ".join(chosen)}')
-    kept = [(p, t) for p, t in zip(self._paths, params) if p in chosen]
-    self._paths = [p for p, _ in kept]
-    self._space = self._make_space(self._paths)
-    return [t for _, t in kept]
+    kept = [t for p, t in zip(request.paths, params) if p in chosen]
+    self._request = request.picked(chosen)
+    return kept
 
   def _settings(self):
-    return {'recipe': self._data, 'models': self._paths}
+    return {
+      'recipe': self._request.data, 'models': self._request.fingerprints,
+    }  # fmt: skip
 
   def _log(self):
     return base_lib.Log(self._out / 'candidates.jsonl', self._settings())
 
   def _search(self, params, base, evaluate):
-    if self._data.get('granularity', 'model') == 'block':
-      blocks = base_lib.blocks_of(list(tree_lib.flatten(params[0])))
-      self._space = self._make_space(self._paths, blocks)
-    space, log = self._space, self._log()
-    stats = [dict(saved.load(path)) for path in self._recipe.stats] or None
-    seed = self._recipe.seed
+    request, log = self._request, self._log()
+    space = request.space()
+    if request.data.get('granularity') == 'block':
+      space = request.space(base_lib.blocks_of(list(tree_lib.flatten(base or params[0]))))  # fmt: skip
+    recipe = request.recipe
+    stats = [dict(saved.load(path)) for path in recipe.stats] or None
 
     def merge(models, point):
       return space.merge(
         models['params'], point, base=models.get('base'),
-        stats=models.get('stats'), seed=seed,
+        stats=models.get('stats'), dtype=recipe.dtype, seed=recipe.seed,
       )  # fmt: skip
 
-    models = {'params': params}
-    if base is not None:
-      models['base'] = base
-    if stats is not None:
-      models['stats'] = stats
-    if self._strategy == 'grid':
-      count = int(self._data.get('points', 11))
+    models = {'params': params, 'base': base, 'stats': stats}
+    models = {name: one for name, one in models.items() if one is not None}
+    if request.strategy == 'grid':
+      count = request.number('points', 11)
       points = (
         grid.line(space, count)
         if len(space.names) == 1
         else grid.lattice(space, count)
       )
-      if not _traceable(space):
+      if space.vary in _NOT_TRACED:
         evaluate = _plain(evaluate)
       grid.grid(merge, models, evaluate, points, log=log, progress=_progress)
     else:
-      one = lambda point: _plain(evaluate)(merge(models, jnp.asarray(point, jnp.float32)))  # fmt: skip
+      score = _plain(evaluate)
       evolve.evolve(
-        space, one, budget=int(self._data.get('budget', 40)),
-        strategy=self._strategy, seed=int(self._data.get('seed', 0)), log=log,
-        progress=_progress,
+        space, lambda point: score(merge(models, jnp.asarray(point, jnp.float32))),
+        budget=request.number('budget', 40), strategy=request.strategy,
+        seed=request.seed, log=log, progress=_progress,
       )  # fmt: skip
-    best = log.best()
-    recipe = space.to_recipe(best.point, self._paths, self._recipe.base)
-    if self._recipe.stats:
-      recipe['stats'] = list(self._recipe.stats)
-    return recipe, log, space.names
+    return request.to_recipe(space, log.best().point), log, space.names
 
   def _greedy(self, params, evaluate):
-    log = self._log()
-    soup = greedy.greedy(params, _plain(evaluate), log=log)
+    request, log = self._request, self._log()
+    soup = greedy.greedy(
+      params, _plain(evaluate), accept=request.data.get('accept', 'ge'), log=log
+    )
     print(f'soup      of {len(soup.ingredients)} models, {soup.score:.4f}')
-    models = [{'model': self._paths[k]} for k in sorted(soup.ingredients)]
-    return {'merge_method': 'linear', 'models': models}, log, ()
+    models = [{'model': request.paths[k]} for k in sorted(soup.ingredients)]
+    recipe = {'merge_method': 'linear', 'models': models, **request.kept()}
+    return recipe, log, ()
 
   def _gradient(self, module, params, base):
-    granularity = self._data.get('granularity', 'model')
-    batches = [
-      b for n in self._names for b in self._suite.batches(n, self._split)
-    ]
-    steps = int(self._data.get('budget', 5 * len(batches)))
-    rng = np.random.default_rng(int(self._data.get('seed', 0)))
-    order = np.concatenate(
-      [rng.permutation(len(batches)) for _ in range(steps // len(batches) + 1)]
-    )[:steps]
+    request = self._request
+    entropy = request.data.get('loss') == 'entropy'
+    batches = {
+      n: request.suite.batches(n, request.split) for n in request.tasks
+    }
+    rate = request.number('learning_rate', 1e-3 if entropy else 0.05)
+    total = sum(map(len, batches.values()))
+    steps = request.number('budget', 1000 if entropy else 5 * total)
+    # AdaMerging looks at every task in each update, a soup at one batch.
+    rng = np.random.default_rng(request.seed)
+    groups = batches.values() if entropy else [sum(batches.values(), [])]
+    rounds = zip(*(_shuffled(some, steps, rng) for some in groups))
+    one_loss = _entropy if entropy else _cross_entropy
 
-    def loss(params, batch, heat):
-      logits = heat * models_lib.logits(module, params, batch)
-      value, _ = losses.token_cross_entropy(logits, models_lib.targets(batch))
-      weights = models_lib.target_weights(batch)
-      return jnp.sum(value * weights) / jnp.maximum(jnp.sum(weights), 1.0)
+    def loss(params, several, heat):
+      found = [one_loss(module, params, batch, heat) for batch in several]
+      metrics = [own for _, own in found]
+      worst = {n: jnp.max(jnp.stack([m[n] for m in metrics])) for n in metrics[0]}  # fmt: skip
+      return sum(value for value, _ in found), worst
 
     learned = gradient.learn(
-      params, loss, (batches[i] for i in order), granularity=granularity,
+      params, loss, rounds, granularity=request.data.get('granularity', 'model'),
       base_model=base, constraint='softmax' if base is None else 'none',
-      journal=self._out / 'journal.json',
+      temperature=not entropy,
+      optimizer=optax.adam(rate) if entropy else optax.adamw(rate, weight_decay=0.0),
+      journal=self._out / 'journal.json', settings=self._settings(),
       progress=lambda step, loss: _progress(step, steps),
     )  # fmt: skip
-    lines = [json.dumps({'step': i, 'loss': x}) for i, x in enumerate(learned.losses)]  # fmt: skip
+    lines = [
+      json.dumps({'step': i, 'loss': x, **own})
+      for i, (x, own) in enumerate(zip(learned.losses, learned.metrics))
+    ]
     _write(self._out / 'candidates.jsonl', '\n'.join(lines) + '\n')
-    method = 'linear' if base is None else 'task_arithmetic'
-    blocks = tuple(g for g in learned.coefficients if g != '*') + ('*',)
-    space = base_lib.Space(
-      method, len(params), blocks=blocks,
-      options={'normalize': False} if base is None else {},
-    )  # fmt: skip
-    fallback = np.full(len(params), 1 / len(params))
-    point = np.concatenate(
-      [learned.coefficients.get(block, fallback) for block in blocks]
-    ).astype(float)
     print(f'loss      {learned.losses[0]:.4f} to {learned.losses[-1]:.4f}')
-    recipe = space.to_recipe(point.tolist(), self._paths, self._recipe.base)
-    return recipe, base_lib.Log(), ()
+    space, point = base_lib.learned_space(
+      request.recipe.method, learned.coefficients
+    )
+    return request.to_recipe(space, point), base_lib.Log(), ()
 
   def _table(self, module, params, base, recipe):
-    rows = list(zip(self._paths, params))
+    request = self._request
+    rows = list(zip(request.paths, params))
     if base is not None:
-      rows.insert(0, (self._recipe.base, base))
+      rows.insert(0, (request.recipe.base, base))
     _, merged = evaluate_command.merged(recipe)
-    table = self._suite.table(
+    table = request.suite.table(
       [*((name, module, tree) for name, tree in rows),
        ('the merge', module, merged)],
-      self._data['evaluate'], self._names,
+      request.data['evaluate'], request.tasks,
     )  # fmt: skip
     print(scores.to_text(scores.values(table)))
     _write(
@@ -320,9 +249,28 @@ class _Search:
     )
 
 
-def _traceable(space: base_lib.Space) -> bool:
-  """Whether the varied option may be traced: ranks are counted with it."""
-  return space.vary not in ('density', 'select_topk', 'gamma', 'epsilon')
+def _shuffled(batches, steps, rng):
+  """`steps` batches, each epoch in an order of its own."""
+  order = []
+  while len(order) < steps:
+    order.extend(rng.permutation(len(batches)).tolist())
+  return [batches[i] for i in order[:steps]]
+
+
+def _cross_entropy(module, params, batch, heat):
+  logits = heat * models_lib.logits(module, params, batch)
+  value, _ = losses.token_cross_entropy(logits, models_lib.targets(batch))
+  weights = models_lib.target_weights(batch)
+  return jnp.sum(value * weights) / jnp.maximum(jnp.sum(weights), 1.0), {}
+
+
+def _entropy(module, params, batch, heat):
+  """Of classes, or of the first word of an answer, which no label precedes."""
+  logits = heat * models_lib.logits(module, params, batch)
+  weights = models_lib.target_weights(batch)
+  if logits.ndim == 3:
+    logits, weights = logits[:, 0], weights[:, 0]
+  return gradient.entropy(logits, weights)
 
 
 def _plain(evaluate: base_lib.Evaluator):

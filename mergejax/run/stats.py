@@ -78,8 +78,7 @@ def _collect(options):
   suite_lib = importlib.import_module('mergejax.evaluation.suite')
   suite = suite_lib.load(options.suite)
   names = options.task or list(suite.tasks)
-  config = checkpoint.read_config(options.model) or {}
-  if config.get('model_type') == 't5':
+  if models.is_hugging_face(options.model):
     # Statistics are named as the parameters they are of.
     raise errors.UserError(
       f'{options.model} has the names of Hugging Face, whose kernels lie '

@@ -178,6 +178,8 @@ class Space:
     low: least value.
     high: largest value.
     start: where searches begin.
+    weights: of the models, where they are not what varies; all 1 by default
+      (or as the method says).
     blocks: parts of paths, the last of them '*' for the rest; each block has
       coefficients of its own. One block by default. See `blocks_of`.
   """
@@ -186,6 +188,7 @@ class Space:
   count: int
   options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   vary: str = 'weights'
+  weights: tuple[float, ...] | None = None
   low: float = 0.0
   high: float = 1.0
   start: float = 0.5
@@ -225,6 +228,7 @@ class Space:
     *,
     base: typing.Tree | None = None,
     stats: Sequence[Any] | None = None,
+    dtype: Any = None,
     seed: int = 0,
   ) -> typing.Tree:
     """Merges trees with the coefficients of a point; traceable.
@@ -234,6 +238,7 @@ class Space:
       point: <float>[blocks * per_block].
       base: their ancestor, where the method needs one.
       stats: statistics of each model, where it needs them.
+      dtype: of the result; by default as the models'.
       seed: of random methods.
 
     Returns:
@@ -248,14 +253,18 @@ class Space:
       for block, method in zip(self.blocks[:-1], methods)
     ]
     return driver.merge(
-      models, methods[-1], base=base, rules=rules, stats=stats, seed=seed
-    )
+      models, methods[-1], base=base, rules=rules, stats=stats, dtype=dtype,
+      seed=seed,
+    )  # fmt: skip
 
   def _method(self, values):
     options = dict(self.options)
     if self.vary not in ('weights', 'weight'):
       options[self.vary] = values[0]
-      return named.resolve(self.method, **options)
+      method = named.resolve(self.method, **options)
+      if self.weights is None:
+        return method
+      return method._replace(default_weights=self.weights)
     method = named.resolve(self.method, **options)
     repeats = 1 if self.vary == 'weights' else self.count
     weights = [values[k] for k in range(self.per_block)] * repeats
@@ -291,6 +300,13 @@ class Space:
         entry['parameters'] = {'weight': setting(k)}
     else:
       parameters[self.vary] = setting(0)
+      for entry, weight in zip(entries, self.weights or ()):
+        entry['parameters'] = {'weight': weight}
+    for name, value in list(parameters.items()):
+      if isinstance(value, (list, tuple)) and name != self.vary:
+        # One a model; in a recipe a list would run along the layers.
+        for entry, own in zip(entries, parameters.pop(name)):
+          entry.setdefault('parameters', {})[name] = own
     if 'scale' in parameters and self.method != 'passthrough':
       parameters['lambda'] = parameters.pop('scale')
     recipe = {'merge_method': self.method, 'models': entries}
@@ -299,6 +315,33 @@ class Space:
     if parameters:
       recipe['parameters'] = parameters
     return recipe
+
+
+def learned_space(
+  method: str, coefficients: Mapping[str, typing.Array]
+) -> tuple[Space, list[float]]:
+  """A space, and the point of it that learned coefficients are.
+
+  Blocks are parts of paths, and `conv/kernel` is a part of
+  `layer/conv/kernel`: longer ones come first.
+
+  Args:
+    method: 'linear' or 'task_arithmetic'.
+    coefficients: `{block: <float>[K]}` from `gradient.learn`.
+
+  Returns:
+    `(space, point)` for `Space.merge` and `Space.to_recipe`.
+  """
+  blocks = sorted((b for b in coefficients if b != '*'), key=lambda b: -len(b))
+  count = len(next(iter(coefficients.values())))
+  space = Space(
+    method, count, blocks=(*blocks, '*'),
+    options={'normalize': False} if method == 'linear' else {},
+  )  # fmt: skip
+  # What is not floating is in no block.
+  rest = np.full(count, 1 / count)
+  point = [coefficients.get(block, rest) for block in space.blocks]
+  return space, np.concatenate(point).astype(float).tolist()
 
 
 def blocks_of(paths: Sequence[typing.Path]) -> tuple[str, ...]:

@@ -54,11 +54,14 @@ class Learned:
   metrics: tuple[Mapping[str, float], ...]
 
 
-def entropy(logits: typing.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+def entropy(
+  logits: typing.Array, weights: typing.Array | None = None
+) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Mean entropy of predictions, `-sum p ln(p + 1e-8)`: AdaMerging's loss.
 
   Args:
     logits: <float>[batch, classes].
+    weights: <float>[batch], 0 for rows that are padding; all 1 by default.
 
   Returns:
     `(<float32>[], metrics)`; `largest_class`, the share of the class that is
@@ -66,8 +69,12 @@ def entropy(logits: typing.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
     everywhere.
   """
   p = jax.nn.softmax(logits)
-  value = -jnp.mean(jnp.sum(p * jnp.log(p + 1e-8), axis=-1))
-  return value, {'largest_class': jnp.max(jnp.mean(p, axis=0))}
+  if weights is None:
+    weights = jnp.ones(p.shape[0], p.dtype)
+  share = weights / jnp.maximum(jnp.sum(weights), 1.0)
+  value = -jnp.vdot(share, jnp.sum(p * jnp.log(p + 1e-8), axis=-1))
+  largest = jnp.max(jnp.einsum('b,bc->c', share, p))
+  return value, {'largest_class': largest}
 
 
 def learn(
@@ -82,6 +89,7 @@ def learn(
   temperature: bool = True,
   optimizer: optax.GradientTransformation | None = None,
   journal: os.PathLike | str | None = None,
+  settings: Mapping[str, Any] | None = None,
   save_every: int = 20,
   progress: Callable[[int, float], None] = lambda step, loss: None,
 ) -> Learned:
@@ -111,6 +119,8 @@ def learn(
     optimizer: AdamW with rate 0.05 by default (learned soups); AdaMerging uses
       `optax.adam(1e-3)`.
     journal: a file that keeps what is done; the same call continues from it.
+    settings: what else must be the same for a journal to be continued: names
+      of models, batches, optimizer.
     save_every: updates between two saves of the journal.
     progress: called with the updates done and the loss.
 
@@ -163,7 +173,8 @@ def learn(
       steps, state = optimizer.update(gradient, state, variables)
       return optax.apply_updates(variables, steps), state
 
-  record = _Journal(journal, mixer, constraint, initial)
+  about = {'constraint': constraint, 'initial': initial, **(settings or {})}
+  record = _Journal(journal, {'groups': mixer.groups, **about})
   (variables, state), losses, metrics = record.load((variables, state))
   done = len(losses)
   for i, batch in enumerate(batches):
@@ -310,11 +321,10 @@ class _Mixer:
 class _Journal:
   """Coefficients and optimizer state after some updates: a few numbers."""
 
-  def __init__(self, path, mixer, constraint, initial):
+  def __init__(self, path, about):
     self._path = None if path is None else pathlib.Path(path)
-    self._about = {
-      'groups': mixer.groups, 'constraint': constraint, 'initial': initial,
-    }  # fmt: skip
+    # As it comes back from a file.
+    self._about = json.loads(json.dumps(about))
 
   def load(self, fresh):
     if self._path is None or not self._path.exists():

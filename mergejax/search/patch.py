@@ -170,6 +170,45 @@ def _check_frozen(base_model, tuned, pattern):
     )
 
 
+def joint(
+  base_model: typing.Tree,
+  fine_tune: Callable[[typing.Tree], typing.Tree],
+  evaluate: Any,
+  supported: Sequence[str],
+  patching: Sequence[str],
+  *,
+  alphas: Sequence[float] = ALPHAS,
+  frozen: str | None = None,
+  log: base.Log | None = None,
+) -> Patch:
+  """Patches several tasks at once: one fine-tuning on all, one alpha.
+
+  Needs the data of all tasks together; where it is there, usually the strongest
+  of the three ways.
+
+  Args:
+    base_model: the model to patch.
+    fine_tune: `params -> params` trains on the mixture of all patching tasks,
+      each example with the frozen head of its own task.
+    evaluate: as for `single`, for all supported and patching tasks.
+    supported: tasks the model is to keep.
+    patching: tasks to learn.
+    alphas: the grid.
+    frozen: see `single`.
+    log: where candidates are written down.
+
+  Returns:
+    The patched model and its alpha.
+
+  Raises:
+    UserError: as `single` and `objective`.
+  """
+  return single(
+    base_model, fine_tune(base_model), evaluate,
+    objective(supported, patching), alphas=alphas, frozen=frozen, log=log,
+  )  # fmt: skip
+
+
 def sequential(
   base_model: typing.Tree,
   fine_tune: Callable[[typing.Tree, int], typing.Tree],

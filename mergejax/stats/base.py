@@ -35,16 +35,19 @@ class Statistic(NamedTuple):
 
   Attributes:
     kind: its name in files and in `Merge.needs`: 'gram' or 'fisher'.
-    measure: `(module, params, batch, number, shards) -> {path: {'sum': array,
+    measure: `(module, params, batch, number, shards) -> {path: {'sum': arrays,
       'count': array}}` of one batch, each with a leading axis of `shards`
       parts; number is that of the batch.
+    whole: `sum -> array`, from what devices add up, without the axis of shards
+      and fetched, to the sum itself.
     check: `(params, paths) -> None`, raises if something asked for was not
       seen.
     settings: what a reader of the file should know.
   """
 
   kind: str
-  measure: Callable[..., dict[typing.Path, dict[str, jax.Array]]]
+  measure: Callable[..., dict[typing.Path, dict[str, Any]]]
+  whole: Callable[[Any], np.ndarray] = lambda total: total
   check: Callable[..., None] = lambda *_: None
   settings: Mapping[str, Any] = {}
 
@@ -134,14 +137,14 @@ def collect(
       sums = step(zeros() if sums is None else sums, params, batch, index)
       progress(number)
       if number % save_every == 0:
-        totals, sums = _fetched(totals, sums), None
+        totals, sums = _fetched(statistic, totals, sums), None
         journal.save(totals, number, aliases)
       if stopping.received:
         # What came after the last save is not kept: sums are added up in the
         # same groups however often a collection is interrupted.
         raise errors.Stopped(f'Stopped after {number} batches.')
   if sums is not None:
-    totals = _fetched(totals, sums)
+    totals = _fetched(statistic, totals, sums)
   if totals is None:
     raise errors.UserError('There was no batch to collect statistics from.')
   result = _means(
@@ -170,7 +173,7 @@ def distinct(
   first: dict[int, typing.Path] = {}
   unique, aliases = {}, {}
   for path, own in found.items():
-    leader = first.setdefault(id(own['sum']), path)
+    leader = first.setdefault(id(jax.tree.leaves(own['sum'])[0]), path)
     if leader == path:
       unique[path] = own
     else:
@@ -221,16 +224,15 @@ def _sum_layout(mesh, kind, shapes):
   return jax.tree.map(of, shapes)
 
 
-def _fetched(totals, sums):
+def _fetched(statistic, totals, sums):
   """Totals in host float64 with the sums of all data slices added."""
   joined = jax.jit(
     lambda tree: jax.tree.map(lambda x: jnp.sum(x, axis=0), tree)
   )(sums)
-  host = {
-    f'{path}/{name}': leaf.astype(np.float64)
-    for path, own in mesh_lib.to_host(joined).items()
-    for name, leaf in own.items()
-  }
+  host = {}
+  for path, own in mesh_lib.to_host(joined).items():
+    host[f'{path}/sum'] = statistic.whole(own['sum']).astype(np.float64)
+    host[f'{path}/count'] = own['count'].astype(np.float64)
   if totals is None:
     return host
   return {path: totals[path] + leaf for path, leaf in host.items()}

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mergejax import errors
 from mergejax import tree as tree_lib
@@ -14,9 +15,9 @@ from mergejax.stats import base
 from mergejax.stats import capture
 
 _HIGHEST = jax.lax.Precision.HIGHEST
-# A symmetric matrix is computed in blocks of rows, each up to the diagonal:
-# of so many blocks a little more than half of the products remain.
-_BLOCKS, _SMALLEST_BLOCK = 8, 64
+# A symmetric matrix is computed and summed in strips of rows, each up to the
+# diagonal: of so many strips a little more than half of the products remain.
+_STRIPS, _LEAST_ROWS = 8, 64
 
 
 def gram(
@@ -75,7 +76,9 @@ def gram(
       # what was computed inside of a loop must not leave it.
       key = id(inputs), weights if isinstance(weights, str) else ''
       previous = known.get(key)
-      if previous is not None and _trace(previous[1]['sum']) is _trace(inputs):
+      if previous is not None and _trace(previous[1]['sum'][0]) is _trace(
+        inputs
+      ):
         return previous[1]
       rows = capture.row_weights(weights, inputs, path)
       found = _products(path, inputs, rows, shards)
@@ -96,7 +99,7 @@ def gram(
     'include': include and list(include), 'exclude': list(exclude),
     'conv': conv, 'tied_head': tied_head,
   }  # fmt: skip
-  return base.Statistic('gram', measure, check, settings)
+  return base.Statistic('gram', measure, _whole, check, settings)
 
 
 def _trace(array):
@@ -106,16 +109,14 @@ def _trace(array):
 
 def _in_front(own):
   """Moves the axis of shards to the front, where it is not there yet."""
-  if own['sum'].ndim == 3:
-    return own
   return {
-    'sum': jnp.moveaxis(own['sum'], -3, 0),
+    'sum': tuple(jnp.moveaxis(strip, -3, 0) for strip in own['sum']),
     'count': jnp.moveaxis(own['count'], -1, 0),
   }
 
 
 def _products(path, inputs, weights, shards):
-  """`{'sum': [shards, in, in], 'count': [shards]}` of one call of a layer."""
+  """`{'sum': strips, 'count': [shards]}` of one call of a layer."""
   size = inputs.shape[-1]
   if inputs.ndim < 2 or inputs.shape[0] % shards:
     raise errors.UserError(
@@ -133,23 +134,38 @@ def _products(path, inputs, weights, shards):
     # What stands in padding is arbitrary, even infinite.
     rows = jnp.where(weights[..., None] > 0, rows, 0.0)
     weighted = rows * weights[..., None]
-  return {'sum': _symmetric(rows, weighted), 'count': count}
+  return {'sum': _strips(rows, weighted), 'count': count}
 
 
-def _symmetric(rows, weighted):
-  """`rows^T weighted`, which is symmetric, `[shards, in, in]`."""
-  product = lambda a, b: jnp.einsum('sri,srj->sij', a, b, precision=_HIGHEST)
+def _strips(rows, weighted):
+  """Rows of `rows^T weighted`, symmetric, each strip up to its diagonal block.
+
+  `([shards, step, end], ...)`: the first strip has `step` columns, the last
+  all of them.
+  """
   size = rows.shape[-1]
-  if size < 2 * _SMALLEST_BLOCK:
-    return product(rows, weighted)
-  step = max(-(-size // _BLOCKS), _SMALLEST_BLOCK)
-  strips = []
-  for start in range(0, size, step):
-    end = min(start + step, size)
-    strip = product(rows[..., start:end], weighted[..., :end])
-    strips.append(jnp.pad(strip, ((0, 0), (0, 0), (0, size - end))))
-  lower = jnp.concatenate(strips, axis=1)
-  # The blocks on the diagonal are whole; the strict lower triangle suffices.
-  below = jnp.tril(lower, -1)
-  on = jnp.tril(lower) - below
-  return below + jnp.swapaxes(below, 1, 2) + on
+  step = max(-(-size // _STRIPS), _LEAST_ROWS)
+  if size < 2 * _LEAST_ROWS:
+    step = size
+  return tuple(
+    jnp.einsum(
+      'sri,srj->sij',
+      rows[..., start : start + step],
+      weighted[..., : start + step],
+      precision=_HIGHEST,
+    )
+    for start in range(0, size, step)
+  )
+
+
+def _whole(strips):
+  """The symmetric matrix `<float>[..., in, in]` from its strips."""
+  size = strips[-1].shape[-1]
+  lower = np.zeros((*strips[-1].shape[:-2], size, size), strips[-1].dtype)
+  start = 0
+  for strip in strips:
+    end = start + strip.shape[-2]
+    lower[..., start:end, :end] = strip
+    start = end
+  below = np.tril(lower, -1)
+  return np.tril(lower) + np.swapaxes(below, -1, -2)

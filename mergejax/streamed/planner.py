@@ -286,7 +286,7 @@ class _Planner:
     return self._merge_task(path, depth, one, refs, base, stored, method, rule)
 
   def _merge_task(self, path, depth, one, refs, base, spec, method, rule):
-    wanted = _base_policy(method)
+    wanted = named.base_policy(method)
     if wanted == 'ignored':
       base = None
     else:
@@ -408,16 +408,6 @@ class _Planner:
           f'{path}: {ref[1]} of {ref[0]} is {list(shape)}, expected '
           f'{list(spec.shape)}.'
         )
-
-
-def _base_policy(method: str) -> str:
-  """Whether a method needs a base, from its constructor with any options."""
-  needed = {
-    name: 0.5
-    for name, parameter in named.METHODS.options(method).items()
-    if parameter.default is parameter.empty
-  }
-  return named.resolve(method, **needed).base
 
 
 def _first(name, places, path, depth):

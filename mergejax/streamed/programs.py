@@ -40,7 +40,7 @@ def program(method: str, static: tuple, stage: str, number: Any):
       offset,
     )
     if stage == 'merge':
-      merged = driver.run_triple(built, [[part]], list(weights))[0][0]
+      merged = driver.run_triple(built, {'': [part]}, list(weights))[''][0]
       return merged.astype(jax.dtypes.canonicalize_dtype(number))
     own = [jnp.asarray(w, part.leaves[0].dtype) for w in weights]
     found = built.looks[number].measure(

@@ -105,7 +105,7 @@ class StatisticsTest(absltest.TestCase):
       own['a/kernel']['gram'] = skewed
     with self.assertLogs(level='WARNING') as logs:
       mj.merge(models, 'regmean', stats=grams, alpha=1.0)
-    self.assertIn('condition number', logs.output[0])
+    self.assertIn('a/kernel: the summed Gram matrix', logs.output[0])
 
   def test_statistics_that_cannot_be(self):
     models, grams = models_and_grams()

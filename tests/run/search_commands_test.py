@@ -146,24 +146,37 @@ class CommandsTest(absltest.TestCase):
       'rank', self.path('a'), '--suite', self.suite, '--score', 'leep'
     )
 
+  def merge(self, method='task_arithmetic', **fields):
+    recipe = {
+      'merge_method': method,
+      'models': [str(self.path('a')), str(self.path('b'))], **fields,
+    }  # fmt: skip
+    if method not in ('linear', 'regmean'):
+      recipe['base_model'] = str(self.path('base'))
+    return recipe
+
   def search(self, name, code=0, **fields):
-    recipe = self.recipe(name, {
-        'merge': {
-            'merge_method': 'task_arithmetic',
-            'base_model': str(self.path('base')),
-            'models': [str(self.path('a')), str(self.path('b'))],
-        },
-        'suite': str(self.suite), **fields,
-    })  # fmt: skip
+    recipe = self.recipe(
+      name, {'merge': self.merge(), 'suite': str(self.suite), **fields}
+    )
     return self.run_command(
       'search', recipe, self.path(f'{name}_out'), code=code
     )
 
   def test_search_gives_a_recipe_that_reproduces_its_winner(self):
+    own = [
+      {'model': str(self.path('a')), 'parameters': {'weight': 0.2, 'density': 0.6}},
+      {'model': str(self.path('b')), 'parameters': {'weight': 0.9, 'density': 0.4}},
+    ]  # fmt: skip
     for name, fields in (
       ('grid', dict(vary='scale', points=5)),
-      ('blocks', dict(strategy='one_plus_one', budget=4)),
-    ):
+      ('blocks', dict(
+          strategy='one_plus_one', budget=4, granularity='block')),
+      ('own', dict(vary='scale', points=3, merge=self.merge(
+          'ties', models=own, dtype='float32', seed=3))),
+      ('defaults', dict(vary='scale', points=3, low=0.2,
+                        merge=self.merge('ties'))),
+    ):  # fmt: skip
       text = self.search(name, evaluate='test', **fields)
       self.assertIn('the merge', text)
       out = self.path(f'{name}_out')
@@ -182,6 +195,8 @@ class CommandsTest(absltest.TestCase):
       for task, score in best['scores'].items():
         self.assertAlmostEqual(row['tasks'][task]['value'], score, places=5)
       self.assertTrue((out / 'scores.png').exists())
+    recipe = yaml.safe_load((self.path('own_out') / 'recipe.yaml').read_text())
+    self.assertEqual((recipe['dtype'], recipe['seed']), ('float32', 3))
 
   def test_rank_pick_merge_evaluate(self):
     text = self.search(
@@ -193,12 +208,64 @@ class CommandsTest(absltest.TestCase):
     )
     self.assertLen(recipe['models'], 1)
 
+  def test_rank_keeps_the_statistics_of_the_models_it_picks(self):
+    for name in ('a', 'b'):
+      self.run_command(
+        'stats', 'gram', self.path(name), self.path(f'picked_{name}'),
+        '--suite', self.suite,
+      )  # fmt: skip
+    grams = [str(self.path(f'picked_{n}')) for n in ('a', 'b')]
+    fields = dict(vary='alpha', points=3, rank={'pick': 1})
+    self.search('ranked', merge=self.merge('regmean', stats=grams), **fields)
+    recipe = yaml.safe_load(
+      (self.path('ranked_out') / 'recipe.yaml').read_text()
+    )
+    ((model, gram),) = zip(recipe['models'], recipe['stats'])
+    self.assertEqual(model['model'][-1], gram[-1])
+    message = self.search(
+      'swapped', code=2, merge=self.merge('regmean', stats=grams[::-1]),
+      **fields,
+    )  # fmt: skip
+    self.assertIn('fingerprint', message)
+
+  def test_scores_of_a_model_that_has_changed_are_refused(self):
+    module, params = models.load_model(self.path('a'))
+    changing = str(self.path('changing'))
+    config = models.describe(module)
+    mj.save_checkpoint(changing, params, config=config, overwrite=True)
+    merge = self.merge(models=[changing, str(self.path('b'))])
+    self.search('changed', merge=merge, vary='scale', points=2)
+    params = jax.tree.map(lambda leaf: leaf + 0.1, params)
+    mj.save_checkpoint(changing, params, config=config, overwrite=True)
+    self.assertIn(
+      'other settings',
+      self.search('changed', code=2, merge=merge, vary='scale', points=2),
+    )
+
+  def test_adamerging_needs_no_label(self):
+    self.search(
+      'entropy', strategy='gradient', loss='entropy', budget=6,
+      granularity='leaf', learning_rate=0.1,
+    )  # fmt: skip
+    rows = [
+      json.loads(line)
+      for line in (self.path('entropy_out') / 'candidates.jsonl')
+      .read_text()
+      .splitlines()
+    ]
+    self.assertLess(rows[-1]['loss'], rows[0]['loss'])
+    self.assertBetween(rows[-1]['largest_class'], 1 / CLASSES, 1.0)
+    self.run_command(
+      'merge', self.path('entropy_out') / 'recipe.yaml',
+      self.path('entropy_merge'),
+    )  # fmt: skip
+
   def test_soups(self):
-    merge = {
-      'merge_method': 'linear',
-      'models': [str(self.path('a')), str(self.path('b'))],
-    }
-    for strategy, extra in (('greedy', {}), ('gradient', {'budget': 4})):
+    merge = self.merge('linear')
+    for strategy, extra in (
+      ('greedy', {'accept': 'gt'}),
+      ('gradient', {'budget': 4, 'granularity': 'block'}),
+    ):
       self.search(strategy, strategy=strategy, merge=merge, **extra)
       self.run_command(
         'merge', self.path(f'{strategy}_out') / 'recipe.yaml',
@@ -211,7 +278,23 @@ class CommandsTest(absltest.TestCase):
       ("Did you mean 'left'", dict(tasks=['leftt'])),
       ("Did you mean 'scale'", dict(vary='scael')),
       ('vary', dict(varry='scale')),
-    ):
+      ('is for gradient', dict(learning_rate=0.1)),
+      ('points must be a whole number', dict(vary='scale', points='many')),
+      ('what this search varies', dict(
+          vary='scale', merge=self.merge(parameters={'lambda': 0.4}))),
+      ('what this search varies', dict(
+          vary='weights', merge=self.merge(parameters={'weight': 0.4}))),
+      ('along the layers', dict(vary='scale', merge=self.merge(
+          parameters={'weight': [0.1, 0.9]}))),
+      ('coefficients of task_arithmetic', dict(
+          strategy='gradient', merge=self.merge('ties'))),
+      ('coefficients of linear', dict(strategy='greedy')),
+      ('AdaMerging', dict(
+          strategy='gradient', loss='entropy', merge=self.merge('linear'))),
+      ('number of models', dict(vary='scale', rank={'pick': 5})),
+      ('nowhere', dict(vary='scale', merge=self.merge(
+          models=[str(self.path('a')), 'nowhere']))),
+    ):  # fmt: skip
       self.assertIn(message, self.search('wrong', code=2, **fields))
     other = models.build(
       dict(model_type='mlp', hidden=(5,), image_shape=(4, 4, 1), classes=2)

@@ -130,6 +130,12 @@ class SoupGoldenTest(DoubleCase):
     value, told = gradient.entropy(jnp.asarray(arrays['entropy_logits']))
     np.testing.assert_allclose(value, arrays['entropy_loss'], rtol=1e-5)
     self.assertBetween(float(told['largest_class']), 0.2, 1.0)
+    padded = np.pad(arrays['entropy_logits'], ((0, 2), (0, 0)))
+    weights = jnp.asarray(
+      np.arange(len(padded)) < len(padded) - 2, padded.dtype
+    )
+    again, _ = gradient.entropy(jnp.asarray(padded), weights)
+    np.testing.assert_allclose(again, value, rtol=1e-6)
 
 
 class PaintGoldenTest(DoubleCase):
@@ -206,8 +212,6 @@ class PaintGoldenTest(DoubleCase):
     def fine_tune(params, i):
       return steps[i]
 
-    for alphas, name in (([first], 'patch1'), ([second], 'patch2')):
-      del alphas, name
     one = patch.sequential(
       self.model('zeroshot'), lambda p, i: steps[0], evaluate, ['s'], ['a'],
       alphas=[first],
@@ -265,6 +269,15 @@ class PatchTest(absltest.TestCase):
     after = self.evaluate(bounded.params)
     self.assertGreaterEqual(after['old'], before['old'] - 0.05)
     self.assertGreater(after['new'], before['new'])
+
+  def test_joint_is_one_fine_tuning_and_one_alpha(self):
+    done = patch.joint(
+      self.zero, lambda params: self.tuned, self.evaluate, ['old'], ['new']
+    )
+    goal = patch.objective(['old'], ['new'])
+    single = patch.single(self.zero, self.tuned, self.evaluate, goal)
+    self.assertEqual(done.alphas, single.alphas)
+    np.testing.assert_array_equal(done.params['w'], single.params['w'])
 
   def test_parallel_search(self):
     goal = patch.objective(['old'], ['new'])
@@ -493,6 +506,12 @@ class SpaceTest(parameterized.TestCase):
     dict(method='task_arithmetic', vary='scale'),
     dict(method='task_arithmetic', vary='weight', high=2.0),
     dict(method='ties', vary='scale', options={'density': 0.5}),
+    dict(
+      method='ties',
+      vary='scale',
+      options={'density': [0.5, 0.3]},
+      weights=(0.4, 0.9),
+    ),
     dict(method='linear', vary='weights', blocks=('layers_0/', '*')),
     dict(method='task_arithmetic', vary='scale', blocks=('layers_0/', '*')),
   )
@@ -520,6 +539,26 @@ class SpaceTest(parameterized.TestCase):
       lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6),
       here,
       there,
+    )
+
+  def test_learned_coefficients_of_leaves_that_share_part_of_their_path(self):
+    rng = np.random.default_rng(0)
+    tree = lambda: {
+      'conv': {'kernel': rng.normal(size=3).astype(np.float32)},
+      'layer': {'conv': {'kernel': rng.normal(size=3).astype(np.float32)}},
+    }
+    models = [tree(), tree()]
+    coefficients = {
+      'conv/kernel': np.array([1.0, 0.0]),
+      'layer/conv/kernel': np.array([0.0, 1.0]),
+    }
+    space, point = base.learned_space('linear', coefficients)
+    merged = space.merge(models, np.float32(point))
+    np.testing.assert_allclose(
+      merged['conv']['kernel'], models[0]['conv']['kernel']
+    )
+    np.testing.assert_allclose(
+      merged['layer']['conv']['kernel'], models[1]['layer']['conv']['kernel']
     )
 
   def test_bad_spaces(self):

@@ -222,14 +222,18 @@ class GramTest(parameterized.TestCase):
       whole['encoder/layers_0/mlp/wo/kernel']['count'],
     )
 
-  def test_blocks_give_the_whole_matrix(self):
-    rows = np.random.default_rng(0).normal(size=(2, 30, 200))
+  @parameterized.parameters(1, 64, 130, 200, 520)
+  def test_strips_give_the_whole_matrix(self, size):
+    rows = np.random.default_rng(0).normal(size=(2, 30, size))
     rows = rows.astype(np.float32)
-    found = grams._symmetric(rows, rows)
+    strips = jax.device_get(grams._strips(rows, rows))
+    found = grams._whole(strips)
     np.testing.assert_allclose(
       found, np.swapaxes(rows, 1, 2) @ rows, rtol=1e-4, atol=1e-4
     )
     np.testing.assert_array_equal(found, np.swapaxes(found, 1, 2))
+    if size > 500:
+      self.assertLess(sum(s.size for s in strips), 0.6 * found.size)
 
   def test_nothing_to_collect(self):
     module, params = models.build(SMALL), None
