@@ -54,12 +54,18 @@ def bootstrap(
   return Score(float(up.sum() / down.sum()), float(low), float(high))
 
 
-def normalised(table: Table, experts: Mapping[str, str]) -> Table:
+def normalised(
+  table: Table,
+  experts: Mapping[str, str],
+  lower_is_better: Sequence[str] = (),
+) -> Table:
   """Scores over those of each task's own expert.
 
   Args:
     table: raw scores.
     experts: `{task: row of its expert}`; tasks without one are left out.
+    lower_is_better: tasks whose expert's score is divided by the model's
+      instead, so that more is better in every column and in their mean.
 
   Returns:
     A table with the tasks that have an expert; 1 is as good as the expert.
@@ -78,7 +84,10 @@ def normalised(table: Table, experts: Mapping[str, str]) -> Table:
 
   def over(score, task):
     by = table[experts[task]][task].value
-    return Score(score.value / by, score.low / by, score.high / by)
+    if task not in lower_is_better:
+      return Score(score.value / by, score.low / by, score.high / by)
+    share = lambda value: by / value if value else np.inf
+    return Score(*map(share, (score.value, score.high, score.low)))
 
   return {
     model: {t: over(s, t) for t, s in own.items() if t in experts}
@@ -91,10 +100,13 @@ def mean(own: Mapping[str, Score]) -> float:
   return float(np.mean([score.value for score in own.values()]))
 
 
-def values(table: Table) -> dict[str, dict[str, float]]:
-  """The plain numbers, with the mean over tasks."""
+def values(
+  table: Table, *, with_mean: bool = True
+) -> dict[str, dict[str, float]]:
+  """The plain numbers, and their mean over tasks where they have one unit."""
   return {
-    model: {**{t: s.value for t, s in own.items()}, 'mean': mean(own)}
+    model: {t: s.value for t, s in own.items()}
+    | ({'mean': mean(own)} if with_mean else {})
     for model, own in table.items()
   }
 
@@ -142,12 +154,10 @@ def to_markdown(table: Table, *, lower_is_better: Sequence[str] = ()) -> str:
   return '\n'.join(lines)
 
 
-def to_json(table: Table) -> dict[str, Any]:
-  """The table as plain numbers."""
+def to_json(table: Table, *, with_mean: bool = True) -> dict[str, Any]:
+  """The table as plain numbers; see `values`."""
   return {
-    model: {
-      'mean': mean(own),
-      'tasks': {t: dataclasses.asdict(s) for t, s in own.items()},
-    }
+    model: ({'mean': mean(own)} if with_mean else {})
+    | {'tasks': {t: dataclasses.asdict(s) for t, s in own.items()}}
     for model, own in table.items()
   }

@@ -18,7 +18,8 @@
       digits: {images: vision/mnist}
 
 Instead of `tasks`, `mixture: NAME` with `import: my.module` takes the tasks of
-a mixture that the module registers in seqio.
+a mixture that the module registers in seqio; `experts: {TASK: path}` then names
+their experts, and `metric` is that of all of them.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -51,7 +52,7 @@ METRICS = ('accuracy', 'loss', 'bits_per_byte')
 LOWER_IS_BETTER = ('loss', 'bits_per_byte')
 _TOP = (
   'vocabulary', 'lengths', 'batch_size', 'max_examples', 'base', 'tasks',
-  'mixture', 'import', 'metric',
+  'mixture', 'import', 'metric', 'experts',
 )  # fmt: skip
 _TASK = ('files', 'inputs', 'targets', 'text', 'images', 'metric', 'expert')
 _SPLITS = ('train', 'validation', 'test')
@@ -115,6 +116,26 @@ class Suite:
       for batch in found:
         batch['num_bytes'] = self._num_bytes(batch['decoder_target_tokens'])
     return found
+
+  def lower_is_better(self) -> list[str]:
+    """Tasks whose score is a loss."""
+    return [n for n, t in self.tasks.items() if t.metric in LOWER_IS_BETTER]
+
+  def describe_metrics(self) -> str:
+    """What the numbers of a table are, in a line."""
+    tasks: dict[str, list[str]] = {}
+    for name, task in self.tasks.items():
+      tasks.setdefault(task.metric, []).append(name)
+    words = {
+      metric: metric.replace('_', ' ')
+      + (' (lower is better)' if metric in LOWER_IS_BETTER else '')
+      for metric in tasks
+    }
+    if len(tasks) == 1:
+      return words.popitem()[1]
+    return '; '.join(
+      f'{words[metric]}: {", ".join(names)}' for metric, names in tasks.items()
+    )
 
   def _task(self, name):
     if name not in self.tasks:
@@ -264,6 +285,11 @@ def _parse(data):
   vocabulary = features.vocabulary(vocabulary)
   if ('tasks' in data) == ('mixture' in data):
     raise errors.UserError("a suite has either 'tasks' or a 'mixture'.")
+  for word in ('import', 'metric', 'experts'):
+    if word in data and 'mixture' not in data:
+      raise errors.UserError(
+        f'{word!r} is for a mixture; give it to each task.'
+      )
   if 'tasks' in data:
     _known(data['tasks'], data['tasks'], 'tasks')
     found = {
@@ -357,10 +383,12 @@ def _mixture(data):
   if name not in known:
     raise errors.UserError(errors.near(str(name), known, 'seqio mixture'))
   members = seqio.get_subtasks(seqio.get_mixture_or_task(name))
+  experts = data.get('experts') or {}
+  _known(experts, [task.name for task in members], 'experts')
   result = {}
   for task in members:
     kind = 'encoder_decoder' if 'inputs' in task.output_features else 'lm'
     metric = data.get('metric', 'bits_per_byte' if kind == 'lm' else 'accuracy')
     _check_metric(metric, kind, task.name)
-    result[task.name] = Task(metric, kind, task.name)
+    result[task.name] = Task(metric, kind, task.name, experts.get(task.name))
   return result

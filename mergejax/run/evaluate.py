@@ -88,11 +88,14 @@ def _on_suite(options):
       yield path, *(merged(path) if recipe else models.load_model(path))
 
   table = suite.table(rows(), options.split)
-  print(scores.to_text(scores.values(table)))
-  result = {'raw': scores.to_json(table)}
+  # Accuracies and losses have no mean.
+  alike = len({task.metric for task in suite.tasks.values()}) == 1
+  print(suite.describe_metrics())
+  print(scores.to_text(scores.values(table, with_mean=alike)))
+  result = {'raw': scores.to_json(table, with_mean=alike)}
   if experts:
-    over = scores.normalised(table, experts)
-    print("\nover the score of each task's own expert")
+    over = scores.normalised(table, experts, suite.lower_is_better())
+    print("\nover the score of each task's own expert; more is better")
     print(scores.to_text(scores.values(over)))
     result['normalised'] = scores.to_json(over)
   if options.plot:

@@ -23,19 +23,18 @@ class Survey:
 
   Attributes:
     paths: the floating leaves.
-    sizes: `<int>[leaves]` numbers in each.
     base_norms: `<float64>[leaves]` L2 norm of the base.
     norms: `<float64>[leaves, K]` L2 norms of the task vectors.
     products: `<float64>[leaves, K, K]` inner products of the task vectors.
-    agreement: `<float64>[leaves]` share of the entries moved by any model whose
-      moves all have one sign.
+    moved: `<int>[leaves]` entries that any model moved.
+    agreement: `<float64>[leaves]` share of these whose moves all have one sign.
   """
 
   paths: tuple[typing.Path, ...]
-  sizes: np.ndarray
   base_norms: np.ndarray
   norms: np.ndarray
   products: np.ndarray
+  moved: np.ndarray
   agreement: np.ndarray
 
   def cosines(self) -> np.ndarray:
@@ -79,7 +78,7 @@ class Survey:
         float(np.sqrt(np.square(self.base_norms).sum())),
         whole,
         self.whole_cosines(),
-        float((self.agreement * self.sizes).sum() / self.sizes.sum()),
+        float((self.agreement * self.moved).sum() / max(self.moved.sum(), 1)),
       )
     )
     return rows
@@ -165,17 +164,18 @@ def survey(
   for path in paths:
     leaves = [store.leaves([path])[path] for store in stores]
     norm, products, moved, both = _measure(origin.leaves([path])[path], leaves)
-    agree = 1.0 if not int(moved) else 1 - int(both) / int(moved)
-    found.append((float(norm), np.asarray(products, np.float64), agree))
-  norms, products, agreement = zip(*found)
+    moved = int(moved)
+    agree = 1 - int(both) / moved if moved else 1.0
+    found.append((float(norm), np.asarray(products, np.float64), moved, agree))
+  norms, products, moved, agreement = zip(*found)
   products = np.stack(products)
   diagonal = np.diagonal(products, axis1=1, axis2=2)
   return Survey(
     tuple(paths),
-    np.array([specs[path].size for path in paths]),
     np.array(norms),
     np.sqrt(np.maximum(diagonal, 0)),
     products,
+    np.array(moved),
     np.array(agreement),
   )
 

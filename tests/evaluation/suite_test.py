@@ -122,8 +122,20 @@ class SuiteTest(parameterized.TestCase):
     self.suite()
     seqio.MixtureRegistry.add('moods_for_test', [('suite_mood', 1.0)])
     self.addCleanup(seqio.MixtureRegistry.remove, 'moods_for_test')
-    suite = suite_lib.load({'mixture': 'moods_for_test', 'metric': 'loss'})
+    suite = suite_lib.load({
+        'mixture': 'moods_for_test', 'metric': 'loss',
+        'experts': {'suite_mood': 'path/to/expert'},
+    })  # fmt: skip
     self.assertEqual(suite.tasks['suite_mood'].metric, 'loss')
+    self.assertEqual(suite.tasks['suite_mood'].expert, 'path/to/expert')
+    self.assertEqual(suite.lower_is_better(), ['suite_mood'])
+    self.assertEqual(suite.describe_metrics(), 'loss (lower is better)')
+    with self.assertRaisesRegex(errors.UserError, "'suite_mood'"):
+      suite_lib.load(
+        {'mixture': 'moods_for_test', 'experts': {'suite_moood': 'x'}}
+      )
+    with self.assertRaisesRegex(errors.UserError, 'for a mixture'):
+      suite_lib.load({'tasks': {}, 'experts': {}})
     with self.assertRaisesRegex(errors.UserError, "'moods_for_test'"):
       suite_lib.load({'mixture': 'moods_for_tests'})
     with self.assertRaisesRegex(errors.UserError, 'cannot be imported'):
@@ -175,6 +187,17 @@ class ScoresTest(absltest.TestCase):
     self.assertNotIn('y', over['merge'])
     with self.assertRaisesRegex(errors.UserError, "'expert x'"):
       scores.normalised(self.table(), {'x': 'expert'})
+
+  def test_normalised_losses(self):
+    over = scores.normalised(self.table(), {'x': 'expert x'}, ['x'])
+    # Half the loss of the expert is twice as good.
+    self.assertAlmostEqual(over['base']['x'].value, 2.0)
+    self.assertAlmostEqual(over['base']['x'].low, 0.6 / 0.4)
+    self.assertAlmostEqual(over['base']['x'].high, 0.6 / 0.2)
+
+  def test_no_mean_of_several_units(self):
+    self.assertNotIn('mean', scores.values(self.table(), with_mean=False)['base'])  # fmt: skip
+    self.assertNotIn('mean', scores.to_json(self.table(), with_mean=False)['base'])  # fmt: skip
 
   def test_tables_and_plots(self):
     text = scores.to_markdown(self.table())

@@ -563,6 +563,12 @@ class SurveyTest(absltest.TestCase):
     self.assertAlmostEqual(found.agreement[0], same)
     self.assertIn('whole model', found.to_text())
 
+  def test_entries_that_nobody_moved_do_not_agree(self):
+    base = {'still': np.ones(98), 'two': np.ones(2)}
+    models = [{**base, 'two': np.float64(two)} for two in ([2, 2], [2, 0])]
+    whole = stats.survey(models, base).to_rows()[-1]
+    self.assertEqual(whole['sign_agreement'], 0.5)
+
   def test_models_that_differ(self):
     with self.assertRaisesRegex(errors.UserError, '- a'):
       stats.survey([{'b': np.zeros(2)}], {'a': np.zeros(2)})
