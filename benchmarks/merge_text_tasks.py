@@ -3,13 +3,21 @@
 """Merging small T5 models of sentiment and emotion domains.
 
     MERGEJAX_DATA=... python benchmarks/merge_text_tasks.py [--seeds 3]
+        [--families ...] [--body_only]
 
 Experts are fine-tuned from one common seed (see `text_models`). In-domain is
 the mean over the merged domains; out-of-domain are domains that no merged
 expert saw. Scales of task arithmetic and TIES are chosen on validation data of
 the merged domains. Claim (Jin et al., 2023): RegMean is above the plain average
 and Fisher averaging in-domain.
+
+Of what these briefly trained models learn, nine tenths (of the squared norm)
+lie in the output head. With `--body_only` embeddings and head stay those of the
+seed while experts are fine-tuned, so that what differs is what the methods are
+about.
 """
+
+import functools
 
 import numpy as np
 import real_data
@@ -47,8 +55,8 @@ def answers_of(names):
   return found[:, : int((found > 0).sum(axis=1).max())]
 
 
-def statistics(module, name, params, kind, answers, seed):
-  path = real_data.cache_folder() / f'text_{kind}_{name}_{seed}_{STEPS}'
+def statistics(module, name, params, kind, answers, of):
+  path = real_data.cache_folder() / f'text_{kind}_{name}_{of}_{STEPS}'
   if not path.exists():
     if kind == 'gram':
       stats.collect(stats.gram(), module, params, batches_of(name), out=path)
@@ -59,19 +67,20 @@ def statistics(module, name, params, kind, answers, seed):
   return dict(stats.load(path))
 
 
-def run(family, seed):
+def run(family, seed, body_only=False):
   """`{row: {'in': mean accuracy, 'out': mean accuracy}}`."""
   merged, left_out = FAMILIES[family]
   kind = family.split(',')[0]
   name = lambda domain: f'{kind}_{domain}'
   module, origin = text_models.common_seed()
-  experts = {d: text_models.expert(name(d), seed, steps=STEPS) for d in merged}
+  train = functools.partial(text_models.expert, seed=seed, body_only=body_only)
+  experts = {d: train(name(d), steps=STEPS) for d in merged}
+  of = f'{seed}_body' if body_only else f'{seed}'
   trees = list(experts.values())
   answers = answers_of([name(d) for d in merged])
   collected = {
     what: [
-      statistics(module, name(d), experts[d], what, answers, seed)
-      for d in merged
+      statistics(module, name(d), experts[d], what, answers, of) for d in merged
     ]
     for what in ('gram', 'fisher')
   }
@@ -102,9 +111,7 @@ def run(family, seed):
   rows['TIES'] = best(
     lambda s: mj.merge(trees, 'ties', base=origin, scale=2 * s)
   )
-  rows['multi-task'] = text_models.expert(
-    '+'.join(map(name, merged)), seed, steps=2 * STEPS
-  )
+  rows['multi-task'] = train('+'.join(map(name, merged)), steps=2 * STEPS)
   found = {
     row: {'in': mean(tree, merged), 'out': mean(tree, left_out)}
     for row, tree in rows.items()
@@ -119,12 +126,16 @@ def run(family, seed):
 def main():
   parser = real_data.parser()
   parser.add_argument('--families', nargs='*', default=list(FAMILIES))
+  parser.add_argument('--body_only', action='store_true')
   options = parser.parse_args()
   for family in options.families:
-    runs = real_data.over_seeds(lambda s, f=family: run(f, s), options.seeds)
+    runs = real_data.over_seeds(
+      lambda s, f=family: run(f, s, options.body_only), options.seeds
+    )
     rows = real_data.summary(runs)
     real_data.show(family, rows)
     name = family.replace(', ', '_').replace(' ', '_')
+    name += '_body_only' if options.body_only else ''
     real_data.write(
       f'merge_text_tasks_{name}', seeds=options.seeds, results=rows
     )

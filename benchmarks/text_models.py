@@ -9,6 +9,7 @@ Needs the data folder in MERGEJAX_DATA.
 
 import functools
 import os
+import re
 
 import jax
 import numpy as np
@@ -17,6 +18,7 @@ import real_data
 
 from mergejax import errors
 from mergejax import models
+from mergejax import tree as tree_lib
 from mergejax.data import features
 from mergejax.data import stream as stream_lib
 from mergejax.data import tasks
@@ -41,6 +43,7 @@ VOCABULARY = 'vocab/t5_cc_all_32000/sentencepiece.model'
 KEPT_PIECES = 8192
 LENGTHS = {'inputs': 64, 'targets': 12}
 SEED_STEPS = 3000
+VOCABULARY_LEAVES = 'token_embedder/embedding|decoder/logits_dense/kernel'
 
 
 def module():
@@ -199,15 +202,26 @@ def _seed_data(seed: int) -> dict[str, np.ndarray]:
 
 
 def train(
-  the_module, params, data, *, steps, learning_rate, seed, batch_size=64
-):
-  """Trains with Adam, a short warm-up and a cosine decay to zero."""
+  the_module, params, data, *, steps, learning_rate, seed, batch_size=64,
+  freeze=None,
+):  # fmt: skip
+  """Trains with Adam, a short warm-up and a cosine decay to zero.
+
+  Leaves whose path matches `freeze` stay as they are.
+  """
   schedule = optax.warmup_cosine_decay_schedule(
     0.0, learning_rate, min(100, steps // 5), steps
   )
   optimizer = optax.chain(
     optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.98)
   )
+  if freeze is not None:
+    still = tree_lib.map_paths(
+      lambda path, _: bool(re.fullmatch(freeze, path)), params
+    )
+    optimizer = optax.transforms.selective_transform(
+      optimizer, freeze_mask=still
+    )
   step = jax.jit(
     step_lib.make_step(losses.make_loss(the_module), optimizer),
     donate_argnums=0,
@@ -246,10 +260,15 @@ def common_seed():
   return models.load_model(path)
 
 
-def expert(name: str, seed: int, *, steps: int = 300):
-  """Parameters of the seed fine-tuned on a task (or several, joined by '+')."""
+def expert(name: str, seed: int, *, steps: int = 300, body_only: bool = False):
+  """Parameters of the seed fine-tuned on a task (or several, joined by '+').
+
+  With `body_only` embeddings and output head stay those of the seed.
+  """
+  body = '_body' if body_only else ''
   path = (
-    real_data.cache_folder() / f'text_{SEED_STEPS}_{name}_{seed}_{steps}.npz'
+    real_data.cache_folder()
+    / f'text_{SEED_STEPS}_{name}_{seed}_{steps}{body}.npz'
   )
   if path.exists():
     return checkpoint.open_checkpoint(path).read()
@@ -257,8 +276,9 @@ def expert(name: str, seed: int, *, steps: int = 300):
   parts = [load(one, 'train') for one in name.split('+')]
   data = {n: np.concatenate([p[n] for p in parts]) for n in parts[0]}
   params = train(
-    the_module, params, data, steps=steps, learning_rate=1e-3, seed=seed
-  )
+    the_module, params, data, steps=steps, learning_rate=1e-3, seed=seed,
+    freeze=VOCABULARY_LEAVES if body_only else None,
+  )  # fmt: skip
   checkpoint.save_checkpoint(path, params)
   return params
 

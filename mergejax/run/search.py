@@ -21,6 +21,8 @@ and, by strategy:
                high: 1.0
                granularity: model      # or block: coefficients for each layer
                points: 11              # in each direction
+    simplex    points: 51              # weights that sum to 1: for two models
+                                       # even steps, for more random draws
     random, one_plus_one, cmaes
                as grid, with budget: 40 (evaluations) and start instead of points
     gradient   granularity: model      # or block, or leaf
@@ -162,13 +164,8 @@ class _Search:
 
     models = {'params': params, 'base': base, 'stats': stats}
     models = {name: one for name, one in models.items() if one is not None}
-    if request.strategy == 'grid':
-      count = request.number('points', 11)
-      points = (
-        grid.line(space, count)
-        if len(space.names) == 1
-        else grid.lattice(space, count)
-      )
+    if request.strategy in ('grid', 'simplex'):
+      points = _points(request, space)
       if space.vary in _NOT_TRACED:
         evaluate = _plain(evaluate)
       grid.grid(merge, models, evaluate, points, log=log, progress=_progress)
@@ -247,6 +244,19 @@ class _Search:
       self._out / 'table.json',
       json.dumps(scores.to_json(table), indent=2) + '\n',
     )
+
+
+def _points(request, space):
+  """The points of a grid or simplex, `<float64>[points, coefficients]`."""
+  if request.strategy == 'simplex':
+    count = request.number('points', 51)
+    if space.count == 2:
+      return grid.pairs(count)
+    return grid.dirichlet(space.count, count, request.seed)
+  count = request.number('points', 11)
+  if len(space.names) == 1:
+    return grid.line(space, count)
+  return grid.lattice(space, count)
 
 
 def _shuffled(batches, steps, rng):

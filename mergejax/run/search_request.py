@@ -30,13 +30,14 @@ _RANGE = ('vary', 'low', 'high', 'granularity')
 # What each strategy may be told beside that.
 _WORDS = {
   'grid': (*_RANGE, 'points'),
+  'simplex': ('points',),
   **dict.fromkeys(evolve.STRATEGIES, (*_RANGE, 'start', 'budget')),
   'gradient': ('granularity', 'loss', 'budget', 'learning_rate'),
   'greedy': ('accept',),
 }
 STRATEGIES = tuple(_WORDS)
-# Those that search between two ends.
-_RANGED = tuple(name for name in STRATEGIES if 'vary' in _WORDS[name])
+# Those that make merges of their own, not that of the recipe.
+_OWN_MERGES = ('gradient', 'greedy')
 _RANK = ('pick', 'score')
 LOSSES = ('cross_entropy', 'entropy')
 
@@ -168,7 +169,7 @@ class Request:
 
   def describe(self) -> str:
     """What will be done, in words."""
-    vary = self.space().vary if self.strategy in _RANGED else 'weights'
+    vary = self.data.get('vary', 'weights')
     return (
       f'search    {self.recipe.method}, {vary} of {len(self.inputs)} models '
       f'by {self.strategy}\n'
@@ -324,10 +325,10 @@ def _check_models(request):
         f'{path}: a search loads whole models. Fold the adapter in first: '
         'merge it with passthrough.'
       )
-  if request.strategy in _RANGED:
-    space = request.space()
-  else:
+  if request.strategy in _OWN_MERGES:
     space = base_lib.Space(recipe.method, len(request.inputs))
+  else:
+    space = request.space()
   start = request.to_recipe(space, [space.start] * len(space.names))
   planner.plan(recipe_lib.parse_recipe(start))
   paths = list(dict.fromkeys([*([recipe.base] if recipe.base else []), *request.paths]))  # fmt: skip

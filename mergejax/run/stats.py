@@ -1,9 +1,10 @@
 # Copyright 2026 The mergejax Authors.
 # SPDX-License-Identifier: Apache-2.0
-"""`mergejax stats gram|fisher|survey`: what data-based merges look at."""
+"""`mergejax stats gram|fisher|norms|survey`: what data-based merges look at."""
 
 from collections.abc import Sequence
 import importlib
+import itertools
 import json
 import pathlib
 import sys
@@ -12,6 +13,7 @@ from mergejax import errors
 from mergejax import mesh as mesh_lib
 from mergejax import models
 from mergejax import stats
+from mergejax.analysis import barrier
 from mergejax.run import common
 from mergejax.store import checkpoint
 
@@ -25,12 +27,7 @@ def main(arguments: Sequence[str]) -> None:
     ('fisher', 'the diagonal Fisher information, for fisher'),
   ):
     one = kinds.add_parser(kind, help=text)
-    one.add_argument('model', help='a checkpoint with its config.json')
-    one.add_argument('out', help='the directory to create')
-    one.add_argument('--suite', required=True, help='a YAML file of tasks')
-    one.add_argument('--task', action='append', help='by default all of them')
-    one.add_argument('--split', default='train')
-    one.add_argument('--max_examples', type=int, default=4096, help='of a task')
+    _add_data(one)
     one.add_argument('--data', type=int, default=1, help='devices for rows')
     one.add_argument('--model_parallel', type=int, default=1)
     one.add_argument('--exclude', action='append', default=[])
@@ -45,6 +42,10 @@ def main(arguments: Sequence[str]) -> None:
       )  # fmt: skip
       one.add_argument('--samples', type=int, default=1)
       one.add_argument('--seed', type=int, default=0)
+  norms = kinds.add_parser(
+    'norms', help='running statistics of batch norms, measured anew'
+  )
+  _add_data(norms)
   survey = kinds.add_parser(
     'survey', help='sizes, signs, angles of task vectors'
   )
@@ -53,10 +54,30 @@ def main(arguments: Sequence[str]) -> None:
   survey.add_argument('--json', help='also write the rows to this file')
   survey.add_argument('--plot', help='also draw them into this PNG')
   options = parser.parse_args(arguments)
-  if options.kind == 'survey':
-    _survey(options)
-  else:
-    _collect(options)
+  {'survey': _survey, 'norms': _norms}.get(options.kind, _collect)(options)
+
+
+def _add_data(parser):
+  """A model, what to create, and the data to look at."""
+  parser.add_argument('model', help='a checkpoint with its config.json')
+  parser.add_argument('out', help='the directory to create')
+  parser.add_argument('--suite', required=True, help='a YAML file of tasks')
+  parser.add_argument('--task', action='append', help='by default all of them')
+  parser.add_argument('--split', default='train')
+  parser.add_argument(
+    '--max_examples', type=int, default=4096, help='of a task'
+  )
+
+
+def _batches(options):
+  """`{task: batches}`."""
+  # Imports seqio, which takes seconds.
+  suite_lib = importlib.import_module('mergejax.evaluation.suite')
+  suite = suite_lib.load(options.suite)
+  return {
+    name: suite.batches(name, options.split, options.max_examples)
+    for name in options.task or suite.tasks
+  }
 
 
 def _survey(options):
@@ -73,11 +94,31 @@ def _survey(options):
     plots.norms(found, options.plot)
 
 
+def _norms(options):
+  module, params = models.load_model(options.model)
+  if models.BATCH_STATS not in params:
+    raise errors.UserError(
+      f'{options.model} has no batch norms, so nothing has to be measured anew.'
+    )
+  by_task = _batches(options)
+  # Norms forget: every task has its turn until the end.
+  batches = [
+    batch
+    for turn in itertools.zip_longest(*by_task.values())
+    for batch in turn
+    if batch is not None
+  ]
+  params = barrier.refresh_norms(module, params, batches)
+  checkpoint.save_checkpoint(
+    options.out, params, config=models.describe(module)
+  )
+  print(
+    f'running statistics over {len(batches)} batches of {", ".join(by_task)}: '
+    f'{options.out}'
+  )
+
+
 def _collect(options):
-  # Imports seqio, which takes seconds.
-  suite_lib = importlib.import_module('mergejax.evaluation.suite')
-  suite = suite_lib.load(options.suite)
-  names = options.task or list(suite.tasks)
   if models.is_hugging_face(options.model):
     # Statistics are named as the parameters they are of.
     raise errors.UserError(
@@ -86,11 +127,8 @@ def _collect(options):
       f'convert {options.model} DST`.'
     )
   module, params = models.load_model(options.model)
-  batches = [
-    batch
-    for name in names
-    for batch in suite.batches(name, options.split, options.max_examples)
-  ]
+  by_task = _batches(options)
+  batches = [batch for several in by_task.values() for batch in several]
   if options.kind == 'gram':
     statistic = stats.gram(
       include=options.include, exclude=options.exclude, conv=options.conv,
@@ -120,5 +158,5 @@ def _collect(options):
   )  # fmt: skip
   print(
     f'{options.kind} of {len(found)} parameters over {len(batches)} batches of '
-    f'{", ".join(names)}: {options.out}'
+    f'{", ".join(by_task)}: {options.out}'
   )

@@ -101,6 +101,32 @@ class CommandsTest(absltest.TestCase):
     score = table[str(self.path('a'))]['tasks']['left']
     self.assertBetween(score['value'], score['low'], score['high'])
 
+  def test_norms_are_measured_on_all_tasks(self):
+    module = models.build(
+      dict(model_type='vgg', channels=(3,), dense=(), norm='batch',
+           image_shape=(4, 4, 1), classes=CLASSES)
+    )  # fmt: skip
+    params = models.init_params(module, jax.random.key(0))
+    mj.save_checkpoint(
+      self.path('with_norms'), params, config=models.describe(module)
+    )
+    self.run_command(
+      'stats', 'norms', self.path('with_norms'), self.path('measured'),
+      '--suite', self.suite,
+    )  # fmt: skip
+    _, found = models.load_model(self.path('measured'))
+    changed = lambda tree: np.concatenate(
+      [np.ravel(leaf) for leaf in jax.tree.leaves(tree['batch_stats'])]
+    )
+    self.assertFalse(np.allclose(changed(found), changed(params)))
+    kernels = lambda tree: {n: x for n, x in tree.items() if n != 'batch_stats'}
+    jax.tree.map(np.testing.assert_array_equal, kernels(found), kernels(params))
+    message = self.run_command(
+      'stats', 'norms', self.path('a'), self.path('x'), '--suite', self.suite,
+      code=2,
+    )  # fmt: skip
+    self.assertIn('no batch norms', message)
+
   def test_survey(self):
     text = self.run_command(
       'stats', 'survey', self.path('base'), self.path('a'), self.path('b'),
@@ -170,6 +196,8 @@ class CommandsTest(absltest.TestCase):
     ]  # fmt: skip
     for name, fields in (
       ('grid', dict(vary='scale', points=5)),
+      ('simplex', dict(strategy='simplex', points=4,
+                       merge=self.merge('linear'))),
       ('blocks', dict(
           strategy='one_plus_one', budget=4, granularity='block')),
       ('own', dict(vary='scale', points=3, merge=self.merge(
@@ -279,6 +307,7 @@ class CommandsTest(absltest.TestCase):
       ("Did you mean 'scale'", dict(vary='scael')),
       ('vary', dict(varry='scale')),
       ('is for gradient', dict(learning_rate=0.1)),
+      ('is for grid', dict(strategy='simplex', low=0.1)),
       ('points must be a whole number', dict(vary='scale', points='many')),
       ('what this search varies', dict(
           vary='scale', merge=self.merge(parameters={'lambda': 0.4}))),
