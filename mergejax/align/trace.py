@@ -99,10 +99,16 @@ class Trace:
 
   def _scan(self, eqn, given):
     """A loop over stacked layers: the stack is an axis that stays."""
-    p = eqn.params
-    consts, carried = p['num_consts'], p['num_carry']
-    inner = p['jaxpr']
-    stack = [atoms.Atom(p['length'], pinned=True)] if p['length'] > 1 else []
+    inner, length = _closed(eqn.params['jaxpr']), eqn.params['length']
+    # Versions of JAX tell differently how many operands are constant, carried
+    # and sliced; slices have an axis less inside of the loop.
+    rank = lambda var: len(var.aval.shape)
+    as_they_are = lambda outer, own: sum(
+      rank(x) == rank(y) for x, y in zip(outer, own)
+    )
+    carried = as_they_are(eqn.outvars, inner.jaxpr.outvars)
+    consts = as_they_are(eqn.invars, inner.jaxpr.invars) - carried
+    stack = [atoms.Atom(length, pinned=True)] if length > 1 else []
     slices = []
     for one in given[consts + carried :]:
       atoms.same(one.axes[0], stack)
@@ -129,6 +135,13 @@ def constant(value: Any) -> atoms.Traced:
   return atoms.Traced.fresh(np.shape(value), pinned=True)
 
 
+def _closed(jaxpr):
+  """A program with its constants, where it comes without."""
+  if hasattr(jaxpr, 'jaxpr'):
+    return jaxpr
+  return jax.extend.core.ClosedJaxpr(jaxpr, ())
+
+
 def _inner_jaxpr(eqn):
   """The program that an operation calls on its operands as they are, or None.
 
@@ -138,8 +151,7 @@ def _inner_jaxpr(eqn):
     inner = eqn.params.get(name)
     if inner is None:
       continue
-    if not hasattr(inner, 'jaxpr'):
-      inner = jax.extend.core.ClosedJaxpr(inner, ())
+    inner = _closed(inner)
     shapes = lambda variables: [v.aval.shape for v in variables]
     if shapes(inner.jaxpr.invars) == shapes(eqn.invars):
       return inner
