@@ -55,7 +55,7 @@ _TOP = (
   'mixture', 'import', 'metric', 'experts',
 )  # fmt: skip
 _TASK = ('files', 'inputs', 'targets', 'text', 'images', 'metric', 'expert')
-_SPLITS = ('train', 'validation', 'test')
+SPLITS = ('train', 'validation', 'test')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,8 +98,8 @@ class Suite:
       UserError: an unknown task or split.
     """
     task = self._task(name)
-    if split not in _SPLITS:
-      raise errors.UserError(errors.near(split, _SPLITS, 'split'))
+    if split not in SPLITS:
+      raise errors.UserError(errors.near(split, SPLITS, 'split'))
     limit = self.max_examples if limit is None else limit
     if task.kind == 'images':
       return images.batches(
@@ -355,10 +355,10 @@ def _split_files(source):
   """`{split: file}` of a folder, or of one file that serves every split."""
   path = tasks_lib.locate(source)
   if path.is_file():
-    return {split: path for split in _SPLITS}
+    return {split: path for split in SPLITS}
   files = {
     split: path / f'{split}{suffix}'
-    for split in _SPLITS
+    for split in SPLITS
     for suffix in ('.tsv', '.jsonl', '.txt')
     if (path / f'{split}{suffix}').is_file()
   }

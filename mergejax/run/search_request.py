@@ -221,7 +221,14 @@ def _checked(data):
   if named.base_policy(recipe.method) != 'ignored':
     inputs = tuple(one for one in inputs if one.model != recipe.base)
   suite = suite_lib.load(data['suite'])
+  for word in ('split', 'evaluate'):
+    if word in data and data[word] not in suite_lib.SPLITS:
+      raise errors.UserError(
+        errors.near(str(data[word]), suite_lib.SPLITS, f'{word}, a split,')
+      )
   tasks = data.get('tasks') or list(suite.tasks)
+  if not isinstance(tasks, list):
+    raise errors.UserError(f'tasks must be a list of names, not {tasks!r}.')
   for name in tasks:
     if name not in suite.tasks:
       raise errors.UserError(

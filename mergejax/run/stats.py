@@ -17,6 +17,9 @@ from mergejax.analysis import barrier
 from mergejax.run import common
 from mergejax.store import checkpoint
 
+# After so many updates nothing is left of the old running statistics.
+_NORM_UPDATES = 100
+
 
 def main(arguments: Sequence[str]) -> None:
   """Collects statistics of one model, or surveys several."""
@@ -108,7 +111,8 @@ def _norms(options):
     for batch in turn
     if batch is not None
   ]
-  params = barrier.refresh_norms(module, params, batches)
+  rounds = -(-_NORM_UPDATES // len(batches))
+  params = barrier.refresh_norms(module, params, batches * rounds)
   checkpoint.save_checkpoint(
     options.out, params, config=models.describe(module)
   )

@@ -115,10 +115,21 @@ class CommandsTest(absltest.TestCase):
       '--suite', self.suite,
     )  # fmt: skip
     _, found = models.load_model(self.path('measured'))
-    changed = lambda tree: np.concatenate(
-      [np.ravel(leaf) for leaf in jax.tree.leaves(tree['batch_stats'])]
-    )
-    self.assertFalse(np.allclose(changed(found), changed(params)))
+    # Nothing is left of what the model came with, however far off.
+    far = {
+      **params,
+      'batch_stats': jax.tree.map(lambda x: x + 9, params['batch_stats']),
+    }
+    mj.save_checkpoint(self.path('far'), far, config=models.describe(module))
+    self.run_command(
+      'stats', 'norms', self.path('far'), self.path('far_measured'),
+      '--suite', self.suite,
+    )  # fmt: skip
+    _, again = models.load_model(self.path('far_measured'))
+    jax.tree.map(
+      lambda x, y: np.testing.assert_allclose(x, y, rtol=0.01, atol=1e-3),
+      again['batch_stats'], found['batch_stats'],
+    )  # fmt: skip
     kernels = lambda tree: {n: x for n, x in tree.items() if n != 'batch_stats'}
     jax.tree.map(np.testing.assert_array_equal, kernels(found), kernels(params))
     message = self.run_command(
@@ -307,6 +318,8 @@ class CommandsTest(absltest.TestCase):
       ("Did you mean 'scale'", dict(vary='scael')),
       ('vary', dict(varry='scale')),
       ('is for gradient', dict(learning_rate=0.1)),
+      ("Did you mean 'test'", dict(evaluate='tets')),
+      ('a list of names', dict(tasks='left')),
       ('is for grid', dict(strategy='simplex', low=0.1)),
       ('points must be a whole number', dict(vary='scale', points='many')),
       ('what this search varies', dict(
