@@ -108,9 +108,12 @@ def run(family, seed, body_only=False):
   rows['task arithmetic'] = best(
     lambda s: mj.merge(trees, 'task_arithmetic', base=origin, scale=s)
   )
-  rows['TIES'] = best(
-    lambda s: mj.merge(trees, 'ties', base=origin, scale=2 * s)
-  )
+  for scope in ('global', 'tensor'):
+    rows[f'TIES, trimmed by {scope}'] = best(
+      lambda s, scope=scope: mj.merge(
+        trees, 'ties', base=origin, scale=2 * s, trim_scope=scope
+      )
+    )
   rows['multi-task'] = train('+'.join(map(name, merged)), steps=2 * STEPS)
   found = {
     row: {'in': mean(tree, merged), 'out': mean(tree, left_out)}
