@@ -293,7 +293,12 @@ def _check_strategy(request):
     request.number('budget', 1, least=1)
     request.number('points', 2, least=2)
     request.space()
-  rank = request.data.get('rank') or {}
+  if 'rank' in request.data:
+    _check_rank(request)
+
+
+def _check_rank(request):
+  rank = request.data['rank'] or {}
   pick = rank.get('pick', 2)
   if type(pick) is not int or not 1 <= pick <= len(request.inputs):
     raise errors.UserError(

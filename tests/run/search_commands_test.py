@@ -305,11 +305,43 @@ class CommandsTest(absltest.TestCase):
       ('greedy', {'accept': 'gt'}),
       ('gradient', {'budget': 4, 'granularity': 'block'}),
     ):
-      self.search(strategy, strategy=strategy, merge=merge, **extra)
+      text = self.search(strategy, strategy=strategy, merge=merge, **extra)
+      out = self.path(f'{strategy}_out')
       self.run_command(
-        'merge', self.path(f'{strategy}_out') / 'recipe.yaml',
-        self.path(f'{strategy}_merge'),
-      )  # fmt: skip
+        'merge', out / 'recipe.yaml', self.path(f'{strategy}_merge')
+      )
+      recipe = yaml.safe_load((out / 'recipe.yaml').read_text())
+      self.assertEqual(recipe['merge_method'], 'linear')
+      lines = (out / 'candidates.jsonl').read_text().splitlines()
+      if strategy == 'greedy':
+        # Each model alone, then one soup; never worse than the best of them.
+        rows = [json.loads(line) for line in lines[1:]]
+        means = [np.mean(list(row['scores'].values())) for row in rows]
+        self.assertLen(means, 3)
+        kept = max(means[:2]) if len(recipe['models']) == 1 else means[2]
+        self.assertGreaterEqual(kept, max(means[:2]))
+        self.assertIn(f'{kept:.4f}', text)
+      else:
+        self.assertLen(lines, 4)
+        first, second = (m['parameters']['weight'] for m in recipe['models'])
+        # Of every block the coefficients lie on the simplex.
+        for one, other in (
+          zip(first, second)
+          if isinstance(first, list)
+          else [({'value': first}, {'value': second})]
+        ):
+          self.assertEqual(one.get('filter'), other.get('filter'))
+          self.assertAlmostEqual(one['value'] + other['value'], 1.0, places=5)
+
+  def test_a_search_over_one_model(self):
+    self.search(
+      'alone', vary='scale', points=3,
+      merge=self.merge(models=[str(self.path('a'))]),
+    )  # fmt: skip
+    recipe = yaml.safe_load(
+      (self.path('alone_out') / 'recipe.yaml').read_text()
+    )
+    self.assertLen(recipe['models'], 1)
 
   def test_mistakes(self):
     for message, fields in (
