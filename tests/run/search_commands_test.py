@@ -323,13 +323,12 @@ class CommandsTest(absltest.TestCase):
         self.assertIn(f'{kept:.4f}', text)
       else:
         self.assertLen(lines, 4)
-        first, second = (m['parameters']['weight'] for m in recipe['models'])
         # Of every block the coefficients lie on the simplex.
-        for one, other in (
-          zip(first, second)
-          if isinstance(first, list)
-          else [({'value': first}, {'value': second})]
-        ):
+        as_list = lambda w: w if isinstance(w, list) else [{'value': w}]
+        first, second = (
+          as_list(m['parameters']['weight']) for m in recipe['models']
+        )
+        for one, other in zip(first, second):
           self.assertEqual(one.get('filter'), other.get('filter'))
           self.assertAlmostEqual(one['value'] + other['value'], 1.0, places=5)
 
