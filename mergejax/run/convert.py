@@ -8,6 +8,7 @@ import pathlib
 from mergejax import errors
 from mergejax import tree
 from mergejax.run import common
+from mergejax.store import base
 from mergejax.store import checkpoint
 from mergejax.store.names import t5
 
@@ -33,10 +34,7 @@ def main(arguments: Sequence[str]) -> None:
       errors.near(options.format, checkpoint.FORMATS, 'checkpoint format')
     )
   destination = pathlib.Path(options.destination)
-  if destination.exists():
-    raise errors.UserError(
-      f'{destination} already exists. Choose another name, or remove it.'
-    )
+  base.check_new(destination)
   store = checkpoint.open_checkpoint(options.source)
   leaves = tree.flatten(store.read())
   config = checkpoint.read_config(options.source)

@@ -15,6 +15,7 @@ from mergejax import models
 from mergejax import stats
 from mergejax.analysis import barrier
 from mergejax.run import common
+from mergejax.store import base as store_base
 from mergejax.store import checkpoint
 
 # After so many updates nothing is left of the old running statistics.
@@ -98,6 +99,7 @@ def _survey(options):
 
 
 def _norms(options):
+  store_base.check_new(options.out)
   module, params = models.load_model(options.model)
   if models.BATCH_STATS not in params:
     raise errors.UserError(

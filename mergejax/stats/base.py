@@ -269,10 +269,7 @@ class _Journal:
     self._path = None
     if out is not None:
       out = pathlib.Path(out)
-      if out.exists():
-        raise errors.UserError(
-          f'{out} already exists. Choose another name, or remove it first.'
-        )
+      store_base.check_new(out)
       self._path = out.with_name(f'.{out.name}.collecting.npz')
     self._settings = json.dumps(settings, sort_keys=True)
 

@@ -145,6 +145,18 @@ class MemoryStore(ParamStore):
     return {path: self._leaves[path] for path in paths}
 
 
+def check_new(path: os.PathLike | str) -> None:
+  """Refuses to create what is already there; ask before the work, not after.
+
+  Raises:
+    UserError: `path` exists.
+  """
+  if pathlib.Path(path).exists():
+    raise errors.UserError(
+      f'{path} already exists. Choose another name, or remove it first.'
+    )
+
+
 @contextlib.contextmanager
 def atomic_path(
   path: os.PathLike | str, *, overwrite: bool = False
@@ -165,10 +177,8 @@ def atomic_path(
     UserError: `path` exists, or the disk is full or not writable.
   """
   path = pathlib.Path(path)
-  if path.exists() and not overwrite:
-    raise errors.UserError(
-      f'{path} already exists. Choose another name, or remove it first.'
-    )
+  if not overwrite:
+    check_new(path)
   # A folder of its own: whatever a library leaves beside its file goes with it.
   folder = path.with_name(f'.{path.name}.tmp-{uuid.uuid4().hex[:8]}')
   try:
