@@ -4,6 +4,8 @@
 
 import os
 import pathlib
+import subprocess
+import sys
 
 from absl.testing import absltest
 from absl.testing import parameterized
@@ -82,6 +84,27 @@ class ConfigsTest(parameterized.TestCase):
     self.assertTrue(
       all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(params))
     )
+
+  def test_plans_are_the_same_in_every_process(self):
+    """Resuming goes by a plan's identity, so no order of a set may be in it."""
+    code = (
+      'import sys\n'
+      'import mergejax as mj\n'
+      'for file in sys.argv[1:]:\n'
+      '  print(file, mj.plan(file).identity)\n'
+    )
+    processes = [
+      subprocess.Popen(
+        [sys.executable, '-c', code, *map(str, FILES)],
+        cwd=self.folder, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, 'PYTHONHASHSEED': str(seed)},
+      )
+      for seed in (1, 2, 3, 4)
+    ]  # fmt: skip
+    found = [process.communicate()[0] for process in processes]
+    self.assertLen(found[0].splitlines(), len(FILES))
+    for other in found[1:]:
+      self.assertEqual(found[0], other)
 
   @parameterized.parameters(*SEARCHES)
   def test_search_is_understood(self, file):

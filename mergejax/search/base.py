@@ -21,6 +21,7 @@ import numpy as np
 
 from mergejax import errors
 from mergejax import recipe as recipe_lib
+from mergejax import resume
 from mergejax import typing
 from mergejax.merging import driver
 from mergejax.merging import named
@@ -89,9 +90,10 @@ class Log:
     self._objective = objective
     self._path = None if path is None else pathlib.Path(path)
     if self._path is not None:
-      self._open(json.dumps({'search': settings or {}}, sort_keys=True))
+      self._open(resume.record(settings or {}))
 
-  def _open(self, first):
+  def _open(self, record):
+    first = json.dumps({'search': record})
     if not self._path.exists():
       self._path.parent.mkdir(parents=True, exist_ok=True)
       self._append(first)
@@ -99,16 +101,12 @@ class Log:
     text = self._path.read_text(encoding='utf-8')
     whole = text[: text.rfind('\n') + 1]
     if whole != text:  # killed while writing a line
-      self._path.write_text(whole, encoding='utf-8')
+      os.truncate(self._path, len(whole.encode()))
     lines = whole.splitlines()
     if not lines:
       self._append(first)
       return
-    if lines[0] != first:
-      raise errors.UserError(
-        f'{self._path} is the log of a search with other settings. Choose '
-        'another folder, or remove it to start afresh.'
-      )
+    resume.check_same(json.loads(lines[0]).get('search'), record, self._path)
     for line in lines[1:]:
       row = json.loads(line)
       self._recorded.append(self._candidate(row['point'], row['scores']))

@@ -22,6 +22,7 @@ import optax
 
 from mergejax import errors
 from mergejax import numerics
+from mergejax import resume
 from mergejax import tree as tree_lib
 from mergejax import typing
 from mergejax.merging import base as merge_base
@@ -323,18 +324,13 @@ class _Journal:
 
   def __init__(self, path, about):
     self._path = None if path is None else pathlib.Path(path)
-    # As it comes back from a file.
-    self._about = json.loads(json.dumps(about))
+    self._about = resume.record(about)
 
   def load(self, fresh):
     if self._path is None or not self._path.exists():
       return fresh, [], []
     data = json.loads(self._path.read_text(encoding='utf-8'))
-    if data['about'] != self._about:
-      raise errors.UserError(
-        f'{self._path} was begun with other models or settings; remove it to '
-        'start afresh.'
-      )
+    resume.check_same(data.get('about'), self._about, self._path)
     leaves, structure = jax.tree.flatten(fresh)
     saved = [
       jnp.asarray(np.array(value, leaf.dtype).reshape(leaf.shape))

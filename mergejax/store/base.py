@@ -9,6 +9,7 @@ executed: pickles are refused.
 import abc
 from collections.abc import Iterable, Iterator, Mapping
 import contextlib
+import ctypes
 import os
 import pathlib
 import shutil
@@ -163,8 +164,10 @@ def atomic_path(
 ) -> Iterator[pathlib.Path]:
   """Gives a temporary path beside `path` that becomes it on success.
 
-  A reader sees the whole result or none of it. On failure the temporary is
-  removed and whatever stood at `path` before is untouched.
+  A reader sees the whole result or none of it. On failure, and whatever signal
+  comes when, the temporary is removed and what stood at `path` before is
+  untouched. Everything is on the disk before it has its name: a power cut
+  leaves the old or the new, never an empty file.
 
   Args:
     path: a file or directory to create.
@@ -185,10 +188,9 @@ def atomic_path(
     folder.mkdir(parents=True)
     temporary = folder / path.name
     yield temporary
-    if path.is_dir():
-      # Two renames: a directory cannot be replaced in one step.
-      os.rename(path, folder / 'old')
-    os.replace(temporary, path)
+    sync(temporary)
+    _take_place(temporary, path)
+    sync(path.parent, deep=False)
   except Exception as error:
     if is_write_failure(error):
       raise errors.UserError(
@@ -199,6 +201,65 @@ def atomic_path(
     raise
   finally:
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def sync(path: os.PathLike | str, *, deep: bool = True) -> None:
+  """Waits until a file, or a directory with all that is in it, is on the disk.
+
+  Args:
+    path: the file or directory.
+    deep: also what the directory contains; without it, only its list of names.
+  """
+  path = pathlib.Path(path)
+  inside = path.rglob('*') if deep and path.is_dir() else ()
+  for one in [*inside, path]:
+    if one.is_symlink():
+      continue
+    descriptor = os.open(one, os.O_RDONLY)
+    try:
+      os.fsync(descriptor)
+    finally:
+      os.close(descriptor)
+
+
+def _take_place(temporary, path):
+  """Puts the new at `path`; what stood there is at `temporary` or gone."""
+  if not os.path.lexists(path):
+    os.rename(temporary, path)
+  elif temporary.is_dir() or (path.is_dir() and not path.is_symlink()):
+    _exchange(temporary, path)
+  else:
+    os.replace(temporary, path)
+
+
+def _exchange(temporary, path):
+  """Swaps two paths in one step: a directory cannot be replaced.
+
+  Where the system or the disk has no such step, in three; a signal between
+  them puts the old one back.
+  """
+  if _renameat2(temporary, path):
+    return
+  old = path.with_name(f'.{path.name}.old-{uuid.uuid4().hex[:8]}')
+  try:
+    os.rename(path, old)
+    os.rename(temporary, path)
+    os.rename(old, temporary)
+  except BaseException:
+    if old.exists():
+      os.rename(old, path if not path.exists() else temporary)
+    raise
+
+
+def _renameat2(first, second) -> bool:
+  """True if Linux exchanged two paths."""
+  library = ctypes.CDLL(None, use_errno=True)
+  if not hasattr(library, 'renameat2'):
+    return False
+  here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+  return not library.renameat2(
+    here, os.fsencode(first), here, os.fsencode(second), exchange
+  )
 
 
 def is_write_failure(error: BaseException) -> bool:

@@ -13,12 +13,9 @@ from collections.abc import Callable, Mapping
 import concurrent.futures
 import contextlib
 import dataclasses
-import fcntl
-import hashlib
 import json
 import os
 import pathlib
-import shutil
 import sys
 import threading
 import time
@@ -30,12 +27,14 @@ import numpy as np
 import mergejax
 from mergejax import checksums
 from mergejax import errors
+from mergejax import resume as resume_lib
 from mergejax.store import base as store_base
 from mergejax.store import checkpoint
 from mergejax.store import safetensors
 from mergejax.streamed import pieces
 from mergejax.streamed import plans
 from mergejax.streamed import side_cars
+from mergejax.streamed import work_folder
 
 # Beside the weights: every setting, the seed, and the sums of all sources.
 MANIFEST = 'manifest.json'
@@ -136,7 +135,7 @@ class _Execution:
     self._out = out
     self._format = format
     self._single = out.suffix in ('.safetensors', '.npz')
-    self._work = out.with_name(f'.{out.name}.partial')
+    self._work = work_folder.WorkFolder(out)
     specs = {task.path: task.spec for task in plan.tasks}
     limit = max_shard_bytes
     if self._single or format != 'safetensors':
@@ -144,44 +143,42 @@ class _Execution:
     self._shards = safetensors.lay_out(specs, limit)
     self._specs = specs
     self._timers = pieces.Timers()
-    self._done: set[str] = set()
-    self._journal_lock = threading.Lock()
     self._stop = threading.Event()
-    # What is done stays when this call fails, for the next one to continue.
-    self._keep = False
 
   def run(self, resume, progress) -> Report:
     started = time.perf_counter()
-    fingerprint = self._fingerprint()
-    if self._out.exists():
-      return self._finished_before(fingerprint)
-    try:
-      with self._locked():
-        return self._run(resume, progress, fingerprint, started)
-    except errors.UserError:
-      if not self._keep:
-        shutil.rmtree(self._work, ignore_errors=True)
-      raise
+    identity = self._identity()
+    before = self._finished_before(identity)
+    if before is not None:
+      return before
+    with self._work.locked():
+      # Another process may have finished it since.
+      before = self._finished_before(identity)
+      if before is not None:
+        self._work.remove()
+        return before
+      return self._run(resume, progress, identity, started)
 
-  def _run(self, resume, progress, fingerprint, started):
+  def _run(self, resume, progress, identity, started):
+    sizes = {path: spec.nbytes for path, spec in self._specs.items()}
     try:
-      self._prepare(resume, fingerprint)
-      left = [t for t in self._plan.tasks if t.path not in self._done]
-      sources = [pathlib.Path(name) for name in fingerprint['sources']]
+      done = self._work.prepare(identity, self._shards, sizes, resume)
+      left = [t for t in self._plan.tasks if t.path not in done]
+      sources = [pathlib.Path(name) for name in identity['work']['sources']]
       checksums.SUMS.start(sources)
       self._check_repeated()
       self._merge(left, progress)
       sums = {str(file): checksums.SUMS.of(file) for file in sources}
-      self._finish(fingerprint, sums)
+      self._finish(identity, sums)
     except Exception as error:
       if not store_base.is_write_failure(error):
         raise
-      self._keep = True
+      self._work.keep = True
       raise errors.UserError(
         f'Could not write {self._out}: '
         f'{store_base.write_failure_reason(error)}. The sources are untouched '
-        f'and what is done is kept in {self._work}: free some space and run '
-        'the same command again to continue.'
+        f'and what is done is kept in {self._work.path}: free some space and '
+        'run the same command again to continue.'
       ) from error
     return Report(
       self._out,
@@ -194,92 +191,39 @@ class _Execution:
 
   # Before --------------------------------------------------------------------
 
-  def _fingerprint(self) -> dict[str, Any]:
-    """What makes two calls the same merge: recipe, sources, layout, version."""
+  def _identity(self) -> dict[str, Any]:
+    """What makes two calls the same merge: recipe, sources, layout, code."""
     sources = {}
     stores = [*self._plan.stores.values(), *self._plan.stats]
     for file in sorted({f for store in stores for f in store.files()}):
       status = file.stat()
       sources[str(file)] = [status.st_size, status.st_mtime_ns]
-    tasks = hashlib.sha256()
-    for task in self._plan.tasks:
-      tasks.update(repr(dataclasses.astuple(task)).encode())
-    return {
-      'recipe': json.loads(json.dumps(self._plan.recipe.data, default=str)),
-      'tasks': tasks.hexdigest(),
+    return resume_lib.record({
+      'plan': self._plan.identity,
       'format': self._format,
-      'files': [shard.file for shard in self._shards],
+      'files': [[shard.file, shard.nbytes] for shard in self._shards],
       'sources': sources,
-      'mergejax': mergejax.__version__,
-    }
+    })  # fmt: skip
 
-  def _finished_before(self, fingerprint) -> Report:
+  def _finished_before(self, identity) -> Report | None:
+    """A report if the result is there already, None if nothing is."""
+    if not self._out.exists():
+      return None
     manifest = self._manifest_file(self._out)
-    if manifest.is_file():
-      found = checkpoint.read_json(manifest)
-      if found.get('fingerprint') == _digest(fingerprint):
-        return Report(self._out, 0, 0.0, {}, 0, 0)
-    raise errors.UserError(
-      f'{self._out} already exists and is not the result of this recipe on '
-      'these sources. Choose another name, or remove it.'
-    )
-
-  @contextlib.contextmanager
-  def _locked(self):
-    """One merge at a time works towards an output."""
-    try:
-      self._work.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+    found = checkpoint.read_json(manifest) if manifest.is_file() else {}
+    if found.get('identity') != resume_lib.digest(identity['work']):
       raise errors.UserError(
-        f'Cannot create {self._work}: {error.strerror}.'
-      ) from error
-    with open(self._work / 'lock', 'wb') as lock:
-      try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      except OSError as error:
-        self._keep = True
-        raise errors.UserError(
-          f'Another merge is writing {self._out} at this moment.'
-        ) from error
-      yield
-
-  def _prepare(self, resume, fingerprint):
-    """Finds what an interrupted call left, or lays the files out anew."""
-    state = self._work / 'state.json'
-    wanted = {'fingerprint': _digest(fingerprint), 'boot': _boot()}
-    found = checkpoint.read_json(state) if state.is_file() else None
-    if resume and found == wanted:
-      journal = self._work / 'journal'
-      if journal.is_file():
-        # A line that was cut short has no newline and does not count.
-        lines = journal.read_text(encoding='utf-8').split('\n')[:-1]
-        self._done = set(lines) & set(self._specs)
-    else:
-      for child in self._work.iterdir():
-        if child.name != 'lock':
-          shutil.rmtree(child) if child.is_dir() else child.unlink()
-    (self._work / 'result').mkdir(exist_ok=True)
-    self._check_space()
-    for shard in self._shards:
-      file = self._work / 'result' / shard.file
-      if not file.exists() or file.stat().st_size != shard.nbytes:
-        with open(file, 'wb') as stream:
-          stream.write(shard.header)
-          stream.truncate(shard.nbytes)
-        self._done -= set(shard.offsets)
-    side_cars.write_text(state, json.dumps(wanted))
-
-  def _check_space(self):
-    done = sum(self._specs[path].nbytes for path in self._done)
-    needed = self._plan.write_bytes - done
-    free = shutil.disk_usage(self._work).free
-    if needed > free:
-      self._keep = bool(done)
-      raise errors.UserError(
-        f'{self._out} needs {needed / 1e6:,.1f} MB more and the disk has '
-        f'{free / 1e6:,.1f} MB free. The sources are untouched; free some '
-        'space, or write elsewhere, and run this again.'
+        f'{self._out} already exists and is not the result of this recipe on '
+        'these sources. Choose another name, or remove it.'
       )
+    lines = resume_lib.differences(found.get('code'), identity['code'])
+    if lines:
+      raise errors.UserError(
+        f'{self._out} is the result of this recipe on these sources, but was '
+        'made by another version of the code, which may round otherwise:\n'
+        f'{errors.listed(lines)}\nRemove it to merge again, or keep it.'
+      )
+    return Report(self._out, 0, 0.0, {}, 0, 0)
 
   def _check_repeated(self):
     """Parameters that should repeat another one do."""
@@ -307,18 +251,15 @@ class _Execution:
     total = self._plan.write_bytes
     before = total - sum(task.spec.nbytes for task in tasks)
     state = {'bytes': before}
-    local = threading.local()
+    local, lock = threading.local(), threading.Lock()
     notes = self._tree_looks(tasks)
     place = {}
     with contextlib.ExitStack() as stack:
       for shard in self._shards:
-        file = os.open(self._work / 'result' / shard.file, os.O_RDWR)
+        file = os.open(self._work.result / shard.file, os.O_RDWR)
         stack.callback(os.close, file)
         place.update({p: (file, at) for p, at in shard.offsets.items()})
-      journal = os.open(
-        self._work / 'journal', os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644
-      )
-      stack.callback(os.close, journal)
+      note = stack.enter_context(self._work.journal())
 
       def run(task):
         if self._stop.is_set():
@@ -344,8 +285,8 @@ class _Execution:
           leaf.merge(write)
         else:
           pieces.merge_whole(self._plan, task, write, self._timers)
-        with self._journal_lock:
-          os.write(journal, f'{task.path}\n'.encode())
+        note(task.path)
+        with lock:
           state['bytes'] += task.spec.nbytes
           if progress is not None:
             progress(state['bytes'], total)
@@ -397,15 +338,16 @@ class _Execution:
 
   # After ---------------------------------------------------------------------
 
-  def _finish(self, fingerprint, sums):
-    result = self._work / 'result'
+  def _finish(self, identity, sums):
+    result = self._work.result
     if self._format != 'safetensors':
       result = self._converted(result)
     manifest = {
-      'fingerprint': _digest(fingerprint),
+      'identity': resume_lib.digest(identity['work']),
+      'code': identity['code'],
       'mergejax': mergejax.__version__,
       'method': self._plan.recipe.method,
-      'recipe': fingerprint['recipe'],
+      'recipe': self._plan.recipe.data,
       'seed': self._plan.recipe.seed,
       'format': self._format,
       'versions': _versions(),
@@ -421,11 +363,12 @@ class _Execution:
       ],
       'remarks': list(self._plan.remarks),
     }
-    text = json.dumps(manifest, indent=2, sort_keys=True, default=str) + '\n'
+    text = json.dumps(resume_lib.canonical(manifest), indent=2) + '\n'
     if self._single:
       side_cars.write_text(self._manifest_file(self._out), text)
       names = [shard.file for shard in self._shards]
       file = result if result.is_file() else result / names[0]
+      store_base.sync(file)
       os.replace(file, self._out)
     else:
       side_cars.write_text(result / MANIFEST, text)
@@ -433,13 +376,17 @@ class _Execution:
       if index is not None and self._format == 'safetensors':
         side_cars.write_text(result / safetensors.INDEX, index)
       side_cars.write(self._plan, result)
+      store_base.sync(result)
       os.rename(result, self._out)
-    shutil.rmtree(self._work)
+    store_base.sync(self._out.parent, deep=False)
+    self._work.remove()
 
   def _converted(self, result):
     """The result in another format, written from memory."""
     leaves = safetensors.SafetensorsStore(result).leaves(list(self._specs))
-    target = self._work / f'converted{self._out.suffix if self._single else ""}'
+    target = (
+      self._work.path / f'converted{self._out.suffix if self._single else ""}'
+    )
     checkpoint.save_checkpoint(
       target, leaves, format=self._format, overwrite=True
     )
@@ -456,18 +403,6 @@ class _Execution:
       key = repr((task.method, sorted(task.options.items()), task.weights))
       groups.setdefault(key, []).append(task)
     return groups.values()
-
-
-def _digest(fingerprint: Mapping[str, Any]) -> str:
-  text = json.dumps(fingerprint, sort_keys=True, default=str)
-  return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _boot() -> str:
-  """Names this run of the machine: what was written before a crash of it may
-  not have reached the disk, whatever the journal says."""
-  file = pathlib.Path('/proc/sys/kernel/random/boot_id')
-  return file.read_text().strip() if file.is_file() else ''
 
 
 def _versions() -> dict[str, str]:

@@ -306,8 +306,8 @@ class _Planner:
     layers = [dict(rule.parameters)] if rule else [{}]
     shared = [*layers, one.parameters, self._recipe.parameters]
     values: dict[str, list] = {}
-    names = set(named.METHODS.options(method)) | {'weight'}
-    for name in names:
+    # Sorted: what a plan holds must not depend on the order of a set.
+    for name in sorted({*named.METHODS.options(method), 'weight'}):
       values[name] = [
         _first(name, [*layers, source.parameters, *shared[1:]], path, depth)
         for source in sources

@@ -8,6 +8,7 @@ from typing import Any
 
 from mergejax import axes as axes_lib
 from mergejax import recipe as recipe_lib
+from mergejax import resume
 from mergejax import typing
 from mergejax.merging import base as merge_base
 from mergejax.merging import named
@@ -80,6 +81,11 @@ class Plan:
   config: Mapping[str, Any]
   tokenizer: tuple[str, str]
   remarks: tuple[str, ...]
+
+  @property
+  def identity(self) -> str:
+    """sha256 of what is asked for and computed, the same in every process."""
+    return resume.digest({'recipe': self.recipe.data, 'tasks': self.tasks})
 
   @property
   def read_bytes(self) -> int:

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Streamed merges: equal to merges in memory, resumable, whole or not there."""
 
+import fcntl
 import json
 import os
 import pathlib
@@ -22,11 +23,13 @@ import numpy as np
 import mergejax as mj
 from mergejax import errors
 from mergejax import mesh as mesh_lib
+from mergejax import resume
 from mergejax import tree as tree_lib
 from mergejax.merging import named
 from mergejax.streamed import executor
 from mergejax.streamed import pieces
 from mergejax.streamed import plans
+from mergejax.streamed import work_folder
 
 
 def small_pieces():
@@ -181,11 +184,12 @@ class WholeOrNothingTest(parameterized.TestCase):
       models_on_disk.save(
         self.folder / name, models_on_disk.llama(rng, ml_dtypes.bfloat16)
       )
+    # Several options: their order must not count.
     self.recipe = {
-      'merge_method': 'dare_ties',
+      'merge_method': 'della',
       'base_model': str(self.folder / 'base'),
       'models': [str(self.folder / 'a'), str(self.folder / 'b')],
-      'parameters': {'density': 0.5},
+      'parameters': {'density': 0.5, 'epsilon': 0.1, 'lambda': 0.9},
     }
 
   def files(self, out):
@@ -213,7 +217,7 @@ class WholeOrNothingTest(parameterized.TestCase):
       )
     self.assertFalse(list(self.folder.glob('.*')))
     again = mj.load_recipe(out / 'recipe.yaml')
-    self.assertEqual(again.method, 'dare_ties')
+    self.assertEqual(again.method, 'della')
 
   def test_a_finished_result_is_not_computed_again(self):
     out = self.folder / 'out'
@@ -298,7 +302,9 @@ class WholeOrNothingTest(parameterized.TestCase):
 
   def test_too_small_a_disk_is_known_before(self):
     usage = mock.Mock(free=100)
-    with mock.patch.object(executor.shutil, 'disk_usage', return_value=usage):
+    with mock.patch.object(
+      work_folder.shutil, 'disk_usage', return_value=usage
+    ):
       with self.assertRaisesRegex(mj.UserError, 'more and the disk has'):
         mj.execute(mj.plan(self.recipe), self.folder / 'out')
     self.assertFalse(list(self.folder.glob('.out*')))
@@ -315,6 +321,78 @@ class WholeOrNothingTest(parameterized.TestCase):
 
     mj.execute(mj.plan(self.recipe), out, progress=second)
     self.assertTrue(out.exists())
+
+  def test_a_failed_merge_cleans_up_before_it_lets_go(self):
+    """Another process that waits for the lock must not lose its files."""
+    models_on_disk.save(
+      self.folder / 'b',
+      {
+        path: np.full_like(leaf, np.nan)
+        for path, leaf in models_on_disk.llama(
+          np.random.default_rng(0), ml_dtypes.bfloat16
+        ).items()
+      },
+    )
+    locked = []
+    real = work_folder.shutil.rmtree
+
+    def rmtree(path, **options):
+      with open(path / 'lock', 'rb') as file:
+        try:
+          fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+          locked.append(False)
+        except BlockingIOError:
+          locked.append(True)
+      real(path, **options)
+
+    with mock.patch.object(work_folder.shutil, 'rmtree', rmtree):
+      with self.assertRaisesRegex(mj.UserError, 'not finite'):
+        mj.execute(mj.plan(self.recipe), self.folder / 'out')
+    self.assertEqual(locked, [True])
+
+  def test_a_lock_on_a_removed_file_is_no_lock(self):
+    folder = work_folder.WorkFolder(self.folder / 'out')
+    real = work_folder.fcntl.flock
+    removed = []
+
+    def flock(file, operation):
+      if not removed:
+        removed.append(True)
+        folder.remove()  # as another process does when it has finished
+      real(file, operation)
+
+    with mock.patch.object(work_folder.fcntl, 'flock', flock):
+      with folder.locked():
+        self.assertTrue((folder.path / 'lock').exists())
+
+  def test_results_of_other_code_are_told_apart(self):
+    out = self.folder / 'out'
+    mj.execute(mj.plan(self.recipe), out)
+    code = {**resume.code(), 'mergejax': 'other'}
+    with mock.patch.object(resume, 'code', lambda: code):
+      with self.assertRaisesRegex(
+        mj.UserError, "by another version of the code.*\n  mergejax: '"
+      ):
+        mj.execute(mj.plan(self.recipe), out)
+
+  def test_what_has_its_name_is_on_the_disk(self):
+    synced = []
+    real_sync, real_rename = os.fsync, os.rename
+
+    def fsync(file):
+      synced.append(os.readlink(f'/proc/self/fd/{file}'))
+      real_sync(file)
+
+    def rename(source, target):
+      if target == self.folder / 'out':
+        files = {str(f) for f in source.rglob('*')} | {str(source)}
+        self.assertContainsSubset(files, synced)
+        self.assertIn(str(source / 'model.safetensors'), files)
+      real_rename(source, target)
+
+    with mock.patch.multiple(os, fsync=fsync, rename=rename):
+      mj.execute(mj.plan(self.recipe), self.folder / 'out')
+    self.assertEqual(synced[-1], str(self.folder))
 
   @parameterized.parameters('orbax', 't5x', 'npz', 'safetensors')
   def test_every_format_holds_the_same_numbers(self, form):
@@ -413,7 +491,12 @@ class WholeOrNothingTest(parameterized.TestCase):
           break
         time.sleep(0.005)
       process.wait()
-    run(out)
+    # What was done counts, though every process hashes in another order.
+    done = set(work.read_text().split('\n')[:-1])
+    self.assertNotEmpty(done)
+    left = len(mj.plan(self.recipe).tasks) - len(done)
+    self.assertIn(f'{left} parameters', run(out).stdout.decode())
+    self.assertIn('nothing was computed', run(out).stdout.decode())
     self.assertEqual(self.files(out), self.files(self.folder / 'whole'))
 
 
