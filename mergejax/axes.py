@@ -118,6 +118,12 @@ def stacked(spec: typing.LeafSpec) -> tuple[int, ...]:
   return tuple(i for i, name in enumerate(spec.axes or ()) if name in STACKS)
 
 
+def slice_size(spec: typing.LeafSpec) -> int:
+  """Elements of one layer of a stack; of all, where nothing is stacked."""
+  stack = stacked(spec)
+  return math.prod(n for i, n in enumerate(spec.shape) if i not in stack)
+
+
 def view(path: typing.Path, spec: typing.LeafSpec) -> View:
   """Finds out what the axes of a leaf are.
 

@@ -10,6 +10,7 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
+from mergejax import errors
 from mergejax import typing
 
 
@@ -88,7 +89,41 @@ def _largest_true(holds, upper: int) -> typing.Array:
   return lax.fori_loop(0, 32, narrow, (low, high))[0]
 
 
-@jax.jit
+# Counts of the elements of one array; of several together, two of these.
+_COUNT = jnp.uint32
+
+
+class _Total(NamedTuple):
+  """A count that may exceed one word: `high * words + low`."""
+
+  high: jax.Array
+  low: jax.Array
+
+  def __add__(self, count):
+    low = self.low + count
+    return _Total(self.high + (low < count).astype(low.dtype), low)
+
+  def __sub__(self, other):
+    borrow = (self.low < other.low).astype(self.low.dtype)
+    return _Total(self.high - other.high - borrow, self.low - other.low)
+
+  def at_least(self, other):
+    same = self.high == other.high
+    return (self.high > other.high) | (same & (self.low >= other.low))
+
+
+def _zero() -> _Total:
+  return _Total(jnp.zeros((), _COUNT), jnp.zeros((), _COUNT))
+
+
+def _total(rank: Any) -> _Total:
+  if isinstance(rank, (int, np.integer)):
+    words = jnp.iinfo(_COUNT).max + 1
+    high, low = divmod(int(rank), words)
+    return _Total(jnp.asarray(high, _COUNT), jnp.asarray(low, _COUNT))
+  return _Total(jnp.zeros((), _COUNT), jnp.asarray(rank, _COUNT))
+
+
 def largest(
   scores: Sequence[typing.Array],
   rank: Any,
@@ -101,12 +136,17 @@ def largest(
   threshold go to the earlier array, then to the lower index.
 
   Args:
-    scores: <float32>[...] arrays, ranked together.
-    rank: how many to keep, 0 to their total size; may be traced.
+    scores: <float32>[...] arrays, ranked together; fewer than 2**32 elements
+      each, any number together.
+    rank: how many to keep, 0 to their total size: a whole number, or <uint32>[]
+      that may be traced.
     indices: <uint32>[...] for each array, positions that break its ties.
 
   Returns:
     One `Cut` for each array: same threshold, its own end.
+
+  Raises:
+    UserError: an array of 2**32 elements or more.
 
   Example:
     >>> scores = jnp.array([3.0, 1.0, 3.0, 2.0])
@@ -114,26 +154,54 @@ def largest(
     >>> above(scores, cut, jnp.arange(4, dtype=jnp.uint32)).tolist()
     [True, False, False, False]
   """
+  for one in scores:
+    check_countable('an array', one.size)
+  return _largest(scores, _total(rank), indices)
+
+
+def check_countable(what: str, size: int) -> None:
+  """Refuses leaves whose elements 32 bits cannot number.
+
+  Raises:
+    UserError: `size` is 2**32 or more.
+  """
+  if size > jnp.iinfo(_COUNT).max:
+    raise errors.UserError(
+      f'{what} has {size:,} elements in one piece; random masks and exact '
+      'ranks number at most 4,294,967,295. If it is a stack of layers or '
+      "experts, name the axis they are stacked along ('layers', 'expert') in "
+      '`axes`; else leave it as it is with a rule, or use a method without them.'
+    )
+
+
+@jax.jit
+def _largest(scores, wanted, indices):
   keys = [_order_key(one) for one in scores]
-  count = lambda masks: sum(
-    (jnp.sum(mask, dtype=jnp.uint32) for mask in masks), jnp.uint32(0)
-  )
-  wanted = jnp.uint32(rank)
+  number = lambda mask: jnp.sum(mask, dtype=_COUNT)
+
+  def count(masks):
+    total = _zero()
+    for mask in masks:
+      total = total + number(mask)
+    return total
+
   key = _largest_true(
-    lambda k: count(one >= k for one in keys) >= wanted, 2**32 - 1
+    lambda k: count(one >= k for one in keys).at_least(wanted), 2**32 - 1
   )
   positive = key >> jnp.uint32(31) == 1
   bits = jnp.where(positive, key & jnp.uint32(2**31 - 1), ~key)
   threshold = lax.bitcast_convert_type(bits, jnp.float32)
-  threshold = jnp.where(wanted == 0, jnp.float32(jnp.inf), threshold)
+  nothing = (wanted.high == 0) & (wanted.low == 0)
+  threshold = jnp.where(nothing, jnp.float32(jnp.inf), threshold)
   left = wanted - count(one > key for one in keys)
   cuts = []
   for one, index in zip(keys, indices):
     equal = one == key
-    here = jnp.minimum(count([equal]), left)
-    left = left - here
+    here = number(equal)
+    here = jnp.where(left.high == 0, jnp.minimum(here, left.low), here)
+    left = left - _Total(jnp.zeros_like(here), here)
     last = _largest_true(
-      lambda i, e=equal, n=index, h=here: count([e & (n < i)]) < h, 2**32 - 2
+      lambda i, e=equal, n=index, h=here: number(e & (n < i)) < h, 2**32 - 2
     )
     end = jnp.where(here == 0, jnp.uint32(0), last + jnp.uint32(1))
     cuts.append(Cut(threshold, end))

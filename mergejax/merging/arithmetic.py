@@ -23,11 +23,13 @@ class Edit(NamedTuple):
     apply: `(delta, mark) -> delta`.
     looks: what it must know first; their leaves are task vectors.
     view: see `Merge.view`.
+    numbered: see `Merge.numbered`.
   """
 
   apply: Callable[[typing.Array, base_lib.Mark], typing.Array]
   looks: tuple[base_lib.Look, ...] = ()
   view: str = 'element'
+  numbered: bool = False
 
 
 def on_deltas(
@@ -79,6 +81,7 @@ def on_deltas(
     + tuple(of_deltas(look, True) for look in inner.looks),
     base='required',
     view=edit.view if edit else inner.view,
+    numbered=inner.numbered or (edit is not None and edit.numbered),
   )
 
 

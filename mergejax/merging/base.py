@@ -100,6 +100,7 @@ class Merge(NamedTuple):
       outputs]` with nothing cut off; see `axes.View`.
     separable: leaves do not look at each other, so the tree may be split.
     additive: states add.
+    numbered: numbers or counts elements in 32 bits, as random masks do.
   """
 
   init: Callable[[typing.SpecTree], State]
@@ -113,6 +114,13 @@ class Merge(NamedTuple):
   view: str = 'element'
   separable: bool = True
   additive: bool = True
+  numbered: bool = False
+
+  @property
+  def numbers_elements(self) -> bool:
+    """True if a leaf must have fewer than 2**32 elements: masks, ranks."""
+    ranks = any(look.ranks is not None for look in self.looks)
+    return self.numbered or ranks
 
   @property
   def needs_base(self) -> bool:

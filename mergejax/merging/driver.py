@@ -66,6 +66,14 @@ class Source:
       return self._leaves[path]
     return tree_lib.flatten(self._store.read([path]))[path]
 
+  def sharding(self, path):
+    """Where a leaf of a tree lies; None for what is still on disk."""
+    return (
+      None
+      if self._store is not None
+      else getattr(self._leaves[path], 'sharding', None)
+    )
+
 
 def merge(
   models: Sequence[Any],
@@ -137,7 +145,7 @@ def merge(
     )  # fmt: skip
     for path, leaf in merged:
       result[path] = _stored(path, leaf, dtype or specs[path].dtype)
-      layout = getattr(inputs[0].leaf(path), 'sharding', None)
+      layout = inputs[0].sharding(path)
       if isinstance(layout, jax.sharding.NamedSharding):
         if not isinstance(leaf, jax.core.Tracer):
           result[path] = jax.device_put(result[path], layout)
@@ -225,6 +233,8 @@ class Run:
     """The slices of one leaf, laid for the method, with their marks."""
     spec, view = self._specs[path], self._view(path)
     method = self._method
+    if method.numbers_elements:
+      numerics.check_countable(path, axes_lib.slice_size(spec))
     wide = [numerics.widen(leaf) for leaf in leaves]
     base = None if base is None else numerics.widen(base)
     result = []
@@ -234,9 +244,9 @@ class Run:
       first = cut(wide[0])
       marks = []
       for k, own in enumerate(stats):
-        # A Fisher lies like its leaf; Gram matrices have the stack in front.
+        # Gram matrices have the stack in front; others lie like their leaf.
         own = own and {
-          n: cut(s) if n == 'fisher' else s[at] for n, s in own.items()
+          n: own[n][at] if n == 'gram' else cut(own[n]) for n in method.needs
         }
         key = masks.mask_key(self._seed, name, k)
         marks.append(base_lib.Mark(k, {}, key, stats=own))
@@ -384,10 +394,7 @@ def rank(
   indices = [part.placed()[0].index for part in parts]
   for s, wanted in enumerate(ranks):
     scores = [one[s] for one in measured]
-    cuts = [
-      numerics.largest(scores, jnp.asarray(one, jnp.uint32), indices)
-      for one in wanted
-    ]
+    cuts = [numerics.largest(scores, one, indices) for one in wanted]
     for p, own in enumerate(found):
       own.append([cut[p] for cut in cuts])
   return found

@@ -195,7 +195,7 @@ def _dropped(probability, rescale: str, view: str) -> Edit:
   if rescale in ('l1', 'l2', 'linf'):
     combine = 'max' if rescale == 'linf' else 'sum'
     looks = (base_lib.Look(measure, conclude, combine=combine),)
-  return Edit(apply, looks, view)
+  return Edit(apply, looks, view, numbered=True)
 
 
 def drop(density: Any, *, rescale: str = 'paper') -> Edit:

@@ -57,19 +57,37 @@ def fisher(
   for name, value in (('floor', floor), ('smoothing', smoothing)):
     base_lib.check_option(name, value, lambda v: v >= 0, '0 or above')
 
+  def peak(leaves, base, marks, weights):
+    del base, weights
+    return [
+      jnp.max(_information(leaf, mark), initial=0.0)
+      for leaf, mark in zip(leaves, marks)
+    ]
+
+  def peaks(found, marks, weights):
+    del marks, weights
+    return [{'peak': jnp.where(one > 0, one, jnp.ones_like(one))} for one in found]  # fmt: skip
+
   def measure(leaves, base, marks, weights):
     del base, weights
-    wide = [mark.stats['fisher'].astype(leaf.dtype) for leaf, mark in zip(leaves, marks)]  # fmt: skip
-    squares = jnp.stack([jnp.sum(jnp.square(f)) for f in wide])
+    # Squares of 1e-20 or 1e20 are not float32 numbers: the largest becomes 1.
+    wide = [
+      _information(leaf, mark) / jnp.asarray(mark.note['peak'], leaf.dtype)
+      for leaf, mark in zip(leaves, marks)
+    ]
     return {
-      'squares': squares,
+      'squares': jnp.stack([jnp.sum(jnp.square(f)) for f in wide]),
       'total': jnp.sum(wide[0]),
       'size': jnp.full((), wide[0].size, jnp.float32),
     }
 
   def conclude(found, marks, weights):
     del weights
-    norms = jnp.sqrt(jnp.asarray(found['squares']))
+    squares = jnp.asarray(found['squares'])
+    heights = jnp.stack([
+      jnp.asarray(mark.note['peak'], squares.dtype) for mark in marks
+    ])  # fmt: skip
+    norms = heights * jnp.sqrt(squares)
     smooth = jnp.asarray(smoothing, norms.dtype)
     total = norms + smooth
     nothing = total == 0
@@ -79,7 +97,8 @@ def fisher(
     scale = jnp.where(smooth > 0, share, scale)
     least = jnp.asarray(floor, norms.dtype)
     if floor_mode == 'relative':
-      least = least * jnp.asarray(found['total'] / found['size'], norms.dtype)
+      mean = jnp.asarray(found['total'] / found['size'], norms.dtype)
+      least = least * heights[0] * mean
     if normalize_fishers == 'none':
       scale = jnp.ones_like(scale)
     return [{'scale': scale[k], 'floor': least} for k in range(len(marks))]
@@ -92,7 +111,7 @@ def fisher(
 
   def update(state, leaf, base, weight, mark):
     del base
-    information = mark.stats['fisher'].astype(leaf.dtype)
+    information = _information(leaf, mark)
     information = information + jnp.asarray(smoothing, leaf.dtype)
     floored = jnp.maximum(
       information, jnp.asarray(mark.note['floor'], leaf.dtype)
@@ -121,9 +140,13 @@ def fisher(
       state['fallback'] / state['fallback_weight'],
     )
 
-  look = base_lib.Look(
-    measure, conclude, scope='tree' if normalize_fishers != 'leaf' else 'leaf'
+  scope = 'tree' if normalize_fishers != 'leaf' else 'leaf'
+  looks = (
+    base_lib.Look(peak, peaks, combine='max', scope=scope),
+    base_lib.Look(measure, conclude, scope=scope),
   )
-  return base_lib.leafwise(
-    init, update, finish, looks=(look,), needs=('fisher',)
-  )
+  return base_lib.leafwise(init, update, finish, looks=looks, needs=('fisher',))
+
+
+def _information(leaf, mark):
+  return mark.stats['fisher'].astype(leaf.dtype)

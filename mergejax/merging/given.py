@@ -50,7 +50,8 @@ def check(
       if lacks:
         lines.append(f'{path}: {name} lacks its {lacks[0]}')
       elif path in specs:
-        lines += _misfit(path, specs[path], name, kind, one[path][kind])
+        for need in method.needs:
+          lines += _misfit(path, specs[path], name, need, one[path][need])
   if not some:
     lines.append(f'no leaf has {kind} statistics')
   if lines:
@@ -73,7 +74,7 @@ def _misfit(path, spec, name, kind, found):
       f'{path}: {name} has {kind} {list(found.shape)}, which does not fit '
       f'{list(spec.shape)}'
     ]
-  if isinstance(found, jax.core.Tracer):
+  if kind not in ('fisher', 'gram') or isinstance(found, jax.core.Tracer):
     return []
   with jax.ensure_compile_time_eval():  # numbers are known, also under jit
     own = jnp.asarray(found)

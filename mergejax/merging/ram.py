@@ -34,7 +34,10 @@ def _method(epsilon, factor, looks=()):
     shared = state['sum'] / jnp.maximum(state['count'], 1.0)
     return base + jnp.where(state['count'] == 1, state['alone'], shared)
 
-  return base_lib.leafwise(init, update, finish, looks=looks, base='required')
+  # The looks count elements.
+  return base_lib.leafwise(
+    init, update, finish, looks=looks, base='required', numbered=bool(looks)
+  )
 
 
 def ram(*, epsilon: float = 1e-5) -> base_lib.Merge:

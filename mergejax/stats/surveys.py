@@ -162,6 +162,7 @@ def survey(
   paths = [p for p, s in specs.items() if numerics.is_averaged(s.dtype)]
   found = []
   for path in paths:
+    numerics.check_countable(path, specs[path].size)
     leaves = [store.leaves([path])[path] for store in stores]
     norm, products, moved, both = _measure(origin.leaves([path])[path], leaves)
     moved = int(moved)

@@ -134,11 +134,10 @@ class Leaf:
   def _roles(self, arrays):
     """`(leaves, base, stats)` from arrays in the order of `_sources`."""
     task, count = self._task, len(self._task.inputs)
-    stats = [None] * count
-    for k, own in enumerate(task.stats):
-      stats[k] = {n: arrays[-count + k] for n in own}
     base = arrays[count] if task.base is not None else None
-    return arrays[:count], base, stats
+    rest = iter(arrays[count + (task.base is not None) :])
+    stats = [{n: next(rest) for n in own} for own in task.stats]
+    return arrays[:count], base, stats or [None] * count
 
   def _read(self, piece):
     arrays = []
@@ -195,7 +194,8 @@ class Leaf:
         program(
           leaves, base, self._weights, self._keys,
           [m.note for m in self.marks], stats, self._numbers,
-          np.uint32(offset), brackets,
+          # Methods that number elements have no leaf that wraps around.
+          np.uint32(offset % 2**32), brackets,
         ),
       ),
     )  # fmt: skip
@@ -293,7 +293,8 @@ class Leaf:
     found = jax.tree.map(_narrow, found)
     if look.ranks is None:
       conclude = programs.conclusion(self._task.method, self._static, i)
-      notes = conclude(found, self._weights, self._numbers)
+      earlier = [mark.note for mark in self.marks]
+      notes = conclude(found, self._weights, self._numbers, earlier)
     else:
       notes = look.conclude(found, self.marks, list(self._weights))
     notes = jax.tree.map(np.asarray, list(notes))

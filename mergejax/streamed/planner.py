@@ -343,6 +343,8 @@ class _Planner:
     except errors.UserError as error:
       raise errors.UserError(f'{method}: {error.message}') from error
     self._check_shapes(path, spec, refs, base)
+    if built.numbers_elements:
+      numerics.check_countable(path, axes_lib.slice_size(spec))
     if built.view != 'element':
       axes_lib.view(path, spec)
     if axes_lib.stacked(spec) and any(k.scope == 'tree' for k in built.looks):

@@ -78,15 +78,15 @@ def split_options(options: Mapping[str, Any]) -> tuple[tuple, dict[str, Any]]:
 
 @functools.cache
 def conclusion(method: str, static: tuple, number: int):
-  """`(found, weights, numbers) -> notes` of look `number`, compiled.
+  """`(found, weights, numbers, notes) -> notes` of look `number`, compiled.
 
   The geometry of spherical means is a few hundred operations on scalars: as
   many calls for every leaf if it is not one program.
   """
 
-  def run(found, weights, numbers):
+  def run(found, weights, numbers, notes):
     built = named.resolve(method, **dict(static), **numbers)
-    marks = [base_lib.Mark(k) for k in range(len(weights))]
+    marks = [base_lib.Mark(k, note) for k, note in enumerate(notes)]
     return list(built.looks[number].conclude(found, marks, list(weights)))
 
   return jax.jit(run)

@@ -266,6 +266,48 @@ class FisherTest(parameterized.TestCase):
         result[leaf], arrays[f'merged_{leaf}_norm_{norm}_{weights}'], rtol=1e-9
       )
 
+  @parameterized.product(
+    size=[1e-25, 1e-20, 1.0, 1e19, 1e30],
+    normalize=['model', 'leaf'],
+    mode=['absolute', 'relative'],
+  )
+  def test_any_size_of_information(self, size, normalize, mode):
+    """Squares of these are no float32 numbers; their ratios are."""
+    rng = np.random.default_rng(0)
+    models = [
+      {'w': rng.normal(size=40).astype(np.float32), 'v': np.float32([k, 1.0])}
+      for k in range(3)
+    ]
+    stats = [
+      {
+        'w': {'fisher': (size * rng.gamma(1.0, size=40)).astype(np.float32)},
+        'v': {'fisher': np.float32([size, size * k])},
+      }
+      for k in range(3)
+    ]
+    floor = 0.0 if mode == 'absolute' else 1e-3
+    found = mj.merge(
+      models, 'fisher', stats=stats, normalize_fishers=normalize,
+      floor=floor, floor_mode=mode,
+    )  # fmt: skip
+    for scope in ({'w', 'v'},) if normalize == 'model' else ({'w'}, {'v'}):
+      own = [
+        {p: np.asarray(s[p]['fisher'], np.float64) for p in scope}
+        for s in stats
+      ]
+      norms = [np.sqrt(sum(np.sum(f**2) for f in s.values())) for s in own]
+      if mode == 'relative':
+        flat = np.concatenate([f.ravel() for f in own[0].values()])
+        own[0] = {
+          p: np.maximum(f, 1e-3 * flat.mean()) for p, f in own[0].items()
+        }
+      for path in scope:
+        top = sum(s[path] / n * m[path] for s, n, m in zip(own, norms, models))
+        bottom = sum(s[path] / n for s, n in zip(own, norms))
+        np.testing.assert_allclose(
+          found[path], top / bottom, rtol=2e-5, atol=1e-6
+        )
+
   def test_no_information_and_zero_weight_give_no_nan(self):
     models = [{'w': np.ones(2, np.float32)}, {'w': np.zeros(2, np.float32)}]
     stats = [{'w': {'fisher': np.zeros(2, np.float32)}}] * 2

@@ -25,6 +25,7 @@ from mergejax import errors
 from mergejax import mesh as mesh_lib
 from mergejax import resume
 from mergejax import tree as tree_lib
+from mergejax.merging import base as base_lib
 from mergejax.merging import named
 from mergejax.streamed import executor
 from mergejax.streamed import pieces
@@ -173,6 +174,53 @@ class EqualityTest(parameterized.TestCase):
         np.testing.assert_array_equal(
           np.asarray(leaf).view(np.uint16), streamed[path].view(np.uint16), path
         )
+
+
+class StatisticsTest(absltest.TestCase):
+  def test_two_statistics_of_the_shape_of_the_leaf(self):
+    """Each model is given its own of each."""
+
+    def first_less_second():
+      return base_lib.leafwise(
+        lambda zeros: zeros,
+        lambda state, leaf, base, weight, mark: (
+          state + leaf * (mark.stats['first'] - 2 * mark.stats['second'])
+        ),
+        lambda state, base: state,
+        needs=('first', 'second'),
+      )
+
+    named.METHODS.register('first_less_second')(first_less_second)
+    self.addCleanup(named.METHODS._entries.pop, 'first_less_second')
+    rng = np.random.default_rng(0)
+    folder = pathlib.Path(self.create_tempdir().full_path)
+    draw = lambda: rng.normal(size=(5, 7)).astype(np.float32)
+    models = [{'a/kernel': draw(), 'b/kernel': draw()} for _ in range(3)]
+    stats = [
+      {p: {'first': draw(), 'second': draw()} for p in model}
+      for model in models
+    ]
+    for k, (model, own) in enumerate(zip(models, stats)):
+      mj.save_checkpoint(folder / f'{k}.safetensors', model)
+      flat = {f'{p}/{n}': x for p, s in own.items() for n, x in s.items()}
+      mj.save_checkpoint(folder / f'{k}.stats.safetensors', flat)
+    recipe = {
+      'merge_method': 'first_less_second',
+      'models': [str(folder / f'{k}.safetensors') for k in range(3)],
+      'stats': [str(folder / f'{k}.stats.safetensors') for k in range(3)],
+    }
+    mj.execute(mj.plan(recipe), folder / 'out.safetensors')
+    found = tree_lib.flatten(
+      mj.open_checkpoint(folder / 'out.safetensors').read()
+    )
+    plain = mj.merge(models, 'first_less_second', stats=stats)
+    for path in models[0]:
+      expected = sum(
+        np.float64(m[path]) * (np.float64(s[path]['first']) - 2 * np.float64(s[path]['second']))
+        for m, s in zip(models, stats)
+      )  # fmt: skip
+      np.testing.assert_allclose(found[path], expected, rtol=1e-5, atol=1e-5)
+      np.testing.assert_allclose(found[path], plain[path], atol=1e-6)
 
 
 class WholeOrNothingTest(parameterized.TestCase):
