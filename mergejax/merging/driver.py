@@ -244,9 +244,9 @@ class Run:
       first = cut(wide[0])
       marks = []
       for k, own in enumerate(stats):
-        # Gram matrices have the stack in front; others lie like their leaf.
         own = own and {
-          n: own[n][at] if n == 'gram' else cut(own[n]) for n in method.needs
+          n: own[n][at] if n in given.STACK_FIRST else cut(own[n])
+          for n in method.needs
         }
         key = masks.mask_key(self._seed, name, k)
         marks.append(base_lib.Mark(k, {}, key, stats=own))

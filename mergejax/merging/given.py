@@ -14,6 +14,10 @@ from mergejax import errors
 from mergejax import typing
 from mergejax.merging import base as base_lib
 
+# Statistics with the axes of the stack in front: one matrix, or one number, for
+# each layer. All others lie like their leaf.
+STACK_FIRST = ('gram', 'count')
+
 
 def check(
   method: base_lib.Merge,
@@ -64,11 +68,12 @@ def check(
 def _misfit(path, spec, name, kind, found):
   """What is wrong with the statistics of one leaf of one model."""
   fits = tuple(found.shape) == spec.shape
-  if kind == 'gram':
+  if kind in STACK_FIRST:
     view = axes_lib.view(path, spec)
     width = math.prod(spec.shape[i] for i in view.inputs)
     stack = tuple(spec.shape[i] for i in view.stack)
-    fits = tuple(found.shape) == stack + (width, width)
+    sizes = (width, width) if kind == 'gram' else ()
+    fits = tuple(found.shape) == stack + sizes
   if not fits:
     return [
       f'{path}: {name} has {kind} {list(found.shape)}, which does not fit '
