@@ -5,14 +5,16 @@
 1. Against mergekit, the same recipe files on three 374M-parameter bfloat16
    checkpoints and their base, both sides alternating in one run.
 2. Against plainly reading the three files and writing one.
-3. Sizes of 0.1, 0.4 and 1.1 billion parameters: time and memory.
+3. Against another version of mergejax, if its Python is named.
+4. Sizes of 0.1, 0.4 and 1.1 billion parameters: time and memory.
 
 Usage:
   python benchmarks/merge_speed.py [--mergekit PATH/mergekit-yaml]
+      [--before OTHER/.venv/bin/python]
       [--folder DIR] [--repeats 3] [--methods linear,ties] [--sizes 0.1,0.4,1.1]
       [--json FILE]
 
-Needs about 5 GB of disk for the first two (15 with the third). Medians are
+Needs about 5 GB of disk for the first three (15 with the fourth). Medians are
 quoted, and the last line is JSON.
 """
 
@@ -129,6 +131,7 @@ def run(command: list[str], out: pathlib.Path) -> tuple[float, float]:
   done = subprocess.run(
     [sys.executable, '-S', '-c', script, *command],
     check=True, capture_output=True, text=True,
+    cwd=out.parent,  # not where another version's package lies
   )  # fmt: skip
   return time.perf_counter() - started, int(done.stdout) / 1024
 
@@ -165,6 +168,7 @@ def machine() -> dict:
 def main() -> None:
   parser = argparse.ArgumentParser()
   parser.add_argument('--mergekit')
+  parser.add_argument('--before')
   parser.add_argument('--folder', default='/tmp/mergejax-benchmark')
   parser.add_argument('--repeats', type=int, default=3)
   parser.add_argument('--methods', default=','.join(RECIPES))
@@ -181,6 +185,10 @@ def main() -> None:
     sides = {'mergejax': [*ours, str(file)]}
     if options.mergekit:
       sides['mergekit'] = [options.mergekit, str(file)]
+    if options.before:
+      sides['before'] = [
+        options.before, '-m', 'mergejax', 'merge', str(file)
+      ]  # fmt: skip
     times = {side: [] for side in (*sides, 'plain')}
     memory = {side: [] for side in sides}
     for _ in range(options.repeats):
@@ -207,6 +215,12 @@ def main() -> None:
       )
       text += f'{row["mergekit"]["seconds"]:>11.2f} s'
       text += f'{row["mergekit"]["peak_mb"]:>7} MB{row["ratio"]:>8.1f}'
+    if 'before' in row:
+      row['times_before'] = round(
+        row['mergejax']['seconds'] / row['before']['seconds'], 3
+      )
+      text += f'   before {row["before"]["seconds"]:.2f} s'
+      text += f'{row["before"]["peak_mb"]:>7} MB{row["times_before"]:>8.3f}'
     row['times_plain'] = round(
       row['mergejax']['seconds'] / row['plain']['seconds'], 2
     )
