@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mergejax import errors
+from mergejax import stacks
 from mergejax import tree
 from mergejax import typing
 
@@ -83,8 +84,7 @@ def _matches(pattern: str, path: str) -> bool:
   return re.fullmatch(pattern, path) is not None
 
 
-# Axes along which separate layers or experts are stacked.
-STACKS = ('layers', 'layer', 'stack', 'expert', 'experts', 'branch', 'scan')
+STACKS = stacks.NAMES
 
 # (path, axes besides stacked ones, which of them are inputs); first match wins.
 _INPUTS = (
@@ -94,9 +94,10 @@ _INPUTS = (
   (r'(.*/)?rel_embedding', (2,), lambda n: [0]),
   (r'(.*[/.])?weight', (2, 3, 4, 5), lambda n: list(range(1, n))),
 )
-# Without axis names a third axis may be heads or stacked layers; these names
-# leave no doubt: convolutions of either world.
-_PLAIN_RANKS = {'kernel': (2, 4), 'weight': (2, 3, 4, 5)}
+# Without axis names, kernels of more than two axes whose inputs are known: those
+# of attention, one axis of inputs (or, of `out`, of outputs), and convolutions.
+_ATTENTION = re.compile(r'(.*[/.])?(query|key|value|out)[/.]kernel')
+_VECTOR = re.compile(r'(.*[/.])?(bias|scale)')
 
 
 class View(NamedTuple):
@@ -142,10 +143,13 @@ def view(path: typing.Path, spec: typing.LeafSpec) -> View:
   rest = [i for i in range(len(spec.shape)) if i not in stack]
   if len(rest) <= 1:
     return View(stack, tuple(rest), ())
+  if stacks.may_be_stack(path, spec):
+    raise errors.UserError(stacks.message({path: spec}))
+  if _VECTOR.fullmatch(path):
+    return View(stack, tuple(rest), ())
   for pattern, ranks, inputs in _INPUTS:
     if re.fullmatch(pattern, path) and len(rest) in ranks:
-      plain = _PLAIN_RANKS.get(re.split('[/.]', path)[-1], (2,))
-      if spec.axes is None and len(rest) not in plain:
+      if spec.axes is None and not _is_plain(path, len(rest)):
         break
       of_rest = inputs(len(rest))
       return View(
@@ -159,6 +163,14 @@ def view(path: typing.Path, spec: typing.LeafSpec) -> View:
     f"`axes=[({path!r}, ('layers', 'embed', 'mlp'))]` in Python, `axes:` in a "
     f'recipe, one name an axis; stacked ones are called {", ".join(STACKS)}.'
   )
+
+
+def _is_plain(path, rank):
+  """Whether a path says which axes are inputs, without axis names."""
+  if rank == 2 or path.endswith('weight'):
+    return True
+  attention = rank == 3 and _ATTENTION.fullmatch(path)
+  return bool(attention) or stacks.is_convolution(path)
 
 
 def with_axes(
