@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mergejax import errors
+from mergejax import stacks
 from mergejax import tree
 from mergejax import typing
 
@@ -83,20 +84,22 @@ def _matches(pattern: str, path: str) -> bool:
   return re.fullmatch(pattern, path) is not None
 
 
-# Axes along which separate layers or experts are stacked.
-STACKS = ('layers', 'layer', 'stack', 'expert', 'experts', 'branch', 'scan')
+STACKS = stacks.NAMES
+# Begins the names of axes that are inputs, where the path does not tell.
+_INPUT = 'in:'
 
 # (path, axes besides stacked ones, which of them are inputs); first match wins.
 _INPUTS = (
-  (r'(.*[/.])?(query|key|value|qkv)/kernel', (2, 3, 4), lambda n: [0]),
-  (r'(.*/)?kernel', (2, 3, 4, 5), lambda n: list(range(n - 1))),
-  (r'(.*/)?embedding', (2,), lambda n: [1]),
-  (r'(.*/)?rel_embedding', (2,), lambda n: [0]),
+  (r'(.*[/.])?(query|key|value|qkv)[/.]kernel', (2, 3, 4), lambda n: [0]),
+  (r'(.*[/.])?kernel', (2, 3, 4, 5), lambda n: list(range(n - 1))),
+  (r'(.*[/.])?embedding', (2,), lambda n: [1]),
+  (r'(.*[/.])?rel_embedding', (2,), lambda n: [0]),
   (r'(.*[/.])?weight', (2, 3, 4, 5), lambda n: list(range(1, n))),
 )
-# Without axis names a third axis may be heads or stacked layers; these names
-# leave no doubt: convolutions of either world.
-_PLAIN_RANKS = {'kernel': (2, 4), 'weight': (2, 3, 4, 5)}
+# Without axis names, kernels of more than two axes whose inputs are known: those
+# of attention, one axis of inputs (or, of `out`, of outputs), and convolutions.
+_ATTENTION = re.compile(r'(.*[/.])?(query|key|value|out)[/.]kernel')
+_VECTOR = re.compile(r'(.*[/.])?(bias|scale)')
 
 
 class View(NamedTuple):
@@ -129,14 +132,15 @@ def view(path: typing.Path, spec: typing.LeafSpec) -> View:
 
   Args:
     path: of the leaf.
-    spec: with `axes` where they are known.
+    spec: with `axes` where they are known. Names that begin with `in:` say
+      which are inputs; otherwise the path tells.
 
   Returns:
     The parts that its axes play.
 
   Raises:
-    UserError: the path and the number of axes leave it open, and the spec
-      names no axes.
+    UserError: the path and the number of axes leave it open, or the parameter
+      may be a stack and the spec names no axes.
 
   Example:
     >>> view('mlp/wi/kernel', typing.LeafSpec((8, 16), np.dtype('float32')))
@@ -148,10 +152,17 @@ def view(path: typing.Path, spec: typing.LeafSpec) -> View:
   rest = [i for i in range(len(spec.shape)) if i not in stack]
   if len(rest) <= 1:
     return View(stack, tuple(rest), ())
+  if stacks.may_be_stack(path, spec):
+    raise errors.UserError(stacks.message({path: spec}))
+  marked = [i for i in rest if spec.axes and spec.axes[i].startswith(_INPUT)]
+  if marked:
+    others = tuple(i for i in rest if i not in marked)
+    return View(stack, tuple(marked), others)
+  if _VECTOR.fullmatch(path):
+    return View(stack, tuple(rest), ())
   for pattern, ranks, inputs in _INPUTS:
     if re.fullmatch(pattern, path) and len(rest) in ranks:
-      plain = _PLAIN_RANKS.get(re.split('[/.]', path)[-1], (2,))
-      if spec.axes is None and len(rest) not in plain:
+      if spec.axes is None and not _is_plain(path, len(rest)):
         break
       of_rest = inputs(len(rest))
       return View(
@@ -159,12 +170,25 @@ def view(path: typing.Path, spec: typing.LeafSpec) -> View:
         tuple(rest[i] for i in of_rest),
         tuple(rest[i] for i in range(len(rest)) if i not in of_rest),
       )
+  names = ['in:embed', *(f'axis_{i}' for i in range(1, len(spec.shape)))]
+  if spec.axes is not None:
+    names = [n if i in stack else f'in:{n}' for i, n in enumerate(spec.axes)]
+    names = [*names[:-1], spec.axes[-1]]
   raise errors.UserError(
     f'Which axes of {path} {list(spec.shape)} are inputs and which are outputs '
-    'is not known, and this method must know. Give its logical axes: '
-    f"`axes=[({path!r}, ('layers', 'embed', 'mlp'))]` in Python, `axes:` in a "
-    f'recipe, one name an axis; stacked ones are called {", ".join(STACKS)}.'
+    'is not known, and this method must know. Mark the inputs in its logical '
+    f'axes, one name an axis, such as `axes=[({path!r}, {tuple(names)})]` in '
+    'Python, `axes:` in a recipe; stacked axes are called '
+    f'{", ".join(STACKS)}.'
   )
+
+
+def _is_plain(path, rank):
+  """Whether a path says which axes are inputs, without axis names."""
+  if rank == 2 or path.endswith('weight'):
+    return True
+  attention = rank == 3 and _ATTENTION.fullmatch(path)
+  return bool(attention) or stacks.is_convolution(path)
 
 
 def with_axes(

@@ -16,7 +16,7 @@ PACKAGE = ROOT / 'mergejax'
 # know each other.
 FLOORS = {
     'typing': 0, 'errors': 0, 'tree': 0, 'axes': 0, 'numerics': 0, 'mesh': 0,
-    'registry': 0, 'checksums': 0, 'resume': 0,
+    'registry': 0, 'checksums': 0, 'resume': 0, 'stacks': 0,
     'store': 1, 'merging': 1, 'nn': 1,
     'models': 2, 'api': 2, 'recipe': 2, 'settings': 2, 'peft': 2,
     'stats': 2, 'align': 2,

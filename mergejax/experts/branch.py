@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mergejax import axes as axes_lib
 from mergejax import errors
 from mergejax import mesh as mesh_lib
 from mergejax import numerics
@@ -26,7 +27,9 @@ from mergejax import tree as tree_lib
 from mergejax import typing
 from mergejax.merging import base as merging
 from mergejax.merging import driver
+from mergejax.merging import finite
 from mergejax.merging import masks
+from mergejax.merging import parts
 from mergejax.train import loop
 from mergejax.train import step as step_lib
 
@@ -284,6 +287,7 @@ def merge_experts(
   *,
   base: typing.Tree | None = None,
   weights: Sequence[float] | jax.Array | None = None,
+  axes: axes_lib.Rules = (),
   seed: int = 0,
 ) -> typing.Tree:
   """Merges stacked experts where they lie: one all-reduce over `branch`.
@@ -298,13 +302,19 @@ def merge_experts(
     method: a merge method without statistics.
     base: the seed, for methods on differences.
     weights: `[K]`; see `merging.driver.merge`.
+    axes: `(regular expression, logical axes)` of leaves that are stacks of
+      layers within an expert, the axis of experts left out.
     seed: seeds random methods.
 
   Returns:
-    One tree, without the leading axis, in the dtypes of `stacked`.
+    One tree, without the leading axis, in the dtypes of `stacked`: the numbers
+    of `merging.driver.merge`, with the same masks. Leaves that are not floating
+    (step counters, ids) are those of the base or the first expert.
 
   Raises:
-    UserError: weights or the number of experts do not fit the method.
+    UserError: weights or the number of experts do not fit the method, leaves
+      that may be stacks, numbers that are not finite; see
+      `merging.driver.merge`.
   """
   leaves = tree_lib.flatten(stacked)
   experts = next(iter(leaves.values())).shape[0]
@@ -315,39 +325,79 @@ def merge_experts(
       method,
       base=base,
       weights=weights,
+      axes=axes,
       seed=seed,
     )
   weights = jnp.asarray(merging.check_weights(method, weights, experts))
-  widen = lambda tree: jax.tree.map(numerics.widen, tree)
-  base_leaves = None
+  specs = {
+    path: typing.LeafSpec(spec.shape[1:], spec.dtype)
+    for path, spec in tree_lib.specs(leaves).items()
+  }
+  specs = axes_lib.with_axes(specs, axes)
+  used = None
   if base is not None and method.base != 'ignored':
-    base_leaves = widen(tree_lib.flatten(base))
+    used = tree_lib.flatten(base)
+  result = _merged_where_they_lie(leaves, specs, method, used, weights, seed)
+  inputs = [
+    driver.Source(
+      {p: x[i] for p, x in leaves.items() if p not in result}, f'model {i}'
+    )
+    for i in range(experts)
+  ]
+  reference = inputs[0] if base is None else driver.Source(base, 'the base')
+  for path in leaves:
+    if path not in result:
+      result[path] = driver.copied(path, reference, inputs)
+  return jax.tree.unflatten(
+    jax.tree.structure(stacked), [result[path] for path in leaves]
+  )
+
+
+def _merged_where_they_lie(leaves, specs, method, base, weights, seed):
+  """`{path: merged leaf}` of the floating leaves, by one sum over experts."""
+  run = driver.Run(method, list(weights), specs, seed)
+  slices = {path: run.slices(path) for path in driver.merged_paths(specs)}
+  names = [f'model {i}' for i in range(len(weights))]
+  for path in slices:
+    finite.check_stacked(path, leaves[path], names)
+    if base is not None:
+      finite.check_inputs(path, [base[path]], ['the base'])
+  cut = lambda tree: {
+    name: run.cut(path, numerics.widen(tree[path]), at)
+    for path, own in slices.items()
+    for name, at in own
+  }
+  base = None if base is None else cut(base)
   keys = {
-    path: np.stack([masks.mask_key(seed, path, i) for i in range(experts)])
-    for path in leaves
+    name: np.stack([masks.mask_key(seed, name, i) for i in range(len(weights))])
+    for own in slices.values()
+    for name, _ in own
   }
 
   def one(params, weight, model, keys):
-    wide = widen(params)
+    wide = cut(params)
     marks = {
-      path: driver.Part([leaf], None, [merging.Mark(model, key=keys[path])])
-      for path, leaf in wide.items()
+      name: parts.Part([leaf], None, [merging.Mark(model, key=keys[name])])
+      for name, leaf in wide.items()
     }
     return method.update(
       method.init(tree_lib.specs(wide)),
       wide,
-      base=base_leaves,
+      base=base,
       weight=weight,
-      marks={path: part.placed()[0] for path, part in marks.items()},
+      marks={name: part.placed()[0] for name, part in marks.items()},
     )
 
-  states = jax.vmap(one)(leaves, weights, jnp.arange(experts), keys)
+  floating = {path: leaves[path] for path in slices}
+  states = jax.vmap(one)(floating, weights, jnp.arange(len(weights)), keys)
   summed = jax.tree.map(lambda x: jnp.sum(x, axis=0), states)
-  merged = method.finish(summed, base=base_leaves)
-  merged = {p: leaf.astype(leaves[p].dtype) for p, leaf in merged.items()}
-  return jax.tree.unflatten(
-    jax.tree.structure(stacked), [merged[path] for path in leaves]
-  )
+  merged = method.finish(summed, base=base)
+  return {
+    path: finite.stored(
+      path, run.join(path, [merged[name] for name, _ in own]), specs[path].dtype
+    )
+    for path, own in slices.items()
+  }
 
 
 def unstack(stacked: typing.Tree, index: int) -> typing.Tree:

@@ -127,6 +127,21 @@ class Merge(NamedTuple):
     """True if the method cannot run without a base."""
     return self.base == 'required'
 
+  @property
+  def of_whole_leaves(self) -> bool:
+    """True if a stack of leaves has other numbers than its slices."""
+    leaf_looks = any(look.scope == 'leaf' for look in self.looks)
+    return leaf_looks or self.view != 'element'
+
+  @property
+  def of_slices(self) -> bool:
+    """True if a stack is merged slice by slice, as leaves of their own.
+
+    Looks at the whole model alone see the same numbers either way; without any
+    look random masks, which have a key for each slice, may.
+    """
+    return self.of_whole_leaves or not self.looks
+
 
 def leafwise(
   init: Callable[[typing.Array], State],

@@ -7,7 +7,7 @@ import functools
 import logging
 import math
 import re
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,35 +16,17 @@ import numpy as np
 from mergejax import axes as axes_lib
 from mergejax import errors
 from mergejax import numerics
+from mergejax import stacks
 from mergejax import tree as tree_lib
 from mergejax import typing
 from mergejax.merging import base as base_lib
+from mergejax.merging import finite
 from mergejax.merging import given
 from mergejax.merging import masks
+from mergejax.merging import parts as parts_lib
 
 # What a rule says for leaves that are not merged.
 COPY = 'copy'
-
-
-class Part(NamedTuple):
-  """One leaf, a slice of a stack or a piece, of all models, laid for a method.
-
-  Attributes:
-    leaves: one array a model, in the accumulation dtype.
-    base: the base's, or None.
-    marks: one a model, without `place`.
-    offset: flat position of the first element in the whole leaf.
-  """
-
-  leaves: list[typing.Array]
-  base: typing.Array | None
-  marks: list[base_lib.Mark]
-  offset: Any = 0
-
-  def placed(self) -> list[base_lib.Mark]:
-    """The marks, knowing where their elements are."""
-    place = (self.leaves[0].shape, self.offset)
-    return [mark._replace(place=place) for mark in self.marks]
 
 
 class Source:
@@ -66,13 +48,10 @@ class Source:
       return self._leaves[path]
     return tree_lib.flatten(self._store.read([path]))[path]
 
-  def sharding(self, path):
-    """Where a leaf of a tree lies; None for what is still on disk."""
-    return (
-      None
-      if self._store is not None
-      else getattr(self._leaves[path], 'sharding', None)
-    )
+  def layout(self, path):
+    """The sharding of a leaf of a tree; stores have none."""
+    leaf = None if self._store is not None else self._leaves[path]
+    return getattr(leaf, 'sharding', None)
 
 
 def merge(
@@ -118,7 +97,11 @@ def merge(
 
   Raises:
     UserError: no model, no base where one is needed, differing trees (listed),
-      weights or statistics that do not fit, a result that is not finite.
+      weights or statistics that do not fit; parameters that may be stacks of
+      layers under a method that looks at whole parameters (see `stacks`); a
+      model, a statistic or a result that is not finite, or that the dtype of
+      the result cannot hold. Arrays that JAX traces cannot be looked at: under
+      `jit` such numbers go through.
   """
   if not models:
     raise errors.UserError('A merge needs at least one model; none was given.')
@@ -134,29 +117,59 @@ def merge(
       given_name=one.name,
     )
   specs = axes_lib.with_axes(reference.specs, axes)
-  averaged = [p for p, s in specs.items() if numerics.is_averaged(s.dtype)]
+  groups = _by_rule(rules, method, merged_paths(specs))
+  _check_stacks(groups, specs)
   result = {}
-  for own, paths in _by_rule(rules, method, averaged):
+  for own, paths in groups:
     if own == COPY:
-      result |= {path: reference.leaf(path) for path in paths}
+      for path in paths:
+        leaf = reference.leaf(path)
+        finite.check_inputs(path, [leaf], [reference.name])
+        result[path] = finite.stored(path, leaf, dtype) if dtype else leaf
       continue
     merged = _merge_leaves(
         own, paths, specs, inputs, base_input, weights, stats, seed,
     )  # fmt: skip
     for path, leaf in merged:
-      result[path] = _stored(path, leaf, dtype or specs[path].dtype)
-      layout = inputs[0].sharding(path)
+      kind = dtype or specs[path].dtype
+      result[path] = finite.stored(path, leaf, kind, own.needs)
+      layout = inputs[0].layout(path)
       if isinstance(layout, jax.sharding.NamedSharding):
         if not isinstance(leaf, jax.core.Tracer):
           result[path] = jax.device_put(result[path], layout)
-  for path in reference.specs:
+  for path, spec in reference.specs.items():
     if path not in result:
-      result[path] = _copied(path, reference, inputs)
+      result[path] = copied(path, reference, inputs)
+      if dtype and numerics.is_averaged(spec.dtype):  # empty
+        result[path] = finite.stored(path, result[path], dtype)
   if inputs[0].structure is not None:
     return jax.tree.unflatten(
       inputs[0].structure, [result[path] for path in inputs[0].specs]
     )
   return tree_lib.unflatten({path: result[path] for path in reference.specs})
+
+
+def merged_paths(specs: typing.SpecTree) -> list[typing.Path]:
+  """The leaves that are merged: others hold no floating numbers, or none."""
+  return [
+    path
+    for path, spec in specs.items()
+    if numerics.is_averaged(spec.dtype) and spec.size
+  ]
+
+
+def _check_stacks(groups, specs):
+  """Raises if a method is to look at leaves whose layout is not known."""
+  whole = [
+    (own, path)
+    for own, paths in groups
+    if own != COPY and own.of_whole_leaves
+    for path in paths
+  ]
+  stacks.check_known(specs, [path for _, path in whole])
+  for own, path in whole:
+    if own.view != 'element':
+      axes_lib.view(path, specs[path])
 
 
 def _check_call(method, weights, count, base_input):
@@ -209,6 +222,9 @@ def _merge_leaves(
   def parts_of(path):
     leaves = [one.leaf(path) for one in inputs]
     origin = None if base_input is None else base_input.leaf(path)
+    known = [*leaves, *([] if origin is None else [origin])]
+    names = [one.name for one in (*inputs, base_input) if one is not None]
+    finite.check_inputs(path, known, names)
     return run.parts(path, leaves, origin, [one.get(path) for one in stats])
 
   whole_tree = {p: parts_of(p) for p in paths if run.looks_at_trees}
@@ -229,18 +245,14 @@ class Run:
     self._seed = seed
     self.looks_at_trees = any(look.scope == 'tree' for look in method.looks)
 
-  def parts(self, path, leaves, base, stats) -> list[Part]:
+  def parts(self, path, leaves, base, stats) -> list[parts_lib.Part]:
     """The slices of one leaf, laid for the method, with their marks."""
-    spec, view = self._specs[path], self._view(path)
     method = self._method
-    if method.numbers_elements:
-      numerics.check_countable(path, axes_lib.slice_size(spec))
     wide = [numerics.widen(leaf) for leaf in leaves]
     base = None if base is None else numerics.widen(base)
     result = []
-    for at in np.ndindex(*(spec.shape[i] for i in view.stack)):
-      cut = functools.partial(lay_slice, view=view, at=at, kind=method.view)
-      name = path + ''.join(f'[{i}]' for i in at)
+    for name, at in self.slices(path):
+      cut = functools.partial(self.cut, path, at=at)
       first = cut(wide[0])
       marks = []
       for k, own in enumerate(stats):
@@ -251,7 +263,7 @@ class Run:
         key = masks.mask_key(self._seed, name, k)
         marks.append(base_lib.Mark(k, {}, key, stats=own))
       result.append(
-        Part(
+        parts_lib.Part(
           [first, *(cut(leaf) for leaf in wide[1:])],
           None if base is None else cut(base),
           marks,
@@ -259,14 +271,29 @@ class Run:
       )
     return result
 
-  def look_at_leaf(self, parts: list[Part]) -> list[Part]:
+  def slices(self, path: str) -> list[tuple[str, tuple[int, ...]]]:
+    """`(name, position in the stack)` of every slice of a leaf."""
+    spec = self._specs[path]
+    if self._method.numbers_elements:
+      numerics.check_countable(path, axes_lib.slice_size(spec))
+    shape = spec.shape
+    stack = np.ndindex(*(shape[i] for i in self._view(path).stack))
+    return [(path + ''.join(f'[{i}]' for i in at), at) for at in stack]
+
+  def cut(self, path: str, leaf: typing.Array, at: tuple[int, ...]):
+    """A slice of a leaf, laid before the method; `join` takes it back."""
+    return parts_lib.lay_slice(leaf, self._view(path), at, self._method.view)
+
+  def look_at_leaf(self, parts: list[parts_lib.Part]) -> list[parts_lib.Part]:
     """Runs the looks of scope 'leaf', each slice by itself."""
     for i, look in enumerate(self._method.looks):
       if look.scope == 'leaf':
         parts = [self._look(i, [part])[0] for part in parts]
     return parts
 
-  def look_at_tree(self, parts: dict[str, list[Part]]) -> dict[str, list[Part]]:
+  def look_at_tree(
+    self, parts: dict[str, list[parts_lib.Part]]
+  ) -> dict[str, list[parts_lib.Part]]:
     """Runs the looks of scope 'tree', over all leaves together."""
     flat = [part for several in parts.values() for part in several]
     for i, look in enumerate(self._method.looks):
@@ -278,175 +305,51 @@ class Run:
   def _look(self, i, parts):
     look = self._method.looks[i]
     if look.ranks is None:
-      found = measure(look, parts, self._weights)
+      found = parts_lib.measure(look, parts, self._weights)
     else:
       size = sum(math.prod(part.leaves[0].shape) for part in parts)
       ranks = look.ranks(size, parts[0].marks)
-      found = rank(look, parts, self._weights, ranks)
+      found = parts_lib.rank(look, parts, self._weights, ranks)
     result = []
     for part, own in zip(parts, found):
       notes = look.conclude(own, part.marks, self._weights_of(part))
-      result.append(part._replace(marks=with_notes(part.marks, notes)))
+      marks = parts_lib.with_notes(part.marks, notes)
+      result.append(part._replace(marks=marks))
     return result
 
   def _weights_of(self, part):
     return [jnp.asarray(w, part.leaves[0].dtype) for w in self._weights]
 
-  def finish(self, parts: dict[str, list[Part]]) -> dict[str, typing.Array]:
+  def finish(
+    self, parts: dict[str, list[parts_lib.Part]]
+  ) -> dict[str, typing.Array]:
     """Merges laid slices and puts the leaves together again."""
-    merged = run_triple(self._method, parts, self._weights)
-    result = {}
-    for path, outs in merged.items():
-      leaf = self._assemble(path, outs)
-      self._check_finite(path, leaf)
-      result[path] = leaf
-    return result
+    merged = parts_lib.run_triple(self._method, parts, self._weights)
+    return {path: self.join(path, outs) for path, outs in merged.items()}
 
   def _view(self, path):
     """The view of a leaf, as far as the method must know it."""
     spec = self._specs[path]
     if self._method.view != 'element':
       return axes_lib.view(path, spec)
-    return axes_lib.View(axes_lib.stacked(spec), (), ())
+    stack = axes_lib.stacked(spec) if self._method.of_slices else ()
+    return axes_lib.View(stack, (), ())
 
-  def _assemble(self, path, outs):
+  def join(self, path: str, outs: list[typing.Array]) -> typing.Array:
+    """A leaf from its merged slices, in the order of `slices`."""
     spec, view = self._specs[path], self._view(path)
     kind = self._method.view
     stack_shape = tuple(spec.shape[i] for i in view.stack)
     rest = tuple(n for i, n in enumerate(spec.shape) if i not in view.stack)
-    laid = [axes_lib.unlay(out, rest, _unstacked(view), kind) for out in outs]
+    one = parts_lib.unstacked(view)
+    laid = [axes_lib.unlay(out, rest, one, kind) for out in outs]
     if not view.stack:
       return laid[0]
     whole = jnp.stack(laid).reshape(stack_shape + rest)
     return jnp.moveaxis(whole, range(len(view.stack)), view.stack)
 
-  def _check_finite(self, path, leaf):
-    if isinstance(leaf, jax.core.Tracer):
-      return
-    bad = leaf.size - int(jnp.sum(jnp.isfinite(leaf), dtype=jnp.uint32))
-    if bad:
-      raise errors.UserError(not_finite(path, bad, self._method.needs))
 
-
-def not_finite(path: str, count: int, needs: Sequence[str] = ()) -> str:
-  """The message for a result that has infinite or undefined numbers."""
-  cause = (
-    'The summed Gram matrix may be singular: lower alpha, collect more '
-    'tokens, or give a ridge.'
-    if 'gram' in needs
-    else 'Look for such numbers in the models, and for weights that cancel.'
-  )
-  return f'{path}: {count} number(s) of the result are not finite. {cause}'
-
-
-def _unstacked(view):
-  """The view of one slice of a stack."""
-  rest = sorted(view.inputs + view.outputs)
-  return axes_lib.View(
-    (),
-    tuple(rest.index(i) for i in view.inputs),
-    tuple(rest.index(i) for i in view.outputs),
-  )
-
-
-def lay_slice(leaf, view, at, kind):
-  """Slice `at` of a stack, laid before the method."""
-  if view.stack:
-    leaf = jnp.moveaxis(leaf, view.stack, range(len(view.stack)))[at]
-  return axes_lib.lay(leaf, _unstacked(view), kind)
-
-
-def with_notes(
-  marks: Sequence[base_lib.Mark], notes: Sequence[base_lib.Note]
-) -> list[base_lib.Mark]:
-  """Marks with what a look found added."""
-  return [m._replace(note={**m.note, **n}) for m, n in zip(marks, notes)]
-
-
-def _measured(look, parts, weights):
-  result = []
-  for part in parts:
-    own = [jnp.asarray(w, part.leaves[0].dtype) for w in weights]
-    result.append(look.measure(part.leaves, part.base, part.placed(), own))
-  return result
-
-
-def measure(
-  look: base_lib.Look, parts: Sequence[Part], weights: Sequence[Any]
-) -> list[Any]:
-  """What a look without ranks finds, for each part: the same for all."""
-  combine = jnp.maximum if look.combine == 'max' else jnp.add
-  total, *rest = _measured(look, parts, weights)
-  for one in rest:
-    total = jax.tree.map(combine, total, one)
-  return [total] * len(parts)
-
-
-def rank(
-  look: base_lib.Look,
-  parts: Sequence[Part],
-  weights: Sequence[Any],
-  ranks: Sequence[Sequence[Any]],
-) -> list[list[list[numerics.Cut]]]:
-  """What a look with ranks finds: `[part][score][rank]` cuts."""
-  measured = _measured(look, parts, weights)
-  found = [[] for _ in parts]
-  indices = [part.placed()[0].index for part in parts]
-  for s, wanted in enumerate(ranks):
-    scores = [one[s] for one in measured]
-    cuts = [numerics.largest(scores, one, indices) for one in wanted]
-    for p, own in enumerate(found):
-      own.append([cut[p] for cut in cuts])
-  return found
-
-
-def run_triple(
-  method: base_lib.Merge,
-  parts: Mapping[str, Sequence[Part]],
-  weights: Sequence[Any],
-) -> dict[str, list[typing.Array]]:
-  """The triple over laid slices: `{path: results}` for `{path: slices}`."""
-  names = {
-    path: [path if len(own) == 1 else f'{path}[{j}]' for j in range(len(own))]
-    for path, own in parts.items()
-  }
-  slices = {
-    name: part
-    for path, own in parts.items()
-    for name, part in zip(names[path], own)
-  }
-  marks = {name: part.placed() for name, part in slices.items()}
-  specs = {
-    name: tree_lib.leaf_spec(part.leaves[0]) for name, part in slices.items()
-  }
-  base = {name: part.base for name, part in slices.items()}
-  if any(leaf is None for leaf in base.values()):
-    base = None
-  state = method.init(specs)
-  for k, weight in enumerate(weights):
-    state = method.update(
-      state,
-      {name: part.leaves[k] for name, part in slices.items()},
-      base=base,
-      weight=weight,
-      marks={name: own[k] for name, own in marks.items()},
-    )
-  merged = method.finish(state, base=base)
-  return {path: [merged[name] for name in own] for path, own in names.items()}
-
-
-def _stored(path, leaf, dtype):
-  wanted = np.dtype(dtype)
-  stored = jax.dtypes.canonicalize_dtype(wanted)
-  if stored != wanted:
-    logging.warning(
-        '%s is %s but JAX is limited to %s; set JAX_ENABLE_X64=1 to keep it.',
-        path, wanted, stored,
-    )  # fmt: skip
-  return leaf.astype(stored)
-
-
-def _copied(path, reference, inputs):
+def copied(path, reference, inputs):
   leaf = reference.leaf(path)
   for model in inputs:
     other = model.leaf(path)

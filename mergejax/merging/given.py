@@ -13,6 +13,7 @@ from mergejax import axes as axes_lib
 from mergejax import errors
 from mergejax import typing
 from mergejax.merging import base as base_lib
+from mergejax.merging import finite
 
 # Statistics with the axes of the stack in front: one matrix, or one number, for
 # each layer. All others lie like their leaf.
@@ -81,11 +82,13 @@ def _misfit(path, spec, name, kind, found):
     ]
   if kind not in ('fisher', 'gram') or isinstance(found, jax.core.Tracer):
     return []
+  if finite.first_bad([found]) is not None:
+    return [f'{path}: the {kind} of {name} has numbers that are not finite']
   with jax.ensure_compile_time_eval():  # numbers are known, also under jit
     own = jnp.asarray(found)
     if kind == 'gram':
       own = jnp.diagonal(own, axis1=-2, axis2=-1)
     sound = bool(jnp.all(own >= 0))
   if not sound:
-    return [f'{path}: the {kind} of {name} has negative or undefined entries']
+    return [f'{path}: the {kind} of {name} has negative entries']
   return []

@@ -21,7 +21,9 @@ from mergejax import errors
 from mergejax import numerics
 from mergejax.merging import base as base_lib
 from mergejax.merging import driver
+from mergejax.merging import finite
 from mergejax.merging import masks
+from mergejax.merging import parts
 from mergejax.streamed import plans
 from mergejax.streamed import programs
 from mergejax.streamed import ranks as ranks_lib
@@ -134,10 +136,12 @@ class Leaf:
   def _roles(self, arrays):
     """`(leaves, base, stats)` from arrays in the order of `_sources`."""
     task, count = self._task, len(self._task.inputs)
-    base = arrays[count] if task.base is not None else None
-    rest = iter(arrays[count + (task.base is not None) :])
-    stats = [{n: next(rest) for n in own} for own in task.stats]
-    return arrays[:count], base, stats or [None] * count
+    rest = iter(arrays[count:])
+    base = next(rest) if task.base is not None else None
+    stats = [None] * count
+    for k, own in enumerate(task.stats):
+      stats[k] = {name: next(rest) for name in own}
+    return arrays[:count], base, stats
 
   def _read(self, piece):
     arrays = []
@@ -167,7 +171,7 @@ class Leaf:
 
   def _check(self, store, path, array):
     """Raises if a source has a number that is not finite."""
-    if _all_finite(array):
+    if finite.all_finite(array):
       return
     bad = 0
     room = np.empty(plans.PIECE, array.dtype)
@@ -175,12 +179,7 @@ class Leaf:
       part = room[: min(plans.PIECE, self.size - start)]
       store.read_into(path, start, part)
       bad += int(np.count_nonzero(~np.isfinite(part.astype(np.float32))))
-    raise errors.UserError(
-      f'{store.name}: {path} has {bad} number(s) that are not finite, of '
-      f'{self.size}. Merging them would spoil the result; find out where the '
-      'model broke, or leave the parameter as it is in the base with a rule '
-      '(`copy: base`).'
-    )
+    raise errors.UserError(finite.of_input(store.name, path, bad, self.size))
 
   # Stages -------------------------------------------------------------------
 
@@ -298,7 +297,7 @@ class Leaf:
     else:
       notes = look.conclude(found, self.marks, list(self._weights))
     notes = jax.tree.map(np.asarray, list(notes))
-    self.marks = driver.with_notes(self.marks, notes)
+    self.marks = parts.with_notes(self.marks, notes)
 
   def look(self) -> None:
     """Runs every look whose scope is this leaf."""
@@ -320,32 +319,19 @@ class Leaf:
         merged = self._call(
           'merge', task.spec.dtype.name, self._load(piece), piece.start
         )
-      merged = merged.reshape(-1)[: piece.count].astype(
-        task.spec.dtype, copy=False
-      )
-      if task.method is not None:
-        self._check_result(merged)
+      with np.errstate(over='ignore'):  # checked below
+        merged = merged.reshape(-1)[: piece.count].astype(
+          task.spec.dtype, copy=False
+        )
+      self._check_result(merged)
       self._timers.timed('write', write, piece.start, merged)
 
   def _check_result(self, merged):
-    if not _all_finite(merged):
+    if not finite.all_finite(merged):
       bad = int(np.count_nonzero(~np.isfinite(merged.astype(np.float32))))
-      raise errors.UserError(driver.not_finite(self._task.path, bad))
-
-
-def _all_finite(array: np.ndarray) -> bool:
-  """Whether every number is finite; without a copy for 16-bit floats."""
-  if not numerics.is_averaged(array.dtype):
-    return True  # counters and ids
-  if array.dtype.itemsize != 2 or not array.size:
-    return bool(np.all(np.isfinite(array.astype(np.float32, copy=False))))
-  # As integers, numbers that are not finite lie above all finite ones of their
-  # sign: as signed for positive, as unsigned for negative.
-  infinite = 0x7C00 if array.dtype == np.float16 else 0x7F80
-  return bool(
-    np.max(array.view(np.int16)) < infinite
-    and np.max(array.view(np.uint16)) < infinite + 0x8000
-  )
+      raise errors.UserError(
+        finite.of_result(self._task.path, bad, merged.dtype)
+      )
 
 
 def merge_whole(
@@ -358,12 +344,7 @@ def merge_whole(
 
   def read(store, path):
     leaf = np.asarray(store.leaves([path])[path])
-    if not np.all(np.isfinite(leaf.astype(np.float32))):
-      bad = int(np.count_nonzero(~np.isfinite(leaf.astype(np.float32))))
-      raise errors.UserError(
-        f'{store.name}: {path} has {bad} number(s) that are not finite, of '
-        f'{leaf.size}. Find out where the model broke.'
-      )
+    finite.check_inputs(path, [leaf], [store.name])
     return leaf
 
   stores = plan.stores
@@ -379,12 +360,12 @@ def merge_whole(
   ] or [{} for _ in leaves]
 
   def compute():
-    run = driver.Run(
-      task.build(), task.weights, {task.path: task.spec}, plan.recipe.seed
-    )
-    parts = run.look_at_leaf(run.parts(task.path, leaves, base, stats))
-    merged = run.finish({task.path: parts})[task.path]
-    return np.asarray(merged.astype(task.spec.dtype)).reshape(-1)
+    method, path, spec = task.build(), task.path, task.spec
+    run = driver.Run(method, task.weights, {path: spec}, plan.recipe.seed)
+    own = run.look_at_leaf(run.parts(path, leaves, base, stats))
+    merged = run.finish({path: own})[path]
+    merged = finite.stored(path, merged, spec.dtype, method.needs)
+    return np.asarray(merged).reshape(-1)
 
   timers.timed('write', write, 0, timers.timed('compute', compute))
 

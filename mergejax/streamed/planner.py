@@ -21,6 +21,7 @@ from mergejax import errors
 from mergejax import numerics
 from mergejax import recipe as recipe_lib
 from mergejax import settings
+from mergejax import stacks
 from mergejax import tree
 from mergejax import typing
 from mergejax.merging import base as merge_base
@@ -75,6 +76,7 @@ class _Planner:
     self._stats = inputs.stats
     self._reference = inputs.reference
     self._config = inputs.config
+    self._unknown_stacks = {}
 
   def plan(self) -> plans.Plan:
     tasks = self._tasks()
@@ -119,6 +121,8 @@ class _Planner:
       )
       if task is not None:
         tasks.append(task)
+    if self._unknown_stacks:
+      self._problems.append(stacks.message(self._unknown_stacks))
     for i, rule in enumerate(recipe.rules):
       if i not in used_rules:
         self._problems.append(
@@ -272,7 +276,7 @@ class _Planner:
           f'{path}: a rule copies the base; none is given.'
         )
       copy = (recipe.base if rule.copy == 'base' else rule.copy, path)
-    elif not numerics.is_averaged(spec.dtype):
+    elif not numerics.is_averaged(spec.dtype) or not spec.size:
       copy = refs[0] if base is None else base
     if copy is not None:
       found = self._stores[copy[0]].specs().get(copy[1])
@@ -345,14 +349,11 @@ class _Planner:
     self._check_shapes(path, spec, refs, base)
     if built.numbers_elements:
       numerics.check_countable(path, axes_lib.slice_size(spec))
+    if built.of_whole_leaves and stacks.may_be_stack(path, spec):
+      self._unknown_stacks[path] = spec
+      return None
     if built.view != 'element':
       axes_lib.view(path, spec)
-    if axes_lib.stacked(spec) and any(k.scope == 'tree' for k in built.looks):
-      raise errors.UserError(
-        f'{path}: {method} looks at the whole model with these options, which '
-        'merges on disk do not do for stacked layers. Use mj.merge, or options '
-        'that look at one leaf (`trim_scope: tensor`, `normalize_fishers: leaf`).'
-      )
     return plans.Task(
       path, spec, method, options, tuple(float(w) for w in checked),
       tuple(refs), base, self._stats_of(path, spec, built, refs),

@@ -138,7 +138,8 @@ class Plan:
     if task.method is None:
       return True
     method = task.build()
-    if axes_lib.stacked(task.spec) or 'gram' in method.needs:
+    stack = axes_lib.stacked(task.spec) and method.of_slices
+    if stack or 'gram' in method.needs:
       return False
     if method.view == 'element':
       return True

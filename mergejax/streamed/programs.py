@@ -16,8 +16,8 @@ import numpy as np
 
 from mergejax import numerics
 from mergejax.merging import base as base_lib
-from mergejax.merging import driver
 from mergejax.merging import named
+from mergejax.merging import parts
 
 
 @functools.cache
@@ -33,14 +33,14 @@ def program(method: str, static: tuple, stage: str, number: Any):
     marks = [
       base_lib.Mark(k, notes[k], keys[k], stats[k]) for k in range(len(leaves))
     ]
-    part = driver.Part(
+    part = parts.Part(
       [numerics.widen(leaf) for leaf in leaves],
       None if base is None else numerics.widen(base),
       marks,
       offset,
     )
     if stage == 'merge':
-      merged = driver.run_triple(built, {'': [part]}, list(weights))[''][0]
+      merged = parts.run_triple(built, {'': [part]}, list(weights))[''][0]
       return merged.astype(jax.dtypes.canonicalize_dtype(number))
     own = [jnp.asarray(w, part.leaves[0].dtype) for w in weights]
     found = built.looks[number].measure(

@@ -71,6 +71,27 @@ def recipe_of(row, base, paths, stats=()):
   return recipe
 
 
+ODD_AXES = (
+  ('model.experts.kernel', ('embed', 'expert', 'mlp')),
+  ('model.layers.bias', ('layers', 'embed')),
+)
+
+
+def odd_leaves(rng, number):
+  """Stacks, scalars, float8, leaves of no numbers, and counters."""
+  return {
+    'model.experts.kernel': rng.normal(size=(12, 2, 12)).astype(np.float32),
+    'model.layers.bias': rng.normal(size=(2, 12)).astype(np.float32),
+    'model.temperature': np.float32(rng.normal()).reshape(()),
+    'model.small.weight': rng.normal(size=(12, 12)).astype(
+      ml_dtypes.float8_e4m3fn
+    ),
+    'model.none.weight': np.zeros((0, 12), np.float32),
+    'model.none.bias': np.zeros((0,), ml_dtypes.bfloat16),
+    'model.ids': np.arange(3) + number,
+  }
+
+
 class EqualityTest(parameterized.TestCase):
   @parameterized.named_parameters(laws_test.ALL)
   def test_streamed_equals_in_memory_and_sharded(self, row):
@@ -79,6 +100,8 @@ class EqualityTest(parameterized.TestCase):
     folder = pathlib.Path(self.create_tempdir().full_path)
     # Few shapes: most of the time goes into compiling for each.
     models = {n: models_on_disk.llama(rng, vocab=25, layers=2) for n in names}
+    for k, model in enumerate(models.values()):
+      model.update(odd_leaves(rng, k))
     for name, model in models.items():
       models_on_disk.save(folder / name, model)
     stats, stats_paths = None, []
@@ -102,11 +125,12 @@ class EqualityTest(parameterized.TestCase):
       [str(folder / n) for n in names[1:]],
       stats_paths,
     )
+    recipe['axes'] = [[path, list(names)] for path, names in ODD_AXES]
     first, second = small_pieces()
     with first, second:
       mj.execute(mj.plan(recipe), folder / 'out')
     streamed = tree_lib.flatten(mj.open_checkpoint(folder / 'out').read())
-    arguments = dict(weights=row.weights, stats=stats)
+    arguments = dict(weights=row.weights, stats=stats, axes=ODD_AXES)
     plain = mj.merge(
       [models[n] for n in names[1:]],
       method,
@@ -114,11 +138,18 @@ class EqualityTest(parameterized.TestCase):
       **arguments,
     )
     laws_test.assert_close(streamed, plain, max(row.tolerance, 2e-6))
+    lead = models['base' if with_base else 'a']
+    for path, leaf in lead.items():
+      self.assertEqual(streamed[path].dtype, leaf.dtype)
+      self.assertEqual(streamed[path].shape, leaf.shape)
+    np.testing.assert_array_equal(streamed['model.ids'], lead['model.ids'])
     mesh = mesh_lib.make_mesh(data=2, model=4)
 
     def put(model):
       # Every leaf over the eight devices, in the way its sizes allow.
-      specs = {2: ('batch', 'mlp'), 1: ('mlp',)}
+      specs = {
+        3: ('layers', 'batch', 'mlp'), 2: ('batch', 'mlp'), 1: ('mlp',), 0: (),
+      }  # fmt: skip
       return {
         p: jax.device_put(
           leaf, mesh_lib.sharding(mesh, specs[leaf.ndim], leaf.shape)

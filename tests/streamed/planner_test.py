@@ -216,16 +216,6 @@ class PlanTest(parameterized.TestCase):
     ):
       mj.plan(recipe)
 
-  def test_whole_model_looks_at_stacks_are_refused(self):
-    recipe = self.recipe(
-      'ties',
-      base='base',
-      parameters={'trim_scope': 'global', 'density': 0.5},
-      axes=[['.*up_proj.weight', ['layers', 'embed']]],
-    )
-    with self.assertRaisesRegex(mj.UserError, 'trim_scope: tensor'):
-      mj.plan(recipe)
-
   def test_sixteen_bit_integers_are_copied(self):
     ids = np.array([0x7FFF, -1, 0x7F80], np.int16)
     for name in ('a', 'b'):
