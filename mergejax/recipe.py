@@ -3,7 +3,7 @@
 """Recipes: which models, which weights, which method, as data.
 
 A mergekit YAML file is a recipe, unchanged. A recipe may further hold `rules`,
-`stats`, `axes`, `seed`, `format`, `untie` and `vocab`:
+`stats`, `axes`, `seed`, `format`, `untie`, `vocab` and `ignore_config`:
 
     merge_method: ties
     base_model: path/to/base
@@ -41,6 +41,7 @@ _TOP = (
   'merge_method', 'models', 'slices', 'base_model', 'parameters', 'dtype',
   'out_dtype', 'tokenizer_source', 'tokenizer', 'chat_template',
   'rules', 'stats', 'axes', 'seed', 'format', 'untie', 'vocab', 'name',
+  'ignore_config',
 )  # fmt: skip
 DTYPES = ('float32', 'bfloat16', 'float16')
 FORMATS = ('safetensors', 'orbax', 't5x', 'npz')
@@ -121,6 +122,8 @@ class Recipe:
     format: format of the result, or None for what the name of OUT says.
     untie: give tied models a head of their own.
     vocab: what to do where vocabularies differ, or None: an error.
+    ignore_config: fields of `config.json` that may differ between the models
+      although they change the function; see `architectures`.
     tokenizer: 'base', 'union' or a path to take the tokenizer from; None: that
       of the base or first model, and embeddings as they are.
     chat_template: text to put into the tokenizer's settings, or None to keep
@@ -141,6 +144,7 @@ class Recipe:
   format: str | None = None
   untie: bool = False
   vocab: str | None = None
+  ignore_config: tuple[str, ...] = ()
   tokenizer: str | None = None
   chat_template: str | None = None
   data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -230,6 +234,9 @@ class _Reader:
       format=self._choice(data.get('format'), FORMATS, 'format'),
       untie=self._flag(data.get('untie', False), 'untie'),
       vocab=self._choice(data.get('vocab'), VOCAB_POLICIES, 'vocab policy'),
+      ignore_config=tuple(
+        self._names(data.get('ignore_config'), 'ignore_config')
+      ),
       tokenizer=self._name(tokenizer, 'tokenizer_source'),
       chat_template=self._template(data.get('chat_template')),
       data=data,

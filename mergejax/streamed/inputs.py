@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from mergejax import architectures
 from mergejax import errors
 from mergejax import recipe as recipe_lib
 from mergejax.peft import fold
@@ -36,6 +37,7 @@ class Inputs:
     remarks: choices that a reader of the plan should know.
     stores: the models by name.
     stats: statistics' stores, in the order of the models.
+    configs: `{name: its config.json, or None}`.
     reference: name of the base, or of the first model.
     tied: `{alias: path}` of the result.
     repeated: `{model: {alias: path}}` that must prove equal.
@@ -59,6 +61,11 @@ class Inputs:
     self._open()
     self.raise_problems()
     self.reference = recipe.base or recipe.slices[0].inputs[0].model
+    self.configs = {
+      name: self.attempt(checkpoint.read_config, self._folder(name))
+      for name in self.stores
+    }
+    self._check_configs()
     self.tokenizer = self._align_vocabularies()
     self._tie()
     self.raise_problems()
@@ -134,6 +141,25 @@ class Inputs:
       return fold.AdapterStore(base, model)
     return checkpoint.open_checkpoint(model)
 
+  def _folder(self, name):
+    """Where the configuration and the tokenizer of a model lie."""
+    folder = name.split('+')[0]
+    return self._recipe.base if fold.is_adapter(folder) else folder
+
+  def _check_configs(self):
+    """Models whose weights mean different things are not merged."""
+    first = self.configs[self.reference]
+    ignored = self._recipe.ignore_config
+    try:
+      self.remarks += architectures.check(
+        {self.reference: first, **self.configs},
+        'If a field changes nothing here, say so in the recipe: '
+        '`ignore_config: [FIELD]`.',
+        ignored,
+      )
+    except errors.UserError as error:
+      self.problems.append(error.message)
+
   # Vocabularies and tied heads ------------------------------------------------
 
   def _align_vocabularies(self) -> tuple[str, str]:
@@ -185,10 +211,7 @@ class Inputs:
     recipe = self._recipe
     tokens = {}
     for name in self.stores:
-      folder = name.split('+')[0]
-      if fold.is_adapter(folder):
-        folder = recipe.base
-      tokens[name] = self.attempt(vocabulary.read_tokens, folder)
+      tokens[name] = self.attempt(vocabulary.read_tokens, self._folder(name))
     source = recipe.tokenizer
     if source not in ('base', 'union') and source not in tokens:
       tokens[source] = self.attempt(vocabulary.read_tokens, source)
