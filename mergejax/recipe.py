@@ -34,11 +34,12 @@ from typing import Any
 import yaml
 
 from mergejax import errors
+from mergejax import recipe_modules
 from mergejax import settings
 from mergejax.merging import named
 
 _TOP = (
-  'merge_method', 'models', 'slices', 'base_model', 'parameters', 'dtype',
+  'merge_method', 'models', 'slices', 'modules', 'base_model', 'parameters', 'dtype',
   'out_dtype', 'tokenizer_source', 'tokenizer', 'chat_template',
   'rules', 'stats', 'axes', 'seed', 'format', 'untie', 'vocab', 'name',
   'ignore_config',
@@ -85,6 +86,8 @@ class Slice:
   inputs: tuple[Input, ...]
   base: str | None
   parameters: Mapping[str, Any]
+  # Settings of the module that it belongs to.
+  outer: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,8 +113,10 @@ class Recipe:
 
   Attributes:
     method: name on the menu.
-    slices: what the result is stacked from; one slice for `models`.
-    sliced: the recipe chose layers itself.
+    slices: what the result is stacked from; one slice for `models`; those of
+      all modules, if there are any.
+    sliced: the recipe chose layers or modules itself.
+    modules: parts of the model that are merged in ways of their own.
     base: path of the base model, or None.
     parameters: settings for all models.
     rules: exceptions by path.
@@ -134,6 +139,7 @@ class Recipe:
   method: str
   slices: tuple[Slice, ...]
   sliced: bool = False
+  modules: tuple[recipe_modules.Module, ...] = ()
   base: str | None = None
   parameters: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   rules: tuple[Rule, ...] = ()
@@ -211,7 +217,11 @@ class _Reader:
     method = self._method(data.get('merge_method'))
     base = self._name(data.get('base_model'), 'base_model')
     parameters = self._parameters(data.get('parameters'), method, 'parameters')
-    slices, sliced = self._slices(data, method, base)
+    modules = self._modules(data, method, base)
+    if 'modules' in data:
+      slices, sliced = sum((one.slices for one in modules), ()), True
+    else:
+      slices, sliced = self._slices(data, method, base)
     tokenizer = data.get('tokenizer_source')
     if isinstance(data.get('tokenizer'), dict):
       if self._mapping(data['tokenizer'], ('source',), 'tokenizer'):
@@ -222,6 +232,7 @@ class _Reader:
       method=method or '',
       slices=slices,
       sliced=sliced,
+      modules=modules,
       base=base,
       parameters=parameters,
       rules=self._rules(data.get('rules'), method),
@@ -252,6 +263,18 @@ class _Reader:
       self.problems.append(errors.near(name, named.METHODS, 'merge method'))
       return None
     return name
+
+  def _modules(self, data, method, base):
+    if 'modules' not in data:
+      return ()
+    if 'models' in data or 'slices' in data:
+      self.problems.append("give one of 'models', 'slices' and 'modules'.")
+    return recipe_modules.read(
+      data['modules'],
+      mapping=self._mapping,
+      slices=lambda entry: self._slices(entry, method, base),
+      parameters=lambda own, what: self._parameters(own, method, what),
+    )
 
   def _slices(self, data, method, base):
     entries = data.get('models')

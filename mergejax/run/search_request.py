@@ -209,7 +209,7 @@ def _checked(data):
   _check_words(data, strategy)
   recipe = recipe_lib.parse_recipe(data['merge'])
   for what, given in (
-    ('slices', recipe.sliced), ('rules', recipe.rules),
+    ('modules', recipe.modules), ('slices', recipe.sliced), ('rules', recipe.rules),
     ('vocab', recipe.vocab), ('tokenizer', recipe.tokenizer),
     ('axes', recipe.axes), ('untie', recipe.untie),
   ):  # fmt: skip
