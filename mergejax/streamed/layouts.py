@@ -276,15 +276,8 @@ class _Layout:
     return {
       path: spec
       for path, spec in self._specs[name].items()
-      if part.covers(path) and self._donor(path) is None
+      if part.covers(path) and self._inputs.donor(path) is None
     }
-
-  def _donor(self, path):
-    """The model that a rule copies a parameter from, or None."""
-    for rule in self._recipe.rules:
-      if re.fullmatch(rule.match, path):
-        return self._recipe.base if rule.copy == 'base' else rule.copy
-    return None
 
   def _donated(self, part, one):
     """What rules copy from a model although the reference lacks it."""
@@ -292,16 +285,16 @@ class _Layout:
     for name, specs in self._specs.items():
       for path in specs:
         missing = path not in self._reference and part.covers(path)
-        if missing and self._donor(path) == name:
+        if missing and self._inputs.donor(path) == name:
           result.append(Entry(path, None, one, [(name, path)], None))
     return result
 
   def _entry(self, path, depth, one, refs, base):
     """An entry whose sources exist, or a problem and None."""
-    if self._donor(path) is not None:
+    if self._inputs.donor(path) is not None:
       # Only the donor must have it; the first names its shape.
       have = [r for r in (base, *refs) if r and r[1] in self._specs[r[0]]]
-      have.append((self._donor(path), path))
+      have.append((self._inputs.donor(path), path))
       return Entry(path, depth, one, have[:1], None)
     lacking = [
       ref for ref in (*refs, base) if ref and ref[1] not in self._specs[ref[0]]
@@ -337,7 +330,7 @@ class _Layout:
     names = [s.model for one in (first, last) for s in one.inputs]
     for name in dict.fromkeys(names):
       for path in self._ends(part, self._specs[name]):
-        if path not in self._reference and self._donor(path) is None:
+        if path not in self._reference and self._inputs.donor(path) is None:
           self._problems.append(
             f'{name} has {path}, which {self._inputs.reference} lacks.'
           )

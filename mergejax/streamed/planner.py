@@ -26,6 +26,7 @@ from mergejax.merging import base as merge_base
 from mergejax.merging import mean
 from mergejax.merging import named
 from mergejax.peft import fold
+from mergejax.store import buffers
 from mergejax.streamed import inputs as inputs_lib
 from mergejax.streamed import layouts
 from mergejax.streamed import plans
@@ -108,7 +109,7 @@ class _Planner:
       return []
     tasks = []
     used_rules: set[int] = set()
-    counts = layouts.layer_counts(self._stores[self._reference].specs())
+    counts = layouts.layer_counts(entry.path for entry in entries)
     for entry in entries:
       if entry.depth is None:
         entry = entry._replace(depth=_depth(entry.path, counts))
@@ -160,7 +161,11 @@ class _Planner:
           f'{path}: a rule copies the base; none is given.'
         )
       copy = (recipe.base if rule.copy == 'base' else rule.copy, path)
-    elif copied or not numerics.is_averaged(spec.dtype):
+    elif (
+      copied
+      or buffers.is_buffer(path, spec)
+      or not numerics.is_averaged(spec.dtype)
+    ):
       copy = refs[0] if base is None else base
     if copy is not None:
       found = self._stores[copy[0]].specs().get(copy[1])
@@ -285,7 +290,7 @@ class _Planner:
     """dtype of the base, or of the first model, as stored, adapters aside."""
     model, path = refs[0] if base is None else base
     store = self._stores[model]
-    if isinstance(store, fold.AdapterStore):
+    if isinstance(self._inputs.opened[model], fold.AdapterStore):
       plain = self._stores.get(self._reference)
       if plain is not None and path in plain.specs():
         return plain.specs()[path].dtype
