@@ -100,10 +100,8 @@ def _check_configs(models):
   paths = [
     model.name for model in models if isinstance(model, store_base.ParamStore)
   ]
-  configs = {path: checkpoint.read_config(path) for path in paths}
-  found = {path: config for path, config in configs.items() if config}
-  remarks = architectures.check(
-    found,
+  remarks = architectures.check_checkpoints(
+    paths,
     'If the difference changes nothing, merge what they hold: '
     '`mj.open_checkpoint(PATH).read()`.',
   )

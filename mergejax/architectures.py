@@ -11,11 +11,13 @@ fields of training, saving and generating are left alone.
 """
 
 from collections.abc import Mapping, Sequence
+import os
 import re
 from typing import Any, NamedTuple
 
 from mergejax import errors
 from mergejax import models
+from mergejax.store import checkpoint
 
 # Of training, saving, generating, or of the tool that wrote the file.
 _ASIDE = re.compile(
@@ -204,6 +206,14 @@ def check(
       f'{errors.listed(problems, 20)}\n{advice}'
     )
   return remarks
+
+
+def check_checkpoints(
+  paths: Sequence[os.PathLike | str], advice: str
+) -> list[str]:
+  """`check`, of those checkpoints that have a `config.json`."""
+  found = {str(path): checkpoint.read_config(path) for path in paths}
+  return check({path: own for path, own in found.items() if own}, advice)
 
 
 def _completed(config):

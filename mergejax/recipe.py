@@ -2,8 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Recipes: which models, which weights, which method, as data.
 
-A mergekit YAML file is a recipe, unchanged. A recipe may further hold `rules`,
-`stats`, `axes`, `seed`, `format`, `untie`, `vocab` and `ignore_config`:
+A mergekit YAML file is a recipe, unchanged (`modules` are those of
+`recipe_modules`). A recipe may further hold `rules`, `stats`, `axes`, `seed`,
+`format`, `untie`, `vocab` and `ignore_config`:
 
     merge_method: ties
     base_model: path/to/base

@@ -233,15 +233,21 @@ class OwnModelsTest(parameterized.TestCase):
       initial_checkpoint=seed, kind='lm',
     )  # fmt: skip
 
-  def test_merging_and_aligning(self):
+  def test_commands_over_several_models(self):
     a = self.save('a')
     b = self.save('b', mlp_activations=['silu', 'linear'])
     with self.assertRaisesRegex(mj.UserError, 'mlp_activations'):
       mj.plan({'merge_method': 'linear', 'models': [str(a), str(b)]})
-    with mock.patch('sys.stderr') as err:
-      code = main.main(['align', str(a), str(b), str(self.folder / 'out')])
-    self.assertEqual(code, 2)
-    self.assertIn('mlp_activations', str(err.mock_calls))
+    out = str(self.folder / 'out')
+    for command in (
+      ['align', str(a), str(b), out],
+      ['extract-lora', str(a), str(b), out, '--rank', '1'],
+      ['stats', 'survey', str(a), str(b)],
+    ):
+      with mock.patch('sys.stderr') as err:
+        code = main.main(command)
+      self.assertEqual(code, 2)
+      self.assertIn('mlp_activations', str(err.mock_calls))
 
 
 if __name__ == '__main__':
