@@ -23,13 +23,13 @@ from mergejax.store import checkpoint
 _ASIDE = re.compile(
   r'_.*|transformers_version|(torch_)?dtype|auto_map|torchscript|use_cache|'
   r'.*drop.*|init_.*|initializer_.*|output_\w+|return_dict\w*|\w*version|'
-  r'\w*attn_implementation|float32_attention_logits|gradient_checkpointing\w*|'
+  r'\w*attn_impl(ementation)?|float32_attention_logits|gradient_checkpointing\w*|'
   r'(max|min|model_max)_(new_)?(length|tokens)|temperature|top_p|typical_p|'
-  r'num_beams|num_beam_groups|num_return_sequences|do_sample|early_stopping|'
+  r'num_beams|num_beam_groups|tf_\w+|use_bfloat16|num_return_sequences|do_sample|early_stopping|'
   r'\w*_penalty|\w*no_repeat_ngram_size|bad_words_ids|\w*suppress_tokens|'
   r'forced_decoder_ids|begin_suppress_tokens|remove_invalid_values|'
   r'exponential_decay_length_penalty|cache_implementation|'
-  r'chunk_size_feed_forward|tokenizer_class|task_specific_params|prefix|'
+  r'chunk_size_feed_forward|tokenizer_\w+|task_specific_params|prefix|'
   r'finetuning_task|problem_type|pretraining_tp|\w*_coef|\w*_lr|'
   r'(un)?freeze_\w+|tune_\w+|(mm_)?use_im_\w+|unsloth\w*|name|'
   r'keys_to_ignore_at_inference|mask_(time|feature)_\w+|apply_spec_augment'
@@ -42,7 +42,7 @@ _EITHER = re.compile(
   r'max_seq(uence)?_len(gth)?|model_max_length|\w*sliding_window|'
   r'max_window_layers|attention_window|\w*(_eps|epsilon)|'
   r'\w*token_(id|ids|index)|id2label|label2id|num_labels|num_experts_per_tok|'
-  r'router_\w+|num_logits_to_keep'
+  r'router_\w+|num_logits_to_keep|top_k|\w*vision_tower|image_aspect_ratio'
 )
 # What other checks speak of: shapes, tied heads, vocabularies, quantisation.
 _ELSEWHERE = re.compile(
@@ -219,13 +219,14 @@ def check_checkpoints(
 def _completed(config):
   """`{dotted name: value}`, with the defaults of this project's models."""
   try:
-    config = models.describe(models.build(config))
+    if isinstance(config.get('model_type'), str):
+      config = models.describe(models.build(config))
   except errors.UserError:
     pass  # another library's, whose defaults are not known here
   flat = {}
   for name, value in config.items():
     if name.endswith('_config') and isinstance(value, Mapping):
-      if not _ELSEWHERE.fullmatch(name):
+      if not (_ELSEWHERE.fullmatch(name) or _ASIDE.fullmatch(name)):
         flat.update({f'{name}.{k}': v for k, v in _completed(value).items()})
     else:
       flat[name] = list(value) if isinstance(value, tuple) else value

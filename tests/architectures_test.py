@@ -74,6 +74,7 @@ class DifferencesTest(parameterized.TestCase):
     {'architectures': (['LlamaModel'], ['LlamaForCausalLM'])},
     {'id2label': ({'0': 'a'}, {'0': 'b'})},
     {'layer_types': (['full'], ['sliding'])},
+    {'mm_vision_tower': ('hub/name', '/folder')},
   )
   def test_what_is_told(self, **field):
     ((name, values),) = field.items()
@@ -91,6 +92,9 @@ class DifferencesTest(parameterized.TestCase):
     {'attention_dropout': (0.0, 0.1)},
     {'classifier_dropout': (None, 0.1)},
     {'initializer_range': (0.02, 0.01)},
+    {'init_config': ({'std': 1.0}, {'std': 2.0})},
+    {'attn_config': ({'attn_impl': 'a'}, {'attn_impl': 'b'})},
+    {'tokenizer_padding_side': ('left', 'right')},
     {'vocab_size': (100, 101)},
     {'tie_word_embeddings': (True, False)},
   )

@@ -132,6 +132,8 @@ class InputsTest(parameterized.TestCase):
      'language_model.model.embed_tokens.weight',
      {'tie_word_embeddings': True,
       'text_config': {'tie_word_embeddings': True}}),
+    ('lm_head.weight', 'language_model.model.embed_tokens.weight',
+     {'tie_word_embeddings': True}),
     ('proj_out.weight', 'model.decoder.embed_tokens.weight',
      {'architectures': ['WhisperForConditionalGeneration']}),
     ('lm_head.weight', 'shared.weight',
@@ -167,7 +169,7 @@ class InputsTest(parameterized.TestCase):
 
   @parameterized.parameters(ml_dtypes.bfloat16, np.float16)
   def test_a_head_of_another_dtype_is_not_its_embedding(self, dtype):
-    table = np.ones((5, 2), np.float32)
+    table = np.zeros((5, 2), np.float32)
     config = {'tie_word_embeddings': True}
     a = self.save('a', {EMBED: table, 'lm_head.weight': table.astype(dtype)}, **config)  # fmt: skip
     plan = mj.plan({'merge_method': 'linear', 'models': [a]})
