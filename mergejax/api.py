@@ -3,17 +3,21 @@
 """`mj.merge`: methods and stores joined, for people."""
 
 from collections.abc import Sequence
+import logging
 import os
 from typing import Any
 
 import jax
 
+from mergejax import architectures
 from mergejax import axes as axes_lib
+from mergejax import errors
 from mergejax import typing
 from mergejax.merging import base as merge_base
 from mergejax.merging import driver
 from mergejax.merging import named
 from mergejax.stats import saved
+from mergejax.store import base as store_base
 from mergejax.store import checkpoint
 
 
@@ -54,13 +58,15 @@ def merge(
 
   Raises:
     UserError: unknown method or option, a missing base, differing trees,
-      weights that do not fit, statistics of another model.
+      `config.json` of different functions, weights that do not fit, statistics
+      of another model.
 
   Example:
     >>> merge([{'w': np.zeros(2)}, {'w': np.ones(2)}], 'linear')
     {'w': Array([0.5, 0.5], dtype=float32)}
   """
   models = [_opened(model) for model in models]
+  _check_configs([_opened(base), *models])
   if stats is not None:
     stats = [
       saved.load(own) if isinstance(own, (str, os.PathLike)) else own
@@ -87,6 +93,23 @@ def merge(
     dtype=dtype,
     seed=seed,
   )
+
+
+def _check_configs(models):
+  """Checkpoints with a `config.json` describe one function."""
+  paths = [
+    model.name for model in models if isinstance(model, store_base.ParamStore)
+  ]
+  remarks = architectures.check_checkpoints(
+    paths,
+    'If the difference changes nothing, merge what they hold: '
+    '`mj.open_checkpoint(PATH).read()`.',
+  )
+  if remarks:
+    logging.warning(
+      'These settings differ between the models; the weights are merged all '
+      'the same:\n%s', errors.listed(remarks),
+    )  # fmt: skip
 
 
 def _opened(model):

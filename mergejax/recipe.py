@@ -2,8 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Recipes: which models, which weights, which method, as data.
 
-A mergekit YAML file is a recipe, unchanged. A recipe may further hold `rules`,
-`stats`, `axes`, `seed`, `format`, `untie` and `vocab`:
+A mergekit YAML file is a recipe, unchanged (`modules` are those of
+`recipe_modules`). A recipe may further hold `rules`, `stats`, `axes`, `seed`,
+`format`, `untie`, `vocab` and `ignore_config`:
 
     merge_method: ties
     base_model: path/to/base
@@ -34,13 +35,15 @@ from typing import Any
 import yaml
 
 from mergejax import errors
+from mergejax import recipe_modules
 from mergejax import settings
 from mergejax.merging import named
 
 _TOP = (
-  'merge_method', 'models', 'slices', 'base_model', 'parameters', 'dtype',
+  'merge_method', 'models', 'slices', 'modules', 'base_model', 'parameters', 'dtype',
   'out_dtype', 'tokenizer_source', 'tokenizer', 'chat_template',
   'rules', 'stats', 'axes', 'seed', 'format', 'untie', 'vocab', 'name',
+  'ignore_config',
 )  # fmt: skip
 DTYPES = ('float32', 'bfloat16', 'float16')
 FORMATS = ('safetensors', 'orbax', 't5x', 'npz')
@@ -84,6 +87,8 @@ class Slice:
   inputs: tuple[Input, ...]
   base: str | None
   parameters: Mapping[str, Any]
+  # Settings of the module that it belongs to.
+  outer: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,8 +114,10 @@ class Recipe:
 
   Attributes:
     method: name on the menu.
-    slices: what the result is stacked from; one slice for `models`.
-    sliced: the recipe chose layers itself.
+    slices: what the result is stacked from; one slice for `models`; those of
+      all modules, if there are any.
+    sliced: the recipe chose layers or modules itself.
+    modules: parts of the model that are merged in ways of their own.
     base: path of the base model, or None.
     parameters: settings for all models.
     rules: exceptions by path.
@@ -121,6 +128,8 @@ class Recipe:
     format: format of the result, or None for what the name of OUT says.
     untie: give tied models a head of their own.
     vocab: what to do where vocabularies differ, or None: an error.
+    ignore_config: fields of `config.json` that may differ between the models
+      although they change the function; see `architectures`.
     tokenizer: 'base', 'union' or a path to take the tokenizer from; None: that
       of the base or first model, and embeddings as they are.
     chat_template: text to put into the tokenizer's settings, or None to keep
@@ -131,6 +140,7 @@ class Recipe:
   method: str
   slices: tuple[Slice, ...]
   sliced: bool = False
+  modules: tuple[recipe_modules.Module, ...] = ()
   base: str | None = None
   parameters: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   rules: tuple[Rule, ...] = ()
@@ -141,6 +151,7 @@ class Recipe:
   format: str | None = None
   untie: bool = False
   vocab: str | None = None
+  ignore_config: tuple[str, ...] = ()
   tokenizer: str | None = None
   chat_template: str | None = None
   data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -207,7 +218,11 @@ class _Reader:
     method = self._method(data.get('merge_method'))
     base = self._name(data.get('base_model'), 'base_model')
     parameters = self._parameters(data.get('parameters'), method, 'parameters')
-    slices, sliced = self._slices(data, method, base)
+    modules = self._modules(data, method, base)
+    if 'modules' in data:
+      slices, sliced = sum((one.slices for one in modules), ()), True
+    else:
+      slices, sliced = self._slices(data, method, base)
     tokenizer = data.get('tokenizer_source')
     if isinstance(data.get('tokenizer'), dict):
       if self._mapping(data['tokenizer'], ('source',), 'tokenizer'):
@@ -218,6 +233,7 @@ class _Reader:
       method=method or '',
       slices=slices,
       sliced=sliced,
+      modules=modules,
       base=base,
       parameters=parameters,
       rules=self._rules(data.get('rules'), method),
@@ -230,6 +246,9 @@ class _Reader:
       format=self._choice(data.get('format'), FORMATS, 'format'),
       untie=self._flag(data.get('untie', False), 'untie'),
       vocab=self._choice(data.get('vocab'), VOCAB_POLICIES, 'vocab policy'),
+      ignore_config=tuple(
+        self._names(data.get('ignore_config'), 'ignore_config')
+      ),
       tokenizer=self._name(tokenizer, 'tokenizer_source'),
       chat_template=self._template(data.get('chat_template')),
       data=data,
@@ -245,6 +264,18 @@ class _Reader:
       self.problems.append(errors.near(name, named.METHODS, 'merge method'))
       return None
     return name
+
+  def _modules(self, data, method, base):
+    if 'modules' not in data:
+      return ()
+    if 'models' in data or 'slices' in data:
+      self.problems.append("give one of 'models', 'slices' and 'modules'.")
+    return recipe_modules.read(
+      data['modules'],
+      mapping=self._mapping,
+      slices=lambda entry: self._slices(entry, method, base),
+      parameters=lambda own, what: self._parameters(own, method, what),
+    )
 
   def _slices(self, data, method, base):
     entries = data.get('models')

@@ -9,6 +9,7 @@ import flax.linen as nn
 import numpy as np
 
 from mergejax import align
+from mergejax import architectures
 from mergejax import errors
 from mergejax import models
 from mergejax import tree as tree_lib
@@ -43,11 +44,10 @@ def main(arguments: Sequence[str]) -> None:
     tree_lib.specs(a), tree_lib.specs(b),
     expected_name=options.a, given_name=options.b,
   )  # fmt: skip
-  if other != module:
-    raise errors.UserError(
-      f'{options.a} and {options.b} are of different architectures: their '
-      'config.json differ.'
-    )
+  architectures.check(
+    {options.a: models.describe(module), options.b: models.describe(other)},
+    'Units of one cannot be matched to units of the other.',
+  )
   apply = lambda params, batch: models.logits(module, params, batch)
   batch = random_batch(module)
   spec = align.derive(apply, a, batch)

@@ -4,6 +4,7 @@
 
 from collections.abc import Sequence
 
+from mergejax import architectures
 from mergejax.peft import extract
 from mergejax.run import common
 
@@ -28,6 +29,12 @@ def main(arguments: Sequence[str]) -> None:
     '--dtype', default='float32', choices=('float32', 'bfloat16', 'float16')
   )
   options = parser.parse_args(arguments)
+  remarks = architectures.check_checkpoints(
+    [options.base, options.model],
+    'Their difference is no adapter of either.',
+  )
+  for remark in remarks:
+    print(remark)
   residuals, missed = extract.extract_lora(
     options.model,
     options.base,

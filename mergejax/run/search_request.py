@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from mergejax import architectures
 from mergejax import errors
 from mergejax import models as models_lib
 from mergejax import recipe as recipe_lib
@@ -208,7 +209,7 @@ def _checked(data):
   _check_words(data, strategy)
   recipe = recipe_lib.parse_recipe(data['merge'])
   for what, given in (
-    ('slices', recipe.sliced), ('rules', recipe.rules),
+    ('modules', recipe.modules), ('slices', recipe.sliced), ('rules', recipe.rules),
     ('vocab', recipe.vocab), ('tokenizer', recipe.tokenizer),
     ('axes', recipe.axes), ('untie', recipe.untie),
   ):  # fmt: skip
@@ -345,17 +346,16 @@ def _check_models(request):
   planner.plan(recipe_lib.parse_recipe(start))
   paths = list(dict.fromkeys([*([recipe.base] if recipe.base else []), *request.paths]))  # fmt: skip
   modules = {path: models_lib.load_module(path) for path in paths}
-  for path, module in modules.items():
+  for path in modules:
     if models_lib.is_hugging_face(path) and request.data.get('granularity') not in (None, 'model'):  # fmt: skip
       raise errors.UserError(
         f'{path} has the names of Hugging Face, which the layers of a search do '
         f'not match. Convert it first: `mergejax convert {path} DST`.'
       )
-    if module != modules[paths[0]]:
-      raise errors.UserError(
-        f'{path} is of another architecture than {paths[0]}: their '
-        f'{checkpoint.CONFIG} differ.'
-      )
+  architectures.check(
+    {path: models_lib.describe(module) for path, module in modules.items()},
+    'A search evaluates all of its models as one architecture.',
+  )
   return {
     path: saved.fingerprint(checkpoint.open_checkpoint(path)) for path in paths
   }

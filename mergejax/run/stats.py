@@ -9,6 +9,7 @@ import json
 import pathlib
 import sys
 
+from mergejax import architectures
 from mergejax import errors
 from mergejax import mesh as mesh_lib
 from mergejax import models
@@ -85,6 +86,10 @@ def _batches(options):
 
 
 def _survey(options):
+  for remark in architectures.check_checkpoints(
+    [options.base, *options.models], 'Their differences mean nothing.'
+  ):
+    print(remark)
   found = stats.survey(
     [checkpoint.open_checkpoint(path) for path in options.models],
     checkpoint.open_checkpoint(options.base),

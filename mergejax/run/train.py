@@ -17,9 +17,11 @@ import jax
 import optax
 
 import gin
+from mergejax import architectures
 from mergejax import errors
 from mergejax import mesh as mesh_lib
 from mergejax import models
+from mergejax import tree as tree_lib
 from mergejax.data import stream as stream_lib
 from mergejax.evaluation import summaries
 from mergejax.experts import branch
@@ -187,7 +189,7 @@ def train_model(
   if initial_checkpoint is None:
     params = models.init_params(module, key)
   else:
-    _, params = models.load_model(initial_checkpoint)
+    params = _initial_params(module, initial_checkpoint)
   name = getattr(mixture_or_task, 'name', mixture_or_task)
   the_mesh = mesh_lib.make_mesh(**(mesh or {}))
   shard_index, num_shards = branch.data_shard(the_mesh)
@@ -221,6 +223,21 @@ def train_model(
     log_every=log_every,
   )
   save_model(directory / 'model', module, state.params)
+
+
+def _initial_params(module, path):
+  """Parameters of a checkpoint that computes what the module computes."""
+  loaded, params = models.load_model(path)
+  configured = 'the configured module'
+  architectures.check(
+    {configured: models.describe(module), str(path): models.describe(loaded)},
+    'Configure the module as the checkpoint was trained.',
+  )
+  tree_lib.check_same(
+    models.param_specs(module), tree_lib.specs(params),
+    expected_name=configured, given_name=str(path),
+  )  # fmt: skip
+  return params
 
 
 def save_model(path: pathlib.Path, module: nn.Module, params: Any) -> None:

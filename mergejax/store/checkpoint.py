@@ -18,6 +18,7 @@ from mergejax.store import npz
 from mergejax.store import orbax
 from mergejax.store import safetensors
 from mergejax.store import t5x
+from mergejax.store import ties
 
 FORMATS = ('orbax', 'safetensors', 'npz', 't5x')
 CONFIG = 'config.json'
@@ -49,47 +50,13 @@ def open_checkpoint(path: os.PathLike | str) -> base.ParamStore:
     return npz.NpzStore(path)
   if safetensors.files_of(path):
     store = safetensors.SafetensorsStore(path)
-    store.tied = tied_head(store.specs(), read_config(path))
+    store.tied = ties.tied(store.specs(), read_config(path))
     return store
   if orbax.locate(path) is not None:
     return orbax.OrbaxStore(path)
   if t5x.locate(path) is not None:
     return t5x.T5xStore(path)
   raise errors.UserError(_unknown(path))
-
-
-# (head, embedding) of Hugging Face models that may share one array.
-_HEADS = (
-  ('lm_head.weight', 'model.embed_tokens.weight'),
-  ('lm_head.weight', 'model.decoder.embed_tokens.weight'),
-  ('lm_head.weight', 'transformer.wte.weight'),
-  ('lm_head.weight', 'shared.weight'),
-  ('embed_out.weight', 'gpt_neox.embed_in.weight'),
-)
-
-
-def tied_head(
-  specs: typing.SpecTree, config: Mapping[str, Any] | None
-) -> dict[typing.Path, typing.Path]:
-  """`{head: embedding}` of a language model whose head is its embedding.
-
-  Args:
-    specs: the stored parameters.
-    config: its `config.json`: `tie_word_embeddings`, or, where that is silent,
-      an architecture with a head that the checkpoint does not store.
-  """
-  config = config or {}
-  tied = config.get('tie_word_embeddings')
-  with_head = any(
-    name.endswith(('ForCausalLM', 'ForConditionalGeneration', 'LMHeadModel'))
-    for name in config.get('architectures') or ()
-  )
-  for head, embedding in _HEADS:
-    if embedding in specs and (
-      tied is True or (tied is None and with_head and head not in specs)
-    ):
-      return {head: embedding}
-  return {}
 
 
 def _missing(path):

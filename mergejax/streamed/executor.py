@@ -233,15 +233,17 @@ class _Execution:
         a = np.empty(plans.PIECE, store.specs()[alias].dtype)
         b = np.empty_like(a)
         size = store.specs()[path].size
+        same = store.specs()[alias] == store.specs()[path]
         for start in range(0, size, plans.PIECE):
           count = min(plans.PIECE, size - start)
-          store.read_into(alias, start, a[:count])
-          store.read_into(path, start, b[:count])
-          if a[:count].tobytes() != b[:count].tobytes():
+          if same:
+            store.read_into(alias, start, a[:count])
+            store.read_into(path, start, b[:count])
+          if not same or a[:count].tobytes() != b[:count].tobytes():
             raise errors.UserError(
-              f'{name}: {alias} should repeat {path} (tie_word_embeddings) but '
-              'differs from it. Set tie_word_embeddings to false in its '
-              'config.json if the head is its own.'
+              f'{name}: {alias} should repeat {path} but differs from it. If '
+              'it is of its own, set tie_word_embeddings to false in the '
+              'config.json there, and `untie: true` in the recipe.'
             )
 
   # The work ------------------------------------------------------------------

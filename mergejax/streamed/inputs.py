@@ -14,17 +14,21 @@ from typing import Any
 
 import numpy as np
 
+from mergejax import architectures
 from mergejax import errors
 from mergejax import recipe as recipe_lib
 from mergejax.peft import fold
 from mergejax.stats import saved
 from mergejax.store import base as store_base
+from mergejax.store import buffers
 from mergejax.store import checkpoint
+from mergejax.store import ties
 from mergejax.store import vocabulary
 
 _EMBEDDING = re.compile(
-  r'(.*[./])?(embed\w*|wte|shared|token_embedder|word_embeddings)[./]'
-  r'(weight|embedding)|(.*[./])?(lm_head|embed_out)\.weight'
+  r'(.*[./])?(embed(?!\w*pos)\w*|wte|shared|token_embedder|word_embeddings)[./]'
+  r'(weight|embedding)|'
+  r'(.*[./])?(lm_head|embed_out|proj_out|lm_head\.decoder)\.weight'
 )
 
 
@@ -34,8 +38,10 @@ class Inputs:
   Attributes:
     problems: what is wrong, in words.
     remarks: choices that a reader of the plan should know.
-    stores: the models by name.
+    stores: the models by name, in a common form.
+    opened: the same, as they are stored.
     stats: statistics' stores, in the order of the models.
+    configs: `{name: its config.json, or None}`.
     reference: name of the base, or of the first model.
     tied: `{alias: path}` of the result.
     repeated: `{model: {alias: path}}` that must prove equal.
@@ -59,8 +65,15 @@ class Inputs:
     self._open()
     self.raise_problems()
     self.reference = recipe.base or recipe.slices[0].inputs[0].model
+    self.configs = {
+      name: self.attempt(checkpoint.read_config, self._folder(name))
+      for name in self.stores
+    }
+    self._check_configs()
+    self.opened = dict(self.stores)
     self.tokenizer = self._align_vocabularies()
     self._tie()
+    self._leave_out_buffers()
     self.raise_problems()
 
   def raise_problems(self) -> None:
@@ -81,6 +94,13 @@ class Inputs:
     except errors.UserError as error:
       self.problems.append(error.message)
       return None
+
+  def donor(self, path: str) -> str | None:
+    """The model that a rule copies a parameter from, or None."""
+    for rule in self._recipe.rules:
+      if re.fullmatch(rule.match, path):
+        return self._recipe.base if rule.copy == 'base' else rule.copy
+    return None
 
   def _inside(self, name):
     if self._sandbox is None:
@@ -134,6 +154,25 @@ class Inputs:
       return fold.AdapterStore(base, model)
     return checkpoint.open_checkpoint(model)
 
+  def _folder(self, name):
+    """Where the configuration and the tokenizer of a model lie."""
+    folder = name.split('+')[0]
+    return self._recipe.base if fold.is_adapter(folder) else folder
+
+  def _check_configs(self):
+    """Models whose weights mean different things are not merged."""
+    first = self.configs[self.reference]
+    ignored = self._recipe.ignore_config
+    try:
+      self.remarks += architectures.check(
+        {self.reference: first, **self.configs},
+        'If a field changes nothing here, say so in the recipe: '
+        '`ignore_config: [FIELD]`.',
+        ignored,
+      )
+    except errors.UserError as error:
+      self.problems.append(error.message)
+
   # Vocabularies and tied heads ------------------------------------------------
 
   def _align_vocabularies(self) -> tuple[str, str]:
@@ -185,10 +224,7 @@ class Inputs:
     recipe = self._recipe
     tokens = {}
     for name in self.stores:
-      folder = name.split('+')[0]
-      if fold.is_adapter(folder):
-        folder = recipe.base
-      tokens[name] = self.attempt(vocabulary.read_tokens, folder)
+      tokens[name] = self.attempt(vocabulary.read_tokens, self._folder(name))
     source = recipe.tokenizer
     if source not in ('base', 'union') and source not in tokens:
       tokens[source] = self.attempt(vocabulary.read_tokens, source)
@@ -250,32 +286,85 @@ class Inputs:
 
   def _tie(self):
     """Kept tied if every source is; untied on request; an error otherwise."""
-    tied = {n: dict(s.tied) for n, s in self.stores.items() if s.tied}
-    if not tied:
+    # What is stored and nothing calls an array of its own must prove equal.
+    possible = {
+      name: ties.possible(store.specs(), self.configs[name])
+      for name, store in self.stores.items()
+    }
+    names = {
+      path: alias
+      for own in possible.values()
+      for alias, path in own.items()
+      if not ties.always(alias)
+    }
+    tied = {}
+    for name, store in self.opened.items():
+      # A head that is not stored has the name that others store it under.
+      tied[name] = {
+        alias if alias in store.specs() else names.get(path, alias): path
+        for alias, path in store.tied.items()
+      }
+    pairs = {a: p for own in tied.values() for a, p in own.items()}
+    for alias, path in pairs.items():
+      if self._recipe.untie and not ties.always(alias):
+        self._untie(alias, path, tied)
+      else:
+        known = {name: {**possible[name], **tied[name]} for name in tied}
+        self._keep_tied(alias, path, known)
+
+  def _keep_tied(self, alias, path, known):
+    specs = {name: store.specs() for name, store in self.stores.items()}
+    loose = [name for name in specs if known[name].get(alias) != path]
+    if ties.always(alias):
+      loose = [name for name in loose if alias in specs[name]]
+    if loose:
+      there = [name for name in specs if name not in loose]
+      self.problems.append(
+        f'{alias} is tied to {path} in {", ".join(there)}, but not in '
+        f'{", ".join(loose)}. `untie: true` gives every model a head of its '
+        'own before merging.'
+      )
       return
-    loose = [n for n in self.stores if n not in tied]
-    head, embedding = next(iter(next(iter(tied.values())).items()))
-    if not loose and not self._recipe.untie:
-      for name, store in self.stores.items():
-        stored = [alias for alias in tied[name] if alias in store.specs()]
-        if stored:
-          self.repeated[name] = {a: tied[name][a] for a in stored}
-          self.stores[name] = vocabulary.AliasStore(store, {}, stored)
-      self.tied = {head: embedding}
-      self.remarks.append(f'{head} stays tied to {embedding}')
-      return
-    if self._recipe.untie:
-      for name in tied:
-        missing = {
-          a: p for a, p in tied[name].items()
-          if a not in self.stores[name].specs()
-        }  # fmt: skip
-        self.stores[name] = vocabulary.AliasStore(self.stores[name], missing)
-      self.config['tie_word_embeddings'] = False
-      self.remarks.append(f'{head} is untied from {embedding}')
-      return
-    self.problems.append(
-      f'{head} is tied to {embedding} in {", ".join(tied)}, but not in '
-      f'{", ".join(loose)}. `untie: true` gives every model a head of its own '
-      'before merging.'
-    )
+    for name, store in self.stores.items():
+      if alias in specs[name]:
+        self.repeated.setdefault(self._folder(name), {})[alias] = path
+        self.stores[name] = vocabulary.AliasStore(store, {}, [alias])
+    self.tied[alias] = path
+    self.remarks.append(f'{alias} stays tied to {path}')
+
+  def _untie(self, alias, path, tied):
+    for name, store in self.stores.items():
+      if tied[name].get(alias) == path and alias not in store.specs():
+        self.stores[name] = vocabulary.AliasStore(store, {alias: path})
+    self.config.update(ties.untied(self.configs[self.reference]))
+    self.remarks.append(f'{alias} is untied from {path}')
+
+  # Buffers -------------------------------------------------------------------
+
+  def _leave_out_buffers(self):
+    """Buffers that not all models store, in one size, are made anew by users."""
+    shapes: dict[str, dict[str, set]] = {}
+    for name, store in self.stores.items():
+      for path, spec in store.specs().items():
+        if buffers.is_buffer(path, spec) and self.donor(path) is None:
+          kinds = shapes.setdefault(_template(path), {})
+          kinds.setdefault(name, set()).add(spec.shape)
+    left = {
+      kind
+      for kind, own in shapes.items()
+      if len(own) < len(self.stores) or len(set.union(*own.values())) > 1
+    }
+    for name, store in self.stores.items():
+      hidden = [path for path in store.specs() if _template(path) in left]
+      if hidden:
+        self.stores[name] = vocabulary.AliasStore(store, {}, hidden)
+    if left:
+      self.remarks.append(
+        f'left out, as not all models store them and models make them anew: '
+        f'{", ".join(sorted(left))}'
+      )
+
+
+def _template(path):
+  """The same for every layer."""
+  return re.sub(r'\d+', '#', path)

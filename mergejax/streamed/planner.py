@@ -22,22 +22,18 @@ from mergejax import numerics
 from mergejax import recipe as recipe_lib
 from mergejax import settings
 from mergejax import stacks
-from mergejax import tree
 from mergejax import typing
 from mergejax.merging import base as merge_base
 from mergejax.merging import mean
 from mergejax.merging import named
 from mergejax.peft import fold
+from mergejax.store import buffers
 from mergejax.streamed import inputs as inputs_lib
+from mergejax.streamed import layouts
 from mergejax.streamed import plans
 
-_LAYER = re.compile(
-  r'(?P<stem>(?:.*[./])?(?:layers|layer|blocks|block|h)[._/])(?P<index>\d+)'
-  r'(?P<rest>[./].*)'
-)
 # Methods that divide by the sum of the weights.
 _AVERAGES = ('linear', 'task_arithmetic', 'dare_linear', 'della_linear', 'breadcrumbs')  # fmt: skip
-_FIRST = re.compile(r'.*(embed|wte|wpe|shared|token_embedder).*')
 
 
 def plan(
@@ -110,15 +106,16 @@ class _Planner:
 
   def _tasks(self) -> list[plans.Task]:
     recipe = self._recipe
-    layouts = self._layouts()
+    entries = layouts.lay_out(recipe, self._inputs)
     if self._problems:
       return []
     tasks = []
     used_rules: set[int] = set()
-    for path, depth, one, refs, base in layouts:
-      task = self._inputs.attempt(
-        self._task, path, depth, one, refs, base, used_rules
-      )
+    counts = layouts.layer_counts(entry.path for entry in entries)
+    for entry in entries:
+      if entry.depth is None:
+        entry = entry._replace(depth=_depth(entry.path, counts))
+      task = self._inputs.attempt(self._task, entry, used_rules)
       if task is not None:
         tasks.append(task)
     if self._unknown_stacks:
@@ -141,117 +138,9 @@ class _Planner:
       )
     return tasks
 
-  def _layouts(self):
-    """`(path, depth, slice, refs, base ref)` of every parameter."""
+  def _task(self, entry, used_rules) -> plans.Task:
     recipe = self._recipe
-    if not recipe.sliced:
-      return self._unsliced()
-    return self._stacked()
-
-  def _unsliced(self):
-    recipe = self._recipe
-    reference = self._stores[self._reference].specs()
-    one = recipe.slices[0]
-    for name, store in self._stores.items():
-      lines = tree.difference(reference, store.specs())
-      if lines:
-        self._problems.append(
-          f'{name} does not have the parameters of {self._reference} '
-          f'({len(lines)} differences; - missing, + unexpected, ! shape):\n'
-          f'{errors.listed(["  " + line for line in lines])}'
-        )
-    counts = _layer_counts(reference)
-    result = []
-    for path in reference:
-      refs = [(source.model, path) for source in one.inputs]
-      base = (recipe.base, path) if recipe.base else None
-      result.append((path, _depth(path, counts), one, refs, base))
-    return result
-
-  def _stacked(self):
-    """Layers from the slices one after the other; the rest from both ends."""
-    recipe = self._recipe
-    stems = {
-      match['stem']
-      for store in self._stores.values()
-      for path in store.specs()
-      if (match := _LAYER.fullmatch(path))
-    }
-    if len(stems) != 1:
-      self._problems.append(
-        f'slices need models with one stack of layers; found {sorted(stems)}.'
-      )
-      return []
-    stem = stems.pop()
-    counts = {
-      name: _layer_counts(store.specs()).get(stem, 0)
-      for name, store in self._stores.items()
-    }
-    for i, one in enumerate(recipe.slices):
-      for source in one.inputs:
-        if source.layers and source.layers[1] > counts[source.model]:
-          self._problems.append(
-            f'slice {i}: layer_range {list(source.layers)} of {source.model}, '
-            f'which has layers 0 to {counts[source.model] - 1}.'
-          )
-    if self._problems:
-      return []
-    result, at = [], 0
-    first, last = recipe.slices[0], recipe.slices[-1]
-    ends = [
-      (path, 0.0 if _FIRST.fullmatch(path) else 1.0)
-      for path in self._stores[self._reference].specs()
-      if not _LAYER.fullmatch(path)
-    ]
-    for path, depth in ends:
-      if depth == 0.0:
-        result.append(self._end(path, depth, first))
-    for one in recipe.slices:
-      start, end = one.inputs[0].layers
-      for j in range(end - start):
-        depth = j / (end - start - 1) if end - start > 1 else 1.0
-        result += self._layer(stem, at, j, depth, one)
-        at += 1
-    for path, depth in ends:
-      if depth == 1.0:
-        result.append(self._end(path, depth, last))
-    # Whichever of these the reference's configuration has.
-    for key in ('num_hidden_layers', 'num_layers', 'n_layer', 'num_decoder_layers'):  # fmt: skip
-      self._config[key] = at
-    self._remarks.append(f'{at} layers in {len(recipe.slices)} slices')
-    return [entry for entry in result if entry is not None]
-
-  def _end(self, path, depth, one):
-    refs = [(source.model, path) for source in one.inputs]
-    for model, _ in refs:
-      if path not in self._stores[model].specs():
-        self._problems.append(f'{model} lacks {path}.')
-    return (path, depth, one, refs, (one.base, path) if one.base else None)
-
-  def _layer(self, stem, at, j, depth, one):
-    source = one.inputs[0]
-    prefix = f'{stem}{source.layers[0] + j}'
-    result = []
-    for path in self._stores[source.model].specs():
-      match = _LAYER.fullmatch(path)
-      if not match or match['stem'] + match['index'] != prefix:
-        continue
-      refs = [
-        (s.model, f'{stem}{s.layers[0] + j}{match["rest"]}') for s in one.inputs
-      ]
-      base = None
-      if one.base:
-        own = [s for s in one.inputs if s.model == one.base]
-        begin = (own or one.inputs)[0].layers[0]
-        base = (one.base, f'{stem}{begin + j}{match["rest"]}')
-      for model, leaf in [*refs, *([base] if base else [])]:
-        if leaf not in self._stores[model].specs():
-          self._problems.append(f'{model} lacks {leaf}.')
-      result.append((f'{stem}{at}{match["rest"]}', depth, one, refs, base))
-    return result
-
-  def _task(self, path, depth, one, refs, base, used_rules) -> plans.Task:
-    recipe = self._recipe
+    path, depth, one, refs, base, copied = entry
     rule = None
     for i, candidate in enumerate(recipe.rules):
       if re.fullmatch(candidate.match, path):
@@ -276,7 +165,12 @@ class _Planner:
           f'{path}: a rule copies the base; none is given.'
         )
       copy = (recipe.base if rule.copy == 'base' else rule.copy, path)
-    elif not numerics.is_averaged(spec.dtype) or not spec.size:
+    elif (
+      copied
+      or buffers.is_buffer(path, spec)
+      or not numerics.is_averaged(spec.dtype)
+      or not spec.size
+    ):
       copy = refs[0] if base is None else base
     if copy is not None:
       found = self._stores[copy[0]].specs().get(copy[1])
@@ -308,7 +202,7 @@ class _Planner:
         f'{method} works on differences from a base model: give `base_model:`.'
       )
     layers = [dict(rule.parameters)] if rule else [{}]
-    shared = [*layers, one.parameters, self._recipe.parameters]
+    shared = [*layers, one.parameters, one.outer, self._recipe.parameters]
     values: dict[str, list] = {}
     # Sorted: what a plan holds must not depend on the order of a set.
     for name in sorted({*named.METHODS.options(method), 'weight'}):
@@ -391,13 +285,16 @@ class _Planner:
 
   def _spec(self, ref):
     model, path = ref
-    return self._stores[model].specs()[path]
+    found = self._stores[model].specs().get(path)
+    if found is None:
+      raise errors.UserError(f'{model} lacks {path}.')
+    return found
 
   def _lead_dtype(self, refs, base):
     """dtype of the base, or of the first model, as stored, adapters aside."""
     model, path = refs[0] if base is None else base
     store = self._stores[model]
-    if isinstance(store, fold.AdapterStore):
+    if isinstance(self._inputs.opened[model], fold.AdapterStore):
       plain = self._stores.get(self._reference)
       if plain is not None and path in plain.specs():
         return plain.specs()[path].dtype
@@ -423,21 +320,10 @@ def _first(name, places, path, depth):
   return None
 
 
-def _layer_counts(specs) -> dict[str, int]:
-  """`{stem: number of layers}`."""
-  counts: dict[str, int] = {}
-  for path in specs:
-    match = _LAYER.fullmatch(path)
-    if match:
-      stem = match['stem']
-      counts[stem] = max(counts.get(stem, 0), int(match['index']) + 1)
-  return counts
-
-
 def _depth(path, counts) -> float:
   """0 at the first layer, 1 at the last; embeddings 0, what follows 1."""
-  match = _LAYER.fullmatch(path)
+  match = layouts.LAYER.fullmatch(path)
   if match:
     count = counts[match['stem']]
     return int(match['index']) / (count - 1) if count > 1 else 1.0
-  return 0.0 if _FIRST.fullmatch(path) else 1.0
+  return 0.0 if layouts.FIRST.fullmatch(path) else 1.0

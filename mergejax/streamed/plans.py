@@ -65,7 +65,7 @@ class Plan:
     reference: name of the model whose configuration the result takes.
     tied: `{alias: path}` of the result.
     repeated: `{model: {alias: path}}` that must prove equal before anything.
-    config: changes to the reference's `config.json`.
+    config: changes to the reference's `config.json`; dots lead into sections.
     tokenizer: text of the result's `tokenizer.json`, or the path of the model
       to copy tokenizer files from.
     remarks: what a reader should know: choices made, files left alone.

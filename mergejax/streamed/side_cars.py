@@ -12,6 +12,7 @@ import yaml
 import mergejax
 from mergejax.store import checkpoint
 from mergejax.store import vocabulary
+from mergejax.streamed import layer_configs
 from mergejax.streamed import plans
 
 RECIPE = 'recipe.yaml'
@@ -40,12 +41,12 @@ def write(plan: plans.Plan, result: pathlib.Path) -> None:
     changes = {
       k: v
       for k, v in plan.config.items()
-      if k in config or k == 'tie_word_embeddings'
+      if k in config or k != 'vocab_size'
     }
     kept = {'bfloat16', 'float32', 'float16'}
     if plan.recipe.dtype in kept and 'torch_dtype' in config:
       changes['torch_dtype'] = plan.recipe.dtype
-    text = json.dumps({**config, **changes}, indent=2) + '\n'
+    text = json.dumps(layer_configs.changed(config, changes), indent=2) + '\n'
     write_text(result / checkpoint.CONFIG, text)
   kind, value = plan.tokenizer
   source = reference if kind == 'text' else pathlib.Path(value).expanduser()

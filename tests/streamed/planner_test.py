@@ -39,7 +39,7 @@ class RecipeTest(parameterized.TestCase):
 
   @parameterized.parameters(
     ({'merge_method': 'dare-ties', 'models': ['a']}, "Did you mean 'dare_ties'"),
-    ({'merge_method': 'ties', 'models': ['a'], 'modles': 1}, "Did you mean 'models'"),
+    ({'merge_method': 'ties', 'models': ['a'], 'modls': 1}, "Did you mean 'models'"),
     ({'merge_method': 'ties', 'models': ['a'], 'parameters': {'densty': 1}},
      "Did you mean 'density'"),
     ({'merge_method': 'linear', 'models': ['a'], 'slices': []}, 'and not both'),
