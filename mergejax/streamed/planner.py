@@ -8,6 +8,7 @@ once, before the first weight is read.
 """
 
 from collections.abc import Mapping
+import dataclasses
 import math
 import os
 import re
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mergejax import axes as axes_lib
+from mergejax import chat_templates
 from mergejax import errors
 from mergejax import numerics
 from mergejax import recipe as recipe_lib
@@ -80,19 +82,19 @@ class _Planner:
     tasks = self._tasks()
     self._inputs.raise_problems()
     self._defaults_remark()
+    template, said = chat_templates.chosen(
+      self._recipe.chat_template, self._recipe.models()
+    )
+    self._remarks += said
     inputs = self._inputs
     return plans.Plan(
-      self._recipe, inputs.stores, tuple(inputs.stats), tuple(tasks),
+      dataclasses.replace(self._recipe, chat_template=template), inputs.stores, tuple(inputs.stats), tuple(tasks),
       inputs.reference, inputs.tied, inputs.repeated, inputs.config,
       inputs.tokenizer, tuple(inputs.remarks),
     )  # fmt: skip
 
   def _defaults_remark(self):
-    unused = {'density', 'rescale'} & set(self._recipe.parameters)
-    if self._recipe.method == 'task_arithmetic' and unused:
-      self._remarks.append(
-        f'task_arithmetic does not use {", ".join(sorted(unused))}, as in mergekit'
-      )
+    self._remarks += self._recipe.notes
     chosen = recipe_lib.MERGEKIT_DEFAULTS.get(self._recipe.method, {})
     chosen = {
       k: v for k, v in chosen.items() if k not in self._recipe.parameters
@@ -195,22 +197,22 @@ class _Planner:
     result, at = [], 0
     first, last = recipe.slices[0], recipe.slices[-1]
     ends = [
-      (path, 0.0 if _FIRST.fullmatch(path) else 1.0)
+      path
       for path in self._stores[self._reference].specs()
       if not _LAYER.fullmatch(path)
     ]
-    for path, depth in ends:
-      if depth == 0.0:
-        result.append(self._end(path, depth, first))
+    for path in ends:
+      if _FIRST.fullmatch(path):
+        result.append(self._end(path, 0.0, first))
     for one in recipe.slices:
       start, end = one.inputs[0].layers
       for j in range(end - start):
         depth = j / (end - start - 1) if end - start > 1 else 1.0
         result += self._layer(stem, at, j, depth, one)
         at += 1
-    for path, depth in ends:
-      if depth == 1.0:
-        result.append(self._end(path, depth, last))
+    for path in ends:
+      if not _FIRST.fullmatch(path):
+        result.append(self._end(path, 0.0, last))
     # Whichever of these the reference's configuration has.
     for key in ('num_hidden_layers', 'num_layers', 'n_layer', 'num_decoder_layers'):  # fmt: skip
       self._config[key] = at
@@ -306,11 +308,18 @@ class _Planner:
     layers = [dict(rule.parameters)] if rule else [{}]
     shared = [*layers, one.parameters, self._recipe.parameters]
     values: dict[str, list] = {}
-    names = set(named.METHODS.options(method)) | {'weight'}
-    for name in names:
+    known = named.METHODS.options(method)
+    for name in sorted({*known, 'weight'}):
+      # A filter of what models differ in means their names, before stacking.
+      own = name == 'weight' or method == 'passthrough' or known[name].per_model
       values[name] = [
-        _first(name, [*layers, source.parameters, *shared[1:]], path, depth)
-        for source in sources
+        _first(
+          name,
+          [*layers, source.parameters, *shared[1:]],
+          ref[1] if own else path,
+          depth,
+        )
+        for source, ref in zip(sources, refs)
       ] or [_first(name, shared, path, depth)]
     weights = values.pop('weight')
     options = dict(recipe_lib.MERGEKIT_DEFAULTS.get(method, {}))
@@ -432,9 +441,10 @@ def _layer_counts(specs) -> dict[str, int]:
 
 
 def _depth(path, counts) -> float:
-  """0 at the first layer, 1 at the last; embeddings 0, what follows 1."""
+  """0 at the first layer, 1 at the last; 0 outside of the layers."""
   match = _LAYER.fullmatch(path)
   if match:
     count = counts[match['stem']]
     return int(match['index']) / (count - 1) if count > 1 else 1.0
-  return 0.0 if _FIRST.fullmatch(path) else 1.0
+  # As mergekit: a head is no part of the last layer.
+  return 0.0
