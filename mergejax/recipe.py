@@ -155,7 +155,6 @@ class Recipe:
       names += [one.base] if one.base else []
       names += [source.model for source in one.inputs]
     names += [r.copy for r in self.rules if r.copy not in (None, 'base')]
-    names += [own.model for own in self.tokens.values() if own.model]
     return list(dict.fromkeys(names))
 
 
