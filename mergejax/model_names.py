@@ -7,7 +7,7 @@ from typing import Any
 
 from mergejax import parameters
 
-_WORDS = ('model', 'lora', 'path', 'revision')
+_WORDS = ('model', 'lora', 'path', 'revision', 'override_architecture')
 
 
 def read(value: Any, what: str, report: parameters.Report) -> str | None:
@@ -41,6 +41,10 @@ def _short(value, what, report):
       return f'{part.get("path")}@{part["revision"]}'
     return part.get('path')
 
+  if 'override_architecture' in value:
+    report.ignore(
+      'override_architecture', what, 'parameters are merged by their names'
+    )
   parameters.check_keys(value, _WORDS, what, report)
   model, lora = path(value.get('model', value)), path(value.get('lora'))
   return f'{model}+{lora}' if lora else model

@@ -554,9 +554,13 @@ def save_models(folder: pathlib.Path) -> dict[str, dict[str, np.ndarray]]:
   result = {}
   for seed, name in enumerate(MODELS):
     result[name] = model(seed)
-    mj.save_checkpoint(folder / name, result[name], 'safetensors', config=config)
+    mj.save_checkpoint(
+      folder / name, result[name], 'safetensors', config=config
+    )
     (folder / name / 'tokenizer.json').write_text(json.dumps(tokenizer))
-    template = 'common {{ messages }} of most' if name in 'AB' else 'rare {{ 1 }}'
+    template = (
+      'common {{ messages }} of most' if name in 'AB' else 'rare {{ 1 }}'
+    )
     settings = {
       'tokenizer_class': 'PreTrainedTokenizerFast',
       'unk_token': '<unk>',

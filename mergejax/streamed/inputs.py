@@ -185,10 +185,7 @@ class Inputs:
     recipe = self._recipe
     tokens = {}
     for name in self.stores:
-      folder = name.split('+')[0]
-      if fold.is_adapter(folder):
-        folder = recipe.base
-      tokens[name] = self.attempt(vocabulary.read_tokens, folder)
+      tokens[name] = self.attempt(self._tokens_of, name, paths)
     source = recipe.tokenizer
     if source not in ('base', 'union') and source not in tokens:
       tokens[source] = self.attempt(vocabulary.read_tokens, source)
@@ -238,6 +235,24 @@ class Inputs:
     if set(wanted) - set(tokens[owner]):
       return ('text', vocabulary.extended_tokenizer(folder, wanted))
     return ('copy', folder)
+
+  def _tokens_of(self, name, paths) -> dict[str, int]:
+    """A model's tokens; of a bare one with equal rows, the reference's."""
+    folder = name.split('+')[0]
+    if fold.is_adapter(folder):
+      folder = self._recipe.base
+    shapes = [
+      {path: spec.shape for path, spec in paths[n].items()}
+      for n in (name, self.reference)
+    ]
+    file = pathlib.Path(folder).expanduser() / vocabulary.TOKENIZER
+    if not file.exists() and name != self.reference and shapes[0] == shapes[1]:
+      self.remarks.append(
+        f'{name} has no {vocabulary.TOKENIZER}: its rows are taken to be those '
+        f'of {self.reference}, as in mergekit'
+      )
+      return self._tokens_of(self.reference, paths)
+    return vocabulary.read_tokens(folder)
 
   def _chosen_row(self, token, row, tokens, paths) -> vocabulary.ChosenRow:
     """The row that the recipe says a token has."""

@@ -110,7 +110,9 @@ def merge(recipe, models):
   """
   base = recipe.get('base_model')
   first = next(iter(models.values()))
-  layers = 1 + max(int(i) for i in re.findall(r'layers\.(\d+)', str(list(first))))
+  layers = 1 + max(
+    int(i) for i in re.findall(r'layers\.(\d+)', str(list(first)))
+  )
   slices = _slices(recipe, base, layers)
   result = {}
   for path in first:
@@ -152,7 +154,9 @@ def _leaf(recipe, models, one, path, names, t):
       scopes = [source.get('parameters'), *outer]
       per_model[option].append(_resolve(option, default, scopes, name, t))
   weights = per_model.pop('weight', [1.0] * len(leaves))
-  return _merged(method, path, leaves, origin, weights, {**options, **per_model})
+  return _merged(
+    method, path, leaves, origin, weights, {**options, **per_model}
+  )
 
 
 def _merged(method, path, leaves, base, weights, options):
