@@ -21,6 +21,7 @@ import public_recipes
 import yaml
 
 import mergejax as mj
+from mergejax import mergekit_words
 
 # Merges every recipe of a folder; writes {name: null or what went wrong}.
 _RUNNER = """
@@ -41,6 +42,15 @@ for file in sorted(folder.glob('*.yaml')):
     result[file.stem] = f'{type(error).__name__}: {error}'
 (folder / 'result.json').write_text(json.dumps(result))
 """
+# Which options each method reads: those of one model, and those for all.
+_WORDS = """
+import json
+from mergekit.merge_methods import registry
+print(json.dumps({
+  method.spec.name: [[p.name for p in kind] for kind in (
+    method.spec.input_parameters, method.spec.shared_parameters)]
+  for method in registry.registered_methods()}))
+"""
 PYTHON = os.environ.get('MERGEKIT_PYTHON') or (
   sys.executable if importlib.util.find_spec('mergekit') else None
 )
@@ -52,6 +62,16 @@ ALLOWED = 10
 
 @unittest.skipUnless(PYTHON, 'mergekit is not installed')
 class MergekitComparedTest(absltest.TestCase):
+  def test_same_words(self):
+    done = subprocess.run(
+      [PYTHON, '-c', _WORDS], check=True, capture_output=True, text=True
+    )
+    for method, (own, shared) in json.loads(done.stdout).items():
+      name = mergekit_words.METHOD_ALIASES.get(method, method)
+      reads = mergekit_words.READS[name]
+      self.assertCountEqual(reads[0], own, method)
+      self.assertCountEqual(reads[1], shared, method)
+
   def test_same_numbers(self):
     folder = pathlib.Path(self.create_tempdir().full_path)
     public_recipes.save_models(folder / 'models')

@@ -22,6 +22,7 @@ from mergejax import chat_templates
 from mergejax import errors
 from mergejax import numerics
 from mergejax import recipe as recipe_lib
+from mergejax import registry
 from mergejax import settings
 from mergejax import tree
 from mergejax import typing
@@ -82,13 +83,11 @@ class _Planner:
     tasks = self._tasks()
     self._inputs.raise_problems()
     self._defaults_remark()
-    template, said = chat_templates.chosen(
-      self._recipe.chat_template, self._recipe.models()
-    )
+    inputs, recipe = self._inputs, self._recipe
+    chosen, said = chat_templates.chosen(recipe.chat_template, recipe.models())
     self._remarks += said
-    inputs = self._inputs
     return plans.Plan(
-      dataclasses.replace(self._recipe, chat_template=template), inputs.stores, tuple(inputs.stats), tuple(tasks),
+      dataclasses.replace(recipe, chat_template=chosen), inputs.stores, tuple(inputs.stats), tuple(tasks),
       inputs.reference, inputs.tied, inputs.repeated, inputs.config,
       inputs.tokenizer, tuple(inputs.remarks),
     )  # fmt: skip
@@ -327,14 +326,15 @@ class _Planner:
       given = [value for value in own if value is not None]
       if not given:
         continue
+      default = options.get(name, known[name].default)
       if all(value == own[0] for value in own):
         options[name] = own[0]
-      elif len(given) < len(own) and name not in options:
+      elif len(given) < len(own) and default is registry.Option.empty:
         raise errors.UserError(
           f'{path}: {name} is given for some models and not for others.'
         )
       else:
-        options[name] = [options.get(name) if v is None else v for v in own]
+        options[name] = [default if v is None else v for v in own]
     try:
       built = named.resolve(method, **options)
       plain = None if all(w is None for w in weights) else [

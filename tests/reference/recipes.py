@@ -28,7 +28,7 @@ METHODS = {
   ),
   'breadcrumbs': (
     {'weight': 1.0, 'density': 1.0, 'gamma': 0.01},
-    {**SHARED, 'normalize': False},
+    {**SHARED, 'normalize': False, 'rescale': False},
   ),
   'della': ({'weight': 1.0}, {**SHARED, 'normalize': True}),
   'della_linear': ({'weight': 1.0}, {**SHARED, 'normalize': False}),
@@ -47,7 +47,7 @@ METHODS['dare_linear'] = METHODS['dare_ties']
 METHODS['breadcrumbs_ties'] = METHODS['breadcrumbs']
 # These average the base with the models.
 BASE_IS_A_MODEL = ('linear', 'karcher')
-FLAGS = {'true': True, 'yes': True, 'false': False, 'no': False}
+FLAGS = {'true': True, 'yes': True, 'y': True, 'on': True, 'false': False}
 
 
 def _plain(value):
@@ -167,17 +167,19 @@ def _merged(method, path, leaves, base, weights, options):
   elif 'scale' in options:
     options['scale'] = options['scale'][0]
   if 'rescale' in options:
-    if method == 'ties':
-      if options.pop('rescale'):
-        return _rescaled_ties(leaves, base, weights, options)
-    else:
+    if method.startswith('dare'):
       options['rescale'] = 'l1' if options['rescale'] else 'none'
+    elif options.pop('rescale'):
+      leaves = _rescaled(method, leaves, base, options)
+      options['density'] = 1.0
   if method == 'ties':
     options['trim_scope'] = 'tensor'
     # The oracle keeps at least one element.
     leaves = [
       base if share == 0 else leaf
-      for leaf, share in zip(leaves, options['density'])
+      for leaf, share in zip(
+        leaves, np.broadcast_to(options['density'], len(leaves))
+      )
     ]
   if 'nuslerp_flatten' in options:
     options['flatten'] = bool(options.pop('nuslerp_flatten'))
@@ -199,15 +201,15 @@ def _merged(method, path, leaves, base, weights, options):
   return turn(merged[path])
 
 
-def _rescaled_ties(leaves, base, weights, options):
-  """Trims, restores the sum of magnitudes, then elects signs."""
-  trimmed = []
-  for leaf, share in zip(leaves, options.pop('density')):
-    delta = leaf - base
-    kept = max(1, int(share * delta.size))
-    sparse = np.where(merging.top(np.abs(delta), kept), delta, 0)
-    trimmed.append(base + sparse * np.abs(delta).sum() / np.abs(sparse).sum())
-  options = {**options, 'density': 1.0, 'trim_scope': 'tensor'}
-  return merging.ties(
-    [{'': leaf} for leaf in trimmed], {'': base}, weights, **options
-  )['']
+def _rescaled(method, leaves, base, options):
+  """Models whose task vectors are trimmed and have their sum of magnitudes."""
+  result = []
+  for k, leaf in enumerate(leaves):
+    delta, share = leaf - base, options['density'][k]
+    if method == 'ties':
+      kept = max(1, int(share * delta.size))
+      sparse = np.where(merging.top(np.abs(delta), kept), delta, 0)
+    else:
+      sparse = merging.crumbs(delta, share, options['gamma'][k])
+    result.append(base + sparse * np.abs(delta).sum() / np.abs(sparse).sum())
+  return result
