@@ -399,7 +399,8 @@ class _Reader:
     if not isinstance(data, dict):
       self.problems.append(f'the {what} must be `key: value` lines.')
       return False
-    parameters_lib.check_keys(
-      data, known, what, self._report, mergekit_words.OPTIONS
-    )
+    if known is not None:
+      parameters_lib.check_keys(
+        data, known, what, self._report, mergekit_words.OPTIONS
+      )
     return True

@@ -56,7 +56,7 @@ PYTHON = os.environ.get('MERGEKIT_PYTHON') or (
 )
 # Largest difference in units of the last place of the result's dtype, relative
 # to the largest weight: mergekit computes in that dtype, mergejax in float32.
-ULPS = {'float64': 2**-24, 'float32': 2**-24, 'bfloat16': 2**-8, 'float16': 2**-11}  # fmt: skip
+ULPS = {'float64': 2**-23, 'float32': 2**-23, 'bfloat16': 2**-8, 'float16': 2**-11}  # fmt: skip
 ALLOWED = 10
 
 
