@@ -52,3 +52,14 @@ def listed(lines: Sequence[str], limit: int = 10) -> str:
   if len(lines) > limit:
     shown.append(f'  ... and {len(lines) - limit} more')
   return '\n'.join(shown)
+
+
+def some(names: Sequence[str], limit: int = 3) -> str:
+  """Joins a few names, counting the rest.
+
+  Example:
+    >>> some(['a', 'b', 'c', 'd', 'e'])
+    'a, b, c and 2 more'
+  """
+  more = f' and {len(names) - limit} more' if len(names) > limit else ''
+  return ', '.join(names[:limit]) + more

@@ -26,7 +26,6 @@ A mergekit YAML file is a recipe, unchanged (`modules` are those of
 
 from collections.abc import Mapping
 import dataclasses
-import difflib
 import os
 import pathlib
 import re
@@ -35,8 +34,12 @@ from typing import Any
 import yaml
 
 from mergejax import errors
+from mergejax import mergekit_words
+from mergejax import model_names
+from mergejax import parameters as parameters_lib
 from mergejax import recipe_modules
-from mergejax import settings
+from mergejax import recipe_values
+from mergejax import tokenizer_words
 from mergejax.merging import named
 
 _TOP = (
@@ -45,14 +48,8 @@ _TOP = (
   'rules', 'stats', 'axes', 'seed', 'format', 'untie', 'vocab', 'name',
   'ignore_config',
 )  # fmt: skip
-DTYPES = ('float32', 'bfloat16', 'float16')
 FORMATS = ('safetensors', 'orbax', 't5x', 'npz')
 VOCAB_POLICIES = ('base', 'union', 'pad')
-# mergekit's names of methods and options -> ours.
-_METHOD_ALIASES = {'ramplus_tl': 'ram_plus'}
-_OPTION_ALIASES = {'lambda': 'scale', 'nuslerp_flatten': 'flatten'}
-# Options of mergekit that change nothing here: sums are always float32.
-_WITHOUT_EFFECT = {'int8_mask'}
 # Where mergekit's default is not the paper's, a recipe gets mergekit's.
 MERGEKIT_DEFAULTS = {
   'ties': {'density': 1.0, 'trim_scope': 'tensor'},
@@ -61,8 +58,6 @@ MERGEKIT_DEFAULTS = {
   'della': {'density': 1.0, 'rescale': 'l1'},
   'della_linear': {'density': 1.0, 'rescale': 'l1'},
 }
-# What one model may have its own value of.
-PER_MODEL = ('weight', 'density', 'gamma', 'epsilon', 'scale')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,8 +127,11 @@ class Recipe:
       although they change the function; see `architectures`.
     tokenizer: 'base', 'union' or a path to take the tokenizer from; None: that
       of the base or first model, and embeddings as they are.
-    chat_template: text to put into the tokenizer's settings, or None to keep
-      what the tokenizer has.
+    tokens: where the embedding rows of some tokens come from.
+    row_multiple: embeddings get rows up to a multiple of this, or None.
+    chat_template: text to put into the tokenizer's settings, 'auto' for the
+      one that most models have, or None to keep what the tokenizer has.
+    notes: what of the recipe does not count, in words.
     data: the recipe as it was read.
   """
 
@@ -153,7 +151,12 @@ class Recipe:
   vocab: str | None = None
   ignore_config: tuple[str, ...] = ()
   tokenizer: str | None = None
+  tokens: Mapping[str, tokenizer_words.TokenSource] = dataclasses.field(
+    default_factory=dict
+  )
+  row_multiple: int | None = None
   chat_template: str | None = None
+  notes: tuple[str, ...] = ()
   data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   def models(self) -> list[str]:
@@ -210,25 +213,31 @@ class _Reader:
   """Collects every mistake before any is reported."""
 
   def __init__(self):
-    self.problems: list[str] = []
+    self._report = parameters_lib.Report()
+    self.problems = self._report.problems
 
   def recipe(self, data) -> Recipe | None:
     if not self._mapping(data, _TOP, 'recipe'):
       return None
+    report = self._report
     method = self._method(data.get('merge_method'))
     base = self._name(data.get('base_model'), 'base_model')
     parameters = self._parameters(data.get('parameters'), method, 'parameters')
-    modules = self._modules(data, method, base)
+    modules = self._modules(data, method, base, parameters)
     if 'modules' in data:
       slices, sliced = sum((one.slices for one in modules), ()), True
     else:
-      slices, sliced = self._slices(data, method, base)
-    tokenizer = data.get('tokenizer_source')
-    if isinstance(data.get('tokenizer'), dict):
-      if self._mapping(data['tokenizer'], ('source',), 'tokenizer'):
-        tokenizer = data['tokenizer'].get('source', 'union')
-    elif 'tokenizer' in data:
-      self.problems.append("'tokenizer' must be `{source: base|union|PATH}`.")
+      slices, sliced = self._sources(data, method, base, parameters)
+    tokenizer = self._name(data.get('tokenizer_source'), 'tokenizer_source')
+    tokens, multiple = {}, None
+    if data.get('tokenizer') is not None:
+      if tokenizer is not None:
+        self.problems.append(
+          "give 'tokenizer' or 'tokenizer_source', not both."
+        )
+      tokenizer, tokens, multiple = tokenizer_words.read(
+        data['tokenizer'], report
+      )
     return Recipe(
       method=method or '',
       slices=slices,
@@ -237,20 +246,39 @@ class _Reader:
       base=base,
       parameters=parameters,
       rules=self._rules(data.get('rules'), method),
-      stats=tuple(self._names(data.get('stats'), 'stats')),
-      axes=self._axes(data.get('axes')),
-      dtype=self._choice(
-        data.get('out_dtype') or data.get('dtype'), DTYPES, 'dtype'
+      stats=tuple(
+        map(
+          str,
+          recipe_values.entries(data.get('stats'), 'stats', 'paths', report),
+        )
       ),
-      seed=self._seed(data.get('seed', 0)),
-      format=self._choice(data.get('format'), FORMATS, 'format'),
-      untie=self._flag(data.get('untie', False), 'untie'),
-      vocab=self._choice(data.get('vocab'), VOCAB_POLICIES, 'vocab policy'),
+      axes=recipe_values.axes(data.get('axes'), report),
+      dtype=recipe_values.dtype(
+        data.get('dtype'), data.get('out_dtype'), report
+      ),
+      seed=recipe_values.whole_number(data.get('seed', 0), 'seed', report),
+      format=recipe_values.choice(
+        data.get('format'), FORMATS, 'format', report
+      ),
+      untie=recipe_values.flag(data.get('untie', False), 'untie', report),
+      vocab=recipe_values.choice(
+        data.get('vocab'), VOCAB_POLICIES, 'vocab policy', report
+      ),
       ignore_config=tuple(
-        self._names(data.get('ignore_config'), 'ignore_config')
+        map(
+          str,
+          recipe_values.entries(
+            data.get('ignore_config'), 'ignore_config', 'names', report
+          ),
+        )
       ),
-      tokenizer=self._name(tokenizer, 'tokenizer_source'),
-      chat_template=self._template(data.get('chat_template')),
+      tokenizer=tokenizer,
+      tokens=tokens,
+      row_multiple=multiple,
+      chat_template=recipe_values.chat_template(
+        data.get('chat_template'), report
+      ),
+      notes=report.notes(),
       data=data,
     )
 
@@ -258,14 +286,14 @@ class _Reader:
     if name is None:
       self.problems.append("the recipe lacks 'merge_method'.")
       return None
-    name = _METHOD_ALIASES.get(str(name), str(name))
+    name = mergekit_words.METHOD_ALIASES.get(str(name), str(name))
     if name not in set(named.METHODS):
       # dare-ties is a common way to write dare_ties.
       self.problems.append(errors.near(name, named.METHODS, 'merge method'))
       return None
     return name
 
-  def _modules(self, data, method, base):
+  def _modules(self, data, method, base, parameters):
     if 'modules' not in data:
       return ()
     if 'models' in data or 'slices' in data:
@@ -273,9 +301,16 @@ class _Reader:
     return recipe_modules.read(
       data['modules'],
       mapping=self._mapping,
-      slices=lambda entry: self._slices(entry, method, base),
+      slices=lambda entry: self._sources(entry, method, base, parameters),
       parameters=lambda own, what: self._parameters(own, method, what),
     )
+
+  def _sources(self, data, method, base, parameters):
+    """`(slices, whether layers were chosen)` of a recipe or a module."""
+    slices, sliced = self._slices(data, method, base)
+    if not sliced and slices:
+      slices = self._with_base(slices[0], method, base, parameters)
+    return slices, sliced
 
   def _slices(self, data, method, base):
     entries = data.get('models')
@@ -291,11 +326,10 @@ class _Reader:
       return (), True
     for i, entry in enumerate(data['slices']):
       what = f'slice {i}'
-      known = ('sources', 'base_model', 'parameters', 'residual_weight')
-      if not self._mapping(entry, known, what):
+      if not self._mapping(
+        entry, ('sources', 'base_model', 'parameters'), what
+      ):
         continue
-      if entry.get('residual_weight') is not None:
-        self.problems.append(f'{what}: residual_weight is not supported.')
       inputs = self._inputs(entry.get('sources'), method, what, True)
       lengths = {b - a for a, b in (x.layers for x in inputs if x.layers)}
       if len(lengths) > 1:
@@ -330,73 +364,54 @@ class _Reader:
         continue
       layers = None
       if with_layers:
-        layers = self._layers(entry.get('layer_range'), where)
+        layers = recipe_values.layers(
+          entry.get('layer_range'), where, self._report
+        )
       inputs.append(
         Input(
           self._name(entry['model'], 'model'),
           self._parameters(
-            entry.get('parameters'), method, f'parameters of {entry["model"]}'
+            entry.get('parameters'),
+            method,
+            f'parameters of {entry["model"]}',
+            of_model=True,
           ),
           layers,
         )
       )
     return tuple(inputs)
 
-  def _layers(self, value, where):
-    good = (
-      isinstance(value, (list, tuple))
-      and len(value) == 2
-      and all(type(n) is int for n in value)
-      and 0 <= value[0] < value[1]
-    )
-    if not good:
-      self.problems.append(
-        f'{where}: layer_range must be [first, end] with 0 <= first < end, '
-        f'not {value!r}.'
+  def _with_base(self, one, method, base, parameters):
+    """The only slice of `models:`, with a base that counts as a model."""
+    if base is None or base in [source.model for source in one.inputs]:
+      return (one,)
+    if method not in mergekit_words.READS or not method:
+      return (one,)
+    if named.base_policy(method) != 'ignored':
+      return (one,)
+    counts = method == 'karcher' or 'weight' in parameters
+    if method in mergekit_words.TAKES_BASE_AS_MODEL and counts:
+      self._report.remark(
+        f'{method} takes {base}, the base, as one more model, as in mergekit'
       )
-      return None
-    return tuple(value)
+      inputs = (*one.inputs, Input(base, {}))
+      return (dataclasses.replace(one, inputs=inputs),)
+    self._report.remark(
+      f'{method} has no use for a base: {base} gives its configuration and '
+      'tokenizer, and is not merged'
+    )
+    return (one,)
 
-  def _parameters(self, data, method, what):
-    if data is None:
-      return {}
-    if not self._mapping(data, None, what):
-      return {}
-    result = {}
-    for key, value in data.items():
-      name = _OPTION_ALIASES.get(key, key)
-      if key in _WITHOUT_EFFECT:
-        continue
-      if key == 'nuslerp_row_wise':
-        name = 'axis'
-        value = 'input_feature' if value else 'output_unit'
-      if name == 'rescale' and isinstance(value, bool):
-        value = 'l1' if value else 'none'
-      if method is not None and not self._known_option(method, name):
-        options = [o for o in named.METHODS.options(method)]
-        options = ['lambda' if o == 'scale' and method != 'passthrough' else o for o in options]  # fmt: skip
-        self.problems.append(
-          errors.near(
-            str(key), ['weight', *options], f'option of {method} in {what},'
-          )
-        )
-        continue
-      value = settings.with_numbers(value)
-      problem = settings.problem_of(value)
-      if problem:
-        self.problems.append(f'{what}: {key}: {problem}')
-      result[name] = value
-    return result
-
-  def _known_option(self, method, name):
-    options = named.METHODS.options(method)
-    # mergekit's task arithmetic takes, and does not use, both.
-    unused = method == 'task_arithmetic' and name in ('density', 'rescale')
-    return name == 'weight' or name in options or unused
+  def _parameters(self, data, method, what, of_model=False):
+    return parameters_lib.read(
+      data, method, what, self._report, of_model=of_model
+    )
 
   def _rules(self, data, method):
     rules = []
-    for i, entry in enumerate(data or []):
+    form = '`{match: ..., ...}`'
+    entries = recipe_values.entries(data, 'rules', form, self._report)
+    for i, entry in enumerate(entries):
       what = f'rule {i}'
       known = ('match', 'copy', 'method', 'parameters')
       if not self._mapping(entry, known, what):
@@ -418,85 +433,15 @@ class _Reader:
       )
     return tuple(rules)
 
-  def _axes(self, data):
-    rules = []
-    for entry in data or []:
-      good = (
-        isinstance(entry, (list, tuple))
-        and len(entry) == 2
-        and isinstance(entry[1], list)
-      )
-      if not good:
-        self.problems.append(
-          "'axes' must be a list of `[regular expression, [axis names]]`."
-        )
-        continue
-      rules.append((str(entry[0]), tuple(map(str, entry[1]))))
-    return tuple(rules)
-
-  def _names(self, data, what):
-    if data is None:
-      return []
-    if not isinstance(data, list):
-      self.problems.append(f'{what!r} must be a list of paths.')
-      return []
-    return [str(name) for name in data]
-
   def _name(self, value, what):
-    if value is None:
-      return None
-    if isinstance(value, dict):
-      # mergekit's long form of `path+adapter`.
-      inner = value.get('model', value)
-      if isinstance(inner, dict):
-        inner = inner.get('path')
-      lora = value.get('lora')
-      if isinstance(lora, dict):
-        lora = lora.get('path')
-      value = f'{inner}+{lora}' if lora else inner
-    if not isinstance(value, str):
-      self.problems.append(f'{what!r} must be a path or a word, not {value!r}.')
-      return None
-    return value
-
-  def _template(self, value):
-    """A Jinja text; 'auto' keeps that of the tokenizer, which is copied."""
-    if value in (None, 'auto'):
-      return None
-    if not isinstance(value, str) or '{' not in value:
-      self.problems.append(
-        f"'chat_template' must be 'auto' or the text of a template, not "
-        f'{value!r}: templates are not known by name here.'
-      )
-      return None
-    return value
-
-  def _choice(self, value, choices, what):
-    if value is not None and value not in choices:
-      self.problems.append(errors.near(str(value), choices, what))
-      return None
-    return value
-
-  def _flag(self, value, what):
-    if not isinstance(value, bool):
-      self.problems.append(f'{what!r} must be true or false, not {value!r}.')
-    return bool(value)
-
-  def _seed(self, value):
-    if type(value) is not int:
-      self.problems.append(f"'seed' must be a whole number, not {value!r}.")
-      return 0
-    return value
+    return model_names.read(value, what, self._report)
 
   def _mapping(self, data, known, what):
     if not isinstance(data, dict):
       self.problems.append(f'the {what} must be `key: value` lines.')
       return False
-    for key in data:
-      if known is not None and key not in known:
-        close = difflib.get_close_matches(str(key), known, n=1)
-        hint = f' Did you mean {close[0]!r}?' if close else ''
-        self.problems.append(
-          f'unknown key {key!r} in the {what}.{hint} Known: {", ".join(known)}.'
-        )
+    if known is not None:
+      parameters_lib.check_keys(
+        data, known, what, self._report, mergekit_words.OPTIONS
+      )
     return True

@@ -20,6 +20,8 @@ FLOORS = {
     'store': 1, 'merging': 1, 'nn': 1,
     'models': 2, 'api': 2, 'recipe': 2, 'settings': 2, 'peft': 2,
     'stats': 2, 'align': 2, 'architectures': 2, 'recipe_modules': 2,
+    'parameters': 2, 'mergekit_words': 2, 'tokenizer_words': 2,
+    'chat_templates': 2, 'model_names': 2, 'recipe_values': 2,
     'train': 3, 'select': 3,
     'experts': 4, 'search': 4, 'analysis': 4,
     'data': 5, 'evaluation': 5,

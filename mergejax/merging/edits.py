@@ -24,12 +24,15 @@ _TINY_NORM = 1e-7
 
 
 def check_density(density: Any) -> None:
-  """Raises unless the kept share, or every one of a list, is in (0, 1]."""
+  """Raises unless the kept share, or every one of a list, is in [0, 1].
+
+  With 0, as at one end of a gradient, a task vector counts as zeros.
+  """
   base_lib.check_option(
     'density',
     density,
-    lambda value: 0 < value <= 1,
-    'in (0, 1], the share of a task vector that is kept',
+    lambda value: 0 <= value <= 1,
+    'in [0, 1], the share of a task vector that is kept',
   )
 
 
@@ -71,6 +74,8 @@ def trim(density: Any, *, scope: str = 'tensor', keep: str = 'exact') -> Edit:
 
   def rank(size, model):
     kept = math.floor(_number(density, model) * size)
+    if _number(density, model) == 0:
+      return 0
     if keep == 'reference':
       kept += 1
     elif scope == 'tensor':
@@ -149,25 +154,26 @@ def _norm_terms(rescale, delta):
   return jnp.sum(size if rescale == 'l1' else jnp.square(size))
 
 
-def _dropped(probability, rescale: str, view: str) -> Edit:
-  """Drops elements at random; `probability(delta, mark)` keeps each."""
-  base_lib.check_choice('rescale', rescale, RESCALES)
+def rescaled(edit: Edit, rescale: str) -> Edit:
+  """An edit whose result has the norm that the task vector had before it.
 
-  def masked(delta, mark):
-    chance = probability(delta, mark)
-    kept = masks.uniform(mark.key, mark.index) < chance
-    if rescale == 'paper':
-      # Where the chance is 0 nothing is kept; the 1 only avoids 0/0.
-      safe = jnp.where(chance > 0, chance, jnp.ones_like(chance))
-      delta = delta / safe.astype(delta.dtype)
-    return jnp.where(kept, delta, jnp.zeros_like(delta))
+  Args:
+    edit: what removes elements.
+    rescale: 'l1', 'l2' or 'linf', the norm of a leaf that is restored; with
+      'none' the edit is left as it is.
+
+  Returns:
+    An edit with one look more, of the two norms.
+  """
+  if rescale not in ('l1', 'l2', 'linf'):
+    return edit
 
   def measure(leaves, base, marks, weights):
     del base, weights
     return [
       (
         _norm_terms(rescale, delta),
-        _norm_terms(rescale, masked(delta, mark)),
+        _norm_terms(rescale, edit.apply(delta, mark)),
       )
       for delta, mark in zip(leaves, marks)
     ]
@@ -186,16 +192,28 @@ def _dropped(probability, rescale: str, view: str) -> Edit:
     return notes
 
   def apply(delta, mark):
-    sparse = masked(delta, mark)
-    if rescale in ('paper', 'none'):
-      return sparse
-    return sparse * jnp.asarray(mark.note['rescale'], delta.dtype)
+    factor = jnp.asarray(mark.note['rescale'], delta.dtype)
+    return edit.apply(delta, mark) * factor
 
-  looks = ()
-  if rescale in ('l1', 'l2', 'linf'):
-    combine = 'max' if rescale == 'linf' else 'sum'
-    looks = (base_lib.Look(measure, conclude, combine=combine),)
-  return Edit(apply, looks, view, numbered=True)
+  combine = 'max' if rescale == 'linf' else 'sum'
+  look = base_lib.Look(measure, conclude, combine=combine)
+  return edit._replace(apply=apply, looks=(*edit.looks, look))
+
+
+def _dropped(probability, rescale: str, view: str) -> Edit:
+  """Drops elements at random; `probability(delta, mark)` keeps each."""
+  base_lib.check_choice('rescale', rescale, RESCALES)
+
+  def masked(delta, mark):
+    chance = probability(delta, mark)
+    kept = masks.uniform(mark.key, mark.index) < chance
+    if rescale == 'paper':
+      # Where the chance is 0 nothing is kept; the 1 only avoids 0/0.
+      safe = jnp.where(chance > 0, chance, jnp.ones_like(chance))
+      delta = delta / safe.astype(delta.dtype)
+    return jnp.where(kept, delta, jnp.zeros_like(delta))
+
+  return rescaled(Edit(masked, (), view, numbered=True), rescale)
 
 
 def drop(density: Any, *, rescale: str = 'paper') -> Edit:
@@ -249,7 +267,8 @@ def drop_by_rank(density: Any, epsilon: Any, *, rescale: str = 'paper') -> Edit:
       chance = share - spread + 2 * spread * rank / jnp.float32(inputs - 1)
     else:
       chance = jnp.full_like(rank, share)
-    return jnp.where(share >= 1, jnp.ones_like(chance), chance)
+    sure = jnp.where(share >= 1, jnp.ones_like(chance), chance)
+    return jnp.where(share <= 0, jnp.zeros_like(chance), sure)
 
   return _dropped(probability, rescale, 'unit')
 
@@ -262,7 +281,7 @@ def _check_range_of_chances(density, epsilon):
   for share, spread in zip(
     np.broadcast_to(density, count), np.broadcast_to(epsilon, count)
   ):
-    if share < 1 and not (0 < share - spread and share + spread < 1):
+    if 0 < share < 1 and not (0 < share - spread and share + spread < 1):
       raise errors.UserError(
         f'density {share} and epsilon {spread} give keep probabilities from '
         f'{share - spread:g} to {share + spread:g}: they must lie between 0 '

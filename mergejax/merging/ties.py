@@ -18,6 +18,9 @@ from mergejax.merging import base as base_lib
 from mergejax.merging import edits
 from mergejax.merging import mean
 
+# What `rescale` may be where trimming is not random.
+_NORMS = ('none', 'l1', 'l2', 'linf')
+
 
 def elect_sign(
   *, normalize: bool = True, consensus: str = 'sum', aggregate: str = 'sum'
@@ -97,6 +100,7 @@ def ties(
   consensus: str = 'sum',
   aggregate: str = 'sum',
   keep: str = 'exact',
+  rescale: str = 'none',
 ) -> base_lib.Merge:
   """TIES: trim task vectors, elect a sign per entry, average what agrees.
 
@@ -114,12 +118,14 @@ def ties(
     aggregate: see `elect_sign`.
     keep: 'exact', or 'reference' for the original code's off-by-one; see
       `edits.trim`.
+    rescale: 'none' as in the paper; 'l1', 'l2' or 'linf' gives a trimmed task
+      vector that norm back, leaf by leaf: `rescale: true` of mergekit is 'l1'.
 
   Returns:
     A method over a base and any number of models.
 
   Raises:
-    UserError: a density outside (0, 1].
+    UserError: a density outside [0, 1].
 
   Example:
     >>> merge([{'w': jnp.array([1.0, 0.1])}, {'w': jnp.array([-3.0, 0.2])}],
@@ -130,9 +136,10 @@ def ties(
   The released code keeps one element more than the share, and all ties; equal
   magnitudes go by lowest index here.
   """
+  base_lib.check_choice('rescale', rescale, _NORMS)
   return arithmetic.on_deltas(
     elect_sign(normalize=normalize, consensus=consensus, aggregate=aggregate),
-    edits.trim(density, scope=trim_scope, keep=keep),
+    edits.rescaled(edits.trim(density, scope=trim_scope, keep=keep), rescale),
     scale=scale,
   )
 
@@ -161,7 +168,7 @@ def dare_linear(
     model.
 
   Raises:
-    UserError: a density outside (0, 1].
+    UserError: a density outside [0, 1].
 
   Example:
     >>> merge([{'w': jnp.ones(4)}], dare_linear(density=1.0),
@@ -203,7 +210,7 @@ def dare_ties(
     A method over a base and any number of models.
 
   Raises:
-    UserError: a density outside (0, 1].
+    UserError: a density outside [0, 1].
 
   Example:
     >>> merge([{'w': jnp.ones(2)}, {'w': -2 * jnp.ones(2)}],
@@ -309,6 +316,7 @@ def breadcrumbs(
   gamma: Any = 0.01,
   scale: float = 1.0,
   normalize: bool = False,
+  rescale: str = 'none',
 ) -> base_lib.Merge:
   """Model Breadcrumbs: drop the outliers and the smallest entries, add.
 
@@ -321,12 +329,13 @@ def breadcrumbs(
       mergekit.
     scale: lambda.
     normalize: divide by the sum of the weights.
+    rescale: see `ties`.
 
   Returns:
     A method over a base and any number of models.
 
   Raises:
-    UserError: a density outside (0, 1], a gamma outside [0, 1).
+    UserError: a density outside [0, 1], a gamma outside [0, 1).
 
   Example:
     >>> merge([{'w': jnp.array([1.0, 5.0, 0.1, 2.0])}],
@@ -336,9 +345,10 @@ def breadcrumbs(
   Source: Davari and Belilovsky, "Model Breadcrumbs" (2023),
   https://arxiv.org/abs/2312.06795.
   """
+  base_lib.check_choice('rescale', rescale, _NORMS)
   return arithmetic.on_deltas(
     mean.linear(normalize=normalize),
-    edits.trim_both_ends(density, gamma),
+    edits.rescaled(edits.trim_both_ends(density, gamma), rescale),
     scale=scale,
   )
 
@@ -350,6 +360,7 @@ def breadcrumbs_ties(
   scale: float = 1.0,
   normalize: bool = False,
   consensus: str = 'sum',
+  rescale: str = 'none',
 ) -> base_lib.Merge:
   """Model Breadcrumbs followed by the sign election of TIES.
 
@@ -362,12 +373,13 @@ def breadcrumbs_ties(
     normalize: divide by the weights that agree. Off by default, as in
       mergekit.
     consensus: see `elect_sign`.
+    rescale: see `ties`.
 
   Returns:
     A method over a base and any number of models.
 
   Raises:
-    UserError: a density outside (0, 1], a gamma outside [0, 1).
+    UserError: a density outside [0, 1], a gamma outside [0, 1).
 
   Example:
     >>> merge([{'w': jnp.ones(2)}, {'w': -2 * jnp.ones(2)}],
@@ -378,8 +390,9 @@ def breadcrumbs_ties(
   Yadav et al. (2023), https://arxiv.org/abs/2306.01708; mergekit
   `breadcrumbs_ties`.
   """
+  base_lib.check_choice('rescale', rescale, _NORMS)
   return arithmetic.on_deltas(
     elect_sign(normalize=normalize, consensus=consensus),
-    edits.trim_both_ends(density, gamma),
+    edits.rescaled(edits.trim_both_ends(density, gamma), rescale),
     scale=scale,
   )

@@ -5,6 +5,7 @@
 import argparse
 import ast
 from collections.abc import Callable, Sequence
+import contextlib
 import inspect
 import logging
 import os
@@ -48,7 +49,8 @@ def run_reporting_mistakes(
 
   Returns:
     0 if the result is complete, 2 with one message and no traceback for a
-    mistake in what was asked for, 130 if it was interrupted.
+    mistake in what was asked for, 130 if it was interrupted, 141 without a word
+    if whoever reads the output went away (`mergejax methods | head`).
   """
 
   def stop(number, frame):
@@ -59,7 +61,17 @@ def run_reporting_mistakes(
   in_main = threading.current_thread() is threading.main_thread()
   previous = signal.signal(signal.SIGTERM, stop) if in_main else None
   try:
-    main()
+    try:
+      main()
+    except SystemExit:  # of `--help`
+      sys.stdout.flush()
+      raise
+    sys.stdout.flush()
+  except BrokenPipeError:
+    # What is still in the buffer would complain again when Python ends.
+    with contextlib.suppress(OSError):
+      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 128 + signal.SIGPIPE
   except errors.UserError as error:
     print(f'mergejax: {error.message}', file=sys.stderr)
     return 2

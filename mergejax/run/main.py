@@ -69,8 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
   """Runs one command and returns its exit code."""
   arguments = list(sys.argv[1:] if arguments is None else arguments)
   if not arguments or arguments[0] in ('-h', '--help', 'help'):
-    print(_usage())
-    return 0 if arguments else 2
+    code = common.run_reporting_mistakes(lambda: print(_usage()))
+    return code if arguments else 2
   command, *rest = arguments
   if command not in COMMANDS:
     text = errors.near(command, COMMANDS, 'command')

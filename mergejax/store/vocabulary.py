@@ -3,6 +3,7 @@
 """Vocabularies: tokens of a checkpoint, and embedding rows in another order."""
 
 from collections.abc import Mapping, Sequence
+import dataclasses
 import json
 import pathlib
 
@@ -71,13 +72,30 @@ def extended_tokenizer(path: str, tokens: Mapping[str, int]) -> str:
   return json.dumps(data, indent=2, ensure_ascii=False) + '\n'
 
 
+@dataclasses.dataclass(frozen=True)
+class ChosenRow:
+  """A row of embeddings that is taken from where a recipe says.
+
+  Attributes:
+    row: its number in the result.
+    store: whose row it is, or None for zeros.
+    at: its number there.
+    force: also for models that have a row of their own.
+  """
+
+  row: int
+  store: base.ParamStore | None
+  at: int
+  force: bool = False
+
+
 class RowsStore(base.ParamStore):
   """A store whose embeddings have their rows in another order and number.
 
-  A row that the store lacks is taken from the first of `fallbacks` that has
-  it; if there is none, it is the mean of the rows of `others` that have it,
-  and zero if nobody does. For task vectors the base comes first, so that a
-  token which a model never saw does not move.
+  A row that the store lacks is the `chosen` one, else that of the first of
+  `fallbacks` that has it; if there is none, it is the mean of the rows of
+  `others` that have it, and zero if nobody does. For task vectors the base
+  comes first, so that a token which a model never saw does not move.
   """
 
   def __init__(
@@ -88,6 +106,8 @@ class RowsStore(base.ParamStore):
       tuple[base.ParamStore, Mapping[typing.Path, np.ndarray]]
     ],
     others: Sequence[tuple[base.ParamStore, Mapping[typing.Path, np.ndarray]]],
+    chosen: Sequence[ChosenRow] = (),
+    padding: int | None = None,
   ):
     """Wraps a store.
 
@@ -96,11 +116,15 @@ class RowsStore(base.ParamStore):
       rows: for each embedding <int64>[new rows], its row in the store, or -1.
       fallbacks: `(store, rows)` to take missing rows from, in order.
       others: `(store, rows)` whose mean stands in where no fallback has a row.
+      chosen: rows from elsewhere, before any fallback.
+      padding: rows from this number on are the mean of those before them.
     """
     self._store = store
     self._rows = rows
     self._fallbacks = fallbacks
     self._others = others
+    self._chosen = chosen
+    self._padding = padding
     self.tied = store.tied
     self.provenance = store.provenance
     self._specs = {
@@ -128,12 +152,24 @@ class RowsStore(base.ParamStore):
     spec = self._specs[path]
     result = np.zeros(spec.shape, spec.dtype)
     missing = np.ones(spec.shape[0], bool)
-    for store, rows in [(self._store, self._rows), *self._fallbacks]:
-      take = missing & (rows[path] >= 0)
+
+    def fill(store, rows, allowed):
+      take = missing & allowed & (rows[path] >= 0)
       if take.any():
         leaf = np.asarray(store.leaves([path])[path])
         result[take] = leaf[rows[path][take]].astype(spec.dtype)
-        missing &= ~take
+        missing[take] = False
+
+    own = np.ones(spec.shape[0], bool)
+    own[[one.row for one in self._chosen if one.force]] = False
+    fill(self._store, self._rows, own)
+    for one in self._chosen:
+      if missing[one.row] and one.store is not None:
+        leaf = np.asarray(one.store.leaves([path])[path])
+        result[one.row] = leaf[one.at].astype(spec.dtype)
+      missing[one.row] = False
+    for store, rows in self._fallbacks:
+      fill(store, rows, missing)
     if missing.any() and self._others:
       total = np.zeros((int(missing.sum()), *spec.shape[1:]), np.float32)
       count = np.zeros(int(missing.sum()), np.float32)
@@ -146,6 +182,9 @@ class RowsStore(base.ParamStore):
       shape = (-1,) + (1,) * (total.ndim - 1)
       mean = total / np.maximum(count, 1).reshape(shape)
       result[missing] = mean.astype(spec.dtype)
+    if self._padding is not None and self._padding < spec.shape[0]:
+      known = result[: self._padding].astype(np.float32)
+      result[self._padding :] = known.mean(axis=0).astype(spec.dtype)
     return result
 
 

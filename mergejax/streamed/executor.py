@@ -104,6 +104,9 @@ def execute(
       done is kept for the same call to continue; otherwise nothing is left.
   """
   out = pathlib.Path(out).expanduser()
+  if not out.name:  # '.' and '/': nothing can be put beside them
+    out = out.resolve()
+    store_base.check_new(out)
   format = result_format(plan, out, format)
   return _Execution(plan, out, format, max_shard_bytes).run(resume, progress)
 

@@ -224,7 +224,7 @@ class Inputs:
     recipe = self._recipe
     tokens = {}
     for name in self.stores:
-      tokens[name] = self.attempt(vocabulary.read_tokens, self._folder(name))
+      tokens[name] = self.attempt(self._tokens_of, name, paths)
     source = recipe.tokenizer
     if source not in ('base', 'union') and source not in tokens:
       tokens[source] = self.attempt(vocabulary.read_tokens, source)
@@ -235,6 +235,9 @@ class Inputs:
       wanted = vocabulary.union([tokens[name] for name in first])
     else:
       wanted = tokens[self.reference if source == 'base' else source]
+    last = max(wanted.values())
+    new = [token for token in recipe.tokens if token not in wanted]
+    wanted = {**wanted, **{t: last + 1 + i for i, t in enumerate(new)}}
     least = max(wanted.values()) + 1
     if source != 'union':
       # Rows past the last token are padding that the model has.
@@ -242,29 +245,81 @@ class Inputs:
         self.reference if source == 'base' else source, {}
       ).values()]  # fmt: skip
       least = max([least, *own])
+    count = -(-least // (recipe.row_multiple or 1)) * (recipe.row_multiple or 1)
     rows = {}
     for name, own in paths.items():
-      order = np.full(least, -1)
+      order = np.full(count, -1)
       for token, row in wanted.items():
         order[row] = tokens[name].get(token, -1)
       rows[name] = {
         path: np.where(order < spec.shape[0], order, -1)
         for path, spec in own.items()
       }
-    self._wrap_rows(rows)
-    self.config['vocab_size'] = least
+    chosen = [
+      self.attempt(self._chosen_row, token, wanted[token], tokens, paths)
+      for token in recipe.tokens
+    ]
+    if self.problems:
+      return ('copy', self.reference)
+    self._wrap_rows(rows, chosen=chosen, padding=least)
+    self.config['vocab_size'] = count
     new = len(set(wanted) - set(tokens[self.reference]))
     self.remarks.append(
       f'tokenizer {source!r}: {len(wanted)} tokens, {new} of them not in '
       f'{self.reference}; embedding rows are matched by token'
+      + (f'; {count} rows' if count != least else '')
     )
-    folder = self.reference if source in ('base', 'union') else source
-    folder = folder.split('+')[0]
-    if source == 'union' and new:
+    owner = self.reference if source in ('base', 'union') else source
+    folder = owner.split('+')[0]
+    if set(wanted) - set(tokens[owner]):
       return ('text', vocabulary.extended_tokenizer(folder, wanted))
     return ('copy', folder)
 
-  def _wrap_rows(self, rows, zeros=False):
+  def _tokens_of(self, name, paths) -> dict[str, int]:
+    """A model's tokens; of a bare one with equal rows, the reference's."""
+    folder = self._folder(name)
+    shapes = [
+      {path: spec.shape for path, spec in paths[n].items()}
+      for n in (name, self.reference)
+    ]
+    file = pathlib.Path(folder).expanduser() / vocabulary.TOKENIZER
+    if not file.exists() and name != self.reference and shapes[0] == shapes[1]:
+      self.remarks.append(
+        f'{name} has no {vocabulary.TOKENIZER}: its rows are taken to be those '
+        f'of {self.reference}, as in mergekit'
+      )
+      return self._tokens_of(self.reference, paths)
+    return vocabulary.read_tokens(folder)
+
+  def _chosen_row(self, token, row, tokens, paths) -> vocabulary.ChosenRow:
+    """The row that the recipe says a token has."""
+    source = self._recipe.tokens[token]
+    if source.model is None:
+      return vocabulary.ChosenRow(row, None, -1, source.force)
+    if source.model not in self.stores:
+      raise errors.UserError(
+        f'token {token!r}: {source.model} is none of the models that are merged.'
+      )
+    at = source.row
+    if at is None:
+      wanted = token if source.token is None else source.token
+      at = tokens[source.model].get(wanted)
+      if at is None:
+        raise errors.UserError(
+          f'token {token!r}: {source.model} has no token {wanted!r}.'
+        )
+    sizes = [spec.shape[0] for spec in paths[source.model].values()]
+    if at >= min(sizes, default=0):
+      raise errors.UserError(
+        f'token {token!r}: row {at} of {source.model}, which has '
+        f'{min(sizes, default=0)}.'
+      )
+    return vocabulary.ChosenRow(
+      row, self.stores[source.model], at, source.force
+    )
+
+  def _wrap_rows(self, rows, zeros=False, chosen=(), padding=None):
+    forced = [one.row for one in chosen if one.force]
     plain = dict(self.stores)
     base = self._recipe.base
     for name, store in plain.items():
@@ -273,7 +328,7 @@ class Inputs:
         and np.array_equal(order, np.arange(len(order)))
         for path, order in rows[name].items()
       )
-      if same:
+      if same and not forced:
         continue
       fallbacks, others = [], []
       if not zeros:
@@ -281,7 +336,7 @@ class Inputs:
           fallbacks = [(plain[base], rows[base])]
         others = [(plain[n], rows[n]) for n in plain if n != name]
       self.stores[name] = vocabulary.RowsStore(
-        store, rows[name], fallbacks, others
+        store, rows[name], fallbacks, others, chosen, padding
       )
 
   def _tie(self):

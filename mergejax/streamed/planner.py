@@ -8,6 +8,7 @@ once, before the first weight is read.
 """
 
 from collections.abc import Mapping
+import dataclasses
 import math
 import os
 import re
@@ -17,9 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from mergejax import axes as axes_lib
+from mergejax import chat_templates
 from mergejax import errors
 from mergejax import numerics
 from mergejax import recipe as recipe_lib
+from mergejax import registry
 from mergejax import settings
 from mergejax import stacks
 from mergejax import typing
@@ -78,19 +81,17 @@ class _Planner:
     tasks = self._tasks()
     self._inputs.raise_problems()
     self._defaults_remark()
-    inputs = self._inputs
+    inputs, recipe = self._inputs, self._recipe
+    chosen, said = chat_templates.chosen(recipe.chat_template, recipe.models())
+    self._remarks += said
     return plans.Plan(
-      self._recipe, inputs.stores, tuple(inputs.stats), tuple(tasks),
+      dataclasses.replace(recipe, chat_template=chosen), inputs.stores, tuple(inputs.stats), tuple(tasks),
       inputs.reference, inputs.tied, inputs.repeated, inputs.config,
       inputs.tokenizer, tuple(inputs.remarks),
     )  # fmt: skip
 
   def _defaults_remark(self):
-    unused = {'density', 'rescale'} & set(self._recipe.parameters)
-    if self._recipe.method == 'task_arithmetic' and unused:
-      self._remarks.append(
-        f'task_arithmetic does not use {", ".join(sorted(unused))}, as in mergekit'
-      )
+    self._remarks += self._recipe.notes
     chosen = recipe_lib.MERGEKIT_DEFAULTS.get(self._recipe.method, {})
     chosen = {
       k: v for k, v in chosen.items() if k not in self._recipe.parameters
@@ -204,11 +205,18 @@ class _Planner:
     layers = [dict(rule.parameters)] if rule else [{}]
     shared = [*layers, one.parameters, one.outer, self._recipe.parameters]
     values: dict[str, list] = {}
-    # Sorted: what a plan holds must not depend on the order of a set.
-    for name in sorted({*named.METHODS.options(method), 'weight'}):
+    known = named.METHODS.options(method)
+    for name in sorted({*known, 'weight'}):
+      # A filter of what models differ in means their names, before stacking.
+      own = name == 'weight' or method == 'passthrough' or known[name].per_model
       values[name] = [
-        _first(name, [*layers, source.parameters, *shared[1:]], path, depth)
-        for source in sources
+        _first(
+          name,
+          [*layers, source.parameters, *shared[1:]],
+          ref[1] if own else path,
+          depth,
+        )
+        for source, ref in zip(sources, refs)
       ] or [_first(name, shared, path, depth)]
     weights = values.pop('weight')
     options = dict(recipe_lib.MERGEKIT_DEFAULTS.get(method, {}))
@@ -216,14 +224,15 @@ class _Planner:
       given = [value for value in own if value is not None]
       if not given:
         continue
+      default = options.get(name, known[name].default)
       if all(value == own[0] for value in own):
         options[name] = own[0]
-      elif len(given) < len(own) and name not in options:
+      elif len(given) < len(own) and default is registry.Option.empty:
         raise errors.UserError(
           f'{path}: {name} is given for some models and not for others.'
         )
       else:
-        options[name] = [options.get(name) if v is None else v for v in own]
+        options[name] = [default if v is None else v for v in own]
     try:
       built = named.resolve(method, **options)
       plain = None if all(w is None for w in weights) else [
@@ -321,9 +330,10 @@ def _first(name, places, path, depth):
 
 
 def _depth(path, counts) -> float:
-  """0 at the first layer, 1 at the last; embeddings 0, what follows 1."""
+  """0 at the first layer, 1 at the last; 0 outside of the layers."""
   match = layouts.LAYER.fullmatch(path)
   if match:
     count = counts[match['stem']]
     return int(match['index']) / (count - 1) if count > 1 else 1.0
-  return 0.0 if layouts.FIRST.fullmatch(path) else 1.0
+  # As mergekit: a head is no part of the last layer.
+  return 0.0

@@ -162,7 +162,7 @@ def ties(
   return result
 
 
-def _crumbs(delta, density, gamma):
+def crumbs(delta, density, gamma):
   size = delta.size
   kept = int(density * size)
   largest = int(gamma * size)
@@ -188,7 +188,7 @@ def breadcrumbs(
 ):
   def one(leaves, origin, weights):
     deltas = [
-      _crumbs(leaf - origin, share, outliers)
+      crumbs(leaf - origin, share, outliers)
       for leaf, share, outliers in zip(
         leaves, _each(density, len(leaves)), _each(gamma, len(leaves))
       )

@@ -7,6 +7,8 @@ import io
 import json
 import os
 import pathlib
+import subprocess
+import sys
 
 from absl.testing import absltest
 from absl.testing import parameterized
@@ -210,6 +212,22 @@ class CommandsTest(parameterized.TestCase):
     self.assertIn('task_arithmetic', out)
     self.assertIn('2212.04089', run('methods', 'task_arithmetic')[1])
     self.refused("Did you mean 'linear'", 'methods', 'liner')
+
+  @parameterized.parameters((['methods'],), (['--help'],))
+  def test_reader_of_the_output_may_leave(self, arguments):
+    code = 'import sys; from mergejax.run import main; sys.exit(main.main())'
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    done = subprocess.run(
+      [sys.executable, '-c', code, *arguments],
+      stdout=write_end, stderr=subprocess.PIPE, text=True, check=False,
+    )  # fmt: skip
+    os.close(write_end)
+    self.assertEqual((done.returncode, done.stderr), (141, ''))
+
+  @parameterized.parameters('.', '/', '', './')
+  def test_result_without_a_name(self, out):
+    self.refused('already exists', 'merge', self.recipe(), out)
 
   def test_shipped_recipes_parse(self):
     files = sorted((ROOT / 'configs' / 'merge').glob('*.yaml'))

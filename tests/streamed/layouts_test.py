@@ -26,7 +26,9 @@ def _model(rng, stacks, ends):
     for leaf in ('attn', 'mlp')
   ]
   return {
-    name: rng.normal(size=(WIDTH, WIDTH)).astype(np.float32)
+    name: rng.normal(
+      size=(WIDTH,) if 'norm' in name else (WIDTH, WIDTH)
+    ).astype(np.float32)
     for name in (*names, *ends)
   }
 

@@ -59,8 +59,8 @@ class RecipeTest(parameterized.TestCase):
         {'model': 'b', 'layer_range': [0, 3]}]}]}, 'same number'),
     ({'merge_method': 'linear', 'models': ['a'], 'rules': [{'match': '('}]},
      'not a regular expression'),
-    ({'merge_method': 'linear', 'models': ['a'], 'chat_template': 'chatml'},
-     'not known by name'),
+    ({'merge_method': 'linear', 'models': ['a'], 'chat_template': 'chatlm'},
+     "Did you mean 'chatml'"),
     ('just text', '`key: value` lines'),
   )  # fmt: skip
   def test_mistakes_teach(self, data, message):
@@ -121,7 +121,7 @@ class PlanTest(parameterized.TestCase):
     merged = self.merged(recipe)
     a, b = self.models['a'], self.models['b']
     for path, leaf in merged.items():
-      depth = 0.0 if 'embed' in path else 1.0
+      depth = 0.0  # as in mergekit, for the final norm and head too
       if '.layers.' in path:
         depth = int(path.split('.')[2]) / 2
       w = [0.25 + 0.75 * depth, 0.0 if 'mlp' in path else 1.0]
