@@ -44,7 +44,8 @@ class Kind(NamedTuple):
     shapes: `{tensor: axes}`. `o` is the outputs of the kernel, `n` all its
       other axes together, `i` its input channels; other letters stand for the
       same size wherever a layer has them, and `*` for any. A tensor of more
-      axes than letters is seen with its last ones joined.
+      axes than letters is seen with its last ones joined; `|` gives a second
+      form.
     needs: tensors of which a layer has all, one set or another.
     weight: `(kernel, layer) -> kernel`, float32.
     bias: `(bias, layer) -> bias`, where the bias changes too.
@@ -81,17 +82,26 @@ def fits(
   sizes = {'o': kernel[0], 'n': math.prod(kernel[1:])}
   sizes['i'] = kernel[1] if len(kernel) > 1 else 1
   for part, shape in given.items():
-    letters = shapes[part].split()
-    if len(shape) < len(letters):
+    ways = (
+      _agree(way.split(), shape, sizes) for way in shapes[part].split('|')
+    )
+    found = next((way for way in ways if way is not None), None)
+    if found is None:
       return False
-    last = len(letters) - 1
-    joined = (*shape[:last], math.prod(shape[last:]))
-    for letter, size in zip(letters, joined, strict=True):
-      if letter == '*':
-        continue
-      if letter.isdigit():
-        if size != int(letter):
-          return False
-      elif sizes.setdefault(letter, size) != size:
-        return False
+    sizes = found
   return True
+
+
+def _agree(letters, shape, sizes):
+  """The sizes of the letters with those of a tensor; None if they differ."""
+  last = len(letters) - 1
+  if len(shape) < len(letters):
+    return None
+  sizes = dict(sizes)
+  joined = (*shape[:last], math.prod(shape[last:]))
+  for letter, size in zip(letters, joined, strict=True):
+    known = int(letter) if letter.isdigit() else sizes.get(letter, size)
+    if letter != '*' and known != size:
+      return None
+    sizes[letter] = size
+  return sizes

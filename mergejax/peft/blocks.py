@@ -1,6 +1,6 @@
 # Copyright 2026 The mergejax Authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Small kinds: MiSS, C3A, SHiRA, DeLoRA, VeRA and VB-LoRA."""
+"""Changes made of blocks, places or shared matrices: seven small kinds."""
 
 import numpy as np
 
@@ -10,19 +10,21 @@ from mergejax.peft import base
 def miss(kernel: np.ndarray, layer: base.Layer) -> np.ndarray:
   """`W` plus one block `D` [r, outputs] repeated along the inputs.
 
-  With `init_weights` 'bat', blocks [r, r] of `W` become `W + W D + D`; with
-  'mini', `D` is repeated along the outputs too.
+  With `init_weights` 'mini', `D` is repeated along the outputs too; with 'bat'
+  `D` is [outputs / r, r, r], and a block `W` [r, r] becomes `W + W D + D`.
 
   Source: Kang and Yin, MiSS, 2024, https://arxiv.org/abs/2409.15371.
   """
   block = layer.parts['miss_block']
-  rank, outputs, inputs = len(block), *kernel.shape
+  outputs, inputs = kernel.shape
+  rank = block.shape[-1]
   way = layer.config.get('init_weights')
   if way == 'bat':
     cut = kernel.reshape(outputs // rank, rank, inputs // rank, rank)
-    # [outputs / r, r, inputs / r, r] -> [r, outputs / r, inputs / r, r]
-    change = cut.transpose(1, 0, 2, 3) @ block + block
+    # [outputs / r, r, inputs / r, r] -> [inputs / r, outputs / r, r, r]
+    change = cut.transpose(2, 0, 1, 3) @ block + block
     return kernel + change.transpose(1, 2, 0, 3).reshape(kernel.shape)
+  rank = len(block)
   if way == 'mini':
     block = np.tile(block, (1, outputs // block.shape[1]))
   repeated = np.tile(block.T, (1, -(-inputs // rank)))
@@ -34,7 +36,7 @@ def c3a(kernel: np.ndarray, layer: base.Layer) -> np.ndarray:
 
   Args:
     kernel: <float32>[outputs, inputs].
-    layer: `c3a_kernel` [outputs / b, inputs / b, b], the first column of each
+    layer: `c3a_kernel` [outputs / b, inputs / b, b], the first row of each
       block.
 
   Source: Chen et al., Parameter-Efficient Fine-Tuning via Circular Convolution,
@@ -42,7 +44,7 @@ def c3a(kernel: np.ndarray, layer: base.Layer) -> np.ndarray:
   """
   first = layer.parts['c3a_kernel']
   size = first.shape[-1]
-  shift = (np.arange(size)[:, None] - np.arange(size)[None, :]) % size
+  shift = (np.arange(size)[None, :] - np.arange(size)[:, None]) % size
   # [outputs / b, inputs / b, b, b] -> [outputs, inputs]
   blocks = first[:, :, shift].transpose(0, 2, 1, 3)
   return kernel + blocks.reshape(kernel.shape) / np.float32(kernel.shape[1])
@@ -117,3 +119,53 @@ def _mixed(layer, name, bank):
     last = 1 - weights.sum(-1, keepdims=True)
     weights = np.concatenate([weights, last], -1)
   return np.einsum('...k,...kl->...l', weights, bank[best])
+
+
+def randlora(kernel: np.ndarray, layer: base.Layer) -> np.ndarray:
+  """`W + alpha / r sum_j B_j diag(lambda_j) A diag(gamma_j)`, full rank.
+
+  `A` has the smaller of inputs and outputs, and `B` the larger; where inputs
+  are more, the sum is transposed.
+
+  Args:
+    kernel: <float32>[outputs, inputs].
+    layer: `randlora_lambda` [r, bases], `randlora_gamma` [bases, smaller]; shared
+      `randlora_A` [r, 1, >= smaller], `randlora_B` [>= larger, >= bases, r].
+
+  Source: Albert et al., RandLoRA, 2025, https://arxiv.org/abs/2502.00987.
+  """
+  by, along = layer.parts['randlora_lambda'], layer.parts['randlora_gamma']
+  rank, bases = by.shape
+  small, large = sorted(kernel.shape)
+  a = by[:, :, None] * layer.shared['randlora_A'][:, :, :small] * along
+  b = layer.shared['randlora_B'][:large, :bases]
+  # PEFT joins [bases, r] of the one with [r, bases] of the other, as they lie.
+  delta = b.reshape(large, -1) @ a.reshape(-1, small)
+  if kernel.shape[1] != small:
+    delta = delta.T
+  scale = layer.setting('randlora_alpha', 'alpha_pattern', 640) / rank
+  return kernel + np.float32(scale) * delta
+
+
+def gralora(kernel: np.ndarray, layer: base.Layer) -> np.ndarray:
+  """`W` plus an own low-rank product in each of k x k blocks, and LoRA.
+
+  Args:
+    kernel: <float32>[outputs, inputs].
+    layer: `gralora_A` [k, inputs / k, r], `gralora_B` [k, r, outputs / k]; and
+      `gralora_A_general` [q, inputs], `gralora_B_general` [outputs, q].
+
+  Source: Jung et al., GraLoRA, 2025, https://arxiv.org/abs/2505.20355.
+  """
+  a, b = layer.parts['gralora_A'], layer.parts['gralora_B']
+  count, _, rank = a.shape
+  # Of the r columns, each pair of blocks has r / k: n of inputs, m of outputs.
+  a = a.reshape(count, -1, count, rank // count)
+  b = b.reshape(count, count, rank // count, -1)
+  delta = np.einsum('nims,mnso->moni', a, b).reshape(kernel.shape)
+  if 'gralora_A_general' in layer.parts:
+    general = layer.parts['gralora_A_general']
+    delta = delta + layer.parts['gralora_B_general'] @ general
+    rank += len(general)
+  scale = layer.setting('alpha', 'alpha_pattern', 64) / rank
+  return kernel + np.float32(scale) * delta

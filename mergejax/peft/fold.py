@@ -3,6 +3,7 @@
 """Adapters in PEFT's format as models: folded into their base leaf by leaf."""
 
 from collections.abc import Callable
+import functools
 import pathlib
 from typing import Any
 
@@ -11,8 +12,8 @@ import numpy as np
 from mergejax import errors
 from mergejax import typing
 from mergejax.peft import base as base_lib
+from mergejax.peft import experts
 from mergejax.peft import kinds
-from mergejax.peft import lora
 from mergejax.peft import names as names_lib
 from mergejax.peft import stored_transposed
 from mergejax.store import base
@@ -20,10 +21,11 @@ from mergejax.store import checkpoint
 from mergejax.store import safetensors
 
 CONFIG = 'adapter_config.json'
+WEIGHTS = 'adapter_model.safetensors'
 _MERGE = "Merge it with PEFT's `merge_and_unload()` and give the result instead"
 # Heads that PEFT saves for these tasks without being told.
 _HEADS = ('classifier', 'score', 'qa_outputs')
-# transformers' models whose fused experts are [experts, inputs, outputs].
+# transformers' models whose experts are [experts, inputs, outputs].
 _INPUTS_FIRST = ('gpt_oss', 'llama4', 'llama4_text')
 
 Edit = Callable[[np.ndarray], np.ndarray]
@@ -32,16 +34,30 @@ Edit = Callable[[np.ndarray], np.ndarray]
 def is_adapter(path: str) -> bool:
   """True for a directory that holds an adapter rather than a model.
 
-  A model with adapter files left beside it is a model, as transformers sees
-  it: `config.json` tells.
+  A model with adapter files left beside it is a model: where there is a
+  `config.json`, transformers loads the weights that lie with it.
   """
+  return _is_one(path) and not _is_model(path)
+
+
+def left_beside(path: str) -> str | None:
+  """A remark on the adapter files beside a model, None if there are none."""
+  if not (_is_one(path) and _is_model(path)):
+    return None
+  return (
+    f'{path} is a model with an adapter beside it, which is left out; '
+    f'`model: {path}+{path}` would fold it in'
+  )
+
+
+def _is_one(path):
+  return (pathlib.Path(path).expanduser() / CONFIG).is_file()
+
+
+def _is_model(path):
   folder = pathlib.Path(path).expanduser()
-  return (folder / CONFIG).is_file() and not (
-    (folder / checkpoint.CONFIG).is_file()
-    and any(
-      file.name != 'adapter_model.safetensors'
-      for file in safetensors.files_of(folder)
-    )
+  return (folder / checkpoint.CONFIG).is_file() and any(
+    file.name != WEIGHTS for file in folder.glob('*.safetensors')
   )
 
 
@@ -71,6 +87,11 @@ class AdapterStore(base.ParamStore):
     """
     self._folder = pathlib.Path(path).expanduser()
     self._model = model
+    if not _is_one(path):
+      raise errors.UserError(
+        f'{self._folder} is no adapter: it has no {CONFIG}. After `+` comes a '
+        "directory in PEFT's format."
+      )
     self._config = checkpoint.read_json(self._folder / CONFIG)
     self._kind = self._known_kind()
     self._adapter = self._weights()
@@ -147,17 +168,17 @@ class AdapterStore(base.ParamStore):
       )
     if reason is not None:
       raise errors.UserError(
-        f'{self._folder} is a {name or "nameless"} adapter that cannot be '
-        f'folded into a model: {reason}.'
+        f'{self._folder} is an adapter of kind {name or "(none)"}, which cannot '
+        f'be folded into a model: {reason}.'
         + (f' {_MERGE}.' if reason in kinds.MERGED_BY_PEFT else '')
       )
     return kind
 
   def _weights(self):
-    weights = self._folder / 'adapter_model.safetensors'
+    weights = self._folder / WEIGHTS
     if not weights.is_file():
       raise errors.UserError(
-        f'{self._folder} has {CONFIG} but no adapter_model.safetensors. A '
+        f'{self._folder} has {CONFIG} but no {WEIGHTS}. A '
         'pickle (.bin) is never read: save the adapter with '
         '`model.save_pretrained(DIR, safe_serialization=True)`.'
       )
@@ -179,11 +200,8 @@ class AdapterStore(base.ParamStore):
       changed = {*names.saved, *(f'{m}.weight' for m, _ in names.layers)}
       if not changed & {head, embedding}:
         continue
-      if self._config.get('ensure_weight_tying'):
-        raise errors.UserError(
-          f'{self._folder}: ensure_weight_tying is set and {head} is tied to '
-          f'{embedding}, which cannot be folded. {_MERGE}.'
-        )
+      if self._config.get('ensure_weight_tying') and head not in changed:
+        continue  # saved once, for both
       del self.tied[head]
       if head not in self._specs:
         self._aliases[head] = embedding
@@ -218,17 +236,23 @@ class AdapterStore(base.ParamStore):
     self._specs[leaf] = typing.LeafSpec(spec.shape, np.dtype(np.float32))
 
   def _nowhere(self, name, leaf):
-    module = leaf.rpartition('.')[0]
-    if any(path.startswith(f'{module}.0.') for path in self._specs):
-      return (
-        f'{self._folder}: {name} is of experts that are one parameter '
-        f'(target_parameters), but {self._model.name} stores each expert on its '
-        f'own. {_MERGE}.'
-      )
-    return (
+    text = (
       f'{self._folder}: {name} belongs to no parameter of {self._model.name} '
-      f'(looked for {leaf}). Is this the model that the adapter was trained on?'
+      f'(looked for {leaf})'
     )
+    if self._config.get('target_parameters') and name.endswith('.weight'):
+      return (
+        f'{text}. The adapter has target_parameters '
+        f'{self._config["target_parameters"]}: transformers may put them '
+        f'together on loading, in a way that is not known here. {_MERGE}.'
+      )
+    if leaf.endswith('.bias'):
+      return (
+        f'{text}. The adapter was trained with bias: '
+        f'{self._config.get("bias")!r}, on a model whose layers have biases. '
+        'Is this the model?'
+      )
+    return f'{text}. Is this the model that the adapter was trained on?'
 
   # Rows of tokens -------------------------------------------------------------
 
@@ -265,22 +289,24 @@ class AdapterStore(base.ParamStore):
 
   def _fold_layers(self, layers):
     conv1d = stored_transposed.find(self._model.specs())
-    taken: set[typing.Path] = set()
+    taken: set[str] = set()
     # The parameter wrapped first lies deepest.
     for (module, _), parts in sorted(layers.items(), key=lambda x: -x[0][1]):
-      self._check_parts(module, parts)
-      leaf = f'{module}.weight'
-      if leaf not in self._specs or leaf in taken:
-        leaf = self._parameter(module, parts, taken)
-      taken.add(leaf)
-      shape = self._specs[leaf].shape
       sizes = {p: self._adapter.specs()[n].shape for p, n in parts.items()}
-      fold, turned = self._kind.weight, False
-      if len(shape) == 3 and leaf != f'{module}.weight':
-        fold, turned = lora.experts, self._inputs_first(leaf, sizes)
-      else:
-        turned = self._is_transposed(leaf, module, sizes, conv1d)
-      self._add(leaf, fold, module, parts, turned)
+      if self._config.get('target_parameters') and self._fold_experts(
+        module, parts, sizes, taken
+      ):
+        continue
+      leaf = f'{module}.weight'
+      if leaf not in self._specs:
+        leaf = f'{module}.in_proj_weight'  # attention of PyTorch
+      if leaf not in self._specs:
+        raise errors.UserError(
+          self._nowhere(next(iter(parts.values())), f'{module}.weight')
+        )
+      self._check_parts(module, parts)
+      turned = self._is_transposed(leaf, module, sizes, conv1d)
+      self._add(leaf, self._kind.weight, module, parts, turned)
       if self._kind.bias is not None and f'{module}.bias' in self._specs:
         self._add(f'{module}.bias', self._kind.bias, module, parts, False)
       elif 'lora_B.bias' in parts:
@@ -289,6 +315,42 @@ class AdapterStore(base.ParamStore):
           f'{module}, which has none in {self._model.name}: no parameter can '
           'take it. PEFT cannot merge this either.'
         )
+
+  def _fold_experts(self, module, parts, sizes, taken):
+    """Folds into a parameter of all experts; False if the module has none."""
+    if not {'lora_A', 'lora_B'} <= set(parts):
+      return False
+    found = experts.find(
+      module, self._model.specs(), self._config['target_parameters']
+    )
+    own = [
+      (name, leaves, way)
+      for name, leaves in found.items()
+      if f'{module}.{name}' not in taken
+      for way in experts.ways(next(iter(leaves.values())).shape, sizes)
+    ]
+    if not own:
+      return False
+    model_type = self._model_type()
+    if len(own) == 2 and own[0][0] == own[1][0] and model_type in _INPUTS_FIRST:
+      own = [own[1]]
+    if len(own) > 1:
+      names = ' and '.join(f'{name} {way}' for name, _, way in own)
+      raise errors.UserError(
+        f'{self._folder}: the adapter of {module} fits {names}, and nothing '
+        f'tells which of them it is. {_MERGE}.'
+      )
+    name, leaves, way = own[0]
+    taken.add(f'{module}.{name}')
+    for leaf, part in leaves.items():
+      function = functools.partial(experts.weight, part=part)
+      whole = f'{module}.{name}'
+      self._add(leaf, function, whole, parts, way == 'inputs first')
+    return True
+
+  def _model_type(self):
+    path = str(self._model.provenance.get('path', ''))
+    return (checkpoint.read_config(path) or {}).get('model_type')
 
   def _add(self, leaf, function, module, parts, turned):
     shared = self._shared
@@ -319,7 +381,9 @@ class AdapterStore(base.ParamStore):
   def _is_transposed(self, leaf, module, sizes, conv1d):
     """Whether a kernel must be turned to be `[outputs, inputs, ...]`."""
     shape = self._specs[leaf].shape
-    turned = len(shape) == 2 and any('_embedding_' in part for part in sizes)
+    turned = len(shape) == 2 and any(
+      part.endswith('_embedding_A') for part in sizes
+    )
     if not turned and len(shape) == 2:
       turned = bool(
         stored_transposed.is_one(module)
@@ -340,54 +404,6 @@ class AdapterStore(base.ParamStore):
   def _fits(self, shape, sizes, turned):
     shape = shape[::-1] if turned else shape
     return base_lib.fits(shape, self._kind.shapes, sizes)
-
-  def _parameter(self, module, parts, taken):
-    """The parameter of a module that is adapted directly."""
-    if f'{module}.in_proj_weight' in self._specs:
-      return f'{module}.in_proj_weight'
-    wanted = self._config.get('target_parameters') or ()
-    own = [
-      leaf
-      for leaf in self._specs
-      if leaf not in taken
-      and any(f'.{leaf}'.endswith(f'.{name}') for name in wanted)
-      and leaf.rpartition('.')[0] == module
-      and self._fits_experts(leaf, parts)
-    ]
-    if len(own) > 1:
-      raise errors.UserError(
-        f'{self._folder}: the adapter of {module} fits {" and ".join(own)}, and '
-        f'nothing tells which of them it is of. {_MERGE}.'
-      )
-    if not own:
-      name = next(iter(parts.values()))
-      raise errors.UserError(self._nowhere(name, f'{module}.weight'))
-    return own[0]
-
-  def _fits_experts(self, leaf, parts):
-    shape = self._specs[leaf].shape
-    if len(shape) != 3:
-      return len(shape) == 2
-    a, b = (self._adapter.specs()[parts[p]].shape for p in ('lora_A', 'lora_B'))
-    return (
-      a[0] == b[1]
-      and a[0] % shape[0] == 0
-      and (b[0], a[1]) in (shape[1:], shape[:0:-1])
-    )
-
-  def _inputs_first(self, leaf, sizes):
-    """Whether experts are stored as `[experts, inputs, outputs]`."""
-    shape = self._specs[leaf].shape
-    if shape[1] != shape[2]:
-      return (sizes['lora_B'][0], sizes['lora_A'][1]) != shape[1:]
-    path = self._model.provenance.get('path', '')
-    config = checkpoint.read_config(path) or {}
-    if config.get('model_type') in _INPUTS_FIRST:
-      return True
-    raise errors.UserError(
-      f'{self._folder}: {leaf} is square, {list(shape)}, so that nothing tells '
-      f'inputs from outputs. {_MERGE}.'
-    )
 
   def _check_complete(self, names):
     missing = [part for part in self._kind.shared if part not in names.shared]

@@ -23,8 +23,9 @@ _LORA = {
   'lora_magnitude_vector': 'o', 'lora_diag': 'r',
 }  # fmt: skip
 _HADA = {
-  'hada_w1_a': 'o r', 'hada_w1_b': 'r n', 'hada_w2_a': 'o r',
-  'hada_w2_b': 'r n', 'hada_t1': '* *', 'hada_t2': '* *',
+  'hada_w1_a': 'o r|r o', 'hada_w1_b': 'r n|r i',
+  'hada_w2_a': 'o r|r o', 'hada_w2_b': 'r n|r i',
+  'hada_t1': 'r r *', 'hada_t2': 'r r *',
 }  # fmt: skip
 # Kronecker factors: w1 [p, q], w2 [o / p, n / q]; what cannot be said by
 # letters is seen when the product is put in the shape of the kernel.
@@ -67,14 +68,20 @@ KINDS: Mapping[str, base.Kind] = {
     frozenset({'hada_w1_a', 'hada_w1_b', 'hada_w2_a', 'hada_w2_b'}),
   ),
   'LOKR': _kind(products.lokr, _LOKR, frozenset()),
-  'OFT': _kind(rotations.oft, {'oft_R': '* *'}),
+  'OFT': _kind(
+    rotations.oft,
+    {'oft_R': '* *', 'oft_embedding_R': '* *'},
+    frozenset({'oft_R'}),
+    frozenset({'oft_embedding_R'}),
+  ),
   'HRA': _kind(rotations.hra, {'hra_u': '* *'}),
   'ROAD': _kind(
     rotations.road,
     {'road_theta': '*', 'road_alpha': '*'},
     bias=rotations.road_bias,
   ),
-  'MISS': _kind(blocks.miss, {'miss_block': 'r *'}),
+  'MISS': _kind(blocks.miss, {'miss_block': '* *'}),
+  'BOFT': _kind(rotations.boft, {'boft_R': '* * *', 'boft_s': 'o'}),
   'C3A': _kind(blocks.c3a, {'c3a_kernel': '* * *'}),
   'SHIRA': _kind(blocks.shira, {'shira_indices': '2 k', 'shira_weight': 'k'}),
   'DELORA': _kind(
@@ -86,6 +93,27 @@ KINDS: Mapping[str, base.Kind] = {
       'delora_w_norm': 'n',
     },
   ),  # fmt: skip
+  'GRALORA': _kind(
+    blocks.gralora,
+    {
+      'gralora_A': 'k * r',
+      'gralora_B': 'k r *',
+      'gralora_A_general': 'q n',
+      'gralora_B_general': 'o q',
+    },
+    frozenset({'gralora_A', 'gralora_B'}),
+  ),
+  'RANDLORA': _kind(
+    blocks.randlora,
+    {
+      'randlora_A': 'r 1 *',
+      'randlora_B': '* * r',
+      'randlora_lambda': 'r b',
+      'randlora_gamma': 'b *',
+    },
+    frozenset({'randlora_lambda', 'randlora_gamma'}),
+    shared=('randlora_A', 'randlora_B'),
+  ),
   'VERA': _kind(
     blocks.vera,
     {'vera_lambda_b': 'o', 'vera_lambda_d': 'r'},
@@ -128,13 +156,10 @@ REFUSED: Mapping[str, str] = {
   'UNILORA': _RANDOM,
   'PVERA': _RANDOM,
   'TINYLORA': _RANDOM,
-  'RANDLORA': _UNKNOWN,
   'FROD': _UNKNOWN,
-  'BOFT': _UNKNOWN,
   'BONE': 'PEFT itself reads it no more; convert it to MiSS',
-  'GRALORA': _UNKNOWN,
   'GLORA': _UNKNOWN,
-  'LILY': _UNKNOWN,
+  'LILY': _ROUTES,
   'BEFT': _UNKNOWN,
   'OSF': _UNKNOWN,
   'PSOFT': _UNKNOWN,

@@ -115,21 +115,6 @@ def bias(vector: np.ndarray, layer: base.Layer) -> np.ndarray:
   return vector + scale(layer, rank) * layer.parts['lora_B.bias']
 
 
-def experts(kernel: np.ndarray, layer: base.Layer) -> np.ndarray:
-  """LoRA of experts that are one parameter (`target_parameters`).
-
-  Args:
-    kernel: <float32>[experts, outputs, inputs].
-    layer: `lora_A` [experts * r, inputs], expert by expert; `lora_B`
-      [outputs, r * experts], rank by rank.
-  """
-  count, outputs, inputs = kernel.shape
-  a = layer.parts['lora_A'].reshape(count, -1, inputs)
-  rank = a.shape[1]
-  b = layer.parts['lora_B'].reshape(outputs, rank, count).transpose(2, 0, 1)
-  return kernel + scale(layer, rank) * (b @ a)
-
-
 def adalora(kernel: np.ndarray, layer: base.Layer) -> np.ndarray:
   """`W + alpha / (r + 1e-5) B diag(E) A`; the small number is PEFT's.
 

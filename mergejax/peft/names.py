@@ -18,6 +18,12 @@ _WRAPPERS = re.compile(
 )
 
 
+# What training alone needs.
+_UNUSED = re.compile(
+  r'.*\.(original_module|lora_velora\w*|lora_monteclora\w*)\b.*'
+)
+
+
 class Names(NamedTuple):
   """The tensors of an adapter, as paths of its file.
 
@@ -53,8 +59,8 @@ def read(paths: Iterable[typing.Path], kind: base.Kind) -> Names:
     plain, depth = re.subn(r'(^|(?<=\.))base_layer\.', '', plain)
     if plain.removesuffix('.default') in kind.shared:
       names.shared[plain.removesuffix('.default')] = path
-    elif '.original_module.' in plain:
-      continue  # a copy of the base's own
+    elif _UNUSED.fullmatch(plain):
+      continue
     elif match := _TOKENS.fullmatch(plain):
       names.tokens[match['module']] = path
     elif match := layer.fullmatch(plain):

@@ -8,7 +8,7 @@ from mergejax.peft import base
 
 
 def oft(kernel: np.ndarray, layer: base.Layer) -> np.ndarray:
-  """`W R` with a block-diagonal `R`, each block a Cayley transform.
+  """`W R^T` with a block-diagonal `R`, each block a Cayley transform.
 
   `(I + Q)^-1 (I - Q)` of the skew-symmetric `Q` whose upper triangle is stored;
   with `use_cayley_neumann` its series `I - 2 Q + 2 Q^2 ...` as PEFT truncates
@@ -22,7 +22,7 @@ def oft(kernel: np.ndarray, layer: base.Layer) -> np.ndarray:
   Finetuning, 2023, https://arxiv.org/abs/2306.07280; Qiu et al., Orthogonal
   Finetuning Made Scalable, 2025, https://arxiv.org/abs/2506.19847.
   """
-  stored = layer.parts['oft_R']
+  stored = layer.parts.get('oft_R', layer.parts.get('oft_embedding_R'))
   # size (size - 1) / 2 = elements
   size = round((1 + np.sqrt(1 + 8 * stored.shape[1])) / 2)
   skew = np.zeros((len(stored), size, size), np.float32)
@@ -36,6 +36,8 @@ def oft(kernel: np.ndarray, layer: base.Layer) -> np.ndarray:
     rotation = _neumann(skew, terms)
   else:
     rotation = _cayley(skew)
+  if 'oft_embedding_R' in layer.parts:
+    rotation = rotation.transpose(0, 2, 1)  # rows come out, not in: W R
   return _turn(kernel, rotation)
 
 
@@ -57,13 +59,16 @@ def _cayley(skew):
 
 
 def _neumann(skew, terms):
+  """`I + 2 Q + 2 Q^2 + ...`, of which PEFT adds the last power but once."""
   total = np.broadcast_to(np.eye(skew.shape[-1], dtype=np.float32), skew.shape)
+  if terms == 2:
+    return total + 2 * skew
   power = skew
-  for term in range(1, terms):
-    # The last of several terms counts once: half of what the series would give.
-    total = total + (1 if term == terms - 1 and term > 2 else 2) * power
+  last = max(terms, 4) - 1  # three terms are four
+  for _ in range(1, last):
+    total = total + 2 * power
     power = power @ skew
-  return total
+  return total + power
 
 
 def _near_identity(skew, eps):
@@ -73,6 +78,35 @@ def _near_identity(skew, eps):
   return np.where(
     norm <= bound, skew, skew * bound / np.maximum(norm, 1e-30)
   ).astype(np.float32)
+
+
+def boft(kernel: np.ndarray, layer: base.Layer) -> np.ndarray:
+  """`diag(s) W R^T` with `R` a product of butterflies: blocks, rearranged.
+
+  Args:
+    kernel: <float32>[outputs, inputs, ...].
+    layer: `boft_R` [factors, blocks, size, size], whose skew-symmetric part
+      counts; `boft_s` [outputs].
+
+  Source: Liu et al., Parameter-Efficient Orthogonal Finetuning via Butterfly
+  Factorization, 2023, https://arxiv.org/abs/2311.06243.
+  """
+  stored = layer.parts['boft_R']
+  factors, blocks, size, _ = stored.shape
+  flat = kernel.reshape(len(kernel), -1).T
+  for factor, generator in enumerate(stored):
+    rotation = _cayley(0.5 * (generator - generator.transpose(0, 2, 1)))
+    order = np.arange(blocks * size)
+    if factors > 1:
+      # Halves of blocks: first those at even places, then those at odd ones.
+      halves = order.reshape(blocks >> factor, -1, size // 2)
+      order = np.concatenate([halves[:, ::2], halves[:, 1::2]], 1).reshape(-1)
+    spread = np.empty_like(flat)
+    spread[order] = flat
+    turned = rotation @ spread.reshape(blocks, size, -1)
+    flat = turned.reshape(flat.shape)[order]
+  scale = layer.parts['boft_s'].reshape(-1, 1)
+  return (scale * flat.T).reshape(kernel.shape)
 
 
 def hra(kernel: np.ndarray, layer: base.Layer) -> np.ndarray:
