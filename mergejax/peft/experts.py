@@ -70,12 +70,11 @@ def find(
 def _split(module, specs, last):
   places = [module, module.replace('.mlp.', '.block_sparse_moe.')]
   for place in places:
+    own = [path for path in specs if path.startswith(f'{place}.')]
     for gate, up, down in _TRIPLES:
-      numbers = [
-        int(match[1])
-        for path in specs
-        if (match := re.fullmatch(rf'{re.escape(place)}\.(\d+)\.{gate}\.weight', path))
-      ]  # fmt: skip
+      last_name = re.compile(rf'{re.escape(place)}\.(\d+)\.{gate}\.weight')
+      matches = (last_name.fullmatch(path) for path in own)
+      numbers = [int(match[1]) for match in matches if match]
       names = (gate, up) if last == 'gate_up_proj' else (down,)
       leaves = {}
       for number in sorted(numbers):

@@ -107,6 +107,8 @@ class AdapterStore(base.ParamStore):
     self._shared = {
       part: self._read(name) for part, name in names.shared.items()
     }
+    # Experts that lie one by one share the tensors of their layer.
+    self._parts = functools.lru_cache(maxsize=2)(self._read_parts)
     self._untie(names)
     for leaf, name in names.saved.items():
       self._save(leaf, name)
@@ -183,6 +185,9 @@ class AdapterStore(base.ParamStore):
         '`model.save_pretrained(DIR, safe_serialization=True)`.'
       )
     return safetensors.SafetensorsStore(weights)
+
+  def _read_parts(self, parts):
+    return {part: self._read(name) for part, name in parts}
 
   def _read(self, name):
     leaf = np.asarray(self._adapter.leaves([name])[name])
@@ -356,7 +361,7 @@ class AdapterStore(base.ParamStore):
     shared = self._shared
 
     def edit(array):
-      own = {part: self._read(name) for part, name in parts.items()}
+      own = self._parts(tuple(parts.items()))
       layer = base_lib.Layer(module, own, shared, self._config)
       array = array.swapaxes(-1, -2) if turned else array
       try:

@@ -11,7 +11,7 @@ from mergejax.peft import base
 # Settings of LoraConfig that do not change what an adapter does once trained,
 # and those that are followed here. Any other that is set is refused: a later
 # variant would otherwise be folded as plain LoRA.
-_KNOWN = frozenset({
+KNOWN = frozenset({
   'alpha_pattern', 'auto_mapping', 'base_model_name_or_path', 'bias',
   'corda_config', 'ensure_weight_tying', 'eva_config', 'exclude_modules',
   'fan_in_fan_out', 'inference_mode', 'init_lora_weights', 'kasa_config',
@@ -22,7 +22,7 @@ _KNOWN = frozenset({
   'target_modules', 'target_parameters', 'task_type',
   'trainable_token_indices', 'use_dora', 'use_rslora', 'velora_config',
 })  # fmt: skip
-_REASONS = {
+REASONS = {
   'alora_invocation_tokens': 'it is an activated LoRA, which acts on the tokens '
   'after its invocation only: no single weight does that',
   'arrow_config': 'Arrow chooses among adapters for every token: no single '
@@ -48,8 +48,8 @@ _LOST = {
 def refuse(config) -> str | None:
   """Why an adapter of these settings cannot be folded; None if it can."""
   for key, value in config.items():
-    if key not in _KNOWN and value not in (None, False, [], {}, '', 'none'):
-      reason = _REASONS.get(
+    if key not in KNOWN and value not in (None, False, [], {}, '', 'none'):
+      reason = REASONS.get(
         key, 'that setting is not known here. Merge with PEFT first'
       )
       return f'{key} is set: {reason}'
