@@ -4,6 +4,7 @@
 
 from collections.abc import Callable
 import functools
+import os
 import pathlib
 from typing import Any
 
@@ -31,13 +32,28 @@ _INPUTS_FIRST = ('gpt_oss', 'llama4', 'llama4_text')
 Edit = Callable[[np.ndarray], np.ndarray]
 
 
-def is_adapter(path: str) -> bool:
+def is_adapter(path: str | os.PathLike) -> bool:
   """True for a directory that holds an adapter rather than a model.
 
   A model with adapter files left beside it is a model: where there is a
   `config.json`, transformers loads the weights that lie with it.
   """
   return _is_one(path) and not _is_model(path)
+
+
+def check_model(model: Any) -> None:
+  """Refuses the path of an adapter where a model is needed.
+
+  The mean of the factors of two adapters is not a factor of their mean.
+
+  Raises:
+    UserError: `model` is the path of an adapter.
+  """
+  if isinstance(model, (str, os.PathLike)) and is_adapter(model):
+    raise errors.UserError(
+      f'{model} is an adapter, not a model. A recipe folds it into what it was '
+      f'trained on: `model: BASE+{model}`, for `mj.plan` or `mergejax merge`.'
+    )
 
 
 def left_beside(path: str) -> str | None:

@@ -374,6 +374,22 @@ class WholeTest(parameterized.TestCase):
       wide(before) + (wide(b) @ wide(a)).T, rtol=1e-5, atol=2e-6,
     )  # fmt: skip
 
+  def test_a_tied_head_that_is_stored_too(self):
+    self.base['model.embed_tokens.weight'] = self.base.pop(
+      'embed_tokens.weight'
+    )
+    self.base['lm_head.weight'] = self.base['model.embed_tokens.weight'].copy()
+    config = {
+      'architectures': ['LlamaForCausalLM'],
+      'tie_word_embeddings': True,
+    }
+    base = self.disk.model(self.base, config)
+    path = self.disk.adapter(self.pair)
+    recipe = {'merge_method': 'linear', 'base_model': base, 'models': [path]}
+    mj.execute(mj.plan(recipe), self.disk.path / 'out')
+    specs = mj.open_checkpoint(self.disk.path / 'out').specs()
+    self.assertNotIn('lm_head.weight', specs)
+
   def test_trained_tokens_leave_a_head_tied(self):
     del self.base['lm_head.weight']
     self.base['model.embed_tokens.weight'] = self.base.pop(

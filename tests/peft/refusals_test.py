@@ -95,6 +95,11 @@ class RefusalTest(parameterized.TestCase):
   def test_an_empty_file(self):
     self.refused('holds no tensor', {})
 
+  def test_factors_are_not_merged(self):
+    path = self.disk.adapter(self.pair)
+    with self.assertRaisesRegex(mj.UserError, 'is an adapter, not a model'):
+      mj.merge([path, path], 'linear')
+
   def test_no_adapter_at_all(self):
     base = self.disk.model(self.base)
     recipe = {'merge_method': 'linear', 'models': [f'{base}+{base}']}
