@@ -20,6 +20,8 @@ from mergejax import typing
 from mergejax.peft import base
 from mergejax.peft import lora
 
+# Models whose experts are [experts, inputs, outputs].
+_INPUTS_FIRST = ('gpt_oss', 'llama4', 'llama4_text')
 # Names that a checkpoint may have for `gate`, `up` and `down`.
 _TRIPLES = (('gate_proj', 'up_proj', 'down_proj'), ('w1', 'w3', 'w2'))
 
@@ -88,24 +90,45 @@ def _split(module, specs, last):
   return {}
 
 
-def ways(shape: tuple[int, ...], sizes: Mapping[str, tuple[int, ...]]):
-  """Ways in which an adapter fits a parameter: `'as is'`, `'inputs first'`.
+class Fit(NamedTuple):
+  """A parameter that an adapter may be of.
+
+  Attributes:
+    name: of the parameter in its module.
+    leaves: `{leaf: part}` of the checkpoint.
+    inputs_first: stored as [experts, inputs, outputs].
+  """
+
+  name: str
+  leaves: dict[typing.Path, Part]
+  inputs_first: bool
+
+
+def fitting(
+  found: Mapping[str, dict[typing.Path, Part]],
+  sizes: Mapping[str, tuple[int, ...]],
+  model_type: str | None,
+) -> list[Fit]:
+  """The parameters, and the ways they may be stored, that an adapter fits.
 
   Args:
-    shape: [experts, outputs, inputs], or [experts, inputs, outputs].
+    found: what `find` gives.
     sizes: shapes of `lora_A` [experts * r, inputs], `lora_B` [outputs, ...].
+    model_type: of `config.json`; it decides where inputs equal outputs.
   """
   a, b = sizes['lora_A'], sizes['lora_B']
-  if len(shape) != 3 or len(a) != 2 or len(b) != 2:
-    return []
-  if a[0] != b[1] or a[0] % shape[0]:
-    return []
-  found = []
-  if (b[0], a[1]) == shape[1:]:
-    found.append('as is')
-  if (a[1], b[0]) == shape[1:]:
-    found.append('inputs first')
-  return found
+  fits = []
+  for name, leaves in found.items():
+    shape = next(iter(leaves.values())).shape
+    if not len(shape) - 1 == len(a) == len(b) == 2:
+      continue
+    if a[0] != b[1] or a[0] % shape[0]:
+      continue
+    ways = [(b[0], a[1]) == shape[1:], (a[1], b[0]) == shape[1:]]
+    if all(ways) and model_type in _INPUTS_FIRST:
+      ways[0] = False
+    fits += [Fit(name, leaves, way == 1) for way in (0, 1) if ways[way]]
+  return fits
 
 
 def weight(kernel: np.ndarray, layer: base.Layer, part: Part) -> np.ndarray:

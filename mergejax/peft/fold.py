@@ -26,8 +26,6 @@ WEIGHTS = 'adapter_model.safetensors'
 _MERGE = "Merge it with PEFT's `merge_and_unload()` and give the result instead"
 # Heads that PEFT saves for these tasks without being told.
 _HEADS = ('classifier', 'score', 'qa_outputs')
-# transformers' models whose experts are [experts, inputs, outputs].
-_INPUTS_FIRST = ('gpt_oss', 'llama4', 'llama4_text')
 
 Edit = Callable[[np.ndarray], np.ndarray]
 
@@ -345,29 +343,23 @@ class AdapterStore(base.ParamStore):
       module, self._model.specs(), self._config['target_parameters']
     )
     own = [
-      (name, leaves, way)
-      for name, leaves in found.items()
-      if f'{module}.{name}' not in taken
-      for way in experts.ways(next(iter(leaves.values())).shape, sizes)
+      fit
+      for fit in experts.fitting(found, sizes, self._model_type())
+      if f'{module}.{fit.name}' not in taken
     ]
-    if not own:
-      return False
-    model_type = self._model_type()
-    if len(own) == 2 and own[0][0] == own[1][0] and model_type in _INPUTS_FIRST:
-      own = [own[1]]
     if len(own) > 1:
-      names = ' and '.join(f'{name} {way}' for name, _, way in own)
+      names = ' and '.join(sorted({fit.name for fit in own}))
       raise errors.UserError(
-        f'{self._folder}: the adapter of {module} fits {names}, and nothing '
-        f'tells which of them it is. {_MERGE}.'
+        f'{self._folder}: the adapter of {module} fits {names} in '
+        f'{len(own)} ways, and nothing tells which one is meant. {_MERGE}.'
       )
-    name, leaves, way = own[0]
-    taken.add(f'{module}.{name}')
-    for leaf, part in leaves.items():
-      function = functools.partial(experts.weight, part=part)
-      whole = f'{module}.{name}'
-      self._add(leaf, function, whole, parts, way == 'inputs first')
-    return True
+    for fit in own:
+      whole = f'{module}.{fit.name}'
+      taken.add(whole)
+      for leaf, part in fit.leaves.items():
+        function = functools.partial(experts.weight, part=part)
+        self._add(leaf, function, whole, parts, fit.inputs_first)
+    return bool(own)
 
   def _model_type(self):
     path = str(self._model.provenance.get('path', ''))

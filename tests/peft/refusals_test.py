@@ -133,6 +133,10 @@ class BesideTest(absltest.TestCase):
     self.assertIn(
       'with an adapter beside it, which is left out', plan.describe()
     )
+    both = mj.plan(
+      {'merge_method': 'linear', 'models': [f'{path}+{path}']}
+    ).describe()
+    self.assertNotIn('left out', both)
     mj.execute(plan, disk.path / 'out')
     got = mj.open_checkpoint(disk.path / 'out')
     np.testing.assert_array_equal(got.leaves([KERNEL])[KERNEL], leaves[KERNEL])
