@@ -255,23 +255,23 @@ class AdapterStore(base.ParamStore):
     self._specs[leaf] = typing.LeafSpec(spec.shape, np.dtype(np.float32))
 
   def _nowhere(self, name, leaf):
-    text = (
-      f'{self._folder}: {name} belongs to no parameter of {self._model.name} '
-      f'(looked for {leaf})'
-    )
+    where = f'{self._model.name} has no {leaf}'
     if self._config.get('target_parameters') and name.endswith('.weight'):
       return (
-        f'{text}. The adapter has target_parameters '
-        f'{self._config["target_parameters"]}: transformers may put them '
-        f'together on loading, in a way that is not known here. {_MERGE}.'
+        f'{self._folder}: {name} is of target_parameters '
+        f'{self._config["target_parameters"]}, which transformers may put '
+        f'together on loading, and {where}. {_MERGE}.'
       )
     if leaf.endswith('.bias'):
       return (
-        f'{text}. The adapter was trained with bias: '
-        f'{self._config.get("bias")!r}, on a model whose layers have biases. '
-        'Is this the model?'
+        f'{self._folder}: {name} was trained with bias: '
+        f'{self._config.get("bias")!r}, and {where}. Is this the model that the '
+        'adapter was trained on?'
       )
-    return f'{text}. Is this the model that the adapter was trained on?'
+    return (
+      f'{self._folder}: {name} belongs to no parameter of {self._model.name} '
+      f'(looked for {leaf}). Is this the model that the adapter was trained on?'
+    )
 
   # Rows of tokens -------------------------------------------------------------
 
