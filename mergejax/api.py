@@ -16,6 +16,7 @@ from mergejax import typing
 from mergejax.merging import base as merge_base
 from mergejax.merging import driver
 from mergejax.merging import named
+from mergejax.peft import fold
 from mergejax.stats import saved
 from mergejax.store import base as store_base
 from mergejax.store import checkpoint
@@ -113,6 +114,7 @@ def _check_configs(models):
 
 
 def _opened(model):
+  fold.check_model(model)
   if isinstance(model, (str, os.PathLike)):
     return checkpoint.open_checkpoint(model)
   return model

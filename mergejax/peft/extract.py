@@ -15,13 +15,18 @@ import numpy as np
 from mergejax import errors
 from mergejax import numerics
 from mergejax import tree
+from mergejax.peft import stored_transposed
 from mergejax.store import base as store_base
 from mergejax.store import checkpoint
 from mergejax.store import safetensors
 
 # Linear kernels by the names of Hugging Face decoders and encoders.
 KERNELS = r'.*\.weight'
-_TABLES = re.compile(r'(.*\.)?(\w*embed\w*|wte|wpe|shared|lm_head)\.weight')
+# Embeddings, which PEFT adapts by other tensors; and heads, by default.
+_TABLES = re.compile(
+  r'(.*\.)?(\w*embed(?!_out)\w*|wte|wpe|shared|relative_attention_bias)\.weight'
+)
+_HEADS = re.compile(r'(.*\.)?(lm_head|embed_out)\.weight')
 
 
 class Residual(NamedTuple):
@@ -59,8 +64,8 @@ def extract_lora(
     base: the checkpoint it was fine-tuned from.
     out: directory to create, in PEFT's format.
     rank: largest rank; kernels with a smaller side get that.
-    match: regular expression of the kernels; by default all matrices but
-      embeddings and the head.
+    match: regular expression of the kernels; by default all matrices but the
+      head. Embedding tables are never among them.
     dtype: of the adapter.
     progress: called with each kernel's residual.
 
@@ -86,14 +91,16 @@ def extract_lora(
     for path, spec in specs.items()
     if len(spec.shape) == 2
     and re.fullmatch(match, path)
-    and (match != KERNELS or not _TABLES.fullmatch(path))
+    and not _TABLES.fullmatch(path)
+    and (match != KERNELS or not _HEADS.fullmatch(path))
   ]
   if not kernels:
     raise errors.UserError(
       f'No matrix of {stores[0].name} matches {match!r}. `mergejax inspect` '
       "lists its parameters; adapters in PEFT's format are of kernels called "
-      '`....weight`.'
+      '`....weight`, and not of embedding tables.'
     )
+  turned = bool(stored_transposed.find(specs))
   leaves, residuals, missed = {}, [], []
   kind = np.dtype({'bfloat16': ml_dtypes.bfloat16}.get(dtype, dtype))
   for path, spec in specs.items():
@@ -107,40 +114,85 @@ def extract_lora(
     if path not in kernels:
       missed += [path] if delta.any() else []
       continue
-    u, s, v = np.linalg.svd(delta, full_matrices=False)
-    own = min(rank, len(s))
-    root = np.sqrt(s[:own])
-    b, a = u[:, :own] * root, root[:, None] * v[:own]
-    module = 'base_model.model.' + path.removesuffix('.weight')
-    leaves[f'{module}.lora_A.weight'] = a.astype(kind)
-    leaves[f'{module}.lora_B.weight'] = b.astype(kind)
-    size = np.linalg.norm(delta)
-    kept = a.astype(kind).astype(np.float32), b.astype(kind).astype(np.float32)
-    share = float(np.linalg.norm(delta - kept[1] @ kept[0]) / size) if size else 0.0  # fmt: skip
-    residuals.append(Residual(path, own, share))
+    module = path.removesuffix('.weight')
+    if turned and stored_transposed.is_one(module):
+      delta = delta.T  # PEFT's factors are of [outputs, inputs]
+    a, b, share = _factors(delta, rank, kind)
+    leaves[f'base_model.model.{module}.lora_A.weight'] = a
+    leaves[f'base_model.model.{module}.lora_B.weight'] = b
+    residuals.append(Residual(path, len(a), share))
     if progress is not None:
       progress(residuals[-1])
   with store_base.atomic_path(pathlib.Path(out)) as temporary:
     temporary.mkdir()
     safetensors.write(temporary / 'adapter_model.safetensors', leaves)
-    text = json.dumps(_config(base, rank, kernels, residuals), indent=2)
-    (temporary / 'adapter_config.json').write_text(text + '\n')
+    config = _config(stores[0], specs, rank, residuals) | {
+      'base_model_name_or_path': str(base),
+      'fan_in_fan_out': turned,
+    }
+    text = json.dumps(config, indent=2) + '\n'
+    (temporary / 'adapter_config.json').write_text(text)
   return residuals, missed
 
 
-def _config(base, rank, kernels, residuals):
-  smaller = {r.path.removesuffix('.weight'): r.rank for r in residuals if r.rank < rank}  # fmt: skip
+def _factors(delta, rank, dtype):
+  """A, B and the share of `delta` [outputs, inputs] that `B A` misses."""
+  u, s, v = np.linalg.svd(delta, full_matrices=False)
+  own = min(rank, len(s))
+  root = np.sqrt(s[:own])
+  b, a = (
+    (u[:, :own] * root).astype(dtype),
+    (root[:, None] * v[:own]).astype(dtype),
+  )
+  size = np.linalg.norm(delta)
+  rest = delta - b.astype(np.float32) @ a.astype(np.float32)
+  return a, b, float(np.linalg.norm(rest) / size) if size else 0.0
+
+
+def _config(store, specs, rank, residuals):
+  modules = [r.path.removesuffix('.weight') for r in residuals]
+  smaller = {
+    f'^{re.escape(module)}': r.rank
+    for module, r in zip(modules, residuals, strict=True)
+    if r.rank < rank
+  }
   return {
     'peft_type': 'LORA',
-    'task_type': 'CAUSAL_LM',
-    'base_model_name_or_path': str(base),
+    'task_type': _task(checkpoint.read_config(store.name)),
     'r': rank,
     'lora_alpha': rank,
     'lora_dropout': 0.0,
     'bias': 'none',
-    'fan_in_fan_out': False,
     'inference_mode': True,
-    'target_modules': sorted({p.split('.')[-2] for p in kernels}),
+    'target_modules': _targets(modules, specs),
     'rank_pattern': smaller,
     'alpha_pattern': smaller,
   }
+
+
+def _task(config):
+  """PEFT's name of what the model is for; None is a plain model."""
+  for name in (config or {}).get('architectures') or ():
+    if name.endswith(('ForCausalLM', 'LMHeadModel')):
+      return 'CAUSAL_LM'
+    if name.endswith('ForConditionalGeneration'):
+      return 'SEQ_2_SEQ_LM'
+  return None
+
+
+def _targets(modules, specs):
+  """Last names of the modules where they mean no other one, else full names.
+
+  PEFT takes every module whose path is a target or ends with one: `0` of a
+  sequence is also the first layer of a model.
+  """
+  every = set()
+  for path in specs:
+    parts = path.split('.')[:-1]
+    every |= {'.'.join(parts[:end]) for end in range(1, len(parts) + 1)}
+  others = {path.rpartition('.')[2] for path in every - set(modules)}
+  targets = set()
+  for module in modules:
+    last = module.rpartition('.')[2]
+    targets.add(module if last.isdigit() or last in others else last)
+  return sorted(targets)

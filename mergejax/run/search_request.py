@@ -17,6 +17,7 @@ from mergejax import models as models_lib
 from mergejax import recipe as recipe_lib
 from mergejax.evaluation import suite as suite_lib
 from mergejax.merging import named
+from mergejax.peft import fold
 from mergejax.search import base as base_lib
 from mergejax.search import evolve
 from mergejax.select import ranking
@@ -333,7 +334,7 @@ def _check_models(request):
   """Plans the merge of the starting point; returns fingerprints."""
   recipe = request.recipe
   for path in recipe.models():
-    if '+' in path:
+    if '+' in path or fold.is_adapter(path):
       raise errors.UserError(
         f'{path}: a search loads whole models. Fold the adapter in first: '
         'merge it with passthrough.'

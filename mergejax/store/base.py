@@ -50,6 +50,10 @@ class ParamStore(abc.ABC):
   ) -> Mapping[typing.Path, np.ndarray | jax.Array]:
     """Reads the named leaves, all of which exist, into host memory."""
 
+  def stored_dtype(self, path: typing.Path) -> np.dtype:
+    """dtype of a leaf as its model stores it, whatever it is shown as."""
+    return self.specs()[path].dtype
+
   def read(
     self,
     paths: Iterable[typing.Path] | None = None,

@@ -137,6 +137,9 @@ class RowsStore(base.ParamStore):
   def specs(self) -> typing.SpecTree:
     return self._specs
 
+  def stored_dtype(self, path):
+    return self._store.stored_dtype(path)
+
   def files(self):
     return self._store.files()
 
@@ -207,6 +210,9 @@ class AliasStore(base.ParamStore):
 
   def specs(self) -> typing.SpecTree:
     return self._specs
+
+  def stored_dtype(self, path):
+    return self._store.stored_dtype(self._aliases.get(path, path))
 
   @property
   def reads_pieces(self):

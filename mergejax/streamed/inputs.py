@@ -120,6 +120,7 @@ class Inputs:
     for name in recipe.models():
       if self._inside(name):
         self.stores[name] = self.attempt(self._open_model, name)
+        self._note_adapter(name)
     for name in recipe.stats:
       if self._inside(name):
         self.stats.append(self.attempt(checkpoint.open_checkpoint, name))
@@ -129,6 +130,14 @@ class Inputs:
     tok = recipe.tokenizer
     if tok not in (None, 'base', 'union'):
       self._inside(tok)
+
+  def _note_adapter(self, name):
+    store, beside = self.stores[name], fold.left_beside(name)
+    if isinstance(store, fold.AdapterStore):
+      self.config.update(store.config)
+      self.remarks += store.remarks
+    elif beside:
+      self.remarks.append(beside)
 
   def _check_fingerprint(self, name, model):
     store = self.stores.get(model)

@@ -29,7 +29,6 @@ from mergejax import typing
 from mergejax.merging import base as merge_base
 from mergejax.merging import mean
 from mergejax.merging import named
-from mergejax.peft import fold
 from mergejax.store import buffers
 from mergejax.streamed import inputs as inputs_lib
 from mergejax.streamed import layouts
@@ -302,12 +301,7 @@ class _Planner:
   def _lead_dtype(self, refs, base):
     """dtype of the base, or of the first model, as stored, adapters aside."""
     model, path = refs[0] if base is None else base
-    store = self._stores[model]
-    if isinstance(self._inputs.opened[model], fold.AdapterStore):
-      plain = self._stores.get(self._reference)
-      if plain is not None and path in plain.specs():
-        return plain.specs()[path].dtype
-    return store.specs()[path].dtype
+    return self._stores[model].stored_dtype(path)
 
   def _check_shapes(self, path, spec, refs, base):
     for ref in [*refs, *([base] if base else [])]:

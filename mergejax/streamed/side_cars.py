@@ -10,6 +10,7 @@ import shutil
 import yaml
 
 import mergejax
+from mergejax.peft import fold
 from mergejax.store import checkpoint
 from mergejax.store import vocabulary
 from mergejax.streamed import layer_configs
@@ -34,7 +35,7 @@ def write(plan: plans.Plan, result: pathlib.Path) -> None:
     result: the directory of the weights.
   """
   reference = pathlib.Path(plan.reference.split('+')[0]).expanduser()
-  if (reference / 'adapter_config.json').is_file() and plan.recipe.base:
+  if fold.is_adapter(reference) and plan.recipe.base:
     reference = pathlib.Path(plan.recipe.base).expanduser()
   config = checkpoint.read_config(reference) if reference.is_dir() else None
   if config is not None:

@@ -343,6 +343,9 @@ class CommandsTest(absltest.TestCase):
     self.assertLen(recipe['models'], 1)
 
   def test_mistakes(self):
+    adapter = self.path('adapter')
+    adapter.mkdir()
+    (adapter / 'adapter_config.json').write_text('{}')
     for message, fields in (
       ("Did you mean 'grid'", dict(strategy='gird')),
       ("Did you mean 'left'", dict(tasks=['leftt'])),
@@ -367,6 +370,8 @@ class CommandsTest(absltest.TestCase):
       ('number of models', dict(vary='scale', rank={'pick': 5})),
       ('nowhere', dict(vary='scale', merge=self.merge(
           models=[str(self.path('a')), 'nowhere']))),
+      ('Fold the adapter', dict(vary='scale', merge=self.merge(
+          models=[str(self.path('a')), str(adapter)]))),
     ):  # fmt: skip
       self.assertIn(message, self.search('wrong', code=2, **fields))
     other = models.build(
