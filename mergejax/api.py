@@ -14,7 +14,9 @@ from mergejax.merging import base as merge_base
 from mergejax.merging import driver
 from mergejax.merging import named
 from mergejax.stats import saved
+from mergejax.store import base as store_base
 from mergejax.store import checkpoint
+from mergejax.store import quantised
 
 
 def merge(
@@ -54,7 +56,7 @@ def merge(
 
   Raises:
     UserError: unknown method or option, a missing base, differing trees,
-      weights that do not fit, statistics of another model.
+      a quantised model, weights that do not fit, statistics of another model.
 
   Example:
     >>> merge([{'w': np.zeros(2)}, {'w': np.ones(2)}], 'linear')
@@ -91,5 +93,9 @@ def merge(
 
 def _opened(model):
   if isinstance(model, (str, os.PathLike)):
-    return checkpoint.open_checkpoint(model)
+    return checkpoint.open_weights(model)
+  if isinstance(model, store_base.ParamStore):
+    quantised.check(model)
+  elif model is not None:
+    quantised.check(store_base.MemoryStore(model))
   return model

@@ -32,11 +32,14 @@ class ParamStore(abc.ABC):
   Attributes:
     tied: `{alias: path}` of parameters that are one array in the model; the
       alias is not stored.
-    provenance: where this came from: `format`, `path` and what the format
-      itself records.
+    quantised: the scheme, if the arrays are codes and scales of weights.
+    provenance: where this came from: `format`, `path`, `left_out` (what lies
+      there too and was not taken, if anything) and what the format itself
+      records.
   """
 
   tied: Mapping[typing.Path, typing.Path] = {}
+  quantised: str | None = None
   provenance: Mapping[str, Any] = {}
 
   @abc.abstractmethod

@@ -16,7 +16,9 @@ from mergejax import typing
 from mergejax.store import base
 from mergejax.store import npz
 from mergejax.store import orbax
+from mergejax.store import quantised
 from mergejax.store import safetensors
+from mergejax.store import shards
 from mergejax.store import t5x
 
 FORMATS = ('orbax', 'safetensors', 'npz', 't5x')
@@ -47,15 +49,34 @@ def open_checkpoint(path: os.PathLike | str) -> base.ParamStore:
     raise errors.UserError(_missing(path))
   if path.suffix == '.npz' and path.is_file():
     return npz.NpzStore(path)
-  if safetensors.files_of(path):
+  if shards.is_here(path):
     store = safetensors.SafetensorsStore(path)
-    store.tied = tied_head(store.specs(), read_config(path))
+    config = read_config(path)
+    store.tied = tied_head(store.specs(), config)
+    store.quantised = quantised.scheme(store.specs(), config)
     return store
   if orbax.locate(path) is not None:
     return orbax.OrbaxStore(path)
   if t5x.locate(path) is not None:
     return t5x.T5xStore(path)
   raise errors.UserError(_unknown(path))
+
+
+def open_weights(path: os.PathLike | str) -> base.ParamStore:
+  """Opens a checkpoint whose arrays are its weights, to merge or train them.
+
+  Args:
+    path: as in `open_checkpoint`.
+
+  Returns:
+    The store.
+
+  Raises:
+    UserError: as `open_checkpoint`, or the checkpoint is quantised.
+  """
+  store = open_checkpoint(path)
+  quantised.check(store)
+  return store
 
 
 # (head, embedding) of Hugging Face models that may share one array.

@@ -123,16 +123,25 @@ class Inputs:
   def _open_model(self, name):
     model, _, adapter = name.partition('+')
     if adapter:
-      return fold.AdapterStore(checkpoint.open_checkpoint(model), adapter)
+      return fold.AdapterStore(self._open_weights(model), adapter)
     if fold.is_adapter(model):
       if not self._recipe.base:
         raise errors.UserError(
           f'{model} is an adapter: say what it was trained on with '
           f'`base_model:`, or write `model: BASE+{model}`.'
         )
-      base = checkpoint.open_checkpoint(self._recipe.base)
+      base = self._open_weights(self._recipe.base)
       return fold.AdapterStore(base, model)
-    return checkpoint.open_checkpoint(model)
+    return self._open_weights(model)
+
+  def _open_weights(self, path):
+    store = checkpoint.open_weights(path)
+    left_out = store.provenance.get('left_out')
+    if left_out:
+      remark = f'of {path}, this is not merged: {", ".join(left_out)}'
+      if remark not in self.remarks:
+        self.remarks.append(remark)
+    return store
 
   # Vocabularies and tied heads ------------------------------------------------
 
