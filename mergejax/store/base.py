@@ -160,6 +160,24 @@ def check_new(path: os.PathLike | str) -> None:
     )
 
 
+def check_zarr(specs: typing.SpecTree) -> None:
+  """Refuses dtypes that formats of zarr arrays, written by tensorstore, lack.
+
+  Raises:
+    UserError: a parameter has such a dtype.
+  """
+  import tensorstore  # pylint: disable=import-outside-toplevel
+
+  for path, spec in specs.items():
+    try:
+      tensorstore.dtype(spec.dtype.name)
+    except (TypeError, ValueError) as error:
+      raise errors.UserError(
+        f'{path} is {spec.dtype.name}, which zarr arrays cannot hold. Cast it '
+        'to another dtype, or save as npz.'
+      ) from error
+
+
 @contextlib.contextmanager
 def atomic_path(
   path: os.PathLike | str, *, overwrite: bool = False

@@ -163,7 +163,8 @@ def save_checkpoint(
     max_shard_bytes: size of the shards of a safetensors directory.
 
   Raises:
-    UserError: unknown format, `path` exists, or the disk is full.
+    UserError: unknown format, `path` exists, a leaf that the format cannot
+      hold, or the disk is full.
   """
   path = pathlib.Path(path).expanduser()
   format = format or {'.safetensors': 'safetensors', '.npz': 'npz'}.get(
@@ -172,6 +173,7 @@ def save_checkpoint(
   if format not in FORMATS:
     raise errors.UserError(errors.near(format, FORMATS, 'checkpoint format'))
   leaves = tree_lib.flatten(tree)
+  tree_lib.specs(leaves)  # refuses what is no array of numbers
   single_file = path.suffix == f'.{format}' or format == 'npz'
   if single_file and config is not None:
     raise errors.UserError(
@@ -184,7 +186,7 @@ def save_checkpoint(
     elif format == 't5x':
       t5x.write(temporary, leaves)
     else:
-      host = {name: np.asarray(leaf) for name, leaf in leaves.items()}
+      host = {name: _native(leaf) for name, leaf in leaves.items()}
       if format == 'npz':
         npz.write(temporary, host)
       elif single_file:
@@ -193,6 +195,12 @@ def save_checkpoint(
         safetensors.write_sharded(temporary, host, max_shard_bytes)
     if config is not None:
       (temporary / CONFIG).write_text(json.dumps(dict(config), indent=2) + '\n')
+
+
+def _native(leaf):
+  """A NumPy array in this machine's byte order, which files are read in."""
+  leaf = np.asarray(leaf)
+  return leaf.astype(leaf.dtype.newbyteorder('='), copy=False)
 
 
 def read_json(file: pathlib.Path) -> dict[str, Any]:

@@ -130,4 +130,10 @@ class OrbaxStore(base.ParamStore):
 
 def write(path: pathlib.Path, leaves) -> None:
   """Writes `{path: array}` as one orbax tree; `path` must not exist."""
+  # Of NumPy's scalars orbax knows some; it knows arrays of all numbers.
+  leaves = {
+    name: np.asarray(leaf) if isinstance(leaf, np.generic) else leaf
+    for name, leaf in leaves.items()
+  }
+  base.check_zarr(tree_lib.specs(leaves))
   _checkpointer().save(path.absolute(), tree_lib.unflatten(leaves), force=True)

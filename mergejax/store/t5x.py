@@ -187,7 +187,8 @@ class T5xStore(base.ParamStore):
 
 
 def _metadata(shape, dtype, chunks) -> dict[str, Any]:
-  name = 'bfloat16' if dtype.name == 'bfloat16' else dtype.str
+  # Dtypes of ml_dtypes go by their names in tensorstore's zarr.
+  name = dtype.name if dtype.isbuiltin == 2 else dtype.str
   return {
     'zarr_format': 2,
     'shape': list(shape),
@@ -214,6 +215,7 @@ def write(
   import flax.serialization  # pylint: disable=import-outside-toplevel
   import tensorstore  # pylint: disable=import-outside-toplevel
 
+  base.check_zarr(tree_lib.specs(leaves))
   path.mkdir()
   target = {}
   for name, leaf in leaves.items():
