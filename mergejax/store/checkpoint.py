@@ -19,7 +19,9 @@ from mergejax.store import orbax
 from mergejax.store import quantised
 from mergejax.store import safetensors
 from mergejax.store import shards
+from mergejax.store import states
 from mergejax.store import t5x
+from mergejax.store import vocabulary
 
 FORMATS = ('orbax', 'safetensors', 'npz', 't5x')
 CONFIG = 'config.json'
@@ -48,18 +50,30 @@ def open_checkpoint(path: os.PathLike | str) -> base.ParamStore:
   if not path.exists():
     raise errors.UserError(_missing(path))
   if path.suffix == '.npz' and path.is_file():
-    return npz.NpzStore(path)
+    return _without_optimizer(npz.NpzStore(path))
   if shards.is_here(path):
     store = safetensors.SafetensorsStore(path)
     config = read_config(path)
     store.tied = tied_head(store.specs(), config)
     store.quantised = quantised.scheme(store.specs(), config)
-    return store
+    return _without_optimizer(store)
   if orbax.locate(path) is not None:
     return orbax.OrbaxStore(path)
   if t5x.locate(path) is not None:
     return t5x.T5xStore(path)
   raise errors.UserError(_unknown(path))
+
+
+def _without_optimizer(store):
+  """The parameters of a training state that was flattened into one file."""
+  specs = store.specs()
+  if not any('/' in path for path in specs):
+    return store
+  found = states.parameters(tree_lib.unflatten(specs), store.name)
+  if not found.left_out:
+    return store
+  store.provenance['left_out'] = found.left_out
+  return vocabulary.AliasStore(store, found.paths, hidden=specs)
 
 
 def open_weights(path: os.PathLike | str) -> base.ParamStore:

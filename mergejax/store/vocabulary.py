@@ -161,10 +161,9 @@ class AliasStore(base.ParamStore):
     self._store = store
     self._aliases = aliases
     self.provenance = store.provenance
-    specs = dict(store.specs())
-    for path in hidden:
-      specs.pop(path, None)
-    self._specs = specs | {a: specs[path] for a, path in aliases.items()}
+    specs = store.specs()
+    left = {path: spec for path, spec in specs.items() if path not in hidden}
+    self._specs = left | {a: specs[path] for a, path in aliases.items()}
 
   def specs(self) -> typing.SpecTree:
     return self._specs
