@@ -21,6 +21,7 @@ from mergejax.stats import saved
 from mergejax.store import base as store_base
 from mergejax.store import checkpoint
 from mergejax.store import vocabulary
+from mergejax.streamed import companions
 
 _EMBEDDING = re.compile(
   r'(.*[./])?(embed\w*|wte|shared|token_embedder|word_embeddings)[./]'
@@ -62,6 +63,22 @@ class Inputs:
     self.tokenizer = self._align_vocabularies()
     self._tie()
     self.raise_problems()
+    self._note_companions()
+    self.raise_problems()
+
+  def _note_companions(self):
+    """Tells which files beside the reference the result will not have."""
+    folder = companions.folder_of(self.reference, self._recipe.base)
+    kind, source = self.tokenizer
+    found = companions.find(
+      folder,
+      folder if kind == 'text' else pathlib.Path(source).expanduser(),
+      self.stores[self.reference],
+    )
+    self.remarks += found.remarks(folder)
+    for file, name in found.copied:
+      if name in companions.REWRITTEN:
+        self.attempt(checkpoint.read_json, file)
 
   def raise_problems(self) -> None:
     """Raises with every problem so far, if there is any."""
@@ -234,7 +251,8 @@ class Inputs:
     folder = self.reference if source in ('base', 'union') else source
     folder = folder.split('+')[0]
     if source == 'union' and new:
-      return ('text', vocabulary.extended_tokenizer(folder, wanted))
+      donors = [name.split('+')[0] for name in tokens]
+      return ('text', vocabulary.extended_tokenizer(folder, wanted, donors))
     return ('copy', folder)
 
   def _wrap_rows(self, rows, zeros=False):
