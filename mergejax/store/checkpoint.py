@@ -22,6 +22,7 @@ from mergejax.store import shards
 from mergejax.store import states
 from mergejax.store import t5x
 from mergejax.store import vocabulary
+from mergejax.store.names import t5 as t5_names
 
 FORMATS = ('orbax', 'safetensors', 'npz', 't5x')
 CONFIG = 'config.json'
@@ -115,6 +116,8 @@ def tied_head(
   """
   config = config or {}
   tied = config.get('tie_word_embeddings')
+  if config.get('model_type') == 't5' and 'lm_head.weight' in specs:
+    tied = t5_names.has_tied_head(config)
   with_head = any(
     name.endswith(('ForCausalLM', 'ForConditionalGeneration', 'LMHeadModel'))
     for name in config.get('architectures') or ()
