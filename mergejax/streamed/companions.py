@@ -35,6 +35,7 @@ _OWN = (
 # A merge may change what these say.
 REWRITTEN = (
   'tokenizer_config.json', 'processor_config.json', 'added_tokens.json',
+  'generation_config.json',
 )  # fmt: skip
 _PICKLES = ('.bin', '.pt', '.pth', '.pkl', '.pickle', '.ckpt', '.joblib')
 # Tokenizers of the largest vocabularies have some 40 MB.

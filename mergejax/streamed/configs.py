@@ -10,6 +10,7 @@ from typing import Any
 _VOCABULARY = ('vocab_size', 'decoder_vocab_size')
 _DTYPES = ('dtype', 'torch_dtype')  # transformers 5, and before
 _QUANTISED = ('quantization_config', 'compression_config')
+_TOKEN = re.compile(r'\w+_token_(id|index)')
 # A model's language part, as multimodal configurations call it.
 _LANGUAGE = re.compile(r'(text|llm|language|language_model|decoder)_config')
 
@@ -46,6 +47,40 @@ def changed(
       _set_rows(result, value)
     elif key in result or key == 'tie_word_embeddings':
       result[key] = value
+  return result
+
+
+def renumbered(
+  config: Mapping[str, Any], before: Mapping[str, int], after: Mapping[str, int]
+) -> dict[str, Any]:
+  """A configuration whose special tokens are found in another vocabulary.
+
+  Args:
+    config: `config.json` or `generation_config.json`.
+    before: `{token: row}` that its `..._token_id` and `..._token_index` are of.
+    after: `{token: row}` of the tokenizer that it shall go with.
+
+  Returns:
+    The configuration with the rows of the same tokens; None for a token that
+    the new tokenizer lacks.
+
+  Example:
+    >>> renumbered({'eos_token_id': [1, 2]}, {'a': 1, 'b': 2}, {'b': 0, 'a': 5})
+    {'eos_token_id': [5, 0]}
+  """
+  tokens = {row: token for token, row in before.items()}
+
+  def renumber(row):
+    if type(row) is not int or row not in tokens:
+      return row
+    return after.get(tokens[row])
+
+  result = copy.deepcopy(dict(config))
+  for part in _parts(result):
+    for key, value in part.items():
+      if _TOKEN.fullmatch(key):
+        several = isinstance(value, list)
+        part[key] = [*map(renumber, value)] if several else renumber(value)
   return result
 
 

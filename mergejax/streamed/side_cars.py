@@ -19,6 +19,7 @@ from mergejax.streamed import plans
 RECIPE = 'recipe.yaml'
 CARD = 'README.md'
 TEMPLATE = 'chat_template.jinja'
+GENERATION = 'generation_config.json'
 # dtypes that `config.json` has a word for.
 _TORCH = ('float64', 'float32', 'bfloat16', 'float16')
 
@@ -34,11 +35,17 @@ def write(plan: plans.Plan, result: pathlib.Path) -> None:
   config = checkpoint.read_config(reference) if reference.is_dir() else None
   if config is not None:
     config = configs.changed(config, plan.config, _dtype(plan))
-    text = json.dumps(config, indent=2) + '\n'
-    write_text(result / checkpoint.CONFIG, text)
+    write_text(result / checkpoint.CONFIG, _json(config))
   kind, value = plan.tokenizer
   source = reference if kind == 'text' else pathlib.Path(value).expanduser()
   companions.find(reference, source).copy_to(result)
+  if source != reference:
+    before, after = map(vocabulary.read_tokens, (str(reference), str(source)))
+    for file in (result / checkpoint.CONFIG, result / GENERATION):
+      if file.is_file():
+        settings = checkpoint.read_json(file)
+        renumbered = configs.renumbered(settings, before, after)
+        write_text(file, _json(renumbered))
   if kind == 'text':
     write_text(result / vocabulary.TOKENIZER, value)
     _note_added_tokens(result)

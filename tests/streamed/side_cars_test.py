@@ -235,6 +235,30 @@ class MergedTest(parameterized.TestCase):
     self.assertEqual(processor, {'size': 'a'})
     self.assertNotIn('vocab.txt', described)
 
+  def test_special_tokens_are_found_by_another_tokenizer(self):
+    rows = {'x': 0, 'y': 1, '</s>': 2, '<pad>': 3}
+    self.tokenizer(self.a, [added(2, '</s>'), added(3, '<pad>')])
+    self.tokenizer(self.b, [added(2, '<|im_end|>'), added(3, '</s>')])
+    config = read(self.a / 'config.json') | {
+      'eos_token_id': 2, 'bos_token_id': None, 'pad_token_id': 3,
+      'num_attention_heads': 2, 'text_config': {'image_token_index': 1},
+    }  # fmt: skip
+    (self.a / 'config.json').write_text(json.dumps(config))
+    (self.a / 'generation_config.json').write_text(
+      '{"eos_token_id": [2, 0, 777], "top_k": 2}'
+    )
+    self.assertEqual(vocabulary.read_tokens(str(self.a)), rows)
+    self.merge('a', tokenizer_source=str(self.b))
+    merged = read(self.out / 'config.json')
+    self.assertEqual(merged, config | {
+      'eos_token_id': 3, 'pad_token_id': None, 'vocab_size': 4,
+      'text_config': {'image_token_index': 1},
+    })  # fmt: skip
+    self.assertEqual(
+      read(self.out / 'generation_config.json'),
+      {'eos_token_id': [3, 0, 777], 'top_k': 2},
+    )
+
   @unittest.skipUnless(
     importlib.util.find_spec('transformers'), 'transformers is not installed'
   )
