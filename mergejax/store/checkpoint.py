@@ -141,6 +141,13 @@ def _missing(path):
 
 
 def _unknown(path):
+  if path.suffix == '.gguf' or any(path.glob('*.gguf')):
+    return (
+      f'{path} is in GGUF, whose weights are mostly quantised. Merge the models '
+      'that it was made from, or load it with transformers: '
+      "`AutoModelForCausalLM.from_pretrained(DIR, gguf_file='NAME.gguf')"
+      '.save_pretrained(NEW)`.'
+    )
   known = (
     'Known: an orbax or T5X checkpoint, a .safetensors file, a Hugging Face '
     'directory with .safetensors files, a .npz archive.'

@@ -16,7 +16,6 @@ import re
 from typing import NamedTuple
 
 from mergejax import errors
-from mergejax import typing
 
 SINGLE = 'model.safetensors'
 INDEX = 'model.safetensors.index.json'
@@ -39,7 +38,7 @@ class Chosen(NamedTuple):
 
   files: list[pathlib.Path]
   index: pathlib.Path | None
-  weight_map: Mapping[typing.Path, str]
+  weight_map: Mapping[str, str]
   left_out: list[str]
 
 

@@ -81,6 +81,7 @@ STORED = {
   'w8a8': ('packed', {
     P + 'weight': zeros(np.int8, 8, 8), P + 'weight_scale': zeros(np.float32, 8, 1),
   }),
+  'integers_alone': ('packed', {'wi/kernel': zeros(np.int32, 8, 1)}),
   'aqlm': ('aqlm', {
     P + 'codes': zeros(np.int16, 8, 1, 1), P + 'scales': zeros(np.float16, 8, 1),
     P + 'codebooks': zeros(np.float16, 1, 256, 1, 8),
@@ -190,6 +191,14 @@ class QuantisedTest(parameterized.TestCase):
         'merge_method': 'task_arithmetic', 'base_model': base,
         'models': [{'model': str(adapter)}],
       })  # fmt: skip
+
+  def test_gguf_is_told_by_its_name(self):
+    file = self.folder / 'x' / 'model-q4.gguf'
+    file.parent.mkdir()
+    file.write_bytes(b'GGUF')
+    for path in (file, file.parent):
+      with self.assertRaisesRegex(mj.UserError, 'GGUF, .* gguf_file='):
+        mj.open_checkpoint(path)
 
   def test_it_can_be_looked_at(self):
     path = self.model('a', STORED['fp8_blocks'][1], config('fp8'))
