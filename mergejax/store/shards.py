@@ -74,9 +74,23 @@ def choose(path: pathlib.Path) -> Chosen:
     weight_map = _weight_map(index)
     files = _shards_of(index, weight_map)
   else:
+    _check_no_pickle(path, there)
     files = _complete_shards(path, there)
   left_out = [file.name for file in there if file not in files]
   return Chosen(files, index, weight_map, left_out)
+
+
+def _check_no_pickle(path, there):
+  """Refuses a directory whose model is a pickle beside other safetensors."""
+  pickles = sorted(path.glob('pytorch_model*.bin'))
+  if pickles:
+    raise errors.UserError(
+      f'The model in {path} is {pickles[0].name}, a pickle, which can run code '
+      f'when loaded and is never read; {there[0].name} is not the file that '
+      'transformers would load. Convert the model where it came from, '
+      '`model.save_pretrained(DIR, safe_serialization=True)`, or give the path '
+      'of the file that is meant.'
+    )
 
 
 def _indices(path):

@@ -96,6 +96,14 @@ class ShardsTest(parameterized.TestCase):
     self.put(consolidated='w')
     self.assertEqual(self.opened(), (['w'], []))
 
+  def test_a_pickle_beside_other_files_is_the_model(self):
+    self.put(adapter_model='w')
+    (self.folder / 'pytorch_model-00001-of-00002.bin').write_bytes(b'')
+    with self.assertRaisesRegex(mj.UserError, 'is pytorch_model.*a pickle'):
+      mj.open_checkpoint(self.folder)
+    self.put(model='v')
+    self.assertEqual(self.opened(), (['v'], ['adapter_model.safetensors']))
+
   def test_several_files_without_an_index_are_a_question(self):
     self.put(encoder='w', decoder='v')
     with self.assertRaisesRegex(mj.UserError, 'which ones are the model'):
