@@ -20,6 +20,7 @@ from mergejax.peft import fold
 from mergejax.stats import saved
 from mergejax.store import base as store_base
 from mergejax.store import checkpoint
+from mergejax.store import quantised
 
 
 def merge(
@@ -59,8 +60,8 @@ def merge(
 
   Raises:
     UserError: unknown method or option, a missing base, differing trees,
-      `config.json` of different functions, weights that do not fit, statistics
-      of another model.
+      `config.json` of different functions, a quantised model, weights that do
+      not fit, statistics of another model.
 
   Example:
     >>> merge([{'w': np.zeros(2)}, {'w': np.ones(2)}], 'linear')
@@ -116,5 +117,9 @@ def _check_configs(models):
 def _opened(model):
   fold.check_model(model)
   if isinstance(model, (str, os.PathLike)):
-    return checkpoint.open_checkpoint(model)
+    return checkpoint.open_weights(model)
+  if isinstance(model, store_base.ParamStore):
+    quantised.check(model)
+  elif model is not None:
+    quantised.check(store_base.MemoryStore(model))
   return model

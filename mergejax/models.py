@@ -287,7 +287,7 @@ def load_model(
     UserError: no `config.json`, an unknown model type, or weights that are not
       those of the described model.
   """
-  store = checkpoint.open_checkpoint(path)
+  store = checkpoint.open_weights(path)
   module = load_module(path)
   if is_hugging_face(path):
     leaves = t5_names.from_hf(

@@ -72,17 +72,33 @@ def map_paths(
 
 
 def leaf_spec(leaf: Any) -> typing.LeafSpec:
-  """Shape and dtype of an array, a tracer, a `ShapeDtypeStruct` or a spec."""
+  """Shape and dtype of an array, a tracer, a `ShapeDtypeStruct` or a spec.
+
+  Raises:
+    UserError: a key of `jax.random`, which has no dtype of NumPy.
+  """
   if isinstance(leaf, typing.LeafSpec):
     return leaf
   if not hasattr(leaf, 'shape') or not hasattr(leaf, 'dtype'):
     leaf = np.asarray(leaf)
+  if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    raise errors.UserError(
+      f'A random key ({leaf.dtype}) is not an array of numbers: leave it out, '
+      'or put jax.random.key_data(key) in its place and make the key again '
+      'with jax.random.wrap_key_data.'
+    )
   return typing.LeafSpec(tuple(leaf.shape), np.dtype(leaf.dtype))
 
 
 def specs(tree: typing.Tree) -> typing.SpecTree:
   """`{path: LeafSpec}` of a tree of arrays (or of specs)."""
-  return {path: leaf_spec(leaf) for path, leaf in flatten(tree).items()}
+  result = {}
+  for path, leaf in flatten(tree).items():
+    try:
+      result[path] = leaf_spec(leaf)
+    except errors.UserError as error:
+      raise errors.UserError(f'{path}: {error.message}') from error
+  return result
 
 
 def apply_rules(

@@ -78,7 +78,7 @@ def extract_lora(
   """
   if rank < 1:
     raise errors.UserError(f'The rank must be 1 or more, not {rank}.')
-  stores = [checkpoint.open_checkpoint(path) for path in (base, model)]
+  stores = [checkpoint.open_weights(path) for path in (base, model)]
   specs = stores[0].specs()
   tree.check_same(
     specs,

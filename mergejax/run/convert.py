@@ -3,9 +3,11 @@
 """`mergejax convert SRC DST`: a checkpoint in another format or naming."""
 
 from collections.abc import Sequence
+import dataclasses
 import pathlib
 
 from mergejax import errors
+from mergejax import models
 from mergejax import tree
 from mergejax.run import common
 from mergejax.store import base
@@ -39,16 +41,28 @@ def main(arguments: Sequence[str]) -> None:
   leaves = tree.flatten(store.read())
   config = checkpoint.read_config(options.source)
   if options.names == 't5x':
-    tied = (config or {}).get('tie_word_embeddings', True)
-    leaves = t5.from_hf(leaves, tied_head=tied)
+    leaves = t5.from_hf(leaves, tied_head=t5.has_tied_head(config or {}))
     if config is not None:
       config = dict(model_type='t5x', **t5.config_from_hf(config))
   elif options.names == 'hf-t5':
     leaves = t5.to_hf(leaves)
-    config = None  # a Hugging Face config says more than ours does
-  if destination.suffix in ('.safetensors', '.npz'):
+    if config is not None:
+      module = models.build(config)
+      config = t5.config_to_hf(dataclasses.asdict(module.config))
+  notes = []
+  if store.provenance.get('left_out'):
+    notes.append(f'not copied: {", ".join(store.provenance["left_out"])}')
+  if destination.suffix in ('.safetensors', '.npz') and config is not None:
+    notes.append(
+      'config.json is not written: a single file has no place for it'
+    )
     config = None
+  elif options.names == 'hf-t5' and config is None:
+    notes.append(
+      f'config.json is not written: {options.source} has none that says how '
+      'many heads there are and whether the head is the embedding'
+    )
   checkpoint.save_checkpoint(
     destination, leaves, format=options.format, config=config
   )
-  print(f'{destination}: {len(leaves)} arrays')
+  print('\n'.join([f'{destination}: {len(leaves)} arrays', *notes]))

@@ -17,14 +17,18 @@ def main(arguments: Sequence[str]) -> None:
   options = parser.parse_args(arguments)
   store = checkpoint.open_checkpoint(options.checkpoint)
   specs = store.specs()
+  left_out = store.provenance.get('left_out', [])
+  about = {
+    'format': store.provenance['format'],
+    'quantised': store.quantised,
+    'left_out': list(left_out),
+  }
   if options.json:
     rows = {
       path: {'shape': list(spec.shape), 'dtype': spec.dtype.name}
       for path, spec in specs.items()
     }
-    print(
-      json.dumps({'format': store.provenance['format'], 'parameters': rows})
-    )
+    print(json.dumps({**about, 'parameters': rows}))
     return
   width = max(map(len, specs), default=0)
   for path, spec in specs.items():
@@ -35,3 +39,10 @@ def main(arguments: Sequence[str]) -> None:
     f'{store.provenance["format"]}: {len(specs)} arrays, {total:,} numbers, '
     f'{size / 1e6:,.1f} MB'
   )
+  if store.quantised:
+    print(
+      f'quantised ({store.quantised}): these are codes and scales, which are '
+      'not merged as they are'
+    )
+  if left_out:
+    print(f'not taken, but there too: {", ".join(left_out)}')

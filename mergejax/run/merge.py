@@ -13,6 +13,7 @@ import yaml
 from mergejax import checksums
 from mergejax import errors
 from mergejax.run import common
+from mergejax.store import shards
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -99,9 +100,8 @@ def _likely_sources(recipe: str) -> list[pathlib.Path]:
   try:
     data = yaml.safe_load(pathlib.Path(recipe).read_text(encoding='utf-8'))
     folders = dict.fromkeys(pathlib.Path(n).expanduser() for n in _names(data))
-    return [
-      f for folder in folders for f in sorted(folder.glob('*.safetensors'))
-    ]
+    folders = [folder for folder in folders if shards.is_here(folder)]
+    return [file for folder in folders for file in shards.choose(folder).files]
   except (OSError, ValueError, yaml.YAMLError, RecursionError):
     return []
 

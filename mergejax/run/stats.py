@@ -91,8 +91,8 @@ def _survey(options):
   ):
     print(remark)
   found = stats.survey(
-    [checkpoint.open_checkpoint(path) for path in options.models],
-    checkpoint.open_checkpoint(options.base),
+    [checkpoint.open_weights(path) for path in options.models],
+    checkpoint.open_weights(options.base),
   )
   print(found.to_text())
   if options.json:

@@ -33,11 +33,14 @@ class ParamStore(abc.ABC):
   Attributes:
     tied: `{alias: path}` of parameters that are one array in the model; the
       alias is not stored.
-    provenance: where this came from: `format`, `path` and what the format
-      itself records.
+    quantised: the scheme, if the arrays are codes and scales of weights.
+    provenance: where this came from: `format`, `path`, `left_out` (what lies
+      there too and was not taken, if anything) and what the format itself
+      records.
   """
 
   tied: Mapping[typing.Path, typing.Path] = {}
+  quantised: str | None = None
   provenance: Mapping[str, Any] = {}
 
   @abc.abstractmethod
@@ -160,6 +163,24 @@ def check_new(path: os.PathLike | str) -> None:
     raise errors.UserError(
       f'{path} already exists. Choose another name, or remove it first.'
     )
+
+
+def check_zarr(specs: typing.SpecTree) -> None:
+  """Refuses dtypes that formats of zarr arrays, written by tensorstore, lack.
+
+  Raises:
+    UserError: a parameter has such a dtype.
+  """
+  import tensorstore  # pylint: disable=import-outside-toplevel
+
+  for path, spec in specs.items():
+    try:
+      tensorstore.dtype(spec.dtype.name)
+    except (TypeError, ValueError) as error:
+      raise errors.UserError(
+        f'{path} is {spec.dtype.name}, which zarr arrays cannot hold. Cast it '
+        'to another dtype, or save as npz.'
+      ) from error
 
 
 @contextlib.contextmanager

@@ -16,9 +16,13 @@ from mergejax import typing
 from mergejax.store import base
 from mergejax.store import npz
 from mergejax.store import orbax
+from mergejax.store import quantised
 from mergejax.store import safetensors
+from mergejax.store import shards
+from mergejax.store import states
 from mergejax.store import t5x
 from mergejax.store import ties
+from mergejax.store import vocabulary
 
 FORMATS = ('orbax', 'safetensors', 'npz', 't5x')
 CONFIG = 'config.json'
@@ -47,16 +51,47 @@ def open_checkpoint(path: os.PathLike | str) -> base.ParamStore:
   if not path.exists():
     raise errors.UserError(_missing(path))
   if path.suffix == '.npz' and path.is_file():
-    return npz.NpzStore(path)
-  if safetensors.files_of(path):
+    return _without_optimizer(npz.NpzStore(path))
+  if shards.is_here(path):
     store = safetensors.SafetensorsStore(path)
-    store.tied = ties.tied(store.specs(), read_config(path))
-    return store
+    config = read_config(path)
+    store.tied = ties.tied(store.specs(), config)
+    store.quantised = quantised.scheme(store.specs(), config)
+    return _without_optimizer(store)
   if orbax.locate(path) is not None:
     return orbax.OrbaxStore(path)
   if t5x.locate(path) is not None:
     return t5x.T5xStore(path)
   raise errors.UserError(_unknown(path))
+
+
+def _without_optimizer(store):
+  """The parameters of a training state that was flattened into one file."""
+  specs = store.specs()
+  if not any('/' in path for path in specs):
+    return store
+  found = states.parameters(tree_lib.unflatten(specs), store.name)
+  if not found.left_out:
+    return store
+  store.provenance['left_out'] = found.left_out
+  return vocabulary.AliasStore(store, found.paths, hidden=specs)
+
+
+def open_weights(path: os.PathLike | str) -> base.ParamStore:
+  """Opens a checkpoint whose arrays are its weights, to merge or train them.
+
+  Args:
+    path: as in `open_checkpoint`.
+
+  Returns:
+    The store.
+
+  Raises:
+    UserError: as `open_checkpoint`, or the checkpoint is quantised.
+  """
+  store = open_checkpoint(path)
+  quantised.check(store)
+  return store
 
 
 def _missing(path):
@@ -70,6 +105,13 @@ def _missing(path):
 
 
 def _unknown(path):
+  if path.suffix == '.gguf' or any(path.glob('*.gguf')):
+    return (
+      f'{path} is in GGUF, whose weights are mostly quantised. Merge the models '
+      'that it was made from, or load it with transformers: '
+      "`AutoModelForCausalLM.from_pretrained(DIR, gguf_file='NAME.gguf')"
+      '.save_pretrained(NEW)`.'
+    )
   known = (
     'Known: an orbax or T5X checkpoint, a .safetensors file, a Hugging Face '
     'directory with .safetensors files, a .npz archive.'
@@ -109,7 +151,8 @@ def save_checkpoint(
     max_shard_bytes: size of the shards of a safetensors directory.
 
   Raises:
-    UserError: unknown format, `path` exists, or the disk is full.
+    UserError: unknown format, `path` exists, a leaf that the format cannot
+      hold, or the disk is full.
   """
   path = pathlib.Path(path).expanduser()
   format = format or {'.safetensors': 'safetensors', '.npz': 'npz'}.get(
@@ -118,6 +161,7 @@ def save_checkpoint(
   if format not in FORMATS:
     raise errors.UserError(errors.near(format, FORMATS, 'checkpoint format'))
   leaves = tree_lib.flatten(tree)
+  tree_lib.specs(leaves)  # refuses what is no array of numbers
   single_file = path.suffix == f'.{format}' or format == 'npz'
   if single_file and config is not None:
     raise errors.UserError(
@@ -130,7 +174,7 @@ def save_checkpoint(
     elif format == 't5x':
       t5x.write(temporary, leaves)
     else:
-      host = {name: np.asarray(leaf) for name, leaf in leaves.items()}
+      host = {name: _native(leaf) for name, leaf in leaves.items()}
       if format == 'npz':
         npz.write(temporary, host)
       elif single_file:
@@ -139,6 +183,12 @@ def save_checkpoint(
         safetensors.write_sharded(temporary, host, max_shard_bytes)
     if config is not None:
       (temporary / CONFIG).write_text(json.dumps(dict(config), indent=2) + '\n')
+
+
+def _native(leaf):
+  """A NumPy array in this machine's byte order, which files are read in."""
+  leaf = np.asarray(leaf)
+  return leaf.astype(leaf.dtype.newbyteorder('='), copy=False)
 
 
 def read_json(file: pathlib.Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 """NumPy archives: for small trees and for exchange with plain NumPy."""
 
 import pathlib
+import re
 import zipfile
 
 import ml_dtypes
@@ -12,8 +13,9 @@ from mergejax import errors
 from mergejax import typing
 from mergejax.store import base
 
-# .npy cannot name bfloat16; such a leaf is stored as its 16 bits.
-_BFLOAT16_SUFFIX = '|bfloat16'
+# .npy cannot name the dtypes of ml_dtypes (bfloat16, float8, int4); such a leaf
+# is stored as its bits, and the name of its dtype after the leaf's.
+_DTYPE_SUFFIX = re.compile(r'(?P<name>.*)\|(?P<dtype>\w+)', re.DOTALL)
 
 
 class NpzStore(base.ParamStore):
@@ -47,9 +49,21 @@ class NpzStore(base.ParamStore):
         f'{self._path}: {member!r} holds Python objects (a pickle), which '
         'are never loaded. Save plain arrays with numpy.savez.'
       )
-    name = member.removesuffix(_BFLOAT16_SUFFIX)
-    if name != member:
+    name = member
+    match = _DTYPE_SUFFIX.fullmatch(member)
+    kind = getattr(ml_dtypes, match['dtype'], None) if match else None
+    bits = isinstance(kind, type) and np.dtype(f'u{np.dtype(kind).itemsize}')
+    if bits == dtype:
+      name, dtype = match['name'], np.dtype(kind)
+    elif dtype.kind == 'V' and dtype.names is None and dtype.itemsize == 2:
+      # numpy.savez of a bfloat16 array; no other dtype has two nameless bytes.
       dtype = np.dtype(ml_dtypes.bfloat16)
+    elif dtype.kind == 'V':
+      raise errors.UserError(
+        f'{self._path}: {member!r} is {dtype}: bytes of which NumPy does not '
+        'say what they mean (float8 and int4 are saved so). Save it with '
+        'mj.save_checkpoint, or as one plain number each.'
+      )
     self._member[name] = member
     self._specs[name] = typing.LeafSpec(tuple(shape), dtype)
 
@@ -68,8 +82,9 @@ def write(path: pathlib.Path, leaves) -> None:
   """Writes `{path: array}` as an uncompressed archive."""
   members = {}
   for name, leaf in leaves.items():
-    if leaf.dtype == ml_dtypes.bfloat16:
-      name, leaf = name + _BFLOAT16_SUFFIX, leaf.view(np.uint16)
+    if leaf.dtype.isbuiltin == 2:  # registered by another package
+      name = f'{name}|{leaf.dtype.name}'
+      leaf = leaf.view(f'u{leaf.dtype.itemsize}')
     members[name] = leaf
   with open(path, 'wb') as stream:  # np.savez would append '.npz' to a name
     np.savez(stream, **members)

@@ -6,33 +6,31 @@ from collections.abc import Mapping
 import json
 import os
 import pathlib
+import re
 import struct
+import sys
 from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
 import safetensors
-import safetensors.numpy
 
 from mergejax import errors
 from mergejax import typing
 from mergejax.store import base
+from mergejax.store import shards as shards_lib
 
-INDEX = 'model.safetensors.index.json'
+INDEX = shards_lib.INDEX
 _DTYPES = {
     'BOOL': np.bool_, 'U8': np.uint8, 'I8': np.int8, 'I16': np.int16,
     'U16': np.uint16, 'I32': np.int32, 'U32': np.uint32, 'I64': np.int64,
     'U64': np.uint64, 'F16': np.float16, 'BF16': ml_dtypes.bfloat16,
     'F32': np.float32, 'F64': np.float64,
     'F8_E4M3': ml_dtypes.float8_e4m3fn, 'F8_E5M2': ml_dtypes.float8_e5m2,
+    'F8_E8M0': ml_dtypes.float8_e8m0fnu,
+    'F8_E4M3FNUZ': ml_dtypes.float8_e4m3fnuz,
+    'F8_E5M2FNUZ': ml_dtypes.float8_e5m2fnuz,
 }  # fmt: skip
-
-
-def files_of(path: pathlib.Path) -> list[pathlib.Path]:
-  """The safetensors files meant by a file or directory; none if it has none."""
-  if path.is_file():
-    return [path] if path.suffix == '.safetensors' else []
-  return sorted(path.glob('*.safetensors')) if path.is_dir() else []
 
 
 class SafetensorsStore(base.ParamStore):
@@ -44,12 +42,10 @@ class SafetensorsStore(base.ParamStore):
     self._specs: typing.SpecTree = {}
     self._open_files: dict[pathlib.Path, int] = {}
     self.provenance = {'format': 'safetensors', 'path': str(path)}
-    index = path / INDEX
-    if index.is_file():
-      files = self._indexed(index)
-    else:
-      files = files_of(path)
-    for file in files:
+    chosen = shards_lib.choose(path)
+    if chosen.left_out:
+      self.provenance['left_out'] = chosen.left_out
+    for file in chosen.files:
       for name, (spec, offset) in _header(file).items():
         if name in self._specs:
           raise errors.UserError(
@@ -58,38 +54,14 @@ class SafetensorsStore(base.ParamStore):
           )
         self._specs[name], self._file_of[name] = spec, file
         self._offset[name] = offset
-    if index.is_file():
-      self._check_index(index)
+    self._check_index(chosen)
 
-  def _indexed(self, index):
-    try:
-      self._weight_map = json.loads(index.read_text())['weight_map']
-      files = sorted(
-        {index.parent / name for name in self._weight_map.values()}
-      )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-      raise errors.UserError(
-        f'{index} is not a safetensors index: it should be JSON with a '
-        "'weight_map' of tensor names to file names."
-      ) from error
-    for file in files:
-      if file.parent.resolve() != index.parent.resolve():
+  def _check_index(self, chosen):
+    for name, file in chosen.weight_map.items():
+      if self._file_of.get(name) != chosen.index.parent / file:
         raise errors.UserError(
-          f'{index} names a file outside its folder: {file}'
-        )
-      if not file.is_file():
-        raise errors.UserError(
-          f'{index} names {file.name}, which is missing: the download or '
-          'copy of this model is incomplete.'
-        )
-    return files
-
-  def _check_index(self, index):
-    for name, file in self._weight_map.items():
-      if self._file_of.get(name) != index.parent / file:
-        raise errors.UserError(
-          f'{index} says {name!r} is in {file}, but it is not there. The '
-          'index and the files belong to different models.'
+          f'{chosen.index} says {name!r} is in {file}, but it is not there. '
+          'The index and the files belong to different models.'
         )
 
   def specs(self) -> typing.SpecTree:
@@ -97,6 +69,7 @@ class SafetensorsStore(base.ParamStore):
 
   def leaves(self, paths):
     leaves = {}
+    # In the order of the files, so that reading goes forward.
     for path in sorted(
       paths, key=lambda p: (self._file_of[p], self._offset[p])
     ):
@@ -155,44 +128,40 @@ def _header(
       'another format; download or save it again.'
     )
   try:
-    with safetensors.safe_open(file, 'numpy') as reader:
-      found = {}
+    with safetensors.safe_open(file, 'numpy'):
+      # The library has checked the header: offsets fit shapes, are within the
+      # file, and do not overlap.
       with open(file, 'rb') as stream:
         length = struct.unpack('<Q', stream.read(8))[0]
-        # The library has checked the header: offsets fit shapes, are within
-        # the file, and do not overlap.
         header = json.loads(stream.read(length))
-      for name in reader.keys():
-        part = reader.get_slice(name)
-        dtype = part.get_dtype()
-        if dtype not in _DTYPES:
-          raise errors.UserError(
-            f'{file}: tensor {name!r} has dtype {dtype}, which is not '
-            f'supported. Known: {", ".join(_DTYPES)}.'
-          )
-        spec = typing.LeafSpec(
-          tuple(part.get_shape()), np.dtype(_DTYPES[dtype])
-        )
-        found[name] = spec, 8 + length + header[name]['data_offsets'][0]
-      # In the order of the file, so that reading it goes forward.
-      return dict(sorted(found.items(), key=lambda item: item[1][1]))
   except (safetensors.SafetensorError, ValueError, OSError) as error:
+    unknown = re.search(r'unknown variant `([^`]+)`', str(error))
+    if unknown:
+      raise errors.UserError(f'{file}: {_unsupported(unknown[1])}') from error
     raise errors.UserError(
       f'{file} has a damaged safetensors header ({error}). Download or save '
       'it again.'
     ) from error
+  found = {}
+  for name, entry in header.items():
+    if name == '__metadata__':
+      continue
+    if entry['dtype'] not in _DTYPES:
+      raise errors.UserError(
+        f'{file}: tensor {name!r}: {_unsupported(entry["dtype"])}'
+      )
+    spec = typing.LeafSpec(
+      tuple(entry['shape']), np.dtype(_DTYPES[entry['dtype']])
+    )
+    found[name] = spec, 8 + length + entry['data_offsets'][0]
+  # In the order of the file, so that reading it goes forward.
+  return dict(sorted(found.items(), key=lambda item: item[1][1]))
 
 
-def write(path: pathlib.Path, leaves) -> None:
-  """Writes `{path: array}` as one safetensors file.
-
-  The metadata `format: pt` is what Hugging Face loaders ask for; the numbers
-  are the same for every framework.
-  """
-  safetensors.numpy.save_file(
-    {name: np.require(leaf, requirements='C') for name, leaf in leaves.items()},
-    path,
-    metadata={'format': 'pt'},
+def _unsupported(dtype):
+  return (
+    f'dtype {dtype} is not supported. Known: {", ".join(_DTYPES)}. Save the '
+    'model with one of these, or without this array if it can do without.'
   )
 
 
@@ -225,7 +194,17 @@ def lay_out(
 
   Returns:
     One `Shard` a file.
+
+  Raises:
+    UserError: a dtype that the format does not have.
   """
+  names = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
+  for name, spec in specs.items():
+    if spec.dtype not in names:
+      raise errors.UserError(
+        f'{name} is {spec.dtype.name}, which safetensors cannot hold. Known: '
+        f'{", ".join(dtype.name for dtype in names)}. Cast it, or save as npz.'
+      )
   groups, size = [{}], 0
   for name, spec in specs.items():
     if groups[-1] and size + spec.nbytes > max_shard_bytes:
@@ -233,7 +212,6 @@ def lay_out(
       size = 0
     groups[-1][name] = spec
     size += spec.nbytes
-  names = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
   shards = []
   for i, group in enumerate(groups, 1):
     # `format: pt` is what Hugging Face loaders ask for.
@@ -272,16 +250,35 @@ def index_of(shards: list[Shard], specs: typing.SpecTree) -> str | None:
   return json.dumps(index, indent=2) + '\n'
 
 
+def write(path: pathlib.Path, leaves) -> None:
+  """Writes `{path: array}` as one safetensors file.
+
+  Raises:
+    UserError: a dtype that the format does not have.
+  """
+  specs = {
+    name: typing.LeafSpec(a.shape, a.dtype) for name, a in leaves.items()
+  }
+  _write_shard(path, lay_out(specs, sys.maxsize)[0], leaves)
+
+
+def _write_shard(path, shard, leaves):
+  with open(path, 'wb') as stream:
+    stream.write(shard.header)
+    for name in shard.offsets:
+      flat = np.require(leaves[name], requirements='C').reshape(-1)
+      stream.write(flat.view(np.uint8))
+
+
 def write_sharded(path: pathlib.Path, leaves, max_shard_bytes: int) -> None:
   """Writes a Hugging Face directory: shards and their index; see `lay_out`."""
   specs = {
-    name: typing.LeafSpec(leaf.shape, leaf.dtype)
-    for name, leaf in leaves.items()
+    name: typing.LeafSpec(a.shape, a.dtype) for name, a in leaves.items()
   }
   shards = lay_out(specs, max_shard_bytes)
   path.mkdir()
   for shard in shards:
-    write(path / shard.file, {name: leaves[name] for name in shard.offsets})
+    _write_shard(path / shard.file, shard, leaves)
   index = index_of(shards, specs)
   if index is not None:
     (path / INDEX).write_text(index)

@@ -19,6 +19,7 @@ from mergejax import errors
 from mergejax import tree as tree_lib
 from mergejax import typing
 from mergejax.store import base
+from mergejax.store import states
 
 _FILE = 'checkpoint'
 _TENSORFLOW = b'model_checkpoint_path'
@@ -70,6 +71,8 @@ class T5xStore(base.ParamStore):
       version = data.get('version')
       target = data['optimizer'].get('target') or {}
       state = data['optimizer'].get('state') or {}
+      mutables = data['optimizer'].get('flax_mutables') or {}
+      stats = mutables.get(states.BATCH_STATS)
     except Exception as error:  # msgpack raises many kinds on damaged bytes
       raise errors.UserError(
         f'{file} looks like a T5X checkpoint but cannot be read '
@@ -89,6 +92,12 @@ class T5xStore(base.ParamStore):
       )
     self._entries: dict[typing.Path, Any] = {}
     self._collect(target, '')
+    if stats:
+      self._collect(stats, states.BATCH_STATS)
+    left_out = ['state'] if state.get('param_states') else []
+    left_out += sorted(set(mutables) - {states.BATCH_STATS})
+    if left_out:
+      self.provenance['left_out'] = left_out
     self._specs = {p: self._spec(p, e) for p, e in self._entries.items()}
 
   def _collect(self, node, path):
@@ -187,7 +196,8 @@ class T5xStore(base.ParamStore):
 
 
 def _metadata(shape, dtype, chunks) -> dict[str, Any]:
-  name = 'bfloat16' if dtype.name == 'bfloat16' else dtype.str
+  # Dtypes of ml_dtypes go by their names in tensorstore's zarr.
+  name = dtype.name if dtype.isbuiltin == 2 else dtype.str
   return {
     'zarr_format': 2,
     'shape': list(shape),
@@ -214,6 +224,7 @@ def write(
   import flax.serialization  # pylint: disable=import-outside-toplevel
   import tensorstore  # pylint: disable=import-outside-toplevel
 
+  base.check_zarr(tree_lib.specs(leaves))
   path.mkdir()
   target = {}
   for name, leaf in leaves.items():

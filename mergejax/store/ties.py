@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from mergejax import typing
+from mergejax.store.names import t5 as t5_names
 
 
 class Pair(NamedTuple):
@@ -93,6 +94,8 @@ SECTIONS = ('text_config', 'language_config', 'llm_config')
 def flag(config: Mapping[str, Any] | None) -> bool | None:
   """`tie_word_embeddings`, of the model or of its language model; or None."""
   config = config or {}
+  if config.get('model_type') == 't5' and 'scale_decoder_outputs' in config:
+    return t5_names.has_tied_head(config)
   places = [config, *(config.get(section) for section in SECTIONS)]
   for place in places:
     if isinstance(place, Mapping) and 'tie_word_embeddings' in place:

@@ -2,10 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Vocabularies: tokens of a checkpoint, and embedding rows in another order."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 import dataclasses
 import json
 import pathlib
+from typing import Any
 
 import numpy as np
 
@@ -14,6 +15,8 @@ from mergejax import typing
 from mergejax.store import base
 
 TOKENIZER = 'tokenizer.json'
+# What tokenizers say of a token that was added to their vocabulary.
+_FLAGS = ('single_word', 'lstrip', 'rstrip', 'normalized', 'special')
 
 
 def read_tokens(path: str) -> dict[str, int]:
@@ -57,17 +60,33 @@ def union(vocabularies: Sequence[Mapping[str, int]]) -> dict[str, int]:
   return tokens
 
 
-def extended_tokenizer(path: str, tokens: Mapping[str, int]) -> str:
-  """The text of a `tokenizer.json` with tokens it lacks added at their rows."""
+def extended_tokenizer(
+  path: str, tokens: Mapping[str, int], donors: Sequence[str] = ()
+) -> str:
+  """The text of a `tokenizer.json` with tokens it lacks added at their rows.
+
+  Args:
+    path: of the model whose tokenizer is extended.
+    tokens: `{token: row}` of all that it should have.
+    donors: of models that new tokens come from. One that is added there too,
+      such as `<|im_end|>`, keeps what is said of it: whether it is special, and
+      whether it takes the space around it.
+
+  Returns:
+    The text, of the same normalizer, pre-tokenizer and merges.
+  """
   file = pathlib.Path(path).expanduser() / TOKENIZER
   data = json.loads(file.read_text(encoding='utf-8'))
   known = read_tokens(path)
+  said: dict[str, dict] = {}
+  for donor in donors:
+    for entry in added_tokens(donor):
+      said.setdefault(entry['content'], entry)
   added = list(data.get('added_tokens') or [])
   for token in sorted(set(tokens) - set(known), key=tokens.get):
-    added.append({
-      'id': tokens[token], 'content': token, 'single_word': False,
-      'lstrip': False, 'rstrip': False, 'normalized': False, 'special': False,
-    })  # fmt: skip
+    plain = dict.fromkeys(_FLAGS, False)
+    entry = {key: said.get(token, plain).get(key, False) for key in _FLAGS}
+    added.append({'id': tokens[token], 'content': token, **entry})
   data['added_tokens'] = added
   return json.dumps(data, indent=2, ensure_ascii=False) + '\n'
 
@@ -87,6 +106,14 @@ class ChosenRow:
   store: base.ParamStore | None
   at: int
   force: bool = False
+
+
+def added_tokens(path: str) -> list[dict[str, Any]]:
+  """What the `tokenizer.json` of a directory says of added tokens, if any."""
+  file = pathlib.Path(path).expanduser() / TOKENIZER
+  if not file.is_file():
+    return []
+  return json.loads(file.read_text(encoding='utf-8')).get('added_tokens') or []
 
 
 class RowsStore(base.ParamStore):
@@ -198,15 +225,14 @@ class AliasStore(base.ParamStore):
     self,
     store: base.ParamStore,
     aliases: Mapping[typing.Path, typing.Path],
-    hidden: Sequence[typing.Path] = (),
+    hidden: Collection[typing.Path] = (),
   ):
     self._store = store
     self._aliases = aliases
     self.provenance = store.provenance
-    specs = dict(store.specs())
-    for path in hidden:
-      specs.pop(path, None)
-    self._specs = specs | {a: specs[path] for a, path in aliases.items()}
+    specs = store.specs()
+    left = {path: spec for path, spec in specs.items() if path not in hidden}
+    self._specs = left | {a: specs[path] for a, path in aliases.items()}
 
   def specs(self) -> typing.SpecTree:
     return self._specs

@@ -28,7 +28,6 @@ import mergejax
 from mergejax import checksums
 from mergejax import errors
 from mergejax import resume as resume_lib
-from mergejax.peft import fold
 from mergejax.store import base as store_base
 from mergejax.store import checkpoint
 from mergejax.store import safetensors
@@ -232,9 +231,7 @@ class _Execution:
   def _check_repeated(self):
     """Parameters that should repeat another one do."""
     for name, aliases in self._plan.repeated.items():
-      path = name.split('+')[0]
-      path = self._plan.recipe.base if fold.is_adapter(path) else path
-      store = checkpoint.open_checkpoint(path)
+      store = checkpoint.open_checkpoint(name)
       for alias, path in aliases.items():
         a = np.empty(plans.PIECE, store.specs()[alias].dtype)
         b = np.empty_like(a)

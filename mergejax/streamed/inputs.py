@@ -24,6 +24,7 @@ from mergejax.store import buffers
 from mergejax.store import checkpoint
 from mergejax.store import ties
 from mergejax.store import vocabulary
+from mergejax.streamed import companions
 
 _EMBEDDING = re.compile(
   r'(.*[./])?(embed(?!\w*pos)\w*|wte|shared|token_embedder|word_embeddings)[./]'
@@ -46,7 +47,7 @@ class Inputs:
     tied: `{alias: path}` of the result.
     repeated: `{model: {alias: path}}` that must prove equal.
     config: changes to the reference's configuration.
-    tokenizer: `('copy', model)`, or `('text', tokenizer.json)`.
+    tokenizer: of the result.
   """
 
   def __init__(
@@ -75,6 +76,19 @@ class Inputs:
     self._tie()
     self._leave_out_buffers()
     self.raise_problems()
+    self._note_companions()
+    self.raise_problems()
+
+  def _note_companions(self):
+    """Tells which files beside the reference the result will not have."""
+    folder = self._folder(self.reference)
+    found = companions.find(
+      folder, self.tokenizer.folder, self.stores[self.reference]
+    )
+    self.remarks += found.remarks(folder)
+    for file, name in found.copied:
+      if name in companions.REWRITTEN:
+        self.attempt(checkpoint.read_json, file)
 
   def raise_problems(self) -> None:
     """Raises with every problem so far, if there is any."""
@@ -152,21 +166,29 @@ class Inputs:
   def _open_model(self, name):
     model, _, adapter = name.partition('+')
     if adapter:
-      return fold.AdapterStore(checkpoint.open_checkpoint(model), adapter)
+      return fold.AdapterStore(self._open_weights(model), adapter)
     if fold.is_adapter(model):
       if not self._recipe.base:
         raise errors.UserError(
           f'{model} is an adapter: say what it was trained on with '
           f'`base_model:`, or write `model: BASE+{model}`.'
         )
-      base = checkpoint.open_checkpoint(self._recipe.base)
+      base = self._open_weights(self._recipe.base)
       return fold.AdapterStore(base, model)
-    return checkpoint.open_checkpoint(model)
+    return self._open_weights(model)
+
+  def _open_weights(self, path):
+    store = checkpoint.open_weights(path)
+    left_out = store.provenance.get('left_out')
+    if left_out:
+      remark = f'of {path}, this is not merged: {", ".join(left_out)}'
+      if remark not in self.remarks:
+        self.remarks.append(remark)
+    return store
 
   def _folder(self, name):
     """Where the configuration and the tokenizer of a model lie."""
-    folder = name.split('+')[0]
-    return self._recipe.base if fold.is_adapter(folder) else folder
+    return companions.folder_of(name, self._recipe.base)
 
   def _check_configs(self):
     """Models whose weights mean different things are not merged."""
@@ -184,7 +206,7 @@ class Inputs:
 
   # Vocabularies and tied heads ------------------------------------------------
 
-  def _align_vocabularies(self) -> tuple[str, str]:
+  def _align_vocabularies(self) -> companions.Tokenizer:
     recipe = self._recipe
     if recipe.tokenizer is not None and recipe.vocab is not None:
       self.problems.append(
@@ -211,7 +233,7 @@ class Inputs:
         )
       else:
         self._by_number(paths, sizes)
-    return ('copy', self.reference.split('+')[0])
+    return companions.Tokenizer(self._folder(self.reference))
 
   def _by_number(self, paths, sizes):
     policy = self._recipe.vocab
@@ -238,7 +260,7 @@ class Inputs:
     if source not in ('base', 'union') and source not in tokens:
       tokens[source] = self.attempt(vocabulary.read_tokens, source)
     if self.problems:
-      return ('copy', self.reference)
+      return companions.Tokenizer(self._folder(self.reference))
     if source == 'union':
       first = [self.reference, *(n for n in tokens if n != self.reference)]
       wanted = vocabulary.union([tokens[name] for name in first])
@@ -269,7 +291,7 @@ class Inputs:
       for token in recipe.tokens
     ]
     if self.problems:
-      return ('copy', self.reference)
+      return companions.Tokenizer(self._folder(self.reference))
     self._wrap_rows(rows, chosen=chosen, padding=least)
     self.config['vocab_size'] = count
     new = len(set(wanted) - set(tokens[self.reference]))
@@ -279,10 +301,12 @@ class Inputs:
       + (f'; {count} rows' if count != least else '')
     )
     owner = self.reference if source in ('base', 'union') else source
-    folder = owner.split('+')[0]
-    if set(wanted) - set(tokens[owner]):
-      return ('text', vocabulary.extended_tokenizer(folder, wanted))
-    return ('copy', folder)
+    folder = self._folder(owner)
+    if not set(wanted) - set(tokens[owner]):
+      return companions.Tokenizer(folder)
+    donors = [str(self._folder(name)) for name in tokens]
+    text = vocabulary.extended_tokenizer(str(folder), wanted, donors)
+    return companions.Tokenizer(folder, text)
 
   def _tokens_of(self, name, paths) -> dict[str, int]:
     """A model's tokens; of a bare one with equal rows, the reference's."""
@@ -391,7 +415,8 @@ class Inputs:
       return
     for name, store in self.stores.items():
       if alias in specs[name]:
-        self.repeated.setdefault(self._folder(name), {})[alias] = path
+        folder = str(self._folder(name))
+        self.repeated.setdefault(folder, {})[alias] = path
         self.stores[name] = vocabulary.AliasStore(store, {}, [alias])
     self.tied[alias] = path
     self.remarks.append(f'{alias} stays tied to {path}')

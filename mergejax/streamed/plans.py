@@ -13,6 +13,7 @@ from mergejax import typing
 from mergejax.merging import base as merge_base
 from mergejax.merging import named
 from mergejax.store import base as store_base
+from mergejax.streamed import companions
 
 # Elements of a leaf that are merged at a time.
 PIECE = 1 << 20
@@ -66,8 +67,7 @@ class Plan:
     tied: `{alias: path}` of the result.
     repeated: `{model: {alias: path}}` that must prove equal before anything.
     config: changes to the reference's `config.json`; dots lead into sections.
-    tokenizer: text of the result's `tokenizer.json`, or the path of the model
-      to copy tokenizer files from.
+    tokenizer: of the result.
     remarks: what a reader should know: choices made, files left alone.
   """
 
@@ -79,7 +79,7 @@ class Plan:
   tied: Mapping[typing.Path, typing.Path]
   repeated: Mapping[str, Mapping[typing.Path, typing.Path]]
   config: Mapping[str, Any]
-  tokenizer: tuple[str, str]
+  tokenizer: companions.Tokenizer
   remarks: tuple[str, ...]
 
   @property

@@ -5,26 +5,23 @@
 import json
 import os
 import pathlib
-import shutil
 
 import yaml
 
 import mergejax
-from mergejax.peft import fold
+from mergejax import numerics
 from mergejax.store import checkpoint
 from mergejax.store import vocabulary
-from mergejax.streamed import layer_configs
+from mergejax.streamed import companions
+from mergejax.streamed import configs
 from mergejax.streamed import plans
 
 RECIPE = 'recipe.yaml'
 CARD = 'README.md'
-# Files beside the weights that go with a tokenizer, and with generation.
-_TOKENIZER_FILES = (
-  'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json',
-  'tokenizer.model', 'spiece.model', 'vocab.json', 'vocab.txt', 'merges.txt',
-  'added_tokens.json', 'chat_template.jinja', 'chat_template.json',
-)  # fmt: skip
-_OTHER_FILES = ('generation_config.json', 'preprocessor_config.json')
+TEMPLATE = 'chat_template.jinja'
+GENERATION = 'generation_config.json'
+# dtypes that `config.json` has a word for.
+_TORCH = ('float64', 'float32', 'bfloat16', 'float16')
 
 
 def write(plan: plans.Plan, result: pathlib.Path) -> None:
@@ -34,29 +31,23 @@ def write(plan: plans.Plan, result: pathlib.Path) -> None:
     plan: what was merged.
     result: the directory of the weights.
   """
-  reference = pathlib.Path(plan.reference.split('+')[0]).expanduser()
-  if fold.is_adapter(reference) and plan.recipe.base:
-    reference = pathlib.Path(plan.recipe.base).expanduser()
+  reference = companions.folder_of(plan.reference, plan.recipe.base)
   config = checkpoint.read_config(reference) if reference.is_dir() else None
   if config is not None:
-    changes = {
-      k: v
-      for k, v in plan.config.items()
-      if k in config or k != 'vocab_size'
-    }
-    kept = {'bfloat16', 'float32', 'float16'}
-    if plan.recipe.dtype in kept and 'torch_dtype' in config:
-      changes['torch_dtype'] = plan.recipe.dtype
-    text = json.dumps(layer_configs.changed(config, changes), indent=2) + '\n'
-    write_text(result / checkpoint.CONFIG, text)
-  kind, value = plan.tokenizer
-  source = reference if kind == 'text' else pathlib.Path(value).expanduser()
-  for name in (*_TOKENIZER_FILES, *_OTHER_FILES):
-    folder = reference if name in _OTHER_FILES else source
-    if (folder / name).is_file():
-      shutil.copyfile(folder / name, result / name)
-  if kind == 'text':
-    write_text(result / vocabulary.TOKENIZER, value)
+    config = configs.changed(config, plan.config, _dtype(plan))
+    write_text(result / checkpoint.CONFIG, _json(config))
+  source = plan.tokenizer.folder
+  companions.find(reference, source).copy_to(result)
+  if source != reference:
+    before, after = map(vocabulary.read_tokens, (str(reference), str(source)))
+    for file in (result / checkpoint.CONFIG, result / GENERATION):
+      if file.is_file():
+        settings = checkpoint.read_json(file)
+        renumbered = configs.renumbered(settings, before, after)
+        write_text(file, _json(renumbered))
+  if plan.tokenizer.text is not None:
+    write_text(result / vocabulary.TOKENIZER, plan.tokenizer.text)
+    _note_added_tokens(result)
   _chat_template(plan, result)
   write_text(
     result / RECIPE, yaml.safe_dump(dict(plan.recipe.data), sort_keys=False)
@@ -64,14 +55,51 @@ def write(plan: plans.Plan, result: pathlib.Path) -> None:
   write_text(result / CARD, _card(plan))
 
 
+def _dtype(plan):
+  """The dtype of all floating weights, or None if they differ in it."""
+  dtypes = {
+    task.spec.dtype.name
+    for task in plan.tasks
+    if numerics.is_averaged(task.spec.dtype)
+  }
+  return dtypes.pop() if len(dtypes) == 1 and dtypes <= set(_TORCH) else None
+
+
+def _note_added_tokens(result):
+  """Slow tokenizers read added tokens from other files than `tokenizer.json`."""
+  entries = vocabulary.added_tokens(str(result))
+  file = result / 'tokenizer_config.json'
+  settings = checkpoint.read_json(file) if file.is_file() else {}
+  listed = settings.get('added_tokens_decoder')
+  if isinstance(listed, dict):
+    for entry in entries:
+      own = {key: value for key, value in entry.items() if key != 'id'}
+      listed.setdefault(str(entry['id']), own)
+    write_text(file, _json(settings))
+  file = result / 'added_tokens.json'
+  if file.is_file():
+    rows = {entry['content']: entry['id'] for entry in entries}
+    write_text(file, _json(checkpoint.read_json(file) | rows))
+
+
+def _json(data):
+  return json.dumps(data, indent=2, ensure_ascii=False) + '\n'
+
+
 def _chat_template(plan, result):
+  """Puts the template where every version of transformers finds it first."""
   wanted = plan.recipe.chat_template
   if wanted is None:
     return
-  file = result / 'tokenizer_config.json'
-  settings = checkpoint.read_json(file) if file.is_file() else {}
-  settings['chat_template'] = wanted
-  write_text(file, json.dumps(settings, indent=2, ensure_ascii=False) + '\n')
+  write_text(result / TEMPLATE, wanted)
+  # Of processors, these come before that file, or do not go with it.
+  (result / 'chat_template.json').unlink(missing_ok=True)
+  for name in ('tokenizer_config.json', 'processor_config.json'):
+    file = result / name
+    settings = checkpoint.read_json(file) if file.is_file() else {}
+    if 'chat_template' in settings or name == 'tokenizer_config.json':
+      settings['chat_template'] = wanted
+      write_text(file, _json(settings))
 
 
 def _card(plan):

@@ -52,6 +52,24 @@ class T5xTest(parameterized.TestCase):
       self.assertEqual(leaf.dtype.name, 'bfloat16')
       np.testing.assert_array_equal(leaf, expected()[path].astype(leaf.dtype))
 
+  def test_running_averages_are_opened_with_the_parameters(self):
+    path = pathlib.Path(self.create_tempdir().full_path) / 'checkpoint_3'
+    mj.save_checkpoint(path, {'w': np.ones(2, np.float32)}, 't5x')
+    file = path / 'checkpoint'
+    data = flax.serialization.msgpack_restore(file.read_bytes())
+    self.assertNotIn('left_out', mj.open_checkpoint(path).provenance)
+    data['optimizer']['flax_mutables'] = {
+      'batch_stats': {'bn': {'mean': np.full(3, 7.0, np.float32)}},
+      'cache': {'index': np.int32(1)},
+    }
+    data['optimizer']['state']['param_states'] = {'w': {'v': np.ones(2)}}
+    file.write_bytes(flax.serialization.msgpack_serialize(data))
+    store = mj.open_checkpoint(path)
+    leaves = tree_lib.flatten(store.read())
+    self.assertEqual(sorted(leaves), ['batch_stats/bn/mean', 'w'])
+    np.testing.assert_array_equal(leaves['batch_stats/bn/mean'], [7, 7, 7])
+    self.assertEqual(store.provenance['left_out'], ['state', 'cache'])
+
   @parameterized.parameters('t5x_legacy', 't5x_legacy_bf16')
   def test_writes_the_same_files_and_keys(self, name):
     source = FOLDER / name / 'checkpoint_3'

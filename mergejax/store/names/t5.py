@@ -146,6 +146,16 @@ def _translate(name, side):
   )
 
 
+def has_tied_head(config: Mapping[str, Any]) -> bool:
+  """Whether a Hugging Face T5's head is its embedding, scaled by 1/sqrt(embed).
+
+  transformers 5 writes `tie_word_embeddings: true` for all of them, and says
+  with `scale_decoder_outputs` what the older key said.
+  """
+  tied = config.get('tie_word_embeddings', True)
+  return bool(config.get('scale_decoder_outputs', tied))
+
+
 def config_from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
   """Fields of `T5Config` from a Hugging Face `config.json` of type `t5`."""
   feed_forward = config.get('feed_forward_proj', 'relu')
@@ -161,7 +171,46 @@ def config_from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
     head_dim=config['d_kv'],
     mlp_dim=config['d_ff'],
     mlp_activations=activations,
-    logits_via_embedding=config.get('tie_word_embeddings', True),
+    logits_via_embedding=has_tied_head(config),
     relative_buckets=config.get('relative_attention_num_buckets', 32),
     relative_max_distance=config.get('relative_attention_max_distance', 128),
+  )
+
+
+def config_to_hf(config: Mapping[str, Any]) -> dict[str, Any]:
+  """A Hugging Face `config.json` from all fields of `T5Config`.
+
+  Args:
+    config: the fields; `config_from_hf` gives back those of the architecture.
+
+  Raises:
+    UserError: feed-forward activations that Hugging Face's T5 does not have.
+  """
+  activation, *rest = config['mlp_activations']
+  if rest not in ([], ['linear']):
+    raise errors.UserError(
+      f'mlp_activations {list(config["mlp_activations"])} has no name in '
+      "Hugging Face's T5, which knows one activation, alone or times a linear "
+      "map: ['relu'], ['gelu', 'linear']."
+    )
+  return dict(
+    architectures=['T5ForConditionalGeneration'],
+    model_type='t5',
+    vocab_size=config['vocab_size'],
+    d_model=config['emb_dim'],
+    d_kv=config['head_dim'],
+    d_ff=config['mlp_dim'],
+    num_heads=config['num_heads'],
+    num_layers=config['num_encoder_layers'],
+    num_decoder_layers=config['num_decoder_layers'],
+    feed_forward_proj=f'gated-{activation}' if rest else activation,
+    tie_word_embeddings=config['logits_via_embedding'],
+    relative_attention_num_buckets=config['relative_buckets'],
+    relative_attention_max_distance=config['relative_max_distance'],
+    dropout_rate=config['dropout_rate'],
+    layer_norm_epsilon=1e-6,
+    is_encoder_decoder=True,
+    pad_token_id=0,
+    eos_token_id=1,
+    decoder_start_token_id=0,
   )
