@@ -139,7 +139,9 @@ class StacksTest(parameterized.TestCase):
 
   def test_the_lines_to_add_are_taken_as_they_stand(self):
     rng = np.random.default_rng(0)
-    shapes = {p: s for p, s in UNKNOWN.items() if '/' in p and 'scanned' not in p}
+    shapes = {
+      p: s for p, s in UNKNOWN.items() if '/' in p and 'scanned' not in p
+    }
     make = lambda: {
       p: rng.normal(size=s).astype(np.float32)
       for p, s in list(shapes.items())[:9]
@@ -167,7 +169,12 @@ class ViewTest(absltest.TestCase):
       ('layers_0/attention/out/kernel', spec(2, 4, 8), (0, 1), (2,)),
       ('layers_0/attention/key/bias', spec(2, 4), (0, 1), ()),
       ('attn/key/bias', spec(2, 4, names=('heads', 'kv')), (0, 1), ()),
-      ('proj/kernel', spec(8, 2, 4, names=('in:embed', 'a', 'b')), (0,), (1, 2)),
+      (
+        'proj/kernel',
+        spec(8, 2, 4, names=('in:embed', 'a', 'b')),
+        (0,),
+        (1, 2),
+      ),
       ('w', spec(2, 8, names=('mlp', 'in:embed')), (1,), (0,)),
     ):
       view = axes.view(path, one)

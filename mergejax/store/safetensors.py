@@ -97,7 +97,9 @@ class SafetensorsStore(base.ParamStore):
 
   def leaves(self, paths):
     leaves = {}
-    for path in sorted(paths, key=lambda p: (self._file_of[p], self._offset[p])):
+    for path in sorted(
+      paths, key=lambda p: (self._file_of[p], self._offset[p])
+    ):
       spec = self._specs[path]
       # Not by the library: its reader for NumPy does not know float8.
       flat = np.empty(spec.size, spec.dtype)
