@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What names prove of stacks: ordinary checkpoints pass, unknown ones do not."""
 
+import pathlib
+
 from absl.testing import absltest
 from absl.testing import parameterized
 import numpy as np
@@ -159,6 +161,53 @@ class StacksTest(parameterized.TestCase):
       one = mj.merge([{'w': t[path][:, i]} for t in trees], 'karcher')['w']
       np.testing.assert_allclose(merged[path][:, i], one, rtol=1e-6)
 
+  def test_a_plan_asks_before_anything_is_read(self):
+    folder = pathlib.Path(self.create_tempdir().full_path)
+    rng = np.random.default_rng(0)
+    paths = []
+    for name in 'abc':
+      paths.append(str(folder / f'{name}.safetensors'))
+      leaves = {
+        'layers/mlp/wi/kernel': rng.normal(size=(3, 8, 16)),
+        'encoder/encoder/norm/scale': rng.normal(size=(8, 3)),
+        'logits_dense/kernel': rng.normal(size=(8, 4)),
+      }
+      mj.save_checkpoint(
+        paths[-1], {p: leaf.astype(np.float32) for p, leaf in leaves.items()}
+      )
+    base, *rest = paths
+    recipe = lambda method, **options: {
+      'merge_method': method, 'base_model': base, 'models': rest,
+      'parameters': options,
+    }  # fmt: skip
+    for method, options in (
+      ('ties', {'density': 0.5}),  # by tensor, as mergekit
+      ('model_stock', {}),
+      ('dare_linear', {'density': 0.5}),  # the norm of every leaf is restored
+      ('della', {'density': 0.5, 'epsilon': 0.1}),
+    ):
+      with self.assertRaises(mj.UserError) as raised:
+        mj.plan(recipe(method, **options))
+      text = raised.exception.message
+      for line in (
+        "('layers/mlp/wi/kernel', ('layers', 'embed', 'mlp'))",
+        "('encoder/encoder/norm/scale', ('embed', 'layers'))",
+      ):
+        self.assertIn(line, text)
+      self.assertNotIn('logits_dense', text)
+    named = [
+      ['layers/.*', ['layers', 'embed', 'mlp']],
+      ['encoder/.*', ['embed', 'layers']],
+    ]
+    mj.plan({**recipe('model_stock'), 'axes': named})
+    # The same numbers either way, or only other draws.
+    for method, options in (
+      ('task_arithmetic', {}),
+      ('ties', {'density': 0.5, 'trim_scope': 'global'}),
+      ('dare_linear', {'density': 0.5, 'rescale': 'paper'}),
+    ):
+      mj.plan(recipe(method, **options))
+
 
 class ViewTest(absltest.TestCase):
   def test_kernels_of_many_axes(self):
@@ -188,6 +237,9 @@ class ViewTest(absltest.TestCase):
     for path, one in (
       ('layers/attn/query/kernel', spec(3, 8, 2, 4)),
       ('attn/query/kernel', spec(3, 8, 2, 4)),
+      ('model.layers.self_attn.q_proj.weight', spec(3, 8, 8)),
+      ('layers/ConvBlock_0/Conv_0/kernel', spec(3, 3, 3, 8, 8)),
+      ('layers/attn/query/bias', spec(3, 8)),
       ('layers_0/proj/kernel', spec(8, 2, 4)),
       ('layers_0/attention/qkv/kernel', spec(8, 3, 2, 4)),
       ('w', spec(2, 8)),
