@@ -88,12 +88,15 @@ STACKS = stacks.NAMES
 # Begins the names of axes that are inputs, where the path does not tell.
 _INPUT = 'in:'
 
+# Tables of one vector a position, or a token.
+_ROWS = r'(positions?|\w*pos(ition)?_?embed\w*|cls|cls_token|class_token)'
 # (path, axes besides stacked ones, which of them are inputs); first match wins.
 _INPUTS = (
   (r'(.*[/.])?(query|key|value|qkv)[/.]kernel', (2, 3, 4), lambda n: [0]),
   (r'(.*[/.])?kernel', (2, 3, 4, 5), lambda n: list(range(n - 1))),
   (r'(.*[/.])?embedding', (2,), lambda n: [1]),
   (r'(.*[/.])?rel_embedding', (2,), lambda n: [0]),
+  (r'(.*[/.])?' + _ROWS, (2, 3), lambda n: [n - 1]),
   (r'(.*[/.])?weight', (2, 3, 4, 5), lambda n: list(range(1, n))),
 )
 # Without axis names, kernels of more than two axes whose inputs are known: those
@@ -185,7 +188,8 @@ def view(path: typing.Path, spec: typing.LeafSpec) -> View:
 
 def _is_plain(path, rank):
   """Whether a path says which axes are inputs, without axis names."""
-  if rank == 2 or path.endswith('weight'):
+  rows = re.fullmatch(_ROWS, re.split('[/.]', path)[-1])
+  if rank == 2 or path.endswith('weight') or rows:
     return True
   attention = rank == 3 and _ATTENTION.fullmatch(path)
   return bool(attention) or stacks.is_convolution(path)

@@ -144,7 +144,7 @@ def message(unknown: Mapping[typing.Path, typing.LeafSpec]) -> str:
     f'{", ".join(NAMES)}; without such a name the array is one parameter. '
     'Paths are regular expressions. If the stack is where these lines say, '
     'give `axes=` in Python (in a recipe, `axes:` with one `[path, [names]]` '
-    f'each):\naxes=[\n{errors.listed(lines)}\n]'
+    f'each):\naxes=[\n{errors.listed(lines, 100)}\n]'
   )
 
 

@@ -82,7 +82,9 @@ def merge(
     stats: for each model `{path: {name: array}}`, for methods that need
       statistics.
     axes: `(regular expression, logical axes)` of leaves whose layout their
-      path does not tell, or that are stacks of layers.
+      path does not tell, or that are stacks of layers: each layer is then a
+      leaf of its own. Methods that are the same for a stack and its layers
+      need none; random masks are then drawn for the stack as one leaf.
     rules: `(regular expression, method)` for leaves that are to be merged
       otherwise, or `'copy'` to take them from the base or the first model; the
       first full match of a path decides.

@@ -71,17 +71,13 @@ def recipe_of(row, base, paths, stats=()):
   return recipe
 
 
-ODD_AXES = (
-  ('model.experts.kernel', ('embed', 'expert', 'mlp')),
-  ('model.layers.bias', ('layers', 'embed')),
-)
+ODD_AXES = (('model.experts.kernel', ('embed', 'expert', 'mlp')),)
 
 
 def odd_leaves(rng, number):
   """Stacks, scalars, float8, leaves of no numbers, and counters."""
   return {
     'model.experts.kernel': rng.normal(size=(12, 2, 12)).astype(np.float32),
-    'model.layers.bias': rng.normal(size=(2, 12)).astype(np.float32),
     'model.temperature': np.float32(rng.normal()).reshape(()),
     'model.small.weight': rng.normal(size=(12, 12)).astype(
       ml_dtypes.float8_e4m3fn
@@ -100,8 +96,10 @@ class EqualityTest(parameterized.TestCase):
     folder = pathlib.Path(self.create_tempdir().full_path)
     # Few shapes: most of the time goes into compiling for each.
     models = {n: models_on_disk.llama(rng, vocab=25, layers=2) for n in names}
-    for k, model in enumerate(models.values()):
+    odd = any(row is one for _, one in laws_test.ONE)
+    for k, model in enumerate(models.values() if odd else ()):
       model.update(odd_leaves(rng, k))
+    axes = ODD_AXES if odd else ()
     for name, model in models.items():
       models_on_disk.save(folder / name, model)
     stats, stats_paths = None, []
@@ -125,12 +123,12 @@ class EqualityTest(parameterized.TestCase):
       [str(folder / n) for n in names[1:]],
       stats_paths,
     )
-    recipe['axes'] = [[path, list(names)] for path, names in ODD_AXES]
+    recipe['axes'] = [[path, list(names)] for path, names in axes]
     first, second = small_pieces()
     with first, second:
       mj.execute(mj.plan(recipe), folder / 'out')
     streamed = tree_lib.flatten(mj.open_checkpoint(folder / 'out').read())
-    arguments = dict(weights=row.weights, stats=stats, axes=ODD_AXES)
+    arguments = dict(weights=row.weights, stats=stats, axes=axes)
     plain = mj.merge(
       [models[n] for n in names[1:]],
       method,
@@ -142,7 +140,8 @@ class EqualityTest(parameterized.TestCase):
     for path, leaf in lead.items():
       self.assertEqual(streamed[path].dtype, leaf.dtype)
       self.assertEqual(streamed[path].shape, leaf.shape)
-    np.testing.assert_array_equal(streamed['model.ids'], lead['model.ids'])
+    if odd:
+      np.testing.assert_array_equal(streamed['model.ids'], lead['model.ids'])
     mesh = mesh_lib.make_mesh(data=2, model=4)
 
     def put(model):
@@ -205,6 +204,54 @@ class EqualityTest(parameterized.TestCase):
         np.testing.assert_array_equal(
           np.asarray(leaf).view(np.uint16), streamed[path].view(np.uint16), path
         )
+
+  def test_results_that_their_dtype_cannot_hold_are_refused(self):
+    folder = pathlib.Path(self.create_tempdir().full_path)
+    model = {
+      'a.weight': np.full((4, 3), 5e4, np.float32),
+      'b.bias': np.full(3, 1e5, np.float32),
+      'experts.kernel': np.ones((2, 4, 3), np.float32),
+    }
+    path = str(folder / 'a.safetensors')
+    mj.save_checkpoint(path, model)
+    base = str(folder / 'base.safetensors')
+    mj.save_checkpoint(base, {p: 0 * leaf for p, leaf in model.items()})
+    recipe = lambda scale, **more: {
+      'merge_method': 'task_arithmetic', 'models': [path], 'base_model': base,
+      'parameters': {'lambda': scale}, 'dtype': 'float16', **more,
+    }  # fmt: skip
+    whole = dict(axes=[['experts.kernel', ['expert', 'embed', 'mlp']]])
+    cases = (
+      (recipe(0.5), ''),
+      (recipe(2.0, rules=[{'match': 'b.*', 'copy': base}]), 'a.weight: 12'),
+      (recipe(0.5, rules=[{'match': 'b.bias', 'copy': path}]), 'b.bias: 3'),
+      (recipe(1e5, rules=[{'match': '[ab].*', 'copy': base}], **whole),
+       'experts.kernel: 24'),
+    )  # fmt: skip
+    for i, (one, message) in enumerate(cases):
+      out = folder / f'{i}.safetensors'
+      if not message:
+        mj.execute(mj.plan(one), out)
+        continue
+      with self.assertRaisesRegex(
+        mj.UserError, f'{message}.*float16, which ends at 65504'
+      ):
+        mj.execute(mj.plan(one), out)
+      self.assertFalse(out.exists())
+
+  def test_two_statistics_of_a_leaf_go_to_their_models(self):
+    """A piece hands every model each of its statistics, by name."""
+    task = mock.Mock(
+      inputs=[('a', 'w'), ('b', 'w')], base=('c', 'w'),
+      stats=({'fisher': 'w/fisher', 'second': 'w/second'},) * 2,
+    )  # fmt: skip
+    leaf = pieces.Leaf.__new__(pieces.Leaf)
+    leaf._task = task
+    leaves, base, stats = leaf._roles([10, 20, 30, 11, 12, 21, 22])
+    self.assertEqual((leaves, base), ([10, 20], 30))
+    self.assertEqual(
+      stats, [{'fisher': 11, 'second': 12}, {'fisher': 21, 'second': 22}]
+    )
 
 
 class StatisticsTest(absltest.TestCase):
