@@ -70,7 +70,6 @@ class _Planner:
     self._stores = inputs.stores
     self._stats = inputs.stats
     self._reference = inputs.reference
-    self._config = inputs.config
 
   def plan(self) -> plans.Plan:
     tasks = self._tasks()
