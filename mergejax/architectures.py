@@ -23,15 +23,14 @@ from mergejax.store import checkpoint
 _ASIDE = re.compile(
   r'_.*|transformers_version|(torch_)?dtype|auto_map|torchscript|use_cache|'
   r'.*drop.*|init_.*|initializer_.*|output_\w+|return_dict\w*|\w*version|'
-  r'\w*attn_impl(ementation)?|float32_attention_logits|gradient_checkpointing\w*|'
+  r'\w*attn_impl(ementation)?|float32_attention_logits|use_bfloat16|tf_\w+|'
   r'(max|min|model_max)_(new_)?(length|tokens)|temperature|top_p|typical_p|'
-  r'num_beams|num_beam_groups|tf_\w+|use_bfloat16|num_return_sequences|do_sample|early_stopping|'
+  r'num_beams|num_beam_groups|num_return_sequences|do_sample|early_stopping|'
   r'\w*_penalty|\w*no_repeat_ngram_size|bad_words_ids|\w*suppress_tokens|'
-  r'forced_decoder_ids|begin_suppress_tokens|remove_invalid_values|'
-  r'exponential_decay_length_penalty|cache_implementation|'
-  r'chunk_size_feed_forward|tokenizer_\w+|task_specific_params|prefix|'
-  r'finetuning_task|problem_type|pretraining_tp|\w*_coef|\w*_lr|'
-  r'(un)?freeze_\w+|tune_\w+|(mm_)?use_im_\w+|unsloth\w*|name|'
+  r'forced_decoder_ids|remove_invalid_values|cache_implementation|'
+  r'gradient_checkpointing\w*|chunk_size_feed_forward|tokenizer_\w+|prefix|'
+  r'task_specific_params|finetuning_task|problem_type|pretraining_tp|\w*_coef|'
+  r'\w*_lr|(un)?freeze_\w+|tune_\w+|(mm_)?use_im_\w+|unsloth\w*|name|'
   r'keys_to_ignore_at_inference|mask_(time|feature)_\w+|apply_spec_augment'
 )
 # A model runs with either value; the result has that of the reference.

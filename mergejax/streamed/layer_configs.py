@@ -101,7 +101,9 @@ def changes(
     special = [
       f'{name}: {own[reference][name]}'
       for name in _BY_NUMBER
-      if own[reference].get(name) and 'layer_types' not in lists
+      if own[reference].get(name)
+      and 'layer_types' not in lists
+      and not (name == 'max_window_layers' and not _has_window(own[reference]))
     ]
     moved = any(i != number for i, (_, number) in enumerate(stack.order))
     if special and moved:
@@ -133,6 +135,10 @@ def changed(config: Mapping[str, Any], by: Mapping[str, Any]) -> dict[str, Any]:
     section, dot, rest = name.partition('.')
     result[section] = changed(result[section], {rest: value}) if dot else value
   return result
+
+
+def _has_window(config):
+  return config.get('use_sliding_window', True)
 
 
 def _section(config, section):

@@ -27,6 +27,8 @@ LAYER = re.compile(
   r'(?P<stem>(?:.*?[./])?(?:layers|layer|blocks|block|h|resblocks)[._/])'
   r'(?P<index>\d+)(?P<rest>[./].*)'
 )
+# T5 keeps the relative positions of all layers in the first one.
+_OF_ALL_LAYERS = re.compile(r'.*\.relative_attention_bias\..*')
 # What comes before the layers; everything else outside of them comes after.
 FIRST = re.compile(r'.*(embed|wte|wpe|shared|token_embedder).*')
 
@@ -198,8 +200,8 @@ class _Layout:
     if texts and texts != stems:
       others = ', '.join(sorted(stem[:-1] for stem in stems - texts))
       self._remarks.append(
-        f'slices choose from the layers of the {TEXT}; {others}: merged as they '
-        'are, from the models of the first slice (`modules:` tells more)'
+        f'slices choose from the layers of the {TEXT}; {others}: merged as '
+        'they are, from the models of the first slice (`modules:` tells more)'
       )
     return texts or stems
 
@@ -373,12 +375,17 @@ class _Layout:
     for model, layer in filter(None, [*sources, origin]):
       for path in self._specs[model]:
         match = LAYER.fullmatch(path)
-        if match and match['stem'] + match['index'] == layer:
-          rests[match['rest']] = None
+        found = match and match['stem'] + match['index']
+        shared = _OF_ALL_LAYERS.fullmatch(path)
+        if found == (f'{stem}0' if shared else layer) and not (shared and at):
+          rests[match['rest']] = shared
     result = []
-    for rest in rests:
-      refs = [(model, layer + rest) for model, layer in sources]
-      base = (origin[0], origin[1] + rest) if origin else None
+    for rest, shared in rests.items():
+      at_rest = lambda layer, r=rest, s=shared: (
+        f'{stem}0{r}' if s else layer + r
+      )
+      refs = [(model, at_rest(layer)) for model, layer in sources]
+      base = (origin[0], at_rest(origin[1])) if origin else None
       result.append(self._entry(f'{stem}{at}{rest}', depth, one, refs, base))
     return result
 

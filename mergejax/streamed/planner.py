@@ -73,7 +73,6 @@ class _Planner:
     self._stores = inputs.stores
     self._stats = inputs.stats
     self._reference = inputs.reference
-    self._config = inputs.config
     self._unknown_stacks = {}
 
   def plan(self) -> plans.Plan:

@@ -90,6 +90,11 @@ class LayoutTest(parameterized.TestCase):
         path.replace('.attn', '.layer.0.attn').replace('.mlp', '.layer.1.mlp'): leaf
         for path, leaf in _model(self.rng, stacks, T5_ENDS).items()
       }  # fmt: skip
+      for side in ('encoder', 'decoder'):
+        positions = (
+          f'{side}.block.0.layer.0.attn.relative_attention_bias.weight'
+        )
+        model[positions] = self.rng.normal(size=(4, 2)).astype(np.float32)
       config = {'model_type': 't5', 'num_layers': 3, 'num_decoder_layers': 2}
       made.append(self.save(name, model, config))
     return made
@@ -223,7 +228,7 @@ class LayoutTest(parameterized.TestCase):
     a, b = self.t5('a', 'b')
     slices = [
       {'sources': [{'model': m, 'layer_range': r}]}
-      for m, r in ((a, [0, 2]), (b, [0, 3]))
+      for m, r in ((a, [1, 3]), (b, [0, 3]))
     ]
     with self.assertRaisesRegex(
       mj.UserError, '(?s)found .*decoder.block.*encoder: {slices'
@@ -242,7 +247,9 @@ class LayoutTest(parameterized.TestCase):
       (config['num_layers'], config['num_decoder_layers']), (5, 2)
     )
     for path, (model, source) in {
-      'encoder.block.1.layer.0.attn.weight': ('a', 1),
+      'encoder.block.1.layer.0.attn.weight': ('a', 2),
+      # The result has one table of relative positions, in its first layer.
+      'encoder.block.0.layer.0.attn.relative_attention_bias.weight': ('a', 0),
       'encoder.block.2.layer.0.attn.weight': ('b', 0),
       'encoder.block.4.layer.1.mlp.weight': ('b', 2),
       'decoder.block.1.layer.1.mlp.weight': ('a', 1),
@@ -251,6 +258,8 @@ class LayoutTest(parameterized.TestCase):
         [*path.split('.')[:2], str(source), *path.split('.')[3:]]
       )
       np.testing.assert_array_equal(leaves[path], self.models[model][there])
+    tables = [p for p in leaves if 'encoder' in p and 'relative' in p]
+    self.assertLen(tables, 1)
     np.testing.assert_array_equal(leaves['shared.weight'], self.models['b']['shared.weight'])  # fmt: skip
 
   def test_gradients_run_over_the_blocks_of_t5(self):
@@ -389,6 +398,9 @@ class LayerConfigsTest(parameterized.TestCase):
     _, remarks = self.changes(config, [('a', 1), ('a', 2)], 4)
     self.assertIn('max_window_layers: 2', remarks[0])
     _, remarks = self.changes(config, [('a', 0), ('a', 1)], 4)
+    self.assertEqual(remarks, [])
+    config = {**config, 'use_sliding_window': False}
+    _, remarks = self.changes(config, [('a', 1), ('a', 2)], 4)
     self.assertEqual(remarks, [])
 
   @parameterized.parameters(
