@@ -30,7 +30,10 @@ def fisher(
   """The statistic `F = mean over examples of E_y (d log p(y|x) / d theta)^2`.
 
   The square is that of one example, before any averaging. For sequences the
-  example is the whole target: the gradient of its summed log-likelihood.
+  example is the whole target: the gradient of its summed log-likelihood, each
+  token as often as `decoder_loss_weights` says. Rows that hold several examples
+  tell them apart by `decoder_segment_ids`. Images count as often as `weights`
+  says: `F = sum_i w_i F_i / sum_i w_i`.
 
   Args:
     estimator: 'exact' weighs every class by its probability (classifiers, or
@@ -52,7 +55,8 @@ def fisher(
     floating parameter, running statistics excepted.
 
   Raises:
-    UserError: an unknown estimator, numbers below 1, 'exact' over sequences.
+    UserError: an unknown estimator, numbers below 1, 'exact' over sequences,
+      'exact' or sampled answers of an encoder-decoder over packed rows.
 
   Source: Matena and Raffel (2022), https://arxiv.org/abs/2111.09832, section
   3.2; the released code has 'exact' only.
@@ -70,13 +74,13 @@ def fisher(
     fn = answer(module)
     learned = {n: p for n, p in params.items() if n != models.BATCH_STATS}
     fixed = {n: p for n, p in params.items() if n == models.BATCH_STATS}
-    weights = models.target_weights(batch)
-    real = jnp.max(weights.reshape(weights.shape[0], -1), axis=1) > 0
+    _check_packing(batch, estimator)
+    share, counted = _examples(batch)
     keys = jax.vmap(
       lambda row: jax.random.fold_in(
         jax.random.fold_in(jax.random.key(seed), number), row
       )
-    )(jnp.arange(len(real), dtype=jnp.uint32))
+    )(jnp.arange(len(share), dtype=jnp.uint32))
 
     def one(example):
       return _squares(
@@ -84,22 +88,20 @@ def fisher(
           estimator, samples, per_token,
       )  # fmt: skip
 
-    examples = {'batch': dict(batch), 'key': keys, 'real': real}
+    examples = {'batch': dict(batch), 'key': keys, 'share': share}
 
     def chunk(total, several):
       squares = jax.vmap(one)(several)
-      keep = several['real'].astype(jnp.float32)
-      # What padding gives is arbitrary, even infinite.
-      add = lambda t, s: (
-        t
-        + jnp.sum(
-          jnp.where(keep.reshape(-1, *(1,) * (s.ndim - 1)) > 0, s, 0.0), axis=0
-        )
-      )
+
+      def add(total, own):
+        by = several['share'].reshape(-1, *(1,) * (own.ndim - 1))
+        # What padding gives is arbitrary, even infinite.
+        return total + jnp.sum(jnp.where(by > 0, by * own, 0.0), axis=0)
+
       return jax.tree.map(add, total, squares), None
 
     def shard(own):
-      rows = own['real'].shape[0]
+      rows = own['share'].shape[0]
       size = max(n for n in range(1, min(microbatch, rows) + 1) if not rows % n)
       chunks = jax.tree.map(
         lambda x: x.reshape(rows // size, size, *x.shape[1:]), own
@@ -109,7 +111,7 @@ def fisher(
 
     split = lambda x: x.reshape(shards, -1, *x.shape[1:])
     sums = jax.vmap(shard)(jax.tree.map(split, examples))
-    count = jnp.sum(split(real.astype(jnp.float32)), axis=1)
+    count = jnp.sum(split(counted), axis=1)
     return {
       path: {'sum': leaf, 'count': count}
       for path, leaf in tree_lib.flatten(sums).items()
@@ -120,6 +122,54 @@ def fisher(
     'seed': seed,
   }  # fmt: skip
   return base.Statistic('fisher', measure, settings=settings)
+
+
+def _check_packing(batch, estimator):
+  """Refuses what does not fit rows of several examples."""
+  if 'decoder_segment_ids' not in batch:
+    return
+  if estimator == 'exact':
+    raise errors.UserError(
+      'The exact Fisher of a row with `decoder_segment_ids` is not that of its '
+      'examples: give batches of one example a row, or another estimator.'
+    )
+  if estimator == 'sampled' and 'encoder_input_tokens' in batch:
+    raise errors.UserError(
+      'Sampled answers may be longer than the places that packed rows '
+      '(`decoder_segment_ids`) leave them: give batches of one example a row, '
+      "or estimator='empirical'."
+    )
+
+
+def _examples(batch):
+  """`(share, counted) <float32>[batch]` of each row.
+
+  By the share its squares are multiplied; it counts as so many examples.
+  """
+  weights = models.target_weights(batch)
+  if weights.ndim == 1:
+    return weights, weights
+  if 'decoder_segment_ids' not in batch:
+    real = jnp.max(weights, axis=1) > 0
+    return (real.astype(jnp.float32),) * 2
+  runs = jax.vmap(_runs)(batch['decoder_segment_ids'])
+  each = jax.vmap(
+    lambda own, runs: jax.ops.segment_max(own, runs, own.shape[0])
+  )(_segment_weights(batch, weights), runs)
+  counted = jnp.sum((each > 0).astype(jnp.float32), axis=1)
+  return (counted > 0).astype(jnp.float32), counted
+
+
+def _runs(segments):
+  """`<int32>[length]`, numbers of the examples of a packed row, from 0."""
+  changes = (segments[1:] != segments[:-1]).astype(jnp.int32)
+  return jnp.pad(jnp.cumsum(changes), (1, 0))
+
+
+def _segment_weights(batch, weights):
+  """Weights without what lies between and behind the examples of a row."""
+  real = (jnp.asarray(batch['decoder_segment_ids']) > 0).astype(weights.dtype)
+  return weights * real
 
 
 def _squares(
@@ -162,7 +212,17 @@ def _squares(
     log_p, pull = pulled(batch)
     picked = jax.nn.one_hot(labels, log_p.shape[-1], dtype=log_p.dtype)
     picked = picked * weights[..., None]
-    if not per_token or log_p.ndim == 1:
+    if log_p.ndim == 1:
+      return square(pull(picked), 1.0)
+    if not per_token and 'decoder_segment_ids' in batch:
+      runs = _runs(batch['decoder_segment_ids'][0])
+
+      def each_run(run, total):
+        own = (runs == run).astype(picked.dtype)
+        return sum_up(total, square(pull(picked * own[:, None]), 1.0))
+
+      return jax.lax.fori_loop(0, runs[-1] + 1, each_run, zeros)
+    if not per_token:
       return square(pull(picked), 1.0)
 
     def each_token(total, position):
@@ -171,7 +231,12 @@ def _squares(
 
     return jax.lax.scan(each_token, zeros, jnp.arange(len(weights)))[0]
 
-  weights = models.target_weights(batch)[0]
+  weights = models.target_weights(batch)
+  if weights.ndim == 1:
+    weights = jnp.ones_like(weights)  # an image's own multiplies its square
+  if 'decoder_segment_ids' in batch:
+    weights = _segment_weights(batch, weights)
+  weights = weights[0]
   if estimator == 'empirical':
     return of_labels(batch, models.targets(batch)[0], weights)
 
