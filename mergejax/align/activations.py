@@ -21,6 +21,7 @@ from mergejax.align import spec as spec_lib
 from mergejax.align import weights as weights_lib
 from mergejax.merging import base as merge_base
 from mergejax.stats import capture
+from mergejax.stats import linear
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -34,7 +35,7 @@ def match_activations(
   *,
   similarity: str = 'inner',
   mask: capture.Mask | None = None,
-  kernels: Mapping[type, capture.Describe] | None = None,
+  kernels: Mapping[type, linear.Describe] | None = None,
   apply: Callable[..., Any] | None = None,
 ) -> spec_lib.Permutation:
   """Permutes b's units so that they answer as a's do, in one pass over data.
@@ -67,16 +68,17 @@ def match_activations(
   3.1.
   """
   merge_base.check_choice('similarity', similarity, ('inner', 'pearson'))
-  mask = mask or capture.default_mask
   taps = _taps(spec, a)
   every = pairs_lib.units(spec)
 
   @jax.jit
   def measure(a, b, batch):
+    weigh = capture.mask_for(mask, batch)
+
     def rows(params):
       found = capture.inputs_of(
           module, params, batch,
-          lambda path, x: _rows(path, x, taps[path], mask(path, batch)),
+          lambda path, x: _rows(path, x, taps[path], weigh(path, batch)),
           wanted=taps.__contains__,
           kernels={nn.Conv: _whole_conv, **(kernels or {})}, apply=apply,
       )  # fmt: skip

@@ -37,18 +37,16 @@ class Statistic(NamedTuple):
     kind: its name in files and in `Merge.needs`: 'gram' or 'fisher'.
     measure: `(module, params, batch, number, shards) -> {path: {'sum': arrays,
       'count': array}}` of one batch, each with a leading axis of `shards`
-      parts; number is that of the batch.
+      parts; number is that of the batch. Raises if something asked for was
+      not seen.
     whole: `sum -> array`, from what devices add up, without the axis of shards
       and fetched, to the sum itself.
-    check: `(params, paths) -> None`, raises if something asked for was not
-      seen.
     settings: what a reader of the file should know.
   """
 
   kind: str
   measure: Callable[..., dict[typing.Path, dict[str, Any]]]
   whole: Callable[[Any], np.ndarray] = lambda total: total
-  check: Callable[..., None] = lambda *_: None
   settings: Mapping[str, Any] = {}
 
 
@@ -69,8 +67,13 @@ def collect(
     statistic: `gram(...)` or `fisher(...)`.
     module: the model.
     params: its parameters; left as they are.
-    batches: dicts of arrays of equal shapes; rows that are padding count for
-      nothing.
+    batches: dicts of arrays of equal shapes. `images` with `labels`, and
+      `weights <float>[batch]` where rows are padding (0) or count in part; or
+      text by seqio's names: `decoder_input_tokens`, `decoder_target_tokens`,
+      `encoder_input_tokens` for encoder-decoders, `decoder_loss_weights`, and
+      `decoder_segment_ids` (`encoder_segment_ids`) where rows hold several
+      examples. With `gram(apply=...)` or `fisher(logits=...)` whatever these
+      take, and `weights`.
     mesh: its axis `data` shares the rows of a batch, `model` the rows of Gram
       matrices; one device by default.
     out: where to save; also keeps what is done beside it, and the same call
@@ -84,7 +87,8 @@ def collect(
 
   Raises:
     UserError: a parameter asked for that was never seen at work, no batch at
-      all, rows that do not divide over the mesh, sums that are not finite.
+      all or none with a real row, rows that do not divide over the mesh, sums
+      that are not finite.
 
   Example:
     >>> from mergejax.stats import gram
@@ -125,7 +129,6 @@ def collect(
       index = np.uint32(number - 1)
       if step is None:
         shapes = jax.eval_shape(measure, params, batch, index)
-        statistic.check(params, [*shapes, *aliases])
         layout = _sum_layout(mesh, statistic.kind, shapes)
         zeros = jax.jit(
           lambda shapes=shapes: jax.tree.map(
@@ -239,13 +242,19 @@ def _fetched(statistic, totals, sums):
 
 
 def _means(kind, totals, aliases, fingerprint, settings, batches):
+  if not any(leaf.any() for n, leaf in totals.items() if n.endswith('/count')):
+    raise errors.UserError(
+      'No batch had a real row to collect statistics from: all weights are 0, or '
+      'all tokens are padding.'
+    )
   result, bad = {}, []
   paths = [name.rsplit('/', 1)[0] for name in totals]
   for path in sorted({*paths, *aliases}):
     leader = aliases.get(path, path)
     count = totals[f'{leader}/count']
     summed = totals[f'{leader}/sum']
-    known = np.maximum(count, 1.0)
+    # Counts are sums of weights, which may stay below 1; 0 is an idle expert.
+    known = np.where(count > 0, count, 1.0)
     mean = summed / known.reshape(
       known.shape + (1,) * (summed.ndim - known.ndim)
     )
