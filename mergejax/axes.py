@@ -86,6 +86,9 @@ def _matches(pattern: str, path: str) -> bool:
 # Axes along which separate layers or experts are stacked.
 STACKS = ('layers', 'layer', 'stack', 'expert', 'experts', 'branch', 'scan')
 
+# Axes that are called so are what they say, whatever the path.
+INPUTS, OUTPUTS = 'inputs', 'outputs'
+
 # (path, axes besides stacked ones, which of them are inputs); first match wins.
 _INPUTS = (
   (r'(.*[/.])?(query|key|value|qkv)/kernel', (2, 3, 4), lambda n: [0]),
@@ -123,7 +126,8 @@ def view(path: typing.Path, spec: typing.LeafSpec) -> View:
 
   Args:
     path: of the leaf.
-    spec: with `axes` where they are known.
+    spec: with `axes` where they are known. Where all of them but stacked ones
+      are called 'inputs' or 'outputs' they are that; a vector has but one kind.
 
   Returns:
     The parts that its axes play.
@@ -140,6 +144,12 @@ def view(path: typing.Path, spec: typing.LeafSpec) -> View:
   """
   stack = stacked(spec)
   rest = [i for i in range(len(spec.shape)) if i not in stack]
+  said = {i: spec.axes[i] for i in rest} if spec.axes else {}
+  if said and {*said.values()} == {INPUTS, OUTPUTS}:
+    of = lambda name: tuple(i for i in rest if said[i] == name)
+    return View(stack, of(INPUTS), of(OUTPUTS))
+  if said and {*said.values()} <= {INPUTS, OUTPUTS}:
+    return View(stack, tuple(rest), ())
   if len(rest) <= 1:
     return View(stack, tuple(rest), ())
   for pattern, ranks, inputs in _INPUTS:
@@ -156,9 +166,15 @@ def view(path: typing.Path, spec: typing.LeafSpec) -> View:
   raise errors.UserError(
     f'Which axes of {path} {list(spec.shape)} are inputs and which are outputs '
     'is not known, and this method must know. Give its logical axes: '
-    f"`axes=[({path!r}, ('layers', 'embed', 'mlp'))]` in Python, `axes:` in a "
-    f'recipe, one name an axis; stacked ones are called {", ".join(STACKS)}.'
+    f'`axes=[({path!r}, {_example(spec)})]` in Python, `axes:` in a recipe, one '
+    f'name an axis: {INPUTS!r} for those of its inputs, {OUTPUTS!r} for those of '
+    f'its outputs, and for stacked ones one of {", ".join(STACKS)}.'
   )
+
+
+def _example(spec):
+  """Names that fit the rank of a leaf, to be changed as it lies."""
+  return (INPUTS, *(OUTPUTS,) * (len(spec.shape) - 1))
 
 
 def with_axes(
