@@ -8,10 +8,7 @@ are kept in float64, so a long stream loses nothing.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-import itertools
-import json
 import os
-import pathlib
 import signal
 import threading
 from typing import Any, NamedTuple
@@ -26,8 +23,8 @@ import numpy as np
 from mergejax import errors
 from mergejax import mesh as mesh_lib
 from mergejax import typing
+from mergejax.stats import journal as journal_lib
 from mergejax.stats import saved
-from mergejax.store import base as store_base
 
 
 class Statistic(NamedTuple):
@@ -75,9 +72,12 @@ def collect(
       examples. With `gram(apply=...)` or `fisher(logits=...)` whatever these
       take, and `weights`.
     mesh: its axis `data` shares the rows of a batch, `model` the rows of Gram
-      matrices; one device by default.
+      matrices; one device by default. Every process of several gives whole
+      batches.
     out: where to save; also keeps what is done beside it, and the same call
-      continues from there to the same bits.
+      continues from there to the same bits. Positions are numbers of whole
+      batches: on another mesh or number of processes a collection continues
+      too, to the same numbers up to rounding.
     save_every: batches after which device sums (float32) are added to those of
       the host (float64), and progress is saved.
     progress: called with the number of batches done.
@@ -88,7 +88,8 @@ def collect(
   Raises:
     UserError: a parameter asked for that was never seen at work, no batch at
       all or none with a real row, rows that do not divide over the mesh, sums
-      that are not finite.
+      that are not finite; a collection to be continued that was begun with
+      another model, other settings or other data.
 
   Example:
     >>> from mergejax.stats import gram
@@ -105,8 +106,9 @@ def collect(
   shards = mesh.shape['data']
   fingerprint = saved.fingerprint(params)
   settings = {'kind': statistic.kind, **statistic.settings}
-  journal = _Journal(out, {**settings, 'fingerprint': fingerprint})
+  journal = journal_lib.Journal(out, {**settings, 'fingerprint': fingerprint})
   totals, done, aliases = journal.load()
+  batches = journal.after(done, batches)
   params = jax.device_put(params, _param_layout(mesh, params))
   zeros = step = None
 
@@ -122,9 +124,7 @@ def collect(
 
   sums, number = None, done
   with _Stopping() as stopping:
-    for number, batch in enumerate(
-      itertools.islice(batches, done, None), done + 1
-    ):
+    for number, batch in enumerate(batches, done + 1):
       batch = _placed(mesh, batch)
       index = np.uint32(number - 1)
       if step is None:
@@ -153,7 +153,7 @@ def collect(
   result = _means(
     statistic.kind, totals, aliases, fingerprint, settings, number
   )
-  if out is not None:
+  if out is not None and not jax.process_index():
     result.save(out)
   journal.forget()
   return result
@@ -269,56 +269,6 @@ def _means(kind, totals, aliases, fingerprint, settings, batches):
   return saved.Statistics(
     result, kind, fingerprint, {**settings, 'batches': batches}
   )
-
-
-class _Journal:
-  """What is done so far, beside the result, saved whole or not at all."""
-
-  def __init__(self, out, settings):
-    self._path = None
-    if out is not None:
-      out = pathlib.Path(out)
-      store_base.check_new(out)
-      self._path = out.with_name(f'.{out.name}.collecting.npz')
-    self._settings = json.dumps(settings, sort_keys=True)
-
-  def load(self):
-    if self._path is None or not self._path.exists():
-      return None, 0, {}
-    try:
-      with np.load(self._path, allow_pickle=False) as archive:
-        leaves = dict(archive)
-    except (ValueError, OSError, EOFError) as error:
-      raise errors.UserError(
-        f'{self._path} cannot be read ({error}); remove it to start afresh.'
-      ) from error
-    if str(leaves.pop('settings')) != self._settings:
-      raise errors.UserError(
-        f'{self._path} holds a collection that was begun for another model or '
-        'with other settings. Remove it to start afresh.'
-      )
-    done = int(leaves.pop('batches'))
-    aliases = json.loads(str(leaves.pop('aliases')))
-    totals = {n.replace('|', '/'): x for n, x in leaves.items()}
-    return totals, done, aliases
-
-  def save(self, totals, batches, aliases):
-    if self._path is None or jax.process_index():
-      return
-    leaves = {n.replace('/', '|'): x for n, x in totals.items()}
-    with store_base.atomic_path(self._path, overwrite=True) as temporary:
-      with open(temporary, 'wb') as stream:
-        np.savez(
-          stream,
-          settings=self._settings,
-          batches=np.int64(batches),
-          aliases=json.dumps(aliases),
-          **leaves,
-        )
-
-  def forget(self):
-    if self._path is not None and not jax.process_index():
-      self._path.unlink(missing_ok=True)
 
 
 class _Stopping:

@@ -108,7 +108,9 @@ class ConvolutionTest(parameterized.TestCase):
     )
     self.assertEqual(found['conv/kernel']['count'], 30)
     conv = params['conv']
-    hidden = rows @ np.float64(conv['kernel']).reshape(-1, 4) + np.float64(conv['bias'])
+    hidden = rows @ np.float64(conv['kernel']).reshape(-1, 4) + np.float64(
+      conv['bias']
+    )
     np.testing.assert_allclose(
       found['dense/kernel']['gram'], gram_of(hidden), rtol=1e-5, atol=1e-6
     )
