@@ -88,7 +88,8 @@ def merge(
   gathered. Works under `jit`; weights may be traced, and gradients reach them.
 
   Args:
-    models: trees or stores, all of one structure.
+    models: trees or stores, all of one structure, except in leaves that a rule
+      copies.
     method: what to do.
     base: the common ancestor, for methods that need one; a tree or store.
     weights: one coefficient a model; all 1 by default (or as the method says).
@@ -118,13 +119,7 @@ def merge(
   base_input = None if base is None else Source(base, 'the base')
   _check_call(method, weights, len(inputs), base_input)
   reference = base_input or inputs[0]
-  for one in inputs:
-    tree_lib.check_same(
-      reference.specs,
-      one.specs,
-      expected_name=reference.name,
-      given_name=one.name,
-    )
+  _check_trees(rules, reference, inputs)
   specs = axes_lib.with_axes(reference.specs, axes)
   averaged = [p for p, s in specs.items() if numerics.is_averaged(s.dtype)]
   result = {}
@@ -144,11 +139,34 @@ def merge(
   for path in reference.specs:
     if path not in result:
       result[path] = _copied(path, reference, inputs)
-  if inputs[0].structure is not None:
+  alike = inputs[0].specs.keys() == reference.specs.keys()
+  if inputs[0].structure is not None and alike:
     return jax.tree.unflatten(
       inputs[0].structure, [result[path] for path in inputs[0].specs]
     )
   return tree_lib.unflatten({path: result[path] for path in reference.specs})
+
+
+def _check_trees(rules, reference, inputs):
+  """Raises if models differ elsewhere than in leaves that a rule copies."""
+
+  def compared(specs):
+    rule_of = lambda path: next(
+      (own for pattern, own in rules if re.fullmatch(pattern, path)), None
+    )
+    return {p: spec for p, spec in specs.items() if rule_of(p) != COPY}
+
+  for one in inputs:
+    try:
+      tree_lib.check_same(
+        compared(reference.specs), compared(one.specs),
+        expected_name=reference.name, given_name=one.name,
+      )  # fmt: skip
+    except errors.UserError as error:
+      raise errors.UserError(
+        f'{error.message} Leaves that need not agree, such as heads of other '
+        f"sizes, can be those of {reference.name}: `rules=[('PATH', 'copy')]`."
+      ) from error
 
 
 def _check_call(method, weights, count, base_input):
@@ -442,6 +460,8 @@ def _stored(path, leaf, dtype):
 def _copied(path, reference, inputs):
   leaf = reference.leaf(path)
   for model in inputs:
+    if path not in model.specs:
+      continue
     other = model.leaf(path)
     if isinstance(leaf, jax.core.Tracer) or isinstance(other, jax.core.Tracer):
       continue
