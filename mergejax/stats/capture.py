@@ -139,10 +139,9 @@ def inputs_of(
     if isinstance(layer, linear.REWRITING):
       met.rewritten['/'.join(layer.layer_instance.path)] = type(layer).__name__
     convolves = isinstance(layer, linear.CONVOLUTIONS)
-    convolves = convolves and not isinstance(layer, tuple(kernels))
     if convolves:
       met.convolutions.add('/'.join((*layer.path, 'kernel')))
-    if convolutions or not convolves:
+    if convolutions or not convolves or isinstance(layer, tuple(kernels)):
       for name, inputs in linear.describe(context, arguments, named, kernels):
         path = '/'.join((*layer.path, name))
         if wanted(path):

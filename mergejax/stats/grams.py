@@ -95,7 +95,8 @@ def gram(
         convolutions=with_convolutions, kernels=kernels, apply=apply, met=met,
     )  # fmt: skip
     if not with_convolutions:
-      asked = [path for path in asked if path not in met.convolutions]
+      left = met.convolutions - met.maps
+      asked = [path for path in asked if path not in left]
     capture.check_seen(asked, found, met, specs)
     # Lifted layers put their stack in front of the shards.
     return {path: _in_front(own) for path, own in found.items()}

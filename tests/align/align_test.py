@@ -629,6 +629,40 @@ class ActivationsTest(parameterized.TestCase):
     if fields['model_type'] == 'vgg':
       jax.tree.map(np.testing.assert_array_equal, back, params)
 
+  def test_kernels_whose_rank_does_not_tell(self):
+    """A convolution over a line, and a dense layer with four axes."""
+
+    class Net(nn.Module):
+      @nn.compact
+      def __call__(self, x):
+        x = nn.tanh(nn.Conv(6, (3,), name='first')(x))
+        x = nn.tanh(nn.Conv(5, (2,), name='second')(x))
+        x = nn.tanh(nn.DenseGeneral((2, 3), name='split')(x))
+        x = nn.DenseGeneral((2, 2), axis=(-2, -1), name='join')(x)
+        return x.mean(axis=1)
+
+    module = Net()
+    x = np.random.default_rng(0).normal(size=(16, 7, 3)).astype(np.float32)
+    params = shaken(module.init(jax.random.key(0), x)['params'], 0)
+    forward = lambda params, x: module.apply({'params': params}, x)
+    spec = align.derive(forward, params, x)
+    planted = spec_lib.random_permutation(spec, 3)
+    # Two groups that one kernel reads mixed with each other stay, as is told.
+    mixed = {n for n in spec.groups if 'join/kernel' in spec.leaves_with(n)}
+    self.assertLen(mixed, 2)
+    self.assertLen(spec.groups, 4)
+    planted |= {n: align.identity(spec)[n] for n in mixed}
+    other = align.permute(spec, planted, params)
+    apply = lambda module, params, batch: module.apply(
+      {'params': params}, batch['x'], mutable=[capture.COLLECTION]
+    )[1]
+    batch = {'x': x, 'weights': np.ones(16, np.float32)}
+    found = align.match_activations(
+      spec, module, params, other, [batch], similarity='pearson', apply=apply
+    )
+    back = align.permute(spec, found, other)
+    jax.tree.map(np.testing.assert_array_equal, back, params)
+
 
 if __name__ == '__main__':
   absltest.main()
