@@ -3,6 +3,7 @@
 """The diagonal Fisher information of a model's parameters."""
 
 from collections.abc import Callable
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -65,13 +66,8 @@ def fisher(
   for name, value in (('samples', samples), ('microbatch', microbatch)):
     merge_base.check_option(name, value, lambda v: v >= 1, '1 or above')
 
-  def answer(module):
-    if logits is not None:
-      return logits
-    return lambda params, batch: models.logits(module, params, batch)
-
   def measure(module, params, batch, number, shards):
-    fn = answer(module)
+    fn = logits or functools.partial(models.logits, module)
     learned = {n: p for n, p in params.items() if n != models.BATCH_STATS}
     fixed = {n: p for n, p in params.items() if n == models.BATCH_STATS}
     _check_packing(batch, estimator)
@@ -84,8 +80,8 @@ def fisher(
 
     def one(example):
       return _squares(
-          fn, learned, fixed, example['batch'], example['key'], module,
-          estimator, samples, per_token,
+          fn, learned, fixed, example['batch'], example['key'], estimator,
+          samples, per_token,
       )  # fmt: skip
 
     examples = {'batch': dict(batch), 'key': keys, 'share': share}
@@ -172,9 +168,7 @@ def _segment_weights(batch, weights):
   return weights * real
 
 
-def _squares(
-  fn, learned, fixed, example, key, module, estimator, samples, per_token
-):
+def _squares(fn, learned, fixed, example, key, estimator, samples, per_token):
   """Squared gradients of one example, `{path: <float32>[...]}` nested."""
   batch = jax.tree.map(lambda x: x[None], example)
 
@@ -186,50 +180,27 @@ def _squares(
     log_p, pull = jax.vjp(lambda params: scores(params, batch), learned)
     return log_p, lambda cotangent: pull(cotangent)[0]
 
-  square = lambda gradient, by: jax.tree.map(
-    lambda g: by * jnp.square(g.astype(jnp.float32)), gradient
-  )
   zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), learned)
-  sum_up = lambda total, own: jax.tree.map(jnp.add, total, own)
   if estimator == 'exact':
-    log_p, pull = pulled(batch)
-    if log_p.ndim > 1:
-      raise errors.UserError(
-        'The exact Fisher sums over all answers, and whole sequences are too '
-        "many. Use estimator='sampled', or give the answers to choose from: "
-        '`logits=models.answer_logits(module, answers)`.'
-      )
-
-    def each_class(total, label):
-      cotangent = jax.nn.one_hot(label, log_p.size, dtype=log_p.dtype)
-      by = jnp.exp(log_p[label])
-      return sum_up(total, square(pull(cotangent), by)), None
-
-    return jax.lax.scan(each_class, zeros, jnp.arange(log_p.size))[0]
+    return _over_classes(*pulled(batch), zeros)
 
   def of_labels(batch, labels, weights):
     """`labels` [(length)] with their weights."""
     log_p, pull = pulled(batch)
     picked = jax.nn.one_hot(labels, log_p.shape[-1], dtype=log_p.dtype)
     picked = picked * weights[..., None]
-    if log_p.ndim == 1:
-      return square(pull(picked), 1.0)
-    if not per_token and 'decoder_segment_ids' in batch:
-      runs = _runs(batch['decoder_segment_ids'][0])
+    if log_p.ndim > 1 and per_token:
+      parts = jnp.arange(len(weights), dtype=jnp.int32)
+    elif log_p.ndim > 1 and 'decoder_segment_ids' in batch:
+      parts = _runs(batch['decoder_segment_ids'][0])
+    else:
+      return _square(pull(picked))
 
-      def each_run(run, total):
-        own = (runs == run).astype(picked.dtype)
-        return sum_up(total, square(pull(picked * own[:, None]), 1.0))
+    def each_part(part, total):
+      own = (parts == part).astype(picked.dtype)
+      return _sum_up(total, _square(pull(picked * own[:, None])))
 
-      return jax.lax.fori_loop(0, runs[-1] + 1, each_run, zeros)
-    if not per_token:
-      return square(pull(picked), 1.0)
-
-    def each_token(total, position):
-      own = (jnp.arange(len(weights)) == position).astype(picked.dtype)
-      return sum_up(total, square(pull(picked * own[:, None]), 1.0)), None
-
-    return jax.lax.scan(each_token, zeros, jnp.arange(len(weights)))[0]
+    return jax.lax.fori_loop(0, parts[-1] + 1, each_part, zeros)
 
   weights = models.target_weights(batch)
   if weights.ndim == 1:
@@ -246,10 +217,34 @@ def _squares(
     else:
       drawn, weighted = batch, weights
       labels = jax.random.categorical(key, scores(learned, batch))
-    return sum_up(total, of_labels(drawn, labels, weighted)), None
+    return _sum_up(total, of_labels(drawn, labels, weighted)), None
 
   total, _ = jax.lax.scan(each_sample, zeros, jax.random.split(key, samples))
   return jax.tree.map(lambda s: s / samples, total)
+
+
+def _square(gradient):
+  return jax.tree.map(lambda g: jnp.square(g.astype(jnp.float32)), gradient)
+
+
+def _sum_up(total, own, by=1.0):
+  return jax.tree.map(lambda t, o: t + by * o, total, own)
+
+
+def _over_classes(log_p, pull, zeros):
+  """Squares of every class, each by its probability."""
+  if log_p.ndim > 1:
+    raise errors.UserError(
+      'The exact Fisher sums over all answers, and whole sequences are too '
+      "many. Use estimator='sampled', or give the answers to choose from: "
+      '`logits=models.answer_logits(module, answers)`.'
+    )
+
+  def each_class(total, label):
+    cotangent = jax.nn.one_hot(label, log_p.size, dtype=log_p.dtype)
+    return _sum_up(total, _square(pull(cotangent)), jnp.exp(log_p[label])), None
+
+  return jax.lax.scan(each_class, zeros, jnp.arange(log_p.size))[0]
 
 
 def _answer(scores, params, batch, key):
