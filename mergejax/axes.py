@@ -85,8 +85,8 @@ def _matches(pattern: str, path: str) -> bool:
 
 
 STACKS = stacks.NAMES
-# Begins the names of axes that are inputs, where the path does not tell.
-_INPUT = 'in:'
+# Axes that are called so are what they say, whatever the path.
+INPUTS, OUTPUTS = 'inputs', 'outputs'
 
 # Tables of one vector a position, or a token.
 _ROWS = r'(positions?|\w*pos(ition)?_?embed\w*|cls|cls_token|class_token)'
@@ -135,8 +135,8 @@ def view(path: typing.Path, spec: typing.LeafSpec) -> View:
 
   Args:
     path: of the leaf.
-    spec: with `axes` where they are known. Names that begin with `in:` say
-      which are inputs; otherwise the path tells.
+    spec: with `axes` where they are known. Where all of them but stacked ones
+      are called 'inputs' or 'outputs' they are that; a vector has but one kind.
 
   Returns:
     The parts that its axes play.
@@ -153,14 +153,16 @@ def view(path: typing.Path, spec: typing.LeafSpec) -> View:
   """
   stack = stacked(spec)
   rest = [i for i in range(len(spec.shape)) if i not in stack]
+  said = {i: spec.axes[i] for i in rest} if spec.axes else {}
+  if said and {*said.values()} == {INPUTS, OUTPUTS}:
+    of = lambda name: tuple(i for i in rest if said[i] == name)
+    return View(stack, of(INPUTS), of(OUTPUTS))
+  if said and {*said.values()} <= {INPUTS, OUTPUTS}:
+    return View(stack, tuple(rest), ())
   if len(rest) <= 1:
     return View(stack, tuple(rest), ())
   if stacks.may_be_stack(path, spec):
     raise errors.UserError(stacks.message({path: spec}))
-  marked = [i for i in rest if spec.axes and spec.axes[i].startswith(_INPUT)]
-  if marked:
-    others = tuple(i for i in rest if i not in marked)
-    return View(stack, tuple(marked), others)
   if _VECTOR.fullmatch(path):
     return View(stack, tuple(rest), ())
   for pattern, ranks, inputs in _INPUTS:
@@ -173,16 +175,12 @@ def view(path: typing.Path, spec: typing.LeafSpec) -> View:
         tuple(rest[i] for i in of_rest),
         tuple(rest[i] for i in range(len(rest)) if i not in of_rest),
       )
-  names = ['in:embed', *(f'axis_{i}' for i in range(1, len(spec.shape)))]
-  if spec.axes is not None:
-    names = [n if i in stack else f'in:{n}' for i, n in enumerate(spec.axes)]
-    names = [*names[:-1], spec.axes[-1]]
   raise errors.UserError(
     f'Which axes of {path} {list(spec.shape)} are inputs and which are outputs '
-    'is not known, and this method must know. Mark the inputs in its logical '
-    f'axes, one name an axis, such as `axes=[({path!r}, {tuple(names)})]` in '
-    'Python, `axes:` in a recipe; stacked axes are called '
-    f'{", ".join(STACKS)}.'
+    'is not known, and this method must know. Give its logical axes: '
+    f'`axes=[({path!r}, {_example(spec)})]` in Python, `axes:` in a recipe, one '
+    f'name an axis: {INPUTS!r} for those of its inputs, {OUTPUTS!r} for those of '
+    f'its outputs, and for stacked ones one of {", ".join(STACKS)}.'
   )
 
 
@@ -193,6 +191,11 @@ def _is_plain(path, rank):
     return True
   attention = rank == 3 and _ATTENTION.fullmatch(path)
   return bool(attention) or stacks.is_convolution(path)
+
+
+def _example(spec):
+  """Names that fit the rank of a leaf, to be changed as it lies."""
+  return (INPUTS, *(OUTPUTS,) * (len(spec.shape) - 1))
 
 
 def with_axes(

@@ -220,11 +220,11 @@ class ViewTest(absltest.TestCase):
       ('attn/key/bias', spec(2, 4, names=('heads', 'kv')), (0, 1), ()),
       (
         'proj/kernel',
-        spec(8, 2, 4, names=('in:embed', 'a', 'b')),
+        spec(8, 2, 4, names=('inputs', 'outputs', 'outputs')),
         (0,),
         (1, 2),
       ),
-      ('w', spec(2, 8, names=('mlp', 'in:embed')), (1,), (0,)),
+      ('w', spec(2, 8, names=('outputs', 'inputs')), (1,), (0,)),
     ):
       view = axes.view(path, one)
       self.assertEqual((view.inputs, view.outputs), (inputs, outputs), path)

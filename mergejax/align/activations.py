@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mergejax import axes as axes_lib
 from mergejax import errors
+from mergejax import numerics
 from mergejax import tree as tree_lib
 from mergejax import typing
 from mergejax.align import pairs as pairs_lib
@@ -21,6 +21,7 @@ from mergejax.align import spec as spec_lib
 from mergejax.align import weights as weights_lib
 from mergejax.merging import base as merge_base
 from mergejax.stats import capture
+from mergejax.stats import linear
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -34,7 +35,7 @@ def match_activations(
   *,
   similarity: str = 'inner',
   mask: capture.Mask | None = None,
-  kernels: Mapping[type, capture.Describe] | None = None,
+  kernels: Mapping[type, linear.Describe] | None = None,
   apply: Callable[..., Any] | None = None,
 ) -> spec_lib.Permutation:
   """Permutes b's units so that they answer as a's do, in one pass over data.
@@ -67,23 +68,34 @@ def match_activations(
   3.1.
   """
   merge_base.check_choice('similarity', similarity, ('inner', 'pearson'))
-  mask = mask or capture.default_mask
-  taps = _taps(spec, a)
+  watched = _watched(spec, a)
   every = pairs_lib.units(spec)
+  taps: dict[typing.Path, list[spec_lib.Factor]] = {}
 
   @jax.jit
   def measure(a, b, batch):
+    weigh = capture.mask_for(mask, batch)
+
     def rows(params):
-      found = capture.inputs_of(
-          module, params, batch,
-          lambda path, x: _rows(path, x, taps[path], mask(path, batch)),
-          wanted=taps.__contains__,
+      met = capture.Met()
+
+      def reduce(path, inputs):
+        convolves = path in met.convolutions
+        size = inputs.shape[-1]
+        taps[path] = _read_factors(path, watched[path], size, convolves)
+        return _rows(path, inputs, taps[path], weigh(path, batch))
+
+      return capture.inputs_of(
+          module, params, batch, reduce, wanted=watched.__contains__,
           kernels={nn.Conv: _whole_conv, **(kernels or {})}, apply=apply,
+          met=met,
       )  # fmt: skip
-      return found
 
     first, second = rows(a), rows(b)
-    return {path: _moments(first[path], second[path]) for path in first}
+    units = lambda path: any(f.name in spec.groups for f in taps[path])
+    return {
+      path: _moments(first[path], second[path]) for path in first if units(path)
+    }
 
   totals = None
   a, b = jax.device_put(a), jax.device_put(b)
@@ -120,28 +132,44 @@ def _whole_conv(module, method, arguments):
   return [('kernel', arguments[0])] if method == '__call__' else []
 
 
-def _taps(spec, params):
-  """`{path of a kernel: (stack axes, input factors)}`, where groups are read."""
+def _watched(spec, params):
+  """`{path of a kernel: factors of its axes}` of those that carry groups.
+
+  Without axes that stack layers.
+  """
   result = {}
   for path, leaf in tree_lib.flatten(params).items():
-    axes = spec.leaves[path]
-    stack = [
-      i for i, axis in enumerate(axes)
-      if any(f.name in spec.stacks for f in axis)
-    ]  # fmt: skip
-    names = tuple('layers' if i in stack else '' for i in range(len(axes)))
-    try:
-      view = axes_lib.view(path, typing.LeafSpec(leaf.shape, leaf.dtype, names))
-    except errors.UserError:
-      continue
-    if not view.outputs:
-      continue
-    factors = [f for i in view.inputs for f in axes[i]]
-    if path.endswith('kernel') and leaf.ndim - len(stack) == 4:
-      factors = list(axes[view.inputs[-1]])  # channels; the window is not read
-    if any(f.name in spec.groups for f in factors):
-      result[path] = factors
+    axes = [
+      axis
+      for axis in spec.leaves[path]
+      if not any(f.name in spec.stacks for f in axis)
+    ]
+    named = any(f.name in spec.groups for axis in axes for f in axis)
+    if named and len(axes) > 1 and numerics.is_averaged(leaf.dtype):
+      result[path] = axes
   return result
+
+
+def _read_factors(path, axes, size, convolves):
+  """The factors of a kernel's inputs, which have `size` features.
+
+  Flax lays input axes first. Of a convolution the channels alone are read, of
+  an embedding that is the output layer its second axis.
+  """
+  if convolves:
+    return list(axes[-2])
+  if path.rpartition('/')[2] == 'embedding':
+    return list(axes[-1])
+  for count in range(1, len(axes)):
+    factors = [f for axis in axes[:count] for f in axis]
+    if math.prod(f.size for f in factors) == size:
+      return factors
+  sizes = [math.prod(f.size for f in axis) for axis in axes]
+  raise errors.UserError(
+    f'{path} {sizes} is given {size} features, which are not its first axes; '
+    'without knowing which they are its units cannot be compared. Match by '
+    'weights instead, or give `kernels` that leave it out.'
+  )
 
 
 def _rows(path, inputs, factors, mask):

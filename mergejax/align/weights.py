@@ -19,6 +19,10 @@ from mergejax.align import spec as spec_lib
 # An improvement below this share of |a| |b| is rounding; in float32 an absolute
 # threshold can go round in circles.
 _PROGRESS = 1e-8
+# The second start is left when it is behind by more than so many times what its
+# last sweep gained. Gains shrink from sweep to sweep, mostly; of 768 pairs of
+# small random MLPs 3 were left too early at 20 and none at 50.
+_PATIENCE = 50
 
 
 def match_weights(
@@ -42,21 +46,25 @@ def match_weights(
   assigned jointly: the best permutation of dimensions for every pair of heads,
   then the best pairs.
 
-  The released code starts at the identity, which means nothing for models that
-  were trained apart: in the first sweep most of what it compares is noise. Here
-  the first visit of a group compares only leaves whose other groups have been
+  The ascent is made from two starts, and the better end is kept. The released
+  code has one, the identity, which means little for models that were trained
+  apart: in the first sweep most of what it compares is noise. The other start
+  visits each group once and compares only leaves whose other groups have been
   visited before, in the order in which the most is known of a group: from the
-  inputs on, as a rule. The identity is the start where it is nearer than that.
+  inputs on, as a rule. It is mostly better and sometimes far worse. The start
+  at the identity is left early where it falls hopelessly behind.
 
   Args:
     spec: the groups; see `derive` and `permutation_spec`.
     a: the model to be matched.
     b: the model to be permuted.
     key: a JAX key or an integer, for the order of the visits.
-    initial: where to begin; by default from the first visits above.
+    initial: where to begin, and nowhere else; by default from both starts above,
+      which costs up to twice the time.
     fixed: full-match patterns of groups that stay.
-    max_iter: sweeps at most.
-    progress: called after each sweep with its number and what it gained.
+    max_iter: sweeps at most, from each start.
+    progress: called after each sweep with its number and what it gained; the
+      second start begins at 1 again.
 
   Returns:
     `{group: index}` for `permute`, a local optimum.
@@ -74,11 +82,33 @@ def match_weights(
   staying = spec_lib.matching(spec, fixed)
   every = {n: u for n, u in pairs_lib.units(spec).items() if n not in staying}
   rng = make_rng(key)
-  if initial is None:
-    permutation = _first_visits(spec, pairs, every, rng)
-  else:
+  if initial is not None:
     spec_lib.check_permutation(spec, initial)
-    permutation = {n: np.array(index) for n, index in initial.items()}
+    start = {n: np.array(index) for n, index in initial.items()}
+    return _ascend(spec, pairs, every, start, rng, max_iter, progress)[0]
+  start = _first_visits(spec, pairs, every, rng)
+  found, gained = _ascend(spec, pairs, every, start, rng, max_iter, progress)
+  identity = spec_lib.identity(spec)
+  if not any(pairs.neighbours(unit) & set(every) for unit in every.values()):
+    return found  # no choice depends on another
+  if all((found[n] == index).all() for n, index in identity.items()):
+    return found
+  ahead = pairs.objective(start) + gained - pairs.objective({})
+  # With the visits that a start at the identity has by itself.
+  rng = make_rng(key)
+  other, gained = _ascend(
+    spec, pairs, every, identity, rng, max_iter, progress, ahead
+  )
+  return other if gained > ahead else found
+
+
+def _ascend(spec, pairs, every, start, rng, max_iter, progress, ahead=-np.inf):
+  """Sweeps over the units from a start, until they would not get ahead.
+
+  Returns:
+    `(permutation, what it gained over the start)`.
+  """
+  permutation, total = dict(start), 0.0
   scale = pairs.scale()
   stale = set(every)
   for sweep in range(max_iter):
@@ -96,9 +126,10 @@ def match_weights(
           permutation |= new
           stale |= pairs.neighbours(unit) & set(every)
     progress(sweep + 1, gained)
-    if not stale:
+    total += gained
+    if not stale or ahead - total > _PATIENCE * gained:
       break
-  return permutation
+  return permutation, total
 
 
 def objective(
@@ -120,8 +151,7 @@ def make_rng(key: jax.Array | int) -> np.random.Generator:
 
 def _first_visits(spec, pairs, every, rng):
   """Visits each unit once, comparing what earlier visits have settled."""
-  identity = spec_lib.identity(spec)
-  permutation = dict(identity)
+  permutation = spec_lib.identity(spec)
   waiting = dict(every)
   while waiting:
     names = list(waiting)
@@ -134,7 +164,7 @@ def _first_visits(spec, pairs, every, rng):
       pairs.similarities(unit, permutation)
     )
     permutation |= assign(spec, unit, found, permutation)[0]
-  return max(identity, permutation, key=pairs.objective)
+  return permutation
 
 
 def _independent(every, order, pairs):

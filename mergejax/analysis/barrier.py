@@ -2,17 +2,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loss and accuracy between models: on a line, and on a plane of three."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 import dataclasses
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mergejax import errors
-from mergejax import models
 from mergejax import numerics
 from mergejax import tree as tree_lib
 from mergejax import typing
@@ -60,8 +58,8 @@ def line(
     evaluate: `params -> {'loss': ..., 'accuracy': ...}`; an `Evaluator` runs
       all points in one compiled loop.
     points: 25 in the plots of the Git Re-Basin code.
-    prepare: applied to each interpolated model, such as `refresh_norms`; not
-      with an `Evaluator`.
+    prepare: applied to each interpolated model, such as `norms.refresh_norms`;
+      not with an `Evaluator`.
 
   Returns:
     The curve.
@@ -204,32 +202,3 @@ def _on_plane(corners, point):
     return (moved + t * (numerics.widen(z) - origin)).astype(x.dtype)
 
   return jax.tree.map(mix, *corners)
-
-
-def refresh_norms(
-  module: nn.Module,
-  params: typing.Tree,
-  batches: Iterable[Mapping[str, Any]],
-) -> typing.Tree:
-  """Running statistics of batch norms, measured anew on data.
-
-  Averaged weights have other activations than either model, so averaged
-  statistics are wrong, and the barrier they make has nothing to do with
-  alignment.
-
-  Args:
-    module: the model.
-    params: its parameters, with `batch_stats`; without them nothing changes.
-    batches: tens of them: the norm's momentum forgets what it was before.
-
-  Returns:
-    The same parameters with new running statistics.
-  """
-  if models.BATCH_STATS not in params:
-    return params
-  update = jax.jit(
-    lambda params, batch: models.training_logits(module, params, batch)[1]
-  )
-  for batch in batches:
-    params = {**params, models.BATCH_STATS: update(params, dict(batch))}
-  return params

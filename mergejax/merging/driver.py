@@ -75,7 +75,8 @@ def merge(
   gathered. Works under `jit`; weights may be traced, and gradients reach them.
 
   Args:
-    models: trees or stores, all of one structure.
+    models: trees or stores, all of one structure, except in leaves that a rule
+      copies.
     method: what to do.
     base: the common ancestor, for methods that need one; a tree or store.
     weights: one coefficient a model; all 1 by default (or as the method says).
@@ -111,13 +112,7 @@ def merge(
   base_input = None if base is None else Source(base, 'the base')
   _check_call(method, weights, len(inputs), base_input)
   reference = base_input or inputs[0]
-  for one in inputs:
-    tree_lib.check_same(
-      reference.specs,
-      one.specs,
-      expected_name=reference.name,
-      given_name=one.name,
-    )
+  _check_trees(rules, reference, inputs)
   specs = axes_lib.with_axes(reference.specs, axes)
   groups = _by_rule(rules, method, merged_paths(specs))
   _check_stacks(groups, specs)
@@ -144,7 +139,8 @@ def merge(
       result[path] = copied(path, reference, inputs)
       if dtype and numerics.is_averaged(spec.dtype):  # empty
         result[path] = finite.stored(path, result[path], dtype)
-  if inputs[0].structure is not None:
+  alike = inputs[0].specs.keys() == reference.specs.keys()
+  if inputs[0].structure is not None and alike:
     return jax.tree.unflatten(
       inputs[0].structure, [result[path] for path in inputs[0].specs]
     )
@@ -172,6 +168,28 @@ def _check_stacks(groups, specs):
   for own, path in whole:
     if own.view != 'element':
       axes_lib.view(path, specs[path])
+
+
+def _check_trees(rules, reference, inputs):
+  """Raises if models differ elsewhere than in leaves that a rule copies."""
+
+  def compared(specs):
+    rule_of = lambda path: next(
+      (own for pattern, own in rules if re.fullmatch(pattern, path)), None
+    )
+    return {p: spec for p, spec in specs.items() if rule_of(p) != COPY}
+
+  for one in inputs:
+    try:
+      tree_lib.check_same(
+        compared(reference.specs), compared(one.specs),
+        expected_name=reference.name, given_name=one.name,
+      )  # fmt: skip
+    except errors.UserError as error:
+      raise errors.UserError(
+        f'{error.message} Leaves that need not agree, such as heads of other '
+        f"sizes, can be those of {reference.name}: `rules=[('PATH', 'copy')]`."
+      ) from error
 
 
 def _check_call(method, weights, count, base_input):
@@ -354,6 +372,8 @@ class Run:
 def copied(path, reference, inputs):
   leaf = reference.leaf(path)
   for model in inputs:
+    if path not in model.specs:
+      continue
     other = model.leaf(path)
     if isinstance(leaf, jax.core.Tracer) or isinstance(other, jax.core.Tracer):
       continue

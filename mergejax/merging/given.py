@@ -86,9 +86,23 @@ def _misfit(path, spec, name, kind, found):
     return [f'{path}: the {kind} of {name} has numbers that are not finite']
   with jax.ensure_compile_time_eval():  # numbers are known, also under jit
     own = jnp.asarray(found)
+    if kind == 'gram' and not symmetric(own):
+      return [f'{path}: the gram of {name} is not symmetric, as X^T X is']
     if kind == 'gram':
       own = jnp.diagonal(own, axis1=-2, axis2=-1)
     sound = bool(jnp.all(own >= 0))
   if not sound:
     return [f'{path}: the {kind} of {name} has negative entries']
   return []
+
+
+def symmetric(gram: typing.Array) -> bool:
+  """Whether a Gram matrix, or each of a stack, equals its transpose.
+
+  Up to a thousandth of its largest entry, which any summation in half precision
+  keeps.
+  """
+  wide = jnp.asarray(gram).astype(jnp.float32)
+  apart = jnp.max(jnp.abs(wide - jnp.swapaxes(wide, -1, -2)))
+  # What is not finite is told of by other checks.
+  return not bool(apart > 1e-3 * jnp.max(jnp.abs(wide)))

@@ -4,7 +4,6 @@
 
 from collections.abc import Sequence
 import importlib
-import itertools
 import json
 import pathlib
 import sys
@@ -14,13 +13,10 @@ from mergejax import errors
 from mergejax import mesh as mesh_lib
 from mergejax import models
 from mergejax import stats
-from mergejax.analysis import barrier
+from mergejax.analysis import norms
 from mergejax.run import common
 from mergejax.store import base as store_base
 from mergejax.store import checkpoint
-
-# After so many updates nothing is left of the old running statistics.
-_NORM_UPDATES = 100
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -47,10 +43,10 @@ def main(arguments: Sequence[str]) -> None:
       )  # fmt: skip
       one.add_argument('--samples', type=int, default=1)
       one.add_argument('--seed', type=int, default=0)
-  norms = kinds.add_parser(
+  again = kinds.add_parser(
     'norms', help='running statistics of batch norms, measured anew'
   )
-  _add_data(norms)
+  _add_data(again)
   survey = kinds.add_parser(
     'survey', help='sizes, signs, angles of task vectors'
   )
@@ -111,15 +107,8 @@ def _norms(options):
       f'{options.model} has no batch norms, so nothing has to be measured anew.'
     )
   by_task = _batches(options)
-  # Norms forget: every task has its turn until the end.
-  batches = [
-    batch
-    for turn in itertools.zip_longest(*by_task.values())
-    for batch in turn
-    if batch is not None
-  ]
-  rounds = -(-_NORM_UPDATES // len(batches))
-  params = barrier.refresh_norms(module, params, batches * rounds)
+  batches = [batch for several in by_task.values() for batch in several]
+  params = norms.refresh_norms(module, params, batches)
   checkpoint.save_checkpoint(
     options.out, params, config=models.describe(module)
   )

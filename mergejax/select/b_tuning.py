@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mergejax import errors
 from mergejax import typing
@@ -26,7 +27,17 @@ def teacher_weights(
   merge_base.check_option(
     'temperature', temperature, lambda v: v > 0, 'above 0'
   )
+  _check_finite('score', scores)
   return jax.nn.softmax(jnp.asarray(scores) / temperature)
+
+
+def _check_finite(what, values):
+  """Refuses undefined numbers, where they can be seen."""
+  for i, value in enumerate(values):
+    if isinstance(value, jax.core.Tracer):
+      continue
+    if not np.isfinite(np.asarray(value)).all():
+      raise errors.UserError(f'The {what} of teacher {i} is not finite.')
 
 
 def loss(
@@ -58,10 +69,12 @@ def loss(
   Source: You et al. (2022), https://arxiv.org/abs/2110.10545, section 6.
   """
   pairs = [(student_features, student_means), *zip(teacher_features, teacher_means)]  # fmt: skip
-  if len(teacher_features) != len(teacher_means) or not teacher_features:
+  counts = {len(teacher_features), len(teacher_means), len(weights)}
+  if len(counts) > 1 or not teacher_features:
     raise errors.UserError(
-      f'{len(teacher_features)} features and {len(teacher_means)} means of '
-      'teachers: one of each, and at least one teacher.'
+      f'{len(teacher_features)} features, {len(teacher_means)} means and '
+      f'{len(weights)} weights of teachers: one of each, and at least one '
+      'teacher.'
     )
   for i, (features, means) in enumerate(pairs):
     who = f'teacher {i - 1}' if i else 'the student'
@@ -74,6 +87,11 @@ def loss(
       raise errors.UserError(
         f'Features {list(features.shape)} and means {list(means.shape)} of '
         f'{who} do not fit: [batch, D] and [classes, D].'
+      )
+    if features.shape[0] != student_features.shape[0]:
+      raise errors.UserError(
+        f'{who} has features of {features.shape[0]} examples, the student of '
+        f'{student_features.shape[0]}: they must be those of one batch.'
       )
   still = jax.lax.stop_gradient
   target = student_features @ still(student_means).T
@@ -111,6 +129,7 @@ def with_teachers(
     A loss with the further metric `b_tuning`.
   """
   weights = teacher_weights(scores, temperature)
+  _check_finite('matrix of means', [m for _, m in teachers])
 
   def combined(params, batch, key=None):
     value, metrics = loss_fn(params, batch, key)

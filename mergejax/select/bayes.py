@@ -40,6 +40,11 @@ class Evidence(NamedTuple):
 def logme(features: Any, labels: Any, **options: Any) -> float:
   """The LogME score; higher is better. See `evidence` for all it finds.
 
+  Features are divided by their root mean square first, so that models whose
+  features differ in scale can be compared: the largest evidence is the same for
+  every scale (alpha takes it up), but the guards and the few steps of the
+  released code are not. `reference_compat` and 'icml' leave them as they come.
+
   Args:
     features: <float>[N, D].
     labels: <int>[N] classes, or <float>[N, C] targets of a regression.
@@ -54,7 +59,19 @@ def logme(features: Any, labels: Any, **options: Any) -> float:
     >>> logme(good, labels) > logme(noise, labels)
     True
   """
+  released = options.get('reference_compat') or options.get('variant') == 'icml'
+  if not released:
+    features = _rescaled(_checked_features(features))
   return evidence(features, labels, **options).score
+
+
+def _rescaled(features):
+  """Features whose mean square is 1; zeros stay."""
+  largest = np.abs(features).max()
+  if not largest:
+    return features
+  features = features / largest  # squares neither over- nor underflow
+  return features / np.sqrt(np.mean(features**2))
 
 
 def evidence(
@@ -89,7 +106,11 @@ def evidence(
 
   Raises:
     UserError: labels that are negative or of another number than the features,
-      fewer than two samples, features that are not finite.
+      fewer than two samples, features or targets that are not finite or too
+      large to be squared.
+
+  Features that are all zero explain nothing; the score is that of noise alone,
+  `(ln beta - 1 - ln 2 pi) / 2` with `1 / beta` the mean square of the targets.
 
   Source: You et al. (2021), https://arxiv.org/abs/2102.11005; You et al., JMLR
   23 (2022), https://arxiv.org/abs/2110.10545, algorithm 3.
@@ -130,6 +151,8 @@ def from_moments(
   gram = np.asarray(gram, np.float64)
   products = np.asarray(products, np.float64)
   squares = np.asarray(squares, np.float64)
+  _check_finite('products of features', gram)
+  _check_finite('products with targets', products, squares)
   return _finished(*_tall(gram, products, squares, count, True))
 
 
@@ -163,6 +186,7 @@ def _by_eigenvalues(features, targets, exact):
 
 def _spectrum(matrix, other):
   """Eigenvalues and vectors, without those that rounding leaves for zeros."""
+  _check_finite('products of features', matrix)
   eigenvalues, vectors = np.linalg.eigh(matrix)
   least = max(other, len(matrix)) * np.finfo(np.float64).eps
   keep = eigenvalues > max(eigenvalues[-1], 0.0) * least
@@ -170,25 +194,43 @@ def _spectrum(matrix, other):
 
 
 def _checked(features, labels):
-  features = np.asarray(features, np.float64)
+  features = _checked_features(features)
   labels = np.asarray(labels)
-  if features.ndim != 2 or len(features) < 2:
+  if labels.ndim == 0 or len(labels) != len(features):
+    raise errors.UserError(
+      f'{labels.size} labels for {len(features)} samples: one for each.'
+    )
+  if labels.ndim == 2:
+    if labels.dtype.kind not in 'biuf' or not labels.shape[1]:
+      raise errors.UserError(
+        f'Targets of a regression must be numbers [samples, columns], not '
+        f'{labels.dtype} {list(labels.shape)}.'
+      )
+    targets = labels.astype(np.float64)
+    _check_finite('targets', targets)
+    return features, targets
+  labels = check_classes(labels)
+  return features, np.eye(labels.max() + 1)[labels]
+
+
+def _checked_features(features):
+  features = np.asarray(features, np.float64)
+  if features.ndim != 2 or len(features) < 2 or not features.shape[1]:
     raise errors.UserError(
       'Features must be [samples, width] with at least two samples, not '
       f'{list(features.shape)}.'
     )
-  if len(labels) != len(features):
+  _check_finite('features', features)
+  return features
+
+
+def _check_finite(what, *arrays):
+  bad = sum(int((~np.isfinite(array)).sum()) for array in arrays)
+  if bad:
     raise errors.UserError(
-      f'{len(labels)} labels for {len(features)} samples: one for each.'
+      f'{bad} of the {what} are not finite: look for such numbers in the data '
+      'and in the model, or for numbers too large to be squared.'
     )
-  if not np.isfinite(features).all():
-    raise errors.UserError(
-      f'{int((~np.isfinite(features)).sum())} feature(s) are not finite.'
-    )
-  if labels.ndim == 2:
-    return features, labels.astype(np.float64)
-  labels = check_classes(labels)
-  return features, np.eye(labels.max() + 1)[labels]
 
 
 def check_classes(labels: Any, classes: int | None = None) -> np.ndarray:
@@ -218,6 +260,8 @@ def check_classes(labels: Any, classes: int | None = None) -> np.ndarray:
 def _jmlr(eigenvalues, projected, squares, shape, *, exact):
   """All columns at once: `(scores, alphas, betas, ratios, converged)`."""
   count, width = shape
+  if not len(eigenvalues):
+    return _noise_alone(squares, count)
   s = eigenvalues[:, None]  # [rank, 1]
   rest = squares - projected.sum(axis=0)  # what no feature explains
   rest = np.maximum(rest, 0.0)
@@ -253,10 +297,24 @@ def _jmlr(eigenvalues, projected, squares, shape, *, exact):
   return scores / count, alphas, betas, ratios, ~active
 
 
+def _noise_alone(squares, count):
+  """What `_jmlr` returns, of features that are all zero."""
+  betas = count / (squares + _GUARD)
+  scores = count / 2 * (np.log(betas) - 1 - np.log(2 * np.pi))
+  ones = np.ones(len(squares))
+  return scores / count, ones, betas, 1 / betas, ones > 0
+
+
 def _icml(features, targets):
   """The first published algorithm, column by column."""
   count, width = features.shape
   gram = features.T @ features
+  _check_finite('products of features', gram)
+  if not gram.any():
+    squares = (targets**2).sum(axis=0)
+    scores, alphas, betas, _, converged = _noise_alone(squares, count)
+    means = np.zeros((targets.shape[1], width))
+    return scores, alphas, betas, means, converged
   eigenvalues, vectors = np.linalg.eigh(gram)
   eigenvalues = np.maximum(eigenvalues, 0.0)
   turned = vectors.T @ (features.T @ targets)
@@ -271,7 +329,7 @@ def _icml(features, targets):
       residual = ((y - features @ mean) ** 2).sum()
       m2 = (mean**2).sum()
       alpha = gamma / (m2 + _GUARD)
-      beta = (count - gamma) / (residual + _GUARD)
+      beta = max(count - gamma, 1e-12) / (residual + _GUARD)
       new = alpha / beta
       converged = abs(new - ratio) / ratio < 1e-2
       ratio = new
@@ -297,6 +355,7 @@ def _icml(features, targets):
 
 
 def _finished(scores, alphas, betas, means, converged):
+  _check_finite('scores of columns', scores)
   if not converged.all():
     logging.info(
       'LogME: %d of %d columns had not converged after 11 steps.',

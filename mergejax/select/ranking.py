@@ -60,7 +60,8 @@ def rank(
     `{model: {task: score}}`, higher is better; comparable within a task.
 
   Raises:
-    UserError: an unknown score, a task with fewer than two classes.
+    UserError: an unknown score, a task with fewer than two classes, a model
+      whose features or answers are not finite (it is named).
   """
   if score not in SCORES:
     raise errors.UserError(errors.near(score, SCORES, 'ranking score'))
@@ -77,7 +78,11 @@ def rank(
     params = jax.device_put(params)
     for task, batches in tasks.items():
       progress(name, task)
-      result[name][task] = _score(module, params, batches, labels[task], score)
+      try:
+        found = _score(module, params, batches, labels[task], score)
+      except errors.UserError as error:
+        raise errors.UserError(f'{name}, {task}: {error.message}') from error
+      result[name][task] = found
   return result
 
 
@@ -114,4 +119,10 @@ def source_probabilities(
     weights = np.asarray(models.target_weights(batch))
     real = weights.reshape(len(weights), -1).max(axis=1) > 0
     rows.append(np.asarray(one(params, dict(batch)), np.float64)[real])
-  return np.concatenate(rows)
+  given = np.concatenate(rows)
+  if not np.isfinite(given).all():
+    raise errors.UserError(
+      f'Of {len(given)} examples {int((~np.isfinite(given)).any(axis=1).sum())} '
+      'have answers that are not finite: the model is broken, or the data is.'
+    )
+  return given

@@ -42,6 +42,8 @@ def leep(probabilities: Any, labels: Any) -> float:
       f'{list(given.shape)} probabilities for {len(labels)} labels: one row '
       'for each label.'
     )
+  if not np.isfinite(given).all():
+    raise errors.UserError('Some probabilities are not finite.')
   if not (given >= 0).all() or not np.allclose(given.sum(axis=1), 1, atol=1e-3):
     raise errors.UserError(
       'Rows of probabilities must be 0 or above and sum to 1. These look like '
@@ -108,7 +110,8 @@ def h_score(features: Any, labels: Any, *, shrinkage: float = 0.0) -> float:
   """
   features = np.asarray(features, np.float64)
   labels = bayes.check_classes(labels)
-  if features.ndim != 2 or len(features) != len(labels) or len(labels) < 2:
+  fits = features.ndim == 2 and len(features) == len(labels)
+  if not fits or len(labels) < 2 or not features.size:
     raise errors.UserError(
       f'{list(features.shape)} features for {len(labels)} labels: one row for '
       'each label, and at least two.'
@@ -117,6 +120,8 @@ def h_score(features: Any, labels: Any, *, shrinkage: float = 0.0) -> float:
     raise errors.UserError('Some features are not finite.')
   if not 0 <= shrinkage <= 1:
     raise errors.UserError(f'shrinkage must be in [0, 1], not {shrinkage}.')
+  # The score does not depend on the scale; squares of huge numbers do.
+  features = features / (np.abs(features).max() or 1.0)
   centred = features - features.mean(axis=0)
   covariance = centred.T @ centred / len(labels)
   size = len(covariance)

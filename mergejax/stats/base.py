@@ -8,10 +8,7 @@ are kept in float64, so a long stream loses nothing.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-import itertools
-import json
 import os
-import pathlib
 import signal
 import threading
 from typing import Any, NamedTuple
@@ -26,8 +23,8 @@ import numpy as np
 from mergejax import errors
 from mergejax import mesh as mesh_lib
 from mergejax import typing
+from mergejax.stats import journal as journal_lib
 from mergejax.stats import saved
-from mergejax.store import base as store_base
 
 
 class Statistic(NamedTuple):
@@ -37,18 +34,16 @@ class Statistic(NamedTuple):
     kind: its name in files and in `Merge.needs`: 'gram' or 'fisher'.
     measure: `(module, params, batch, number, shards) -> {path: {'sum': arrays,
       'count': array}}` of one batch, each with a leading axis of `shards`
-      parts; number is that of the batch.
+      parts; number is that of the batch. Raises if something asked for was
+      not seen.
     whole: `sum -> array`, from what devices add up, without the axis of shards
       and fetched, to the sum itself.
-    check: `(params, paths) -> None`, raises if something asked for was not
-      seen.
     settings: what a reader of the file should know.
   """
 
   kind: str
   measure: Callable[..., dict[typing.Path, dict[str, Any]]]
   whole: Callable[[Any], np.ndarray] = lambda total: total
-  check: Callable[..., None] = lambda *_: None
   settings: Mapping[str, Any] = {}
 
 
@@ -69,12 +64,20 @@ def collect(
     statistic: `gram(...)` or `fisher(...)`.
     module: the model.
     params: its parameters; left as they are.
-    batches: dicts of arrays of equal shapes; rows that are padding count for
-      nothing.
+    batches: dicts of arrays of equal shapes. `images` with `labels`, and
+      `weights <float>[batch]` where rows are padding (0) or count in part; or
+      text by seqio's names: `decoder_input_tokens`, `decoder_target_tokens`,
+      `encoder_input_tokens` for encoder-decoders, `decoder_loss_weights`, and
+      `decoder_segment_ids` (`encoder_segment_ids`) where rows hold several
+      examples. With `gram(apply=...)` or `fisher(logits=...)` whatever these
+      take, and `weights`.
     mesh: its axis `data` shares the rows of a batch, `model` the rows of Gram
-      matrices; one device by default.
+      matrices; one device by default. Every process of several gives whole
+      batches.
     out: where to save; also keeps what is done beside it, and the same call
-      continues from there to the same bits.
+      continues from there to the same bits. Positions are numbers of whole
+      batches: on another mesh or number of processes a collection continues
+      too, to the same numbers up to rounding.
     save_every: batches after which device sums (float32) are added to those of
       the host (float64), and progress is saved.
     progress: called with the number of batches done.
@@ -84,7 +87,9 @@ def collect(
 
   Raises:
     UserError: a parameter asked for that was never seen at work, no batch at
-      all, rows that do not divide over the mesh, sums that are not finite.
+      all or none with a real row, rows that do not divide over the mesh, sums
+      that are not finite; a collection to be continued that was begun with
+      another model, other settings or other data.
 
   Example:
     >>> from mergejax.stats import gram
@@ -101,8 +106,9 @@ def collect(
   shards = mesh.shape['data']
   fingerprint = saved.fingerprint(params)
   settings = {'kind': statistic.kind, **statistic.settings}
-  journal = _Journal(out, {**settings, 'fingerprint': fingerprint})
+  journal = journal_lib.Journal(out, {**settings, 'fingerprint': fingerprint})
   totals, done, aliases = journal.load()
+  batches = journal.after(done, batches)
   params = jax.device_put(params, _param_layout(mesh, params))
   zeros = step = None
 
@@ -118,14 +124,11 @@ def collect(
 
   sums, number = None, done
   with _Stopping() as stopping:
-    for number, batch in enumerate(
-      itertools.islice(batches, done, None), done + 1
-    ):
+    for number, batch in enumerate(batches, done + 1):
       batch = _placed(mesh, batch)
       index = np.uint32(number - 1)
       if step is None:
         shapes = jax.eval_shape(measure, params, batch, index)
-        statistic.check(params, [*shapes, *aliases])
         layout = _sum_layout(mesh, statistic.kind, shapes)
         zeros = jax.jit(
           lambda shapes=shapes: jax.tree.map(
@@ -150,7 +153,7 @@ def collect(
   result = _means(
     statistic.kind, totals, aliases, fingerprint, settings, number
   )
-  if out is not None:
+  if out is not None and not jax.process_index():
     result.save(out)
   journal.forget()
   return result
@@ -239,13 +242,19 @@ def _fetched(statistic, totals, sums):
 
 
 def _means(kind, totals, aliases, fingerprint, settings, batches):
+  if not any(leaf.any() for n, leaf in totals.items() if n.endswith('/count')):
+    raise errors.UserError(
+      'No batch had a real row to collect statistics from: all weights are 0, or '
+      'all tokens are padding.'
+    )
   result, bad = {}, []
   paths = [name.rsplit('/', 1)[0] for name in totals]
   for path in sorted({*paths, *aliases}):
     leader = aliases.get(path, path)
     count = totals[f'{leader}/count']
     summed = totals[f'{leader}/sum']
-    known = np.maximum(count, 1.0)
+    # Counts are sums of weights, which may stay below 1; 0 is an idle expert.
+    known = np.where(count > 0, count, 1.0)
     mean = summed / known.reshape(
       known.shape + (1,) * (summed.ndim - known.ndim)
     )
@@ -260,56 +269,6 @@ def _means(kind, totals, aliases, fingerprint, settings, batches):
   return saved.Statistics(
     result, kind, fingerprint, {**settings, 'batches': batches}
   )
-
-
-class _Journal:
-  """What is done so far, beside the result, saved whole or not at all."""
-
-  def __init__(self, out, settings):
-    self._path = None
-    if out is not None:
-      out = pathlib.Path(out)
-      store_base.check_new(out)
-      self._path = out.with_name(f'.{out.name}.collecting.npz')
-    self._settings = json.dumps(settings, sort_keys=True)
-
-  def load(self):
-    if self._path is None or not self._path.exists():
-      return None, 0, {}
-    try:
-      with np.load(self._path, allow_pickle=False) as archive:
-        leaves = dict(archive)
-    except (ValueError, OSError, EOFError) as error:
-      raise errors.UserError(
-        f'{self._path} cannot be read ({error}); remove it to start afresh.'
-      ) from error
-    if str(leaves.pop('settings')) != self._settings:
-      raise errors.UserError(
-        f'{self._path} holds a collection that was begun for another model or '
-        'with other settings. Remove it to start afresh.'
-      )
-    done = int(leaves.pop('batches'))
-    aliases = json.loads(str(leaves.pop('aliases')))
-    totals = {n.replace('|', '/'): x for n, x in leaves.items()}
-    return totals, done, aliases
-
-  def save(self, totals, batches, aliases):
-    if self._path is None or jax.process_index():
-      return
-    leaves = {n.replace('/', '|'): x for n, x in totals.items()}
-    with store_base.atomic_path(self._path, overwrite=True) as temporary:
-      with open(temporary, 'wb') as stream:
-        np.savez(
-          stream,
-          settings=self._settings,
-          batches=np.int64(batches),
-          aliases=json.dumps(aliases),
-          **leaves,
-        )
-
-  def forget(self):
-    if self._path is not None and not jax.process_index():
-      self._path.unlink(missing_ok=True)
 
 
 class _Stopping:

@@ -7,8 +7,9 @@ in the collection `intermediates` under the map's own scope, so that scanned
 and vmapped layers work if they lift that collection.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+import dataclasses
+import logging
 import re
 from typing import Any
 
@@ -20,108 +21,74 @@ import jax.numpy as jnp
 from mergejax import errors
 from mergejax import models
 from mergejax import typing
+from mergejax.stats import linear
 
 COLLECTION = 'intermediates'
 _MARK = 'inputs_of_'
 
-# (module, method name, arguments) -> [(parameter, inputs [..., in])]
-Describe = Callable[[nn.Module, str, tuple], list[tuple[str, typing.Array]]]
 # (path, batch) -> weight of every input row, None for all, or NONZERO.
 Mask = Callable[[typing.Path, Mapping[str, Any]], Any]
 # Rows that are not all zero: slots of an expert that hold a token.
 NONZERO = 'nonzero'
 
 
-def _dense(module, method, arguments):
-  if method != '__call__':
-    return []
-  return [('kernel', arguments[0])]
+@dataclasses.dataclass
+class Met:
+  """What the trace of a model met, whether or not it could be kept.
+
+  Attributes:
+    maps: linear maps that were at work.
+    convolutions: kernels of convolutions, of any kind.
+    rewritten: `{path of a layer: class}` of layers whose kernels are computed
+      from what is stored, by `nn.WeightNorm` for example.
+  """
+
+  maps: set[typing.Path] = dataclasses.field(default_factory=set)
+  convolutions: set[typing.Path] = dataclasses.field(default_factory=set)
+  rewritten: dict[typing.Path, str] = dataclasses.field(default_factory=dict)
 
 
-def _dense_general(module, method, arguments):
-  if method != '__call__':
-    return []
-  inputs = arguments[0]
-  axes = module.axis if isinstance(module.axis, tuple) else (module.axis,)
-  axes = [axis % inputs.ndim for axis in axes]
-  rest = [i for i in range(inputs.ndim) if i not in axes]
-  size = math.prod(inputs.shape[i] for i in axes)
-  moved = jnp.transpose(inputs, rest + axes)
-  return [('kernel', moved.reshape(*(inputs.shape[i] for i in rest), size))]
-
-
-def _conv(module, method, arguments):
-  if method != '__call__':
-    return []
-  inputs = arguments[0]
-  if module.feature_group_count != 1:
-    raise errors.UserError(
-      f'{"/".join(module.path)} is a grouped convolution, which has no single '
-      'input; leave it out with `exclude`.'
-    )
-  window = module.kernel_size
-  window = (window,) if isinstance(window, int) else tuple(window)
-  rank = len(window)
-  each = lambda value: (value,) * rank if isinstance(value, int) else value
-  dims = ('NWC', 'NHWC', 'NDHWC')[rank - 1], ('WIO', 'HWIO', 'DHWIO')[rank - 1]
-  patches = jax.lax.conv_general_dilated_patches(
-    inputs,
-    window,
-    each(module.strides or 1),
-    module.padding,
-    each(module.input_dilation or 1),
-    each(module.kernel_dilation or 1),
-    (dims[0], dims[1], dims[0]),
-  )
-  # Patches come channel by channel; a kernel has its channels last.
-  channels = inputs.shape[-1]
-  patches = patches.reshape(*patches.shape[:-1], channels, -1)
-  patches = jnp.swapaxes(patches, -1, -2)
-  return [('kernel', patches.reshape(*patches.shape[:-2], -1))]
-
-
-def _embed(module, method, arguments):
-  return [('embedding', arguments[0])] if method == 'attend' else []
-
-
-# Which parameter of a module is a linear map, and what it is given.
-LINEAR: Mapping[type, Describe] = {
-  nn.Dense: _dense,
-  nn.DenseGeneral: _dense_general,
-  nn.Conv: _conv,
-  nn.Embed: _embed,
-}
-
-
-def _describe(module, method, arguments, kernels):
-  for kind, describe in {**LINEAR, **kernels}.items():
-    if isinstance(module, kind):
-      return describe(module, method, arguments)
-  return []
+# Names by which a batch says which of its rows are real.
+_TELLING = ('images', 'decoder_target_tokens', 'weights')
 
 
 def default_mask(path: typing.Path, batch: Mapping[str, Any]) -> Any:
-  """Which input rows are real, for the models of this project.
-
-  Cross-attention reads the encoder's positions with its keys and values.
+  """The weight of every input row, from the names that a batch has.
 
   Args:
-    path: of the parameter.
-    batch: by the names of seqio, or images with optional `weights`.
+    path: of the parameter. Cross-attention reads the encoder's positions with
+      its keys and values.
+    batch: either of text, with seqio's names: positions count where
+      `decoder_target_tokens` (or, for what reads the encoder,
+      `encoder_input_tokens`) is above 0. `decoder_loss_weights` weigh targets,
+      not what layers are given, and do not count here. Or anything else,
+      `images` for example: its rows count as `weights` says, `<float>[batch]`
+      or `[batch, length]`, 0 for padding; all count without it.
 
   Returns:
-    `<bool>[batch, length]` or `<bool>[batch]`, or None: all are.
+    `<bool>[batch, length]`, `<float>[batch, ...]`, or None: all are real.
   """
-  if 'images' in batch:
-    return None if 'weights' not in batch else batch['weights'] > 0
-  if 'decoder_target_tokens' not in batch:
-    return None
+  if 'images' in batch or 'decoder_target_tokens' not in batch:
+    return batch.get('weights')
   from_encoder = re.fullmatch(
     r'(.*/)?(encoder/.*|encoder_decoder_attention/(key|value)/.*)', path
   )
   if from_encoder and 'encoder_input_tokens' in batch:
     return batch['encoder_input_tokens'] > 0
   return batch['decoder_target_tokens'] > 0
+
+
+def mask_for(mask: Mask | None, batch: Mapping[str, Any]) -> Mask:
+  """A caller's mask, or the default; warns where that knows no padding."""
+  if mask is not None:
+    return mask
+  if not any(name in batch for name in _TELLING):
+    logging.warning(
+      'A batch of %s does not say which rows are padding: all of them count. '
+      "Put `weights` of the rows into it, 0 for padding, or give `mask=lambda "
+      'path, batch: ...`.', ', '.join(batch),
+    )  # fmt: skip
+  return default_mask
 
 
 def default_apply(module, params, batch):
@@ -140,8 +107,10 @@ def inputs_of(
   reduce: Callable[[typing.Path, typing.Array], Any],
   *,
   wanted: Callable[[typing.Path], bool],
-  kernels: Mapping[type, Describe] | None = None,
+  convolutions: bool = True,
+  kernels: Mapping[type, linear.Describe] | None = None,
   apply: Callable[..., Any] | None = None,
+  met: Met | None = None,
 ) -> dict[typing.Path, Any]:
   """Runs a model and reduces what each of its linear maps is given.
 
@@ -152,22 +121,33 @@ def inputs_of(
     reduce: `(path, inputs <float>[..., in]) -> tree of arrays`, called while
       tracing; several calls of one layer are added up.
     wanted: which parameters to watch.
+    convolutions: also those of convolutions, except classes in `kernels`, which
+      are always watched.
     kernels: further modules with linear maps: `{class: describe}`.
     apply: `(module, params, batch) -> variables left behind`, for modules that
       are called otherwise.
+    met: filled with what the trace meets.
 
   Returns:
     `{path: what reduce gave}`; lifted layers have their stack in front.
   """
+  kernels = kernels or {}
+  met = Met() if met is None else met
 
   def interceptor(call, arguments, named, context):
-    found = _describe(
-      context.module, context.method_name, arguments, kernels or {}
-    )
-    for name, inputs in found:
-      path = '/'.join((*context.module.path, name))
-      if wanted(path):
-        _leave(context.module, name, reduce(path, inputs))
+    layer = context.module
+    if isinstance(layer, linear.REWRITING):
+      met.rewritten['/'.join(layer.layer_instance.path)] = type(layer).__name__
+    convolves = isinstance(layer, linear.CONVOLUTIONS)
+    if convolves:
+      met.convolutions.add('/'.join((*layer.path, 'kernel')))
+    if convolutions or not convolves or isinstance(layer, tuple(kernels)):
+      for name, inputs in linear.describe(context, arguments, named, kernels):
+        path = '/'.join((*layer.path, name))
+        if wanted(path):
+          met.maps.add(path)
+          inputs = inputs() if callable(inputs) else inputs
+          _leave(layer, name, reduce(path, inputs))
     return call(*arguments, **named)
 
   with nn.intercept_methods(interceptor):
@@ -203,17 +183,16 @@ def wanted_kernels(
   include: Sequence[str] | None,
   exclude: Sequence[str],
   *,
-  conv: bool = False,
   tied_head: bool = False,
 ) -> list[typing.Path]:
-  """The parameters of linear maps that are asked for.
+  """The parameters that are asked for, as far as their names tell.
 
   Args:
     specs: of the model.
-    include: full-match regular expressions; by default every `kernel`, without
-      convolutions unless `conv`.
+    include: full-match regular expressions; by default every `kernel`. Which of
+      them belong to convolutions is known when the model runs, not from their
+      shapes.
     exclude: full-match regular expressions to leave out.
-    conv: also kernels of convolutions, whose inputs are patches.
     tied_head: also embeddings that are the output head as well.
 
   Raises:
@@ -226,7 +205,7 @@ def wanted_kernels(
         f'{errors.listed(list(specs), 5)}'
       )
 
-  def asked(path, spec):
+  def asked(path):
     if any(re.fullmatch(pattern, path) for pattern in exclude):
       return False
     if include is not None:
@@ -234,41 +213,75 @@ def wanted_kernels(
     name = path.rsplit('/', 1)[-1]
     if name == 'embedding':
       return tied_head
-    return name == 'kernel' and (conv or len(spec.shape) != 4)
+    return name == 'kernel'
 
   return [
-    path
-    for path, spec in specs.items()
-    if len(spec.shape) >= 2 and asked(path, spec)
+    path for path, spec in specs.items() if len(spec.shape) >= 2 and asked(path)
   ]
 
 
 def check_seen(
   asked: Sequence[typing.Path],
-  seen: Sequence[typing.Path],
+  seen: Collection[typing.Path],
+  met: Met,
   specs: typing.SpecTree,
 ) -> None:
   """Compares what was asked for with what was seen.
 
+  Args:
+    asked: without convolutions that are not wanted.
+    seen: what came out of the model's run.
+    met: what its trace met.
+    specs: of the model.
+
   Raises:
-    UserError: nothing was asked for, or a kernel was not seen.
+    UserError: nothing was asked for, or a kernel was not seen; with what to do
+      about each.
   """
   if not asked:
+    hint = ' Convolutions take `conv=True`.' if met.convolutions else ''
     raise errors.UserError(
       'No parameter is the kernel of a linear map, or all are excluded: there '
-      'is nothing to collect. They begin with:\n'
+      f'is nothing to collect.{hint} They begin with:\n'
       f'{errors.listed(list(specs), 5)}'
     )
   missing = [path for path in asked if path not in seen]
-  if missing:
-    raise errors.UserError(
-      f'{len(missing)} of {len(asked)} kernels were never seen at work:\n'
-      f'{errors.listed(missing)}\n'
-      f'A lifted layer hides them unless it lifts the collection {COLLECTION!r} '
-      f"too: `nn.scan(..., variable_axes={{'params': 0, {COLLECTION!r}: 0}})`. "
-      'Layers that do not use nn.Dense, nn.DenseGeneral or nn.Conv are told '
-      'of with `kernels={MyLayer: describe}`. Or leave them out with `exclude`.'
+  rewritten = [p for p in missing if p.rpartition('/')[0] in met.rewritten]
+  hidden = [p for p in missing if p in met.maps and p not in rewritten]
+  unknown = [p for p in missing if p not in {*rewritten, *hidden}]
+  parts = []
+  if rewritten:
+    kinds = {met.rewritten[p.rpartition('/')[0]] for p in rewritten}
+    parts.append(
+      f'nn.{" and nn.".join(sorted(kinds))} computes these kernels from what is '
+      'stored, so that no statistics of the stored ones exist; leave them out '
+      f'with {_leave_out(rewritten)}:\n{errors.listed(rewritten)}'
     )
+  if hidden:
+    parts.append(
+      f'A lifted layer hides these; it must lift the collection {COLLECTION!r} '
+      f"too, `nn.scan(..., variable_axes={{'params': 0, {COLLECTION!r}: 0}})`, "
+      f'and `apply`, where you give it, must return that collection:\n'
+      f'{errors.listed(hidden)}'
+    )
+  if unknown:
+    parts.append(
+      'No nn.Dense, nn.DenseGeneral, nn.Conv or nn.Embed works with these. Tell '
+      'what their layers are given with `kernels={MyLayer: describe}`, or leave '
+      f'them out with {_leave_out(unknown)}:\n{errors.listed(unknown)}'
+    )
+  if parts:
+    raise errors.UserError(
+      f'{len(missing)} of {len(asked)} kernels were never seen at work.\n'
+      + '\n'.join(parts)
+    )
+
+
+def _leave_out(paths):
+  """The option that leaves out these paths, to be copied."""
+  shown = [re.escape(path) for path in paths[:3]]
+  more = ', ...' if len(paths) > 3 else ''
+  return f'`exclude=[{", ".join(map(repr, shown))}{more}]`'
 
 
 def row_weights(

@@ -3,6 +3,7 @@
 """The diagonal Fisher information of a model's parameters."""
 
 from collections.abc import Callable
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,10 @@ def fisher(
   """The statistic `F = mean over examples of E_y (d log p(y|x) / d theta)^2`.
 
   The square is that of one example, before any averaging. For sequences the
-  example is the whole target: the gradient of its summed log-likelihood.
+  example is the whole target: the gradient of its summed log-likelihood, each
+  token as often as `decoder_loss_weights` says. Rows that hold several examples
+  tell them apart by `decoder_segment_ids`. Images count as often as `weights`
+  says: `F = sum_i w_i F_i / sum_i w_i`.
 
   Args:
     estimator: 'exact' weighs every class by its probability (classifiers, or
@@ -52,7 +56,8 @@ def fisher(
     floating parameter, running statistics excepted.
 
   Raises:
-    UserError: an unknown estimator, numbers below 1, 'exact' over sequences.
+    UserError: an unknown estimator, numbers below 1, 'exact' over sequences,
+      'exact' or sampled answers of an encoder-decoder over packed rows.
 
   Source: Matena and Raffel (2022), https://arxiv.org/abs/2111.09832, section
   3.2; the released code has 'exact' only.
@@ -61,45 +66,38 @@ def fisher(
   for name, value in (('samples', samples), ('microbatch', microbatch)):
     merge_base.check_option(name, value, lambda v: v >= 1, '1 or above')
 
-  def answer(module):
-    if logits is not None:
-      return logits
-    return lambda params, batch: models.logits(module, params, batch)
-
   def measure(module, params, batch, number, shards):
-    fn = answer(module)
+    fn = logits or functools.partial(models.logits, module)
     learned = {n: p for n, p in params.items() if n != models.BATCH_STATS}
     fixed = {n: p for n, p in params.items() if n == models.BATCH_STATS}
-    weights = models.target_weights(batch)
-    real = jnp.max(weights.reshape(weights.shape[0], -1), axis=1) > 0
+    _check_packing(batch, estimator)
+    share, counted = _examples(batch)
     keys = jax.vmap(
       lambda row: jax.random.fold_in(
         jax.random.fold_in(jax.random.key(seed), number), row
       )
-    )(jnp.arange(len(real), dtype=jnp.uint32))
+    )(jnp.arange(len(share), dtype=jnp.uint32))
 
     def one(example):
       return _squares(
-          fn, learned, fixed, example['batch'], example['key'], module,
-          estimator, samples, per_token,
+          fn, learned, fixed, example['batch'], example['key'], estimator,
+          samples, per_token,
       )  # fmt: skip
 
-    examples = {'batch': dict(batch), 'key': keys, 'real': real}
+    examples = {'batch': dict(batch), 'key': keys, 'share': share}
 
     def chunk(total, several):
       squares = jax.vmap(one)(several)
-      keep = several['real'].astype(jnp.float32)
-      # What padding gives is arbitrary, even infinite.
-      add = lambda t, s: (
-        t
-        + jnp.sum(
-          jnp.where(keep.reshape(-1, *(1,) * (s.ndim - 1)) > 0, s, 0.0), axis=0
-        )
-      )
+
+      def add(total, own):
+        by = several['share'].reshape(-1, *(1,) * (own.ndim - 1))
+        # What padding gives is arbitrary, even infinite.
+        return total + jnp.sum(jnp.where(by > 0, by * own, 0.0), axis=0)
+
       return jax.tree.map(add, total, squares), None
 
     def shard(own):
-      rows = own['real'].shape[0]
+      rows = own['share'].shape[0]
       size = max(n for n in range(1, min(microbatch, rows) + 1) if not rows % n)
       chunks = jax.tree.map(
         lambda x: x.reshape(rows // size, size, *x.shape[1:]), own
@@ -109,7 +107,7 @@ def fisher(
 
     split = lambda x: x.reshape(shards, -1, *x.shape[1:])
     sums = jax.vmap(shard)(jax.tree.map(split, examples))
-    count = jnp.sum(split(real.astype(jnp.float32)), axis=1)
+    count = jnp.sum(split(counted), axis=1)
     return {
       path: {'sum': leaf, 'count': count}
       for path, leaf in tree_lib.flatten(sums).items()
@@ -122,9 +120,55 @@ def fisher(
   return base.Statistic('fisher', measure, settings=settings)
 
 
-def _squares(
-  fn, learned, fixed, example, key, module, estimator, samples, per_token
-):
+def _check_packing(batch, estimator):
+  """Refuses what does not fit rows of several examples."""
+  if 'decoder_segment_ids' not in batch:
+    return
+  if estimator == 'exact':
+    raise errors.UserError(
+      'The exact Fisher of a row with `decoder_segment_ids` is not that of its '
+      'examples: give batches of one example a row, or another estimator.'
+    )
+  if estimator == 'sampled' and 'encoder_input_tokens' in batch:
+    raise errors.UserError(
+      'Sampled answers may be longer than the places that packed rows '
+      '(`decoder_segment_ids`) leave them: give batches of one example a row, '
+      "or estimator='empirical'."
+    )
+
+
+def _examples(batch):
+  """`(share, counted) <float32>[batch]` of each row.
+
+  By the share its squares are multiplied; it counts as so many examples.
+  """
+  weights = models.target_weights(batch)
+  if weights.ndim == 1:
+    return weights, weights
+  if 'decoder_segment_ids' not in batch:
+    real = jnp.max(weights, axis=1) > 0
+    return (real.astype(jnp.float32),) * 2
+  runs = jax.vmap(_runs)(batch['decoder_segment_ids'])
+  each = jax.vmap(
+    lambda own, runs: jax.ops.segment_max(own, runs, own.shape[0])
+  )(_segment_weights(batch, weights), runs)
+  counted = jnp.sum((each > 0).astype(jnp.float32), axis=1)
+  return (counted > 0).astype(jnp.float32), counted
+
+
+def _runs(segments):
+  """`<int32>[length]`, numbers of the examples of a packed row, from 0."""
+  changes = (segments[1:] != segments[:-1]).astype(jnp.int32)
+  return jnp.pad(jnp.cumsum(changes), (1, 0))
+
+
+def _segment_weights(batch, weights):
+  """Weights without what lies between and behind the examples of a row."""
+  real = (jnp.asarray(batch['decoder_segment_ids']) > 0).astype(weights.dtype)
+  return weights * real
+
+
+def _squares(fn, learned, fixed, example, key, estimator, samples, per_token):
   """Squared gradients of one example, `{path: <float32>[...]}` nested."""
   batch = jax.tree.map(lambda x: x[None], example)
 
@@ -136,42 +180,34 @@ def _squares(
     log_p, pull = jax.vjp(lambda params: scores(params, batch), learned)
     return log_p, lambda cotangent: pull(cotangent)[0]
 
-  square = lambda gradient, by: jax.tree.map(
-    lambda g: by * jnp.square(g.astype(jnp.float32)), gradient
-  )
   zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), learned)
-  sum_up = lambda total, own: jax.tree.map(jnp.add, total, own)
   if estimator == 'exact':
-    log_p, pull = pulled(batch)
-    if log_p.ndim > 1:
-      raise errors.UserError(
-        'The exact Fisher sums over all answers, and whole sequences are too '
-        "many. Use estimator='sampled', or give the answers to choose from: "
-        '`logits=models.answer_logits(module, answers)`.'
-      )
-
-    def each_class(total, label):
-      cotangent = jax.nn.one_hot(label, log_p.size, dtype=log_p.dtype)
-      by = jnp.exp(log_p[label])
-      return sum_up(total, square(pull(cotangent), by)), None
-
-    return jax.lax.scan(each_class, zeros, jnp.arange(log_p.size))[0]
+    return _over_classes(*pulled(batch), zeros)
 
   def of_labels(batch, labels, weights):
     """`labels` [(length)] with their weights."""
     log_p, pull = pulled(batch)
     picked = jax.nn.one_hot(labels, log_p.shape[-1], dtype=log_p.dtype)
     picked = picked * weights[..., None]
-    if not per_token or log_p.ndim == 1:
-      return square(pull(picked), 1.0)
+    if log_p.ndim > 1 and per_token:
+      parts = jnp.arange(len(weights), dtype=jnp.int32)
+    elif log_p.ndim > 1 and 'decoder_segment_ids' in batch:
+      parts = _runs(batch['decoder_segment_ids'][0])
+    else:
+      return _square(pull(picked))
 
-    def each_token(total, position):
-      own = (jnp.arange(len(weights)) == position).astype(picked.dtype)
-      return sum_up(total, square(pull(picked * own[:, None]), 1.0)), None
+    def each_part(part, total):
+      own = (parts == part).astype(picked.dtype)
+      return _sum_up(total, _square(pull(picked * own[:, None])))
 
-    return jax.lax.scan(each_token, zeros, jnp.arange(len(weights)))[0]
+    return jax.lax.fori_loop(0, parts[-1] + 1, each_part, zeros)
 
-  weights = models.target_weights(batch)[0]
+  weights = models.target_weights(batch)
+  if weights.ndim == 1:
+    weights = jnp.ones_like(weights)  # an image's own multiplies its square
+  if 'decoder_segment_ids' in batch:
+    weights = _segment_weights(batch, weights)
+  weights = weights[0]
   if estimator == 'empirical':
     return of_labels(batch, models.targets(batch)[0], weights)
 
@@ -181,10 +217,34 @@ def _squares(
     else:
       drawn, weighted = batch, weights
       labels = jax.random.categorical(key, scores(learned, batch))
-    return sum_up(total, of_labels(drawn, labels, weighted)), None
+    return _sum_up(total, of_labels(drawn, labels, weighted)), None
 
   total, _ = jax.lax.scan(each_sample, zeros, jax.random.split(key, samples))
   return jax.tree.map(lambda s: s / samples, total)
+
+
+def _square(gradient):
+  return jax.tree.map(lambda g: jnp.square(g.astype(jnp.float32)), gradient)
+
+
+def _sum_up(total, own, by=1.0):
+  return jax.tree.map(lambda t, o: t + by * o, total, own)
+
+
+def _over_classes(log_p, pull, zeros):
+  """Squares of every class, each by its probability."""
+  if log_p.ndim > 1:
+    raise errors.UserError(
+      'The exact Fisher sums over all answers, and whole sequences are too '
+      "many. Use estimator='sampled', or give the answers to choose from: "
+      '`logits=models.answer_logits(module, answers)`.'
+    )
+
+  def each_class(total, label):
+    cotangent = jax.nn.one_hot(label, log_p.size, dtype=log_p.dtype)
+    return _sum_up(total, _square(pull(cotangent)), jnp.exp(log_p[label])), None
+
+  return jax.lax.scan(each_class, zeros, jnp.arange(log_p.size))[0]
 
 
 def _answer(scores, params, batch, key):

@@ -13,6 +13,7 @@ from mergejax import errors
 from mergejax import tree as tree_lib
 from mergejax.stats import base
 from mergejax.stats import capture
+from mergejax.stats import linear
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 # A symmetric matrix is computed and summed in strips of rows, each up to the
@@ -28,7 +29,7 @@ def gram(
   conv: bool = False,
   tied_head: bool = False,
   mask: capture.Mask | None = None,
-  kernels: Mapping[type, capture.Describe] | None = None,
+  kernels: Mapping[type, linear.Describe] | None = None,
   apply: Callable[..., Any] | None = None,
 ) -> base.Statistic:
   """The statistic `mean over real positions of x x^T` of every linear map.
@@ -40,11 +41,15 @@ def gram(
     include: full-match regular expressions of parameters; by default every
       `kernel`, multi-head, stacked (scanned) and expert kernels among them.
     exclude: expressions to leave out.
-    conv: also convolutions, whose inputs are patches, `[height * width *
-      channels]` as the kernel lies; off by default, as in the paper.
+    conv: also convolutions (`nn.Conv`, of any number of dimensions), whose
+      inputs are patches, `[height * width * channels]` as the kernel lies; off
+      by default, as in the paper. With `include` they are what that says.
     tied_head: also an embedding that is the output head; averaged by default.
-    mask: `(path, batch) -> weights` of the input rows of a layer. The default
-      knows this project's batches and leaves padding out.
+    mask: `(path, batch) -> weights` of the input rows of a layer, 0 for padding,
+      fractions count as such: `G = sum w x x^T / sum w`. The default goes by
+      the names in a batch, see `capture.default_mask`: seqio's for text,
+      `weights` for anything else; where it finds neither, all rows count, with
+      a warning.
     kernels: `{module class: describe}` for linear maps of other layers;
       `describe(module, method name, arguments) -> [(parameter, inputs)]`.
     apply: `(module, params, batch) -> variables`, for modules that are called
@@ -53,25 +58,24 @@ def gram(
 
   Returns:
     A statistic for `collect`, whose result has `gram <float32>[(stack,) in,
-    in]` and `count`, the rows seen, for each kernel.
+    in]` and `count`, the rows seen (their summed weights), for each kernel.
+    Collecting raises a UserError for a kernel that was asked for and not seen,
+    and for convolutions that are grouped or masked.
 
   Source: Jin et al. (2023), https://arxiv.org/abs/2212.09849, section 3.2. The
   released code counts padding and keeps dropout as it finds it; this does not.
   """
-  mask = mask or capture.default_mask
-
-  def asked(params):
-    return capture.wanted_kernels(
-      tree_lib.specs(params), include, exclude, conv=conv, tied_head=tied_head
-    )
+  with_convolutions = conv or include is not None
 
   def measure(module, params, batch, number, shards):
     del number
-    paths = set(asked(params))
-    known = {}
+    specs = tree_lib.specs(params)
+    asked = capture.wanted_kernels(specs, include, exclude, tied_head=tied_head)
+    weigh = capture.mask_for(mask, batch)
+    known, met = {}, capture.Met()
 
     def reduce(path, inputs):
-      weights = mask(path, batch)
+      weights = weigh(path, batch)
       # Layers that are given one array share its Gram matrix (which rows of it
       # are real does not depend on who reads them), if they do so in one trace:
       # what was computed inside of a loop must not leave it.
@@ -87,20 +91,21 @@ def gram(
       return found
 
     found = capture.inputs_of(
-        module, params, batch, reduce, wanted=paths.__contains__,
-        kernels=kernels, apply=apply,
+        module, params, batch, reduce, wanted=set(asked).__contains__,
+        convolutions=with_convolutions, kernels=kernels, apply=apply, met=met,
     )  # fmt: skip
+    if not with_convolutions:
+      left = met.convolutions - met.maps
+      asked = [path for path in asked if path not in left]
+    capture.check_seen(asked, found, met, specs)
     # Lifted layers put their stack in front of the shards.
     return {path: _in_front(own) for path, own in found.items()}
-
-  def check(params, paths):
-    capture.check_seen(asked(params), paths, tree_lib.specs(params))
 
   settings = {
     'include': include and list(include), 'exclude': list(exclude),
     'conv': conv, 'tied_head': tied_head,
   }  # fmt: skip
-  return base.Statistic('gram', measure, _whole, check, settings)
+  return base.Statistic('gram', measure, _whole, settings)
 
 
 def _trace(array):

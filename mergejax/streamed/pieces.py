@@ -22,6 +22,7 @@ from mergejax import numerics
 from mergejax.merging import base as base_lib
 from mergejax.merging import driver
 from mergejax.merging import finite
+from mergejax.merging import given
 from mergejax.merging import masks
 from mergejax.merging import parts
 from mergejax.streamed import plans
@@ -358,6 +359,11 @@ def merge_whole(
     {name: read(store, path) for name, path in own.items()}
     for store, own in zip(plan.stats, task.stats)
   ] or [{} for _ in leaves]
+  for store, own in zip(plan.stats, stats):
+    if 'gram' in own and not given.symmetric(own['gram']):
+      raise errors.UserError(
+        f'{store.name}: the gram of {task.path} is not symmetric, as X^T X is.'
+      )
 
   def compute():
     method, path, spec = task.build(), task.path, task.spec

@@ -110,6 +110,32 @@ def stacked_model():
   return module, apply, params, x
 
 
+def noisy_pair(widths, noise, seed):
+  """Two MLPs, the second a noisy copy with its units shuffled."""
+  rng = np.random.default_rng(seed)
+  a, names = {}, {}
+  last = len(widths) - 2
+  for i in range(last + 1):
+    a[f'dense_{i}'] = {
+      'kernel': rng.normal(size=widths[i : i + 2]) / np.sqrt(widths[i]),
+      'bias': 0.1 * rng.normal(size=widths[i + 1]),
+    }
+    before = f'P_{i - 1}' if i else None
+    after = f'P_{i}' if i < last else None
+    names[f'dense_{i}/kernel'] = (before, after)
+    names[f'dense_{i}/bias'] = (after,)
+  a = jax.tree.map(np.float32, a)
+  spec = align.permutation_spec(names, a)
+  b = jax.tree.map(
+    lambda leaf: (
+      leaf + np.float32(noise * leaf.std() * rng.normal(size=leaf.shape))
+    ),
+    a,
+  )
+  shuffle = spec_lib.random_permutation(spec, seed)
+  return a, align.permute(spec, shuffle, b), spec
+
+
 class DeriveTest(parameterized.TestCase):
   @parameterized.named_parameters(*BUILT)
   def test_random_permutations_keep_the_function(self, fields):
@@ -326,6 +352,36 @@ class MatchTest(parameterized.TestCase):
     near = shaken(params, 5, 0.1)
     found = align.match_weights(spec, params, near)
     jax.tree.map(np.testing.assert_array_equal, found, align.identity(spec))
+
+  @parameterized.parameters(
+    ((4, 12, 12, 12, 12, 3), 1.0, 3), ((4, 12, 12, 12, 12, 3), 1.0, 5),
+    ((6, 10, 10, 10, 4), 4.0, 3), ((6, 10, 10, 10, 4), 4.0, 5),
+  )  # fmt: skip
+  def test_no_order_ends_below_ascent_from_the_identity(
+    self, widths, noise, seed
+  ):
+    a, b, spec = noisy_pair(widths, noise, seed)
+
+    def objective(index):
+      total = 0.0
+      for i in range(len(widths) - 1):
+        kernel, bias = (
+          np.float64(b[f'dense_{i}'][name]) for name in ('kernel', 'bias')
+        )
+        if i:
+          kernel = kernel[index[f'P_{i - 1}']]
+        if f'P_{i}' in index:
+          kernel, bias = kernel[:, index[f'P_{i}']], bias[index[f'P_{i}']]
+        total += (a[f'dense_{i}']['kernel'] * kernel).sum()
+        total += (a[f'dense_{i}']['bias'] * bias).sum()
+      return total
+
+    identity = align.identity(spec)
+    for key in range(12):
+      default = align.match_weights(spec, a, b, key)
+      plain = align.match_weights(spec, a, b, key, initial=identity)
+      self.assertGreaterEqual(objective(default), objective(plain) - 1e-4)
+      self.assertGreater(objective(plain), objective(identity))
 
   def test_one_hidden_layer_needs_one_sweep(self):
     fields = dict(model_type='mlp', hidden=(8,), image_shape=(3, 3, 1))
@@ -572,6 +628,40 @@ class ActivationsTest(parameterized.TestCase):
     self.assertGreater(align.objective(spec, params, other, found), start)
     if fields['model_type'] == 'vgg':
       jax.tree.map(np.testing.assert_array_equal, back, params)
+
+  def test_kernels_whose_rank_does_not_tell(self):
+    """A convolution over a line, and a dense layer with four axes."""
+
+    class Net(nn.Module):
+      @nn.compact
+      def __call__(self, x):
+        x = nn.tanh(nn.Conv(6, (3,), name='first')(x))
+        x = nn.tanh(nn.Conv(5, (2,), name='second')(x))
+        x = nn.tanh(nn.DenseGeneral((2, 3), name='split')(x))
+        x = nn.DenseGeneral((2, 2), axis=(-2, -1), name='join')(x)
+        return x.mean(axis=1)
+
+    module = Net()
+    x = np.random.default_rng(0).normal(size=(16, 7, 3)).astype(np.float32)
+    params = shaken(module.init(jax.random.key(0), x)['params'], 0)
+    forward = lambda params, x: module.apply({'params': params}, x)
+    spec = align.derive(forward, params, x)
+    planted = spec_lib.random_permutation(spec, 3)
+    # Two groups that one kernel reads mixed with each other stay, as is told.
+    mixed = {n for n in spec.groups if 'join/kernel' in spec.leaves_with(n)}
+    self.assertLen(mixed, 2)
+    self.assertLen(spec.groups, 4)
+    planted |= {n: align.identity(spec)[n] for n in mixed}
+    other = align.permute(spec, planted, params)
+    apply = lambda module, params, batch: module.apply(
+      {'params': params}, batch['x'], mutable=[capture.COLLECTION]
+    )[1]
+    batch = {'x': x, 'weights': np.ones(16, np.float32)}
+    found = align.match_activations(
+      spec, module, params, other, [batch], similarity='pearson', apply=apply
+    )
+    back = align.permute(spec, found, other)
+    jax.tree.map(np.testing.assert_array_equal, back, params)
 
 
 if __name__ == '__main__':

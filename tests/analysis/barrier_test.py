@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from mergejax import errors
-from mergejax import models
 from mergejax.analysis import barrier
 from mergejax.evaluation import plots
 from mergejax.search import base
@@ -80,28 +79,6 @@ class LineTest(absltest.TestCase):
       barrier.plane(a, b, {'w': np.full(2, 2.0)}, bowl)
     with self.assertRaisesRegex(errors.UserError, 'the same'):
       barrier.plane(a, a, b, bowl)
-
-
-class NormsTest(absltest.TestCase):
-  def test_running_statistics_are_measured_anew(self):
-    module = models.build(
-      dict(model_type='resnet', stages=(1,), channels=(3,), norm='batch',
-           image_shape=(4, 4, 1))
-    )  # fmt: skip
-    params = models.init_params(module, jax.random.key(0))
-    images = jax.random.uniform(jax.random.key(1), (16, 4, 4, 1)) * 3 + 1
-    batch = {'images': images, 'labels': jnp.zeros(16, jnp.int32)}
-    fresh = barrier.refresh_norms(module, params, [batch] * 120)
-    # With the batch's own statistics both modes agree.
-    expected, _ = models.training_logits(module, params, batch)
-    np.testing.assert_allclose(
-      models.logits(module, fresh, batch), expected, rtol=1e-3, atol=1e-4
-    )
-    for name in params:
-      if name != models.BATCH_STATS:
-        jax.tree.map(np.testing.assert_array_equal, fresh[name], params[name])
-    plain = {'w': np.ones(2)}
-    self.assertIs(barrier.refresh_norms(module, plain, [batch]), plain)
 
 
 if __name__ == '__main__':

@@ -98,6 +98,28 @@ class StatisticsTest(absltest.TestCase):
     merged = mj.merge(models, 'regmean', stats=grams, alpha=1.0, ridge=0.1)
     self.assertTrue(np.isfinite(merged['a']['kernel']).all())
 
+  def test_a_copied_leaf_need_not_agree(self):
+    body = [np.full((2, 2), k, np.float32) for k in (1, 3, 8)]
+    heads = [np.ones((2, n), np.float32) for n in (3, 5)]
+    models = [{'body': b, 'head': h} for b, h in zip(body, heads)]
+    models.append({'body': body[2]})
+    for given, base, head in (
+      (models, None, heads[0]),
+      (models[1:], models[0], heads[0]),
+      (models[2:], models[1], heads[1]),
+    ):
+      merged = mj.merge(given, 'linear', base=base, rules=[('head', 'copy')])
+      mean = np.mean([model['body'] for model in given], axis=0)
+      np.testing.assert_allclose(merged['body'], mean)
+      np.testing.assert_array_equal(merged['head'], head)
+    with self.assertRaises(errors.UserError) as raised:
+      mj.merge(models[:2], 'linear')
+    for part in ('head [2, 3]', "rules=[('PATH', 'copy')]"):
+      self.assertIn(part, raised.exception.message)
+    with self.assertRaisesRegex(errors.UserError, 'body'):
+      mj.merge([models[0], {**models[1], 'body': heads[1]}], 'linear',
+               rules=[('head', 'copy')])  # fmt: skip
+
   def test_a_warning_where_digits_are_lost(self):
     models, grams = models_and_grams()
     skewed = np.diag(np.float32([1, 1, 1, 1e-7]))

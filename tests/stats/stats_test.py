@@ -540,6 +540,37 @@ class SavedTest(parameterized.TestCase):
     with self.assertRaisesRegex(errors.UserError, 'another model'):
       self.collect(self.folder / 'out', params=other)
 
+  def test_continuing_on_other_data_is_refused(self):
+    class Killed(Exception):
+      pass
+
+    def progress(number):
+      if number == 3:
+        raise Killed
+
+    with self.assertRaises(Killed):
+      self.collect(self.folder / 'out', save_every=2, progress=progress)
+    right = self.batches
+    shuffled = [right[1], right[0], *right[2:]]
+    halves = [
+      {name: leaf[part] for name, leaf in batch.items()}
+      for batch in right
+      for part in (slice(8), slice(8, 16))
+    ]
+    for wrong in (shuffled, halves, right[:1]):
+      self.batches = wrong
+      with self.assertRaisesRegex(errors.UserError, 'other data.*first 2'):
+        self.collect(self.folder / 'out', save_every=2)
+    # On another mesh it continues, as positions are those of whole batches.
+    self.batches = right
+    mesh = mesh_lib.make_mesh(data=8)
+    found = self.collect(self.folder / 'out', save_every=2, mesh=mesh)
+    for path, own in self.collect().items():
+      self.assertEqual(found[path]['count'], own['count'])
+      np.testing.assert_allclose(
+        found[path]['gram'], own['gram'], rtol=1e-5, atol=1e-6
+      )
+
 
 class SurveyTest(absltest.TestCase):
   def test_against_numpy(self):
