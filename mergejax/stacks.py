@@ -141,7 +141,9 @@ def message(unknown: Mapping[typing.Path, typing.LeafSpec]) -> str:
     'thresholds), and it is not known whether these are one parameter each or '
     'a stack of layers or experts, whose merge would have other numbers. Give '
     'the logical axes of each, one name an axis: a stacked axis is called '
-    f'{", ".join(NAMES)}; without such a name the array is one parameter. '
+    f'{", ".join(NAMES)}; without such a name the array is one parameter, of which some methods must '
+    "also know the sides: call each axis of its inputs 'inputs', each of its "
+    "outputs 'outputs'. "
     'Paths are regular expressions. If the stack is where these lines say, '
     'give `axes=` in Python (in a recipe, `axes:` with one `[path, [names]]` '
     f'each):\naxes=[\n{errors.listed(lines, 100)}\n]'
