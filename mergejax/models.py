@@ -11,6 +11,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mergejax import errors
 from mergejax import tree
@@ -214,14 +215,23 @@ def targets(batch: Mapping[str, Any]) -> jax.Array:
   return jnp.asarray(batch['decoder_target_tokens'])
 
 
+def given_weights(batch: Mapping[str, Any]) -> typing.Array:
+  """Weight of every target, in the dtype and the memory where the batch has it.
+
+  Returns:
+    What the batch gives; else `<bool>`, False on padding.
+  """
+  weights = batch.get('decoder_loss_weights', batch.get('weights'))
+  if weights is not None:
+    return weights
+  if 'images' in batch:
+    return np.ones(batch['labels'].shape, np.bool_)
+  return batch['decoder_target_tokens'] > 0
+
+
 def target_weights(batch: Mapping[str, Any]) -> jax.Array:
   """`<float32>` weight of every target: 1, 0 for padding, or what is given."""
-  weights = batch.get('decoder_loss_weights', batch.get('weights'))
-  if weights is None:
-    if 'images' in batch:
-      return jnp.ones(batch['labels'].shape, jnp.float32)
-    weights = batch['decoder_target_tokens'] > 0
-  return jnp.asarray(weights).astype(jnp.float32)
+  return jnp.asarray(given_weights(batch)).astype(jnp.float32)
 
 
 def init_params(module: nn.Module, key: jax.Array) -> typing.Tree:
