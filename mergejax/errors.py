@@ -2,8 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Messages that teach: near names, lists of differences, what to do next."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 import difflib
+from typing import Any
 
 
 class UserError(ValueError):
@@ -52,3 +53,29 @@ def listed(lines: Sequence[str], limit: int = 10) -> str:
   if len(lines) > limit:
     shown.append(f'  ... and {len(lines) - limit} more')
   return '\n'.join(shown)
+
+
+def differences(
+  there: Mapping[str, Any], asked: Mapping[str, Any]
+) -> list[str]:
+  """Lines that say which settings differ, those inside of settings too.
+
+  Args:
+    there: what a run or a file was made with.
+    asked: what is asked for now.
+
+  Returns:
+    One line a setting, by name.
+
+  Example:
+    >>> differences({'seed': 0, 'sizes': {'a': 1}}, {'seed': 0, 'sizes': {'a': 2}})
+    ['sizes/a: 1 there, 2 asked for']
+  """
+  lines = []
+  for name in sorted({**there, **asked}):
+    old, new = there.get(name), asked.get(name)
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+      lines += [f'{name}/{line}' for line in differences(old, new)]
+    elif old != new:
+      lines.append(f'{name}: {old} there, {new} asked for')
+  return lines

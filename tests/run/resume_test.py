@@ -31,7 +31,6 @@ from mergejax.run import branch_train_merge
 include 'runs/branch_train_merge.gin'
 SEED_STEPS = 12
 BRANCH_STEPS = 12
-TOTAL_STEPS = 24
 BATCH_SIZE = 4
 LENGTH = 16
 WARMUP_STEPS = 2
