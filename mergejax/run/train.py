@@ -274,11 +274,7 @@ def open_shared(
   """
   index, readers = branch.data_shard(mesh)
   shards = shards or readers
-  local_rows = shards % readers == 0
-  each = shards // readers
-  share = (
-    range(index * each, (index + 1) * each) if local_rows else range(shards)
-  )
+  own, local_rows = share(shards, index, readers)
   parts = {
     i: stream_lib.SeqioStream(
       name,
@@ -287,11 +283,24 @@ def open_shared(
       num_shards=shards,
       **settings,
     )
-    for i in share
+    for i in own
   }
-  identity = dict(parts[share[0]].identity, batch_size=batch_size)
+  identity = dict(parts[own[0]].identity, batch_size=batch_size)
   del identity['shard']
   return streams.PartsStream(parts), {**identity, 'shards': shards}, local_rows
+
+
+def share(shards: int, index: int, readers: int) -> tuple[range, bool]:
+  """The shards that one of several readers opens.
+
+  Returns:
+    `(shards, True)` if readers share them out, in order; `(all of them, False)`
+    if there are too few, or they do not divide.
+  """
+  if shards % readers:
+    return range(shards), False
+  each = shards // readers
+  return range(index * each, (index + 1) * each), True
 
 
 def check_vocabulary(vocabulary: seqio.Vocabulary, module: nn.Module) -> None:
