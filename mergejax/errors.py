@@ -68,8 +68,8 @@ def differences(
     One line a setting, by name.
 
   Example:
-    >>> differences({'seed': 0, 'sizes': {'a': 1}}, {'seed': 0, 'sizes': {'a': 2}})
-    ['sizes/a: 1 there, 2 asked for']
+    >>> differences({'seed': 0, 'size': {'a': 1}}, {'seed': 0, 'size': {'a': 2}})
+    ['size/a: 1 there, 2 asked for']
   """
   lines = []
   for name in sorted({**there, **asked}):

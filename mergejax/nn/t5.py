@@ -262,7 +262,7 @@ class Decoder(nn.Module):
 
 
 def _cached_length(cache: typing.Tree) -> int | None:
-  """Positions that a decoder's collection `cache` has; None before it is made."""
+  """Positions that a decoder's `cache` has; None before it is made."""
   for path, leaf in tree.flatten(cache).items():
     if path.endswith('cached_key'):
       return leaf.shape[-1]

@@ -1,6 +1,6 @@
 # Copyright 2026 The mergejax Authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A folder holds one run: what it was begun with is compared before all else."""
+"""A folder holds one run: what it was begun with is compared first of all."""
 
 from collections.abc import Mapping
 import json
@@ -51,8 +51,8 @@ def check(
   moved = errors.differences(before or {}, json.loads(json.dumps(where or {})))
   if before and where and moved and jax.process_index() == 0:
     print(
-      f'{file.parent} goes on where it was not begun ({"; ".join(moved)}): sums '
-      'are rounded in another order, so the last digits may differ.',
+      f'{file.parent} goes on where it was not begun ({"; ".join(moved)}): '
+      'sums are rounded in another order, so the last digits may differ.',
       file=sys.stderr,
     )
 

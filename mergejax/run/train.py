@@ -270,7 +270,7 @@ def open_shared(
     **settings: of `stream.SeqioStream`.
 
   Returns:
-    `(stream, what fixes its batches, whether it has only rows of this process)`.
+    `(stream, what fixes its batches, if it has own rows only)`.
   """
   index, readers = branch.data_shard(mesh)
   shards = shards or readers
@@ -319,15 +319,15 @@ def optimizer_of(
   ),
   steps: int,
 ) -> optax.GradientTransformation:
-  """The optimizer of a run of so many steps; says if its schedule is shorter."""
+  """The optimizer of a run of `steps`; says if its schedule has others."""
   made = optim.of_run(optimizer, steps)
   settings = optim.describe(made)
   rate = settings['learning_rate'] if isinstance(settings, Mapping) else None
   length = rate.get('steps') if isinstance(rate, Mapping) else None
   if length is not None and length != steps and jax.process_index() == 0:
     print(
-      f'The learning rate spans {length} steps, the run {steps}. Leave the steps '
-      'of the schedule out, and it spans the run.',
+      f'The learning rate spans {length} steps, the run {steps}. Leave the '
+      'steps of the schedule out, and it spans the run.',
       file=sys.stderr,
     )
   return made

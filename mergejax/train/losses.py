@@ -57,7 +57,8 @@ def token_cross_entropy(
   vocab = logits.shape[-1]
   if not 0 <= label_smoothing <= 1:
     raise errors.UserError(
-      f'label_smoothing is a probability between 0 and 1, not {label_smoothing}.'
+      'label_smoothing is a probability between 0 and 1, not '
+      f'{label_smoothing}.'
     )
   if label_smoothing and vocab == 1:
     raise errors.UserError(

@@ -33,8 +33,8 @@ class Spanning:
   def __call__(self, step: int) -> float:
     raise errors.UserError(
       'This learning rate spans a run whose length it was not told. In gin, '
-      'write the optimizer without parentheses, `optimizer = @optim.adafactor`, '
-      'and the job tells it; in Python, give `steps=` to the optimizer or the '
+      'write the optimizer without parentheses, '
+      '`optimizer = @optim.adafactor`, and the job tells it; in Python, give `steps=` to the optimizer or the '
       'schedule.'
     )
 

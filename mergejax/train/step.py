@@ -76,8 +76,9 @@ def make_step(
   Returns:
     `step(state, batch) -> (state, metrics)`. To the metrics of the loss it adds
     `grad_norm`. A batch without a token (the metric `tokens` is 0) moves the
-    step number alone: no moment decays, no weight either. Everything inside is of one model: under `vmap` over experts,
-    norms, clipping and normalisers stay those of each expert.
+    step number alone: no moment decays, no weight either. Everything inside is
+    of one model: under `vmap` over experts, norms, clipping and normalisers
+    stay those of each expert.
   """
 
   def step(state, batch):

@@ -99,6 +99,6 @@ def restore(stream: Any, states: Sequence[bytes]) -> None:
     stream.restore(states[jax.process_index()])
   else:
     raise errors.UserError(
-      f'This run was saved by {len(states)} process(es), and its data cannot be '
-      f'continued by {jax.process_count()}: start {len(states)}.'
+      f'This run was saved by {len(states)} process(es), and its data cannot '
+      f'be continued by {jax.process_count()}: start {len(states)}.'
     )
