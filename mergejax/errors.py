@@ -2,8 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Messages that teach: near names, lists of differences, what to do next."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 import difflib
+from typing import Any
 
 
 class UserError(ValueError):
@@ -63,3 +64,34 @@ def some(names: Sequence[str], limit: int = 3) -> str:
   """
   more = f' and {len(names) - limit} more' if len(names) > limit else ''
   return ', '.join(names[:limit]) + more
+
+
+def differences(
+  there: Mapping[str, Any], asked: Mapping[str, Any]
+) -> list[str]:
+  """Lines that say which settings differ, those inside of settings too.
+
+  Args:
+    there: what a run or a file was made with.
+    asked: what is asked for now.
+
+  Returns:
+    One line a setting, by name.
+
+  Example:
+    >>> differences({'seed': 0, 'size': {'a': 1}}, {'seed': 0, 'size': {'a': 2}})
+    ['size/a: 1 there, 2 asked for']
+  """
+  lines = []
+  for name in sorted({**there, **asked}):
+    old, new = there.get(name), asked.get(name)
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+      lines += [f'{name}/{line}' for line in differences(old, new)]
+    elif old != new:
+      lines.append(f'{name}: {_short(old)} there, {_short(new)} asked for')
+  return lines
+
+
+def _short(value):
+  text = str(value)
+  return text if len(text) <= 60 else f'{text[:57]}...'

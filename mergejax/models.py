@@ -11,6 +11,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mergejax import errors
 from mergejax import tree
@@ -197,14 +198,56 @@ def training_logits(
   batch: Mapping[str, Any],
   key: jax.Array | None = None,
 ) -> tuple[jax.Array, typing.Tree | None]:
-  """`logits` in training mode, and the batch norms' new running statistics."""
+  """`logits` in training mode, and the batch norms' new running statistics.
+
+  Rows of weight 0 fill a batch and have no part in mean and variance; a batch
+  of nothing else leaves the statistics as they were.
+
+  Raises:
+    UserError: a batch norm whose first axis is not that of the batch, where
+      some rows have no weight.
+  """
   if BATCH_STATS not in params:
     return logits(module, params, batch, key), None
   positional, named = arguments(batch)
-  result, changed = module.apply(
-    variables(params), *positional, **named, train=True, mutable=[BATCH_STATS]
-  )
-  return result, changed[BATCH_STATS]
+  real = None
+  if 'weights' in batch:
+    real = jnp.asarray(batch['weights']) > 0
+  with nn.intercept_methods(_norms_of(real)):
+    result, changed = module.apply(
+      variables(params), *positional, **named, train=True, mutable=[BATCH_STATS]
+    )
+  stats = changed[BATCH_STATS]
+  if real is not None:
+    keep = lambda new, old: jnp.where(jnp.any(real), new, old)
+    stats = jax.tree.map(keep, stats, params[BATCH_STATS])
+  return result, stats
+
+
+def _norms_of(real: jax.Array | None) -> Callable[..., Any]:
+  """An interceptor that shows batch norms the real rows, `<bool>[batch]`."""
+
+  def interceptor(call, positional, named, context):
+    if (
+      real is None
+      or not isinstance(context.module, nn.BatchNorm)
+      or context.method_name != '__call__'
+      or named.get('mask') is not None
+    ):
+      return call(*positional, **named)
+    inputs = positional[0] if positional else named['x']
+    if len(inputs) != len(real):
+      raise errors.UserError(
+        f'The batch norm {"/".join(context.module.path)} sees {len(inputs)} '
+        f'rows, the batch has {len(real)}, some of no weight: which of them it '
+        'must leave out is not known. Give it its `mask`, or whole batches '
+        'without weights.'
+      )
+    # The mean of no row is NaN: where none is real, all are taken.
+    mask = (real | ~jnp.any(real)).reshape(-1, *(1,) * (inputs.ndim - 1))
+    return call(*positional, **named, mask=mask)
+
+  return interceptor
 
 
 def targets(batch: Mapping[str, Any]) -> jax.Array:
@@ -214,14 +257,23 @@ def targets(batch: Mapping[str, Any]) -> jax.Array:
   return jnp.asarray(batch['decoder_target_tokens'])
 
 
+def given_weights(batch: Mapping[str, Any]) -> typing.Array:
+  """Weight of every target, in the dtype and the memory where the batch has it.
+
+  Returns:
+    What the batch gives; else `<bool>`, False on padding.
+  """
+  weights = batch.get('decoder_loss_weights', batch.get('weights'))
+  if weights is not None:
+    return weights
+  if 'images' in batch:
+    return np.ones(batch['labels'].shape, np.bool_)
+  return batch['decoder_target_tokens'] > 0
+
+
 def target_weights(batch: Mapping[str, Any]) -> jax.Array:
   """`<float32>` weight of every target: 1, 0 for padding, or what is given."""
-  weights = batch.get('decoder_loss_weights', batch.get('weights'))
-  if weights is None:
-    if 'images' in batch:
-      return jnp.ones(batch['labels'].shape, jnp.float32)
-    weights = batch['decoder_target_tokens'] > 0
-  return jnp.asarray(weights).astype(jnp.float32)
+  return jnp.asarray(given_weights(batch)).astype(jnp.float32)
 
 
 def init_params(module: nn.Module, key: jax.Array) -> typing.Tree:

@@ -110,39 +110,6 @@ def record(work: Mapping[str, Any]) -> dict[str, Any]:
   return canonical({'work': work, 'code': code()})
 
 
-def differences(found: Any, wanted: Any, where: str = '') -> list[str]:
-  """Lines that say how two canonical forms differ, key by key.
-
-  Example:
-    >>> differences({'seed': 0, 'data': {'rows': 2}}, {'seed': 1, 'data': {}})
-    ['data.rows: 2 there, nothing here', 'seed: 0 there, 1 here']
-  """
-  if isinstance(found, Mapping) and isinstance(wanted, Mapping):
-    lines = []
-    for key in sorted({*found, *wanted}):
-      place = f'{where}.{key}' if where else key
-      lines += differences(
-        found.get(key, _NOTHING), wanted.get(key, _NOTHING), place
-      )
-    return lines
-  if found == wanted:
-    return []
-  return [f'{where}: {_shown(found)} there, {_shown(wanted)} here']
-
-
-class _Nothing:
-  def __repr__(self):
-    return 'nothing'
-
-
-_NOTHING = _Nothing()
-
-
-def _shown(value):
-  text = repr(value)
-  return text if len(text) <= 60 else f'{text[:57]}...'
-
-
 def check_same(found: Any, wanted: Mapping[str, Any], path: os.PathLike | str):
   """Refuses to continue other work.
 
@@ -156,13 +123,13 @@ def check_same(found: Any, wanted: Mapping[str, Any], path: os.PathLike | str):
   """
   if found == wanted:
     return
-  if not isinstance(found, Mapping) or 'work' not in found:
+  if not isinstance(found, Mapping) or {*found} != {'work', 'code'}:
     found = {'work': {}, 'code': {}}
-  lines = differences(found.get('work'), wanted['work'])
+  lines = errors.differences(found['work'], wanted['work'])
   if lines:
     reason = f'was begun with other settings:\n{errors.listed(lines, 12)}\n'
   else:
-    lines = differences(found.get('code'), wanted['code'])
+    lines = errors.differences(found['code'], wanted['code'])
     reason = (
       'was begun by another version of the code, which may round otherwise:\n'
       f'{errors.listed(lines)}\n'

@@ -2,10 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Endless training batches whose position can be saved and restored exactly."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+import functools
 import io
+import json
 import pathlib
 import tempfile
+from typing import Any
 import zipfile
 
 import numpy as np
@@ -13,6 +16,7 @@ import seqio
 import tensorflow as tf
 
 from mergejax import errors
+from mergejax.data import identity
 
 Batch = dict[str, np.ndarray]
 
@@ -21,6 +25,9 @@ _CONVERTERS = {
   'prefix_lm': seqio.PrefixLMFeatureConverter,
   'encoder_decoder': seqio.EncDecFeatureConverter,
 }
+
+
+_IDENTITY = 'identity.json'
 
 
 def _converter(kind: str, pack: bool) -> seqio.FeatureConverter:
@@ -63,6 +70,16 @@ class SeqioStream:
         data-parallel run reads its own.
       num_shards: how many parts there are.
     """
+    self._name, self._split, self._lengths = mixture_or_task, split, lengths
+    self._settings = {
+      'split': split,
+      'lengths': {name: int(length) for name, length in lengths.items()},
+      'batch_size': batch_size,
+      'kind': kind,
+      'pack': pack,
+      'seed': seed,
+      'shard': f'{shard_index} of {num_shards}',
+    }
     dataset = seqio.get_dataset(
       mixture_or_task,
       task_feature_lengths=dict(lengths),
@@ -92,22 +109,78 @@ class SeqioStream:
     """Batches taken since the beginning."""
     return int(self._position.numpy())
 
+  def __str__(self) -> str:
+    found = seqio.get_mixture_or_task(self._name)
+    vocabularies = {
+      f'{type(feature.vocabulary).__name__} of {feature.vocabulary.vocab_size}'
+      for feature in found.output_features.values()
+    }
+    return f'{self._name} (vocabulary: {", ".join(sorted(vocabularies))} ids)'
+
+  @functools.cached_property
+  def identity(self) -> dict[str, Any]:
+    """What fixes the batches, as plain data: settings, and content of files."""
+    data = identity.describe(self._name, self._split, self._lengths)
+    return {'data': data, **self._settings}
+
   def state(self) -> bytes:
     """The position, to be given to `restore`."""
     buffer = io.BytesIO()
     with tempfile.TemporaryDirectory() as folder:
       self._saved.write(str(pathlib.Path(folder) / 'stream'))
       with zipfile.ZipFile(buffer, 'w') as archive:
+        archive.writestr(_IDENTITY, json.dumps(self.identity))
         for file in sorted(pathlib.Path(folder).iterdir()):
           archive.write(file, file.name)
     return buffer.getvalue()
 
   def restore(self, state: bytes) -> None:
-    """Continues from a saved position of a stream with the same arguments."""
+    """Continues from a saved position of a stream with the same arguments.
+
+    Raises:
+      UserError: a position in other data, or in other batches of them.
+    """
+    differing = errors.differences(_identity_in(state), self.identity)
+    if differing:
+      raise errors.UserError(
+        'The saved position is one in other data, or in other batches of the '
+        f'same:\n{errors.listed(differing)}\nContinue with what was saved, or '
+        'begin anew in another folder.'
+      )
     with tempfile.TemporaryDirectory() as folder:
       with zipfile.ZipFile(io.BytesIO(state)) as archive:
         archive.extractall(folder)
-      self._saved.read(str(pathlib.Path(folder) / 'stream')).assert_consumed()
+      try:
+        status = self._saved.read(str(pathlib.Path(folder) / 'stream'))
+        status.assert_consumed()
+      except (tf.errors.OpError, AssertionError, ValueError) as error:
+        raise errors.UserError(
+          f'The saved position of {self} cannot be read '
+          f'({str(error).splitlines()[0][:200]}). Perhaps another version of '
+          'TensorFlow wrote it.'
+        ) from error
+
+  def gather(self, states: Sequence[bytes]) -> None:
+    """Continues from what several processes saved: that of the same shard."""
+    own = [
+      state
+      for state in states
+      if _identity_in(state).get('shard') == self._settings['shard']
+    ]
+    self.restore([*own, *states][0])
+
+
+def _identity_in(state: bytes) -> dict[str, Any]:
+  """The identity of the stream that saved a position."""
+  try:
+    with zipfile.ZipFile(io.BytesIO(state)) as archive:
+      return json.loads(archive.read(_IDENTITY))
+  except (zipfile.BadZipFile, KeyError, ValueError) as error:
+    raise errors.UserError(
+      'The saved position is none of a task or mixture, or an older version '
+      'wrote it, which did not note what it was a position in. Begin anew in '
+      'another folder.'
+    ) from error
 
 
 def evaluation_batches(

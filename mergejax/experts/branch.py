@@ -14,7 +14,6 @@ https://arxiv.org/abs/2208.03306.
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,6 +31,7 @@ from mergejax.merging import masks
 from mergejax.merging import parts
 from mergejax.train import loop
 from mergejax.train import step as step_lib
+from mergejax.train import streams as streams_lib
 
 
 def branch_state(
@@ -256,29 +256,23 @@ def local_experts(mesh: jax.sharding.Mesh, experts: int) -> list[int]:
   ]
 
 
-class StackedStream:
+class StackedStream(streams_lib.PartsStream):
   """One stream per expert, read together: batches get a leading axis."""
 
-  def __init__(self, streams: Sequence[loop.Stream]):
-    self._streams = list(streams)
+  def __init__(
+    self,
+    streams: Sequence[loop.Stream],
+    experts: Sequence[int] | None = None,
+  ):
+    """Reads the experts of this process.
 
-  def __next__(self) -> dict[str, np.ndarray]:
-    batches = [next(stream) for stream in self._streams]
-    return {
-      name: np.stack([batch[name] for batch in batches]) for name in batches[0]
-    }
-
-  def state(self) -> bytes:
-    """The positions of all streams."""
-    return flax.serialization.msgpack_serialize(
-      {str(i): stream.state() for i, stream in enumerate(self._streams)}
-    )
-
-  def restore(self, state: bytes) -> None:
-    """Continues every stream from its position."""
-    positions = flax.serialization.msgpack_restore(state)
-    for i, stream in enumerate(self._streams):
-      stream.restore(positions[str(i)])
+    Args:
+      streams: one an expert.
+      experts: their numbers among all experts, from `local_experts`; by default
+        these are all of them.
+    """
+    numbers = range(len(streams)) if experts is None else experts
+    super().__init__(dict(zip(numbers, streams, strict=True)), join=np.stack)
 
 
 def merge_experts(

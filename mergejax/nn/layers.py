@@ -19,6 +19,7 @@ from jax.nn import initializers
 import jax.numpy as jnp
 import numpy as np
 
+from mergejax import errors
 from mergejax import typing
 
 # Added to float32 logits where attention is not allowed. Large enough to
@@ -202,10 +203,14 @@ class Attention(nn.Module):
         relative positions, and `MASKED` where attention is not allowed.
       deterministic: no dropout.
       decode: keep keys and values in the collection `cache`. The call that
-        creates the cache fixes its length; later calls bring one position.
+        creates the cache fixes its length; later calls bring one position, and
+        the `bias` of all queries and keys.
 
     Returns:
       `<dtype>[batch, query, embed]`.
+
+    Raises:
+      UserError: a call that does not fit its cache.
     """
     joined = self.num_heads * self.head_dim
 
@@ -254,13 +259,23 @@ class Attention(nn.Module):
     if created:
       return key, value, bias
     length = cached_key.value.shape[-1]
+    at = index.value
     if key.shape[1] != 1:
-      raise ValueError(
+      raise errors.UserError(
         'Cached decoding takes one position a call; this call brought '
         f'{key.shape[1]}. Create the cache with the full length, then feed '
         'tokens one by one.'
       )
-    at = index.value
+    if bias is not None and bias.shape[2:] != (length, length):
+      raise errors.UserError(
+        f'The cache has {length} positions, but the bias of the attention is '
+        f'for {list(bias.shape[2:])} queries and keys.'
+      )
+    if not isinstance(at, jax.core.Tracer) and at >= length:
+      raise errors.UserError(
+        f'The cache has {length} positions and all of them are taken: create '
+        'it with as many as are decoded.'
+      )
     cached_key.value = jax.lax.dynamic_update_slice_in_dim(
       cached_key.value, to_cache(key), at, axis=3
     )
@@ -272,7 +287,11 @@ class Attention(nn.Module):
     if bias is not None:
       past = past + jax.lax.dynamic_slice_in_dim(bias, at, 1, axis=2)
     from_cache = lambda x: jnp.moveaxis(x, 3, 1)
-    return from_cache(cached_key.value), from_cache(cached_value.value), past
+    # Updates past the end are moved back onto the last position; a compiled
+    # program cannot raise, so its result there is not a number. (In the values:
+    # on CPU, the softmax of NaN is a number.)
+    values = jnp.where(at < length, cached_value.value, jnp.nan)
+    return from_cache(cached_key.value), from_cache(values), past
 
 
 class Mlp(nn.Module):
@@ -359,6 +378,23 @@ def attention_bias(*allowed: typing.Array | None) -> typing.Array | None:
   for mask in given[1:]:
     both = both & mask
   return jnp.where(both, 0.0, MASKED).astype(jnp.float32)
+
+
+def check_decoding(decode: bool, **unsupported: typing.Array | None) -> None:
+  """Raises if cached decoding is asked for what a full forward alone can do.
+
+  Args:
+    decode: whether decoding is cached.
+    **unsupported: arguments that would change which positions see each other:
+      a cache holds one row, whose positions see all that is before them.
+  """
+  given = [name for name, value in unsupported.items() if value is not None]
+  if decode and given:
+    raise errors.UserError(
+      f'Cached decoding does not know {" or ".join(given)}: every position '
+      'sees all that is before it in its row. Leave it out, or score whole '
+      'rows without decode=True.'
+    )
 
 
 def pair_mask(query_side: typing.Array, key_side: typing.Array) -> typing.Array:

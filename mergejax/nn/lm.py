@@ -70,13 +70,23 @@ class LanguageModel(nn.Module):
       decoder_causal_attention: `<int32>[batch, length]`, 1 on a prefix that
         sees itself in both directions (prefix LM), or None.
       enable_dropout: draw dropout from the rng stream `dropout`.
-      decode: use the collection `cache` and take one position a call.
-      max_decode_length: length of that cache, needed from its first step on.
+      decode: use the collection `cache`. The first call makes it, as long as
+        its tokens; every later one takes the next position.
+      max_decode_length: length of that cache, to have it checked; T5X's.
 
     Returns:
       `<float32>[batch, length, vocab]` logits.
+
+    Raises:
+      UserError: a call that does not fit its cache, or `decode` of packed rows
+        or of a prefix.
     """
     del decoder_positions
+    layers.check_decoding(
+      decode,
+      decoder_segment_ids=decoder_segment_ids,
+      decoder_causal_attention=decoder_causal_attention,
+    )
     bias = None
     if not decode:
       real = decoder_target_tokens > 0

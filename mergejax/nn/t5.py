@@ -13,6 +13,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
+from mergejax import errors
+from mergejax import tree
 from mergejax import typing
 from mergejax.nn import layers
 
@@ -232,7 +234,12 @@ class Decoder(nn.Module):
     config = self.config
     block = _Block(config, deterministic)
     embedder = self.embedder or token_embedder(config)
-    length = max_decode_length or tokens.shape[1]
+    length = tokens.shape[1]
+    if decode:
+      cached = _cached_length(self.variables.get('cache', {}))
+      length = _check_length(cached or length, max_decode_length)
+      if cached is None:
+        mask_bias = layers.attention_bias(layers.causal_mask(length))
     bias = relative_bias(config, bidirectional=False)(length, length)
     if mask_bias is not None:
       bias = bias + mask_bias
@@ -252,6 +259,25 @@ class Decoder(nn.Module):
     return layers.dense(
       config.vocab_size, 'float32', layers.mlp_init, 'logits_dense'
     )(x)
+
+
+def _cached_length(cache: typing.Tree) -> int | None:
+  """Positions that a decoder's `cache` has; None before it is made."""
+  for path, leaf in tree.flatten(cache).items():
+    if path.endswith('cached_key'):
+      return leaf.shape[-1]
+  return None
+
+
+def _check_length(length: int, max_decode_length: int | None) -> int:
+  """The length of the cache, which `max_decode_length` must agree with."""
+  if max_decode_length not in (None, length):
+    raise errors.UserError(
+      f'The call that makes the cache fixes its length; this is a cache of '
+      f'{length} positions, but max_decode_length is {max_decode_length}. Make '
+      'the cache with tokens of that length, or leave max_decode_length out.'
+    )
+  return length
 
 
 class Transformer(nn.Module):
@@ -328,12 +354,17 @@ class Transformer(nn.Module):
       encoder_segment_ids: `<int32>[batch, length]` of packed rows, or None.
       decoder_segment_ids: `<int32>[batch, target]`, or None.
       enable_dropout: draw dropout from the rng stream `dropout`.
-      decode: use the collection `cache` and take one position a call.
-      max_decode_length: length of that cache, needed from its first step on.
+      decode: use the collection `cache`. The first call makes it, as long as
+        its tokens; every later one takes the next position.
+      max_decode_length: length of that cache, to have it checked; T5X's.
 
     Returns:
       `<float32>[batch, target, vocab]` logits.
+
+    Raises:
+      UserError: a call that does not fit its cache, or `decode` of packed rows.
     """
+    layers.check_decoding(decode, decoder_segment_ids=decoder_segment_ids)
     inputs_real = encoder_input_tokens > 0
     if decode:
       mask_bias = None
@@ -371,6 +402,7 @@ class Transformer(nn.Module):
     *,
     enable_dropout: bool = False,
     decode: bool = False,
+    max_decode_length: int | None = None,
   ) -> typing.Array:
     """`decode(encode(...))`; see both. T5X enables dropout here by default."""
     del encoder_positions, decoder_positions
@@ -386,4 +418,5 @@ class Transformer(nn.Module):
       decoder_segment_ids,
       enable_dropout,
       decode,
+      max_decode_length,
     )

@@ -14,7 +14,6 @@ https://arxiv.org/abs/2208.03306.
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
-import json
 import math
 import os
 import pathlib
@@ -27,7 +26,6 @@ from jax.experimental import multihost_utils
 import optax
 import seqio
 
-from mergejax import errors
 from mergejax import mesh as mesh_lib
 from mergejax import models
 from mergejax.data import corpora as corpora_lib
@@ -41,23 +39,27 @@ from mergejax.evaluation import forest_table
 from mergejax.evaluation import plots
 from mergejax.evaluation import report
 from mergejax.experts import branch
+from mergejax.run import same_run
 from mergejax.run import train
 from mergejax.store import base
-from mergejax.store import checkpoint
+from mergejax.train import optim
 from mergejax.train import step as step_lib
 
 _MIXTURE = 'branch_train_merge'
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
   """What is trained, how long, and on what; bound by gin.
+
+  Numbers that a gin file sets have no default here.
 
   Attributes:
     corpora: folder with one file or folder of text per domain; None takes the
       text that comes with Python (see `machine_text`).
     module: the language model.
-    optimizer: for all phases; its schedule spans seed and branch steps.
+    optimizer: for all phases; a function such as `optim.adafactor` is called
+      with `steps=`, so that its learning rate spans seed and branch steps.
     model_dir: where everything goes.
     seed_steps: updates of the seed on the mixture.
     branch_steps: updates of every expert, and of the dense model.
@@ -77,19 +79,21 @@ class Settings:
   """
 
   module: nn.Module
-  optimizer: optax.GradientTransformation
+  optimizer: (
+    optax.GradientTransformation | Callable[..., optax.GradientTransformation]
+  )
   model_dir: os.PathLike | str
   seed_steps: int
   branch_steps: int
+  batch_size: int
+  length: int
+  max_train_bytes: int | None
+  seed: int
   corpora: os.PathLike | str | None = None
-  batch_size: int = 32
-  length: int = 64
   vocabulary: str = 'bytes'
-  seed: int = 0
   mesh: Mapping[str, int] | None = None
   loss: Mapping[str, Any] | None = None
   scales: Sequence[float] = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.6, 1.0)
-  max_train_bytes: int | None = None
   validation_sequences: int = 128
   test_sequences: int = 256
   save_every: int = 250
@@ -102,9 +106,17 @@ class Settings:
 def run(settings: Callable[[], Settings] | Settings) -> None:
   """The job: text, training, merging, evaluation, report."""
   settings = settings() if callable(settings) else settings
+  total = settings.seed_steps + settings.branch_steps
+  settings = dataclasses.replace(
+    settings, optimizer=train.optimizer_of(settings.optimizer, total)
+  )
   started = time.monotonic()
   table_file = settings.directory / 'table.json'
-  check_same_run(settings)
+  same_run.check(
+    settings.directory / 'settings.json',
+    describe(settings),
+    layout(settings),
+  )
   if table_file.exists():
     print((settings.directory / 'report.md').read_text())
     print(
@@ -158,29 +170,17 @@ def describe(settings: Settings) -> dict[str, Any]:
   )
   fields['scales'] = list(settings.scales)
   fields['model'] = models.describe(settings.module)
+  fields['optimizer'] = optim.describe(settings.optimizer)
   return fields
 
 
-def check_same_run(settings: Settings) -> None:
-  """Refuses a folder that holds a run with other settings.
-
-  Raises:
-    UserError: with the settings that differ.
-  """
-  file = settings.directory / 'settings.json'
-  wanted = json.loads(json.dumps(describe(settings)))
-  if file.exists():
-    found = checkpoint.read_json(file)
-    differing = [
-      f'{name}: {found.get(name)} there, {wanted.get(name)} asked for'
-      for name in {**found, **wanted}
-      if found.get(name) != wanted.get(name)
-    ]
-    if differing:
-      raise errors.UserError(
-        f'{settings.directory} holds a run with other settings:\n'
-        f'{errors.listed(differing)}\nName another folder, or remove it.'
-      )
+def layout(settings: Settings) -> dict[str, Any]:
+  """Where the run computes: it may go on elsewhere, and is told to."""
+  return {
+    'mesh': None if settings.mesh is None else dict(settings.mesh),
+    'devices': jax.device_count(),
+    'processes': jax.process_count(),
+  }
 
 
 def prepare_data(
@@ -192,17 +192,13 @@ def prepare_data(
     `({domain: task name}, vocabulary)`.
   """
   vocabulary = features.vocabulary(settings.vocabulary)
-  if settings.module.config.vocab_size < vocabulary.vocab_size:
-    raise errors.UserError(
-      f'The vocabulary has {vocabulary.vocab_size} ids, the model only '
-      f'{settings.module.config.vocab_size}: set its vocab_size.'
-    )
+  train.check_vocabulary(vocabulary, settings.module)
   folder = settings.directory / 'corpora'
   settings_file = settings.directory / 'settings.json'
   # A run that continues keeps its text, whatever became of the sources.
   if jax.process_index() == 0 and not settings_file.exists():
     write_corpora(settings, folder)
-    train.save_json(settings_file, describe(settings))
+    same_run.write(settings_file, describe(settings), layout(settings))
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices('corpora')
   task_of = tasks.add_corpora(folder, vocabulary)
@@ -300,7 +296,8 @@ def train_all(
       [
         stream(task_of[domains[i]], settings.batch_size, data_seed + 1 + i)
         for i in branch.local_experts(side_by_side, len(domains))
-      ]
+      ],
+      branch.local_experts(side_by_side, len(domains)),
     ),
     side_by_side,
     total,

@@ -17,6 +17,13 @@ import threading
 
 from mergejax import errors
 
+# gin names of the past -> what to do instead.
+_REPLACED = {
+  'TOTAL_STEPS': (
+    'The learning rate spans SEED_STEPS + BRANCH_STEPS by itself: leave it out.'
+  ),
+}
+
 
 class _Parser(argparse.ArgumentParser):
   """Errors of the command line are `UserError`s, like all others."""
@@ -172,6 +179,10 @@ def parse_gin(
     )
     known = _macros()
     for name, value in bindings:
+      if name in _REPLACED and name not in known:
+        raise errors.UserError(
+          f'There is no gin name {name} any more. {_REPLACED[name]}'
+        )
       if '.' not in name and name not in known:
         raise errors.UserError(errors.near(name, known, 'gin name'))
       gin.parse_config(f'{name} = {_literal(value)}')

@@ -7,9 +7,15 @@ from collections.abc import Sequence
 from mergejax.run import common
 from mergejax.run import train
 
+# Size of the model -> run in gin/runs.
+_RUNS = {
+  'tiny': 'branch_train_merge',
+  'small': 'branch_train_merge_small',
+}
+
 
 def main(arguments: Sequence[str]) -> None:
-  """Runs `gin/runs/quickstart.gin` with a model of the chosen size."""
+  """Runs `gin/runs/branch_train_merge.gin`, or its larger sister."""
   parser = common.parser(
     'quickstart',
     'Train experts on text that every machine with Python has, merge them, '
@@ -21,15 +27,14 @@ def main(arguments: Sequence[str]) -> None:
   parser.add_argument(
     '--size',
     default='tiny',
-    choices=('tiny', 'small'),
+    choices=tuple(_RUNS),
     help='tiny takes minutes on two cores, small about an hour',
   )
   parser.add_argument('--seed', type=int, default=0)
   options = parser.parse_args(arguments)
   train.main(
     [
-      '--gin_file=runs/branch_train_merge.gin',
-      f'--gin_file=models/lm_{options.size}.gin',
+      f'--gin_file=runs/{_RUNS[options.size]}.gin',
       '--gin.CORPORA=None',
       f'--gin.MODEL_DIR={options.out!r}',
       f'--gin.SEED={options.seed}',

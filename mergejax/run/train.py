@@ -10,11 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 import json
 import os
 import pathlib
+import sys
 from typing import Any
 
 import flax.linen as nn
 import jax
 import optax
+import seqio
 
 import gin
 from mergejax import architectures
@@ -26,13 +28,18 @@ from mergejax.data import stream as stream_lib
 from mergejax.evaluation import summaries
 from mergejax.experts import branch
 from mergejax.run import common
+from mergejax.run import same_run
+from mergejax.stats import saved
 from mergejax.store import base
 from mergejax.store import checkpoint
+from mergejax.train import batches
 from mergejax.train import checkpoints as checkpoints_lib
 from mergejax.train import hooks as hooks_lib
 from mergejax.train import loop
 from mergejax.train import losses
+from mergejax.train import optim
 from mergejax.train import step as step_lib
+from mergejax.train import streams
 
 
 def run(job: Callable[[], Any]) -> None:
@@ -116,6 +123,8 @@ def fit_phase(
     The trained state, on the mesh.
   """
   stacked = experts is not None
+  check = batches.checker(module, str(stream), stacked=stacked)
+  placer = branch.batch_placer(mesh, stacked=stacked, local_rows=local_rows)
   dropout = getattr(module.config, 'dropout_rate', 0.0) > 0
   step_fn = step_lib.make_step(
     losses.make_loss(module, **(loss or {})), optimizer, dropout=dropout
@@ -140,7 +149,7 @@ def fit_phase(
       save_every=save_every,
       log_every=log_every,
       hooks=hooks,
-      place=branch.batch_placer(mesh, stacked=stacked, local_rows=local_rows),
+      place=lambda batch: placer(check(batch)),
     )
   finally:
     checkpoints.close()
@@ -149,7 +158,9 @@ def fit_phase(
 def train_model(
   *,
   module: nn.Module,
-  optimizer: optax.GradientTransformation,
+  optimizer: (
+    optax.GradientTransformation | Callable[..., optax.GradientTransformation]
+  ),
   mixture_or_task: Callable[[], Any] | str,
   model_dir: os.PathLike | str,
   steps: int,
@@ -157,9 +168,9 @@ def train_model(
   lengths: Mapping[str, int],
   kind: str = 'encoder_decoder',
   pack: bool = True,
+  seed: int,
+  save_every: int,
   initial_checkpoint: os.PathLike | str | None = None,
-  seed: int = 0,
-  save_every: int = 1000,
   log_every: int = 10,
   loss: Mapping[str, Any] | None = None,
   mesh: Mapping[str, int] | None = None,
@@ -168,7 +179,8 @@ def train_model(
 
   Args:
     module: a T5 or a language model.
-    optimizer: from `train.optim`.
+    optimizer: from `train.optim`; a function such as `optim.adafactor` is
+      called with `steps=`.
     mixture_or_task: a name registered in seqio, or a function that registers
       one and returns it (`@tasks.add_table_task()` in gin).
     model_dir: where everything goes; the same command continues a run there.
@@ -177,37 +189,50 @@ def train_model(
     lengths: tokens per feature.
     kind: `'encoder_decoder'`, `'lm'` or `'prefix_lm'`.
     pack: put several examples into one row.
-    initial_checkpoint: parameters to start from; fresh ones by default.
     seed: seeds parameters, data order and dropout.
     save_every: steps between checkpoints.
+    initial_checkpoint: parameters to start from; fresh ones by default.
     log_every: steps between logged metrics.
     loss: options of `losses.make_loss`.
     mesh: sizes for `mesh.make_mesh`.
   """
   directory = pathlib.Path(model_dir)
-  key = jax.random.key(seed)
-  if initial_checkpoint is None:
-    params = models.init_params(module, key)
-  else:
-    params = _initial_params(module, initial_checkpoint)
-  name = getattr(mixture_or_task, 'name', mixture_or_task)
+  record = directory / 'run.json'
+  optimizer = optimizer_of(optimizer, steps)
   the_mesh = mesh_lib.make_mesh(**(mesh or {}))
-  shard_index, num_shards = branch.data_shard(the_mesh)
   if batch_size % the_mesh.shape['data']:
     raise errors.UserError(
       f'A batch of {batch_size} rows does not divide over '
       f'{the_mesh.shape["data"]} data slices of the mesh.'
     )
-  stream = stream_lib.SeqioStream(
+  name = getattr(mixture_or_task, 'name', mixture_or_task)
+  for feature in seqio.get_mixture_or_task(name).output_features.values():
+    check_vocabulary(feature.vocabulary, module)
+  stream, data, local_rows = open_shared(
     name,
+    the_mesh,
+    shards=same_run.begun_with(record, 'shards', None),
+    batch_size=batch_size,
     lengths=lengths,
-    batch_size=batch_size // num_shards,
     kind=kind,
     pack=pack,
     seed=seed,
-    shard_index=shard_index,
-    num_shards=num_shards,
   )
+  settings = {
+    'model': models.describe(module),
+    'optimizer': optim.describe(optimizer),
+    'loss': dict(loss or {}),
+    'initial_checkpoint': initial_checkpoint
+    and saved.fingerprint(checkpoint.open_checkpoint(initial_checkpoint)),
+    **data,
+  }
+  same_run.check(record, settings, same_run.layout(the_mesh))
+  key = jax.random.key(seed)
+  if initial_checkpoint is None:
+    params = models.init_params(module, key)
+  else:
+    params = _initial_params(module, initial_checkpoint)
+  same_run.write(record, settings, same_run.layout(the_mesh))
   state = fit_phase(
     phase='train',
     module=module,
@@ -215,7 +240,7 @@ def train_model(
     state=step_lib.create(params, optimizer, key),
     stream=stream,
     mesh=the_mesh,
-    local_rows=True,
+    local_rows=local_rows,
     steps=steps,
     directory=directory,
     loss=loss,
@@ -238,6 +263,91 @@ def _initial_params(module, path):
     expected_name=configured, given_name=str(path),
   )  # fmt: skip
   return params
+
+
+def open_shared(
+  name: str,
+  mesh: jax.sharding.Mesh,
+  *,
+  shards: int | None,
+  batch_size: int,
+  **settings: Any,
+) -> tuple[streams.PartsStream, dict[str, Any], bool]:
+  """Opens this process's share of the batches of a task or mixture.
+
+  The examples stay divided as they were when the run began, whatever the number
+  of processes is now: who has too few shards to share them out reads all.
+
+  Args:
+    name: a task or mixture.
+    mesh: where its batches go.
+    shards: into how many the examples were divided; None for a fresh run, which
+      has one for every process that holds rows of its own.
+    batch_size: rows over all processes.
+    **settings: of `stream.SeqioStream`.
+
+  Returns:
+    `(stream, what fixes its batches, if it has own rows only)`.
+  """
+  index, readers = branch.data_shard(mesh)
+  shards = shards or readers
+  own, local_rows = share(shards, index, readers)
+  parts = {
+    i: stream_lib.SeqioStream(
+      name,
+      batch_size=batch_size // shards,
+      shard_index=i,
+      num_shards=shards,
+      **settings,
+    )
+    for i in own
+  }
+  identity = dict(parts[own[0]].identity, batch_size=batch_size)
+  del identity['shard']
+  return streams.PartsStream(parts), {**identity, 'shards': shards}, local_rows
+
+
+def share(shards: int, index: int, readers: int) -> tuple[range, bool]:
+  """The shards that one of several readers opens.
+
+  Returns:
+    `(shards, True)` if readers share them out, in order; `(all of them, False)`
+    if there are too few, or they do not divide.
+  """
+  if shards % readers:
+    return range(shards), False
+  each = shards // readers
+  return range(index * each, (index + 1) * each), True
+
+
+def check_vocabulary(vocabulary: seqio.Vocabulary, module: nn.Module) -> None:
+  """Raises if a vocabulary has tokens for which the model has no row."""
+  if module.config.vocab_size < vocabulary.vocab_size:
+    raise errors.UserError(
+      f'The vocabulary has {vocabulary.vocab_size} ids '
+      f'({type(vocabulary).__name__}), the model only '
+      f'{module.config.vocab_size}: set its vocab_size.'
+    )
+
+
+def optimizer_of(
+  optimizer: (
+    optax.GradientTransformation | Callable[..., optax.GradientTransformation]
+  ),
+  steps: int,
+) -> optax.GradientTransformation:
+  """The optimizer of a run of `steps`; says if its schedule has others."""
+  made = optim.of_run(optimizer, steps)
+  settings = optim.describe(made)
+  rate = settings['learning_rate'] if isinstance(settings, Mapping) else None
+  length = rate.get('steps') if isinstance(rate, Mapping) else None
+  if length is not None and length != steps and jax.process_index() == 0:
+    print(
+      f'The learning rate spans {length} steps, the run {steps}. Leave the '
+      'steps of the schedule out, and it spans the run.',
+      file=sys.stderr,
+    )
+  return made
 
 
 def save_model(path: pathlib.Path, module: nn.Module, params: Any) -> None:

@@ -219,7 +219,7 @@ class _Execution:
         f'{self._out} already exists and is not the result of this recipe on '
         'these sources. Choose another name, or remove it.'
       )
-    lines = resume_lib.differences(found.get('code'), identity['code'])
+    lines = errors.differences(found.get('code') or {}, identity['code'])
     if lines:
       raise errors.UserError(
         f'{self._out} is the result of this recipe on these sources, but was '

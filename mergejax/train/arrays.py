@@ -3,6 +3,9 @@
 """A stream over arrays in memory: for notebooks and small data."""
 
 from collections.abc import Mapping
+import functools
+import hashlib
+import json
 
 import numpy as np
 
@@ -49,10 +52,42 @@ class ArrayStream:
     self._position += 1
     return {name: array[rows] for name, array in self._arrays.items()}
 
+  def __str__(self) -> str:
+    return f'the arrays {", ".join(self._arrays)}'
+
+  @functools.cached_property
+  def _identity(self):
+    """What fixes the batches: their size, the seed, the arrays' content."""
+    digest = hashlib.sha256()
+    for name, array in sorted(self._arrays.items()):
+      array = np.ascontiguousarray(array)
+      digest.update(f'{name} {array.dtype.str} {array.shape}'.encode())
+      digest.update(array.tobytes())
+    return {
+      'batch_size': self._batch_size,
+      'seed': self._seed,
+      'arrays': digest.hexdigest()[:16],
+    }
+
   def state(self) -> bytes:
     """The position."""
-    return str(self._position).encode()
+    return json.dumps({'position': self._position, **self._identity}).encode()
 
   def restore(self, state: bytes) -> None:
-    """Continues from a saved position."""
-    self._position = int(state)
+    """Continues from a saved position.
+
+    Raises:
+      UserError: a position in other arrays, or in other batches of them.
+    """
+    saved = json.loads(state)
+    if not isinstance(saved, dict):
+      saved = {'position': saved}
+    position = saved.pop('position')
+    differing = errors.differences(saved, self._identity)
+    if differing:
+      raise errors.UserError(
+        'The saved position is one in other data, or in other batches of the '
+        f'same:\n{errors.listed(differing)}\nContinue with what was saved, or '
+        'begin anew in another folder.'
+      )
+    self._position = position

@@ -29,17 +29,19 @@ class _BytesRestore(ocp.args.CheckpointArgs):
 
 
 class _BytesHandler(ocp.CheckpointHandler):
-  """One file a process: where it is in its own data."""
-
-  def _file(self, directory) -> pathlib.Path:
-    return pathlib.Path(directory) / f'process_{jax.process_index()}'
+  """One file a process: where it is in its own data. All of them are read."""
 
   def save(self, directory, args):
-    self._file(directory).write_bytes(args.content)
+    file = pathlib.Path(directory) / f'process_{jax.process_index()}'
+    file.write_bytes(args.content)
 
   def restore(self, directory, args):
     del args
-    return self._file(directory).read_bytes()
+    files = pathlib.Path(directory).glob('process_*')
+    return [
+      file.read_bytes()
+      for file in sorted(files, key=lambda f: int(f.name.rpartition('_')[2]))
+    ]
 
 
 ocp.args.register_with_handler(_BytesHandler, for_save=True)(_BytesSave)
@@ -94,14 +96,14 @@ class Checkpoints:
 
   def restore(
     self, like: step_lib.TrainState
-  ) -> tuple[step_lib.TrainState, bytes]:
+  ) -> tuple[step_lib.TrainState, list[bytes]]:
     """Restores the newest step.
 
     Args:
       like: a state with the wanted structure, shapes and shardings.
 
     Returns:
-      `(state, position in the data)`.
+      `(state, positions in the data)`, one of each process that saved.
 
     Raises:
       UserError: the step does not fit `like`: another model or optimizer.

@@ -22,18 +22,34 @@ def scalars(
   """Flattens metrics: those of experts become `name/expert`.
 
   Args:
-    metrics: arrays of shape `[]`, or `[experts]`.
+    metrics: arrays of shape `[]`, or `[experts]`. Those of a batch without a
+      token are left out: there the 0 of a loss is no measurement.
     names: names of the experts.
   """
   flat = {}
   for key, value in metrics.items():
     value = np.asarray(value)
+    real = np.broadcast_to(_learned(metrics) | (key == 'tokens'), value.shape)
     if value.ndim == 0:
-      flat[key] = float(value)
+      if real:
+        flat[key] = float(value)
     else:
       for i, one in enumerate(value.reshape(-1)):
-        flat[f'{key}/{names[i] if names else i}'] = float(one)
+        if real.reshape(-1)[i]:
+          flat[f'{key}/{names[i] if names else i}'] = float(one)
   return flat
+
+
+def _learned(metrics) -> np.ndarray:
+  """`<bool>[]` or `[experts]`: whether the batch had a token to learn from."""
+  return np.asarray(metrics.get('tokens', 1.0)) > 0
+
+
+def _mean_loss(metrics) -> float | None:
+  """The mean over experts, of those that learned; None if none did."""
+  losses = np.asarray(metrics['loss'])
+  losses = losses[np.broadcast_to(_learned(metrics), losses.shape)]
+  return float(np.mean(losses)) if losses.size else None
 
 
 def progress(phase: str, steps: int, stream=None) -> loop.Hook:
@@ -49,7 +65,9 @@ def progress(phase: str, steps: int, stream=None) -> loop.Hook:
     bar = tqdm.tqdm(total=steps, desc=phase, file=stream, leave=True)
 
     def on_terminal(step, metrics):
-      bar.set_postfix(loss=f'{np.mean(metrics["loss"]):.3f}', refresh=False)
+      loss = _mean_loss(metrics)
+      if loss is not None:
+        bar.set_postfix(loss=f'{loss:.3f}', refresh=False)
       bar.update(step - bar.n)
       if step >= steps:
         bar.close()
@@ -64,7 +82,11 @@ def progress(phase: str, steps: int, stream=None) -> loop.Hook:
     if now - shown < 10 and step < steps:
       return
     shown = now
-    line = f'{phase}: step {step}/{steps}, loss {np.mean(metrics["loss"]):.3f}'
+    loss = _mean_loss(metrics)
+    said = 'no token to learn from: skipped'
+    if loss is not None:
+      said = f'loss {loss:.3f}'
+    line = f'{phase}: step {step}/{steps}, {said}'
     if first < step < steps:
       left = (now - started) / (step - first) * (steps - step)
       line += f', {left:.0f} s left'

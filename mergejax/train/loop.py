@@ -15,13 +15,14 @@ from mergejax import errors
 from mergejax import mesh as mesh_lib
 from mergejax.train import checkpoints as checkpoints_lib
 from mergejax.train import step as step_lib
+from mergejax.train import streams
 
 # (step, metrics in host memory); metrics of experts have a leading axis.
 Hook = Callable[[int, Mapping[str, np.ndarray]], None]
 
 
 class Stream(Protocol):
-  """Training batches with a position."""
+  """Training batches with a position; see also `streams.restore`."""
 
   def __next__(self) -> Any: ...
 
@@ -103,8 +104,8 @@ def fit(
     UserError: a checkpoint could not be written or does not fit.
   """
   if checkpoints is not None and checkpoints.latest() is not None:
-    state, position = checkpoints.restore(state)
-    stream.restore(position)
+    state, positions = checkpoints.restore(state)
+    streams.restore(stream, positions)
   step = step_lib.step_number(state)
   with _StopSignal() as stop:
     while step < steps:

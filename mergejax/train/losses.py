@@ -42,16 +42,29 @@ def token_cross_entropy(
     targets: `<int32>[...]`.
     z_loss: coefficient that keeps the log normaliser near 0; T5 trains with
       1e-4.
-    label_smoothing: probability spread over the wrong tokens.
+    label_smoothing: probability spread over the wrong tokens, in [0, 1].
 
   Returns:
     `(loss, z part)`, each `<float32>[...]`; the z part is included in the
-    loss.
+    loss. Where the target is not in the vocabulary the loss is NaN.
+
+  Raises:
+    UserError: a smoothing that is no probability, or has no token to go to.
 
   Source: T5X `losses.py`; Szegedy et al. (2016) for smoothing.
   """
   logits = logits.astype(jnp.float32)
   vocab = logits.shape[-1]
+  if not 0 <= label_smoothing <= 1:
+    raise errors.UserError(
+      'label_smoothing is a probability between 0 and 1, not '
+      f'{label_smoothing}.'
+    )
+  if label_smoothing and vocab == 1:
+    raise errors.UserError(
+      f'label_smoothing={label_smoothing} has no other token to go to: the '
+      'vocabulary has only one.'
+    )
   log_z = jax.nn.logsumexp(logits, axis=-1)
   # A masked sum instead of a gather: it fuses, shards over the vocabulary, and
   # its gradient is not a scatter.
@@ -66,10 +79,12 @@ def token_cross_entropy(
     off = label_smoothing / (vocab - 1)
     others = jnp.sum(logits, axis=-1) - target_logit
     cross = confidence * target_logit + off * others
-    constant = -(
-      confidence * np.log(confidence) + (vocab - 1) * off * np.log(off + 1e-20)
-    )
+    constant = -(vocab - 1) * off * np.log(off + 1e-20)
+    if confidence > 0:  # 0 log 0 is 0
+      constant -= confidence * np.log(confidence)
     loss = log_z - cross - constant
+  # A row of zeros would pass for a target that the vocabulary does not have.
+  loss = jnp.where((targets >= 0) & (targets < vocab), loss, jnp.nan)
   z_part = z_loss * jnp.square(log_z)
   return loss + z_part, z_part
 
@@ -83,7 +98,7 @@ def normalizer(
   """The factor that a summed loss is divided by, and the weights to sum with.
 
   Args:
-    kind: None (no division), a number, or a name of `NORMALIZERS`.
+    kind: None (no division), a positive number, or a name of `NORMALIZERS`.
     targets: `<int32>[batch, length]`.
     weights: `<float32>[batch, length]` loss weights.
     segments: `<int32>[batch, length]` of packed rows, for
@@ -93,11 +108,15 @@ def normalizer(
     `(factor, weights)`.
 
   Raises:
-    UserError: an unknown name.
+    UserError: an unknown name, or a number that nothing can be divided by.
   """
   if kind is None:
     return 1.0, weights
   if not isinstance(kind, str):
+    if not 0 < kind < np.inf:
+      raise errors.UserError(
+        f'The loss normalizing factor must be a positive number, not {kind}.'
+      )
     return float(kind), weights
   if kind == 'NUM_REAL_TARGET_TOKENS':
     return jnp.sum(weights), weights
@@ -139,7 +158,8 @@ def make_loss(
     `loss(params, batch, key=None) -> (loss, metrics)` with the metrics `loss`
     (nats per token, without z-loss), `z_loss`, `accuracy` and `tokens`. With
     a key, dropout is drawn from it. Models with batch norm add `batch_stats`,
-    which the step stores in the parameters.
+    which the step stores in the parameters. Of a batch of padding alone loss,
+    metrics and gradient are 0.
   """
 
   def loss_fn(params, batch, key=None):
@@ -153,7 +173,12 @@ def make_loss(
       logits, targets, z_loss=z_loss, label_smoothing=label_smoothing
     )
     tokens = jnp.sum(weights)
-    mean = lambda values: jnp.sum(values * weights) / jnp.maximum(tokens, 1.0)
+    # What has no weight has no part, be it NaN. Nothing over nothing is 0, with
+    # a gradient of 0: the step then changes nothing.
+    total = lambda values, by: jnp.sum(jnp.where(by != 0, values, 0.0) * by)
+    mean = lambda values: (
+      total(values, weights) / jnp.where(tokens > 0, tokens, 1.0)
+    )
     correct = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
     metrics = {
       'loss': mean(token_loss - z_part),
@@ -163,7 +188,8 @@ def make_loss(
     }
     if batch_stats is not None:
       metrics[models.BATCH_STATS] = batch_stats
-    return jnp.sum(token_loss * scaled) / factor, metrics
+    factor = jnp.where(tokens > 0, factor, 1.0)
+    return total(token_loss, scaled) / factor, metrics
 
   return loss_fn
 

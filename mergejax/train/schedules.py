@@ -5,7 +5,10 @@
 Every schedule is a function of the step, usable under `jit`, as in optax.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+import dataclasses
+import numbers
+from typing import Any
 
 import jax.numpy as jnp
 import optax
@@ -13,6 +16,56 @@ import optax
 from mergejax import errors
 
 Schedule = Callable[[int], float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Spanning:
+  """A schedule that spans a run, before it is known how long the run is.
+
+  The job that makes the run tells it, so that no length is written twice.
+
+  Attributes:
+    make: gives the schedule of a run of so many steps.
+  """
+
+  make: Callable[[int], Schedule]
+
+  def __call__(self, step: int) -> float:
+    raise errors.UserError(
+      'This learning rate spans a run whose length it was not told. In gin, '
+      'write the optimizer without parentheses, '
+      '`optimizer = @optim.adafactor`, and the job tells it; in Python, give `steps=` to the optimizer or the '
+      'schedule.'
+    )
+
+
+def over(
+  rate: float | Schedule | Spanning, steps: int | None
+) -> float | Schedule:
+  """The learning rate of a run of `steps` steps; others than `Spanning` as is.
+
+  Raises:
+    UserError: the rate spans a run, and `steps` is None.
+  """
+  if not isinstance(rate, Spanning):
+    return rate
+  return rate(0) if steps is None else rate.make(steps)
+
+
+def describe(rate: float | Schedule) -> Any:
+  """A learning rate as plain data: a number, or what the schedule was made of.
+
+  A schedule from elsewhere is told by its name alone.
+  """
+  if isinstance(rate, numbers.Number):
+    return float(rate)
+  return getattr(rate, 'settings', getattr(rate, '__qualname__', repr(rate)))
+
+
+def _told(schedule: Schedule, name: str, settings: Mapping[str, Any]):
+  """The schedule, with what it was made of."""
+  schedule.settings = {'schedule': name, **settings}
+  return schedule
 
 
 def factors(
@@ -58,6 +111,7 @@ def factors(
 
   Source: T5X `utils.create_learning_rate_scheduler`.
   """
+  settings = dict(locals())
   names = [name.strip() for name in factors.split('*')]
   known = {
     'constant': lambda t: base_learning_rate,
@@ -93,24 +147,48 @@ def factors(
       rate = rate * known[name](t)
     return jnp.maximum(rate, min_learning_rate)
 
-  return schedule
+  return _told(schedule, 'factors', settings)
 
 
 def warmup_cosine(
-  peak: float, *, steps: int, warmup_steps: int, final_share: float = 0.1
-) -> Schedule:
+  peak: float,
+  *,
+  warmup_steps: int,
+  steps: int | None = None,
+  final_share: float = 0.1,
+) -> Schedule | Spanning:
   """Linear warm-up from 0 to `peak`, then a cosine to `final_share * peak`.
 
   Args:
     peak: highest learning rate.
-    steps: total steps; the rate stays at its last value afterwards.
     warmup_steps: steps of warm-up, part of `steps`.
+    steps: total steps; the rate stays at its last value afterwards. By default
+      the length of the run, which its job tells.
     final_share: last rate as a share of the peak.
+
+  Returns:
+    `schedule(step) -> <float32>[]`, or what makes it of the steps of a run.
+
+  Raises:
+    UserError: the warm-up is longer than the run.
+
+  Example:
+    >>> rate = over(warmup_cosine(1.0, warmup_steps=10), 100)
+    >>> float(rate(10)), round(float(rate(100)), 4)
+    (1.0, 0.1)
   """
+  if steps is None:
+    return Spanning(
+      lambda length: warmup_cosine(
+        peak, warmup_steps=warmup_steps, steps=length, final_share=final_share
+      )
+    )
+  settings = dict(locals())
   if not 0 <= warmup_steps < steps:
     raise errors.UserError(
       f'{warmup_steps} warm-up steps do not fit into {steps} steps.'
     )
-  return optax.warmup_cosine_decay_schedule(
+  schedule = optax.warmup_cosine_decay_schedule(
     0.0, peak, warmup_steps, steps, peak * final_share
   )
+  return _told(schedule, 'warmup_cosine', settings)

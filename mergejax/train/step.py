@@ -3,6 +3,7 @@
 """The training state and one step of it."""
 
 from collections.abc import Callable
+import functools
 from typing import Any
 
 import flax.struct
@@ -74,8 +75,10 @@ def make_step(
 
   Returns:
     `step(state, batch) -> (state, metrics)`. To the metrics of the loss it adds
-    `grad_norm`. Everything inside is of one model: under `vmap` over experts,
-    norms, clipping and normalisers stay those of each expert.
+    `grad_norm`. A batch without a token (the metric `tokens` is 0) moves the
+    step number alone: no moment decays, no weight either. Everything inside is
+    of one model: under `vmap` over experts, norms, clipping and normalisers
+    stay those of each expert.
   """
 
   def step(state, batch):
@@ -91,6 +94,10 @@ def make_step(
     if models.BATCH_STATS in metrics:
       # Running statistics are measured, not learned.
       params = {**params, models.BATCH_STATS: metrics.pop(models.BATCH_STATS)}
+    if 'tokens' in metrics:
+      keep = functools.partial(jnp.where, metrics['tokens'] > 0)
+      params = jax.tree.map(keep, params, state.params)
+      opt_state = jax.tree.map(keep, opt_state, state.opt_state)
     state = state.replace(
       step=state.step + 1, params=params, opt_state=opt_state
     )

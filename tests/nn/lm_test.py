@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mergejax import errors
 from mergejax import models
 from mergejax import tree
 from mergejax.nn import lm
@@ -81,27 +82,55 @@ class LanguageModelTest(parameterized.TestCase):
     long = module.apply({'params': params}, padded(inputs), padded(targets))
     np.testing.assert_allclose(long[:, :3], short, rtol=1e-5, atol=1e-6)
 
-  def test_cached_decoding_equals_the_full_forward(self):
-    module, params = tiny()
+  @parameterized.parameters((None, False), (7, True))
+  def test_cached_decoding_equals_the_full_forward(
+    self, max_decode_length, tied
+  ):
+    # Four buckets up to distance 5: positions far apart share a bucket, so a
+    # bias of another length than the cache's is seen in the logits.
+    module, params = tiny(
+      logits_via_embedding=tied, relative_buckets=4, relative_max_distance=5
+    )
+    bias = params['decoder']['relpos_bias']
+    bias['rel_embedding'] = 3.0 * jax.random.normal(
+      jax.random.key(2), bias['rel_embedding'].shape
+    )
     tokens = np.random.default_rng(0).integers(3, 20, (2, 7))
     full = module.apply({'params': params}, tokens, np.ones_like(tokens))
-    blank = jnp.zeros((2, 7), jnp.int32)
-    _, cache = module.apply(
-        {'params': params}, blank, blank, decode=True, max_decode_length=7,
-        mutable=['cache'],
+    decode = lambda cache, some: module.apply(
+        {'params': params, **cache}, some, jnp.ones_like(some), decode=True,
+        max_decode_length=max_decode_length, mutable='cache',
     )  # fmt: skip
+    compiled = jax.jit(decode)
+    made, cache = compiled({}, tokens)
+    np.testing.assert_allclose(made, full, rtol=1e-5, atol=1e-5)
     for i in range(7):
-      one = tokens[:, i : i + 1]
-      logits, cache = module.apply(
-          {'params': params, **cache}, one, one, decode=True,
-          max_decode_length=7, mutable=['cache'],
-      )  # fmt: skip
-      np.testing.assert_allclose(logits[:, 0], full[:, i], rtol=1e-4, atol=1e-5)
-    with self.assertRaisesRegex(ValueError, 'one position'):
-      module.apply(
-          {'params': params, **cache}, tokens, tokens, decode=True,
-          max_decode_length=7, mutable=['cache'],
-      )  # fmt: skip
+      logits, cache = compiled(cache, tokens[:, i : i + 1])
+      np.testing.assert_allclose(logits[:, 0], full[:, i], rtol=1e-5, atol=1e-5)
+
+    with self.assertRaisesRegex(errors.UserError, 'one position'):
+      decode(cache, tokens)
+    # The cache is full: an eighth position has no place in it.
+    with self.assertRaisesRegex(errors.UserError, '7 positions'):
+      decode(cache, tokens[:, :1])
+    logits, _ = compiled(cache, tokens[:, :1])
+    self.assertTrue(np.isnan(logits).all())
+
+  def test_what_a_cache_cannot_do_is_refused(self):
+    module, params = tiny()
+    tokens = jnp.ones((1, 4), jnp.int32)
+    decode = lambda cache, some, **named: module.apply(
+        {'params': params, **cache}, some, some, decode=True,
+        mutable='cache', **named,
+    )  # fmt: skip
+    with self.assertRaisesRegex(errors.UserError, 'cache of 4 .* 9'):
+      decode({}, tokens, max_decode_length=9)
+    _, cache = decode({}, tokens)
+    with self.assertRaisesRegex(errors.UserError, 'cache of 4 .* 9'):
+      decode(cache, tokens[:, :1], max_decode_length=9)
+    for name in ('decoder_segment_ids', 'decoder_causal_attention'):
+      with self.assertRaisesRegex(errors.UserError, name):
+        decode(cache, tokens[:, :1], **{name: tokens[:, :1]})
 
   def test_dropout_is_drawn_from_the_key(self):
     module, params = tiny(dropout_rate=0.5)

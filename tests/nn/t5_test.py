@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """T5 against T5X's and the transformers library's own numbers."""
 
+import functools
+
 from absl.testing import absltest
 from absl.testing import parameterized
 import goldens
@@ -246,6 +248,47 @@ class T5XTest(parameterized.TestCase):
     np.testing.assert_allclose(
       np.stack(steps, axis=1), full, rtol=1e-4, atol=1e-5
     )
+
+  @parameterized.parameters(
+    ('t5x_network_v1_1', 'decode', None),
+    ('t5x_network_v1_1', '__call__', 9),
+    ('t5x_network_v1_0', '__call__', None),
+  )
+  def test_cached_decoding_equals_the_full_forward(
+    self, version, by, max_decode_length
+  ):
+    module = tiny(version, relative_buckets=4, relative_max_distance=5)
+    rng = np.random.default_rng(0)
+    inputs = rng.integers(2, 64, (2, 5)).astype(np.int32)
+    inputs[1, 3:] = 0
+    targets = rng.integers(2, 64, (2, 9)).astype(np.int32)
+    params = module.init(jax.random.key(0), inputs, targets, targets)['params']
+    for stack in ('encoder', 'decoder'):
+      bias = params[stack]['relpos_bias']
+      bias['rel_embedding'] = 3.0 * jax.random.normal(
+        jax.random.key(2), bias['rel_embedding'].shape
+      )
+    encoded = module.apply({'params': params}, inputs, method='encode')
+    first = (encoded, inputs) if by == 'decode' else (inputs,)
+
+    @functools.partial(
+      jax.jit, static_argnames=['decode', 'mutable', 'max_decode_length']
+    )
+    def apply(cache, tokens, **named):
+      return module.apply(
+          {'params': params, **cache}, *first, tokens, jnp.ones_like(tokens),
+          method=by, **named,
+      )  # fmt: skip
+
+    full = apply({}, targets)
+    named = dict(decode=True, mutable='cache')
+    if max_decode_length:
+      named['max_decode_length'] = max_decode_length
+    made, cache = apply({}, targets, **named)
+    np.testing.assert_allclose(made, full, rtol=1e-5, atol=1e-5)
+    for i in range(9):
+      logits, cache = apply(cache, targets[:, i : i + 1], **named)
+      np.testing.assert_allclose(logits[:, 0], full[:, i], rtol=1e-5, atol=1e-5)
 
   def test_relative_position_buckets(self):
     arrays = goldens.load('t5_relative_position')

@@ -327,10 +327,6 @@ class GinTest(parameterized.TestCase):
     from mergejax.run import branch_train_merge
 
     settings = gin.get_configurable(branch_train_merge.Settings)()
-    self.assertEqual(
-      gin.query_parameter('%TOTAL_STEPS'),
-      settings.seed_steps + settings.branch_steps,
-    )
     self.assertNotEmpty(models.param_specs(settings.module))
 
   def test_bare_words_are_strings(self):
@@ -347,7 +343,7 @@ class GinTest(parameterized.TestCase):
 
     settings = branch_train_merge.Settings(
         module=None, optimizer=None, model_dir='x', seed_steps=1, branch_steps=1,
-        batch_size=12,
+        batch_size=12, length=8, max_train_bytes=None, seed=0,
     )  # fmt: skip
     side_by_side, single = branch_train_merge.make_meshes(settings, 4)
     self.assertEqual(mesh_lib.AXES, side_by_side.axis_names)

@@ -497,7 +497,8 @@ class WholeOrNothingTest(parameterized.TestCase):
     code = {**resume.code(), 'mergejax': 'other'}
     with mock.patch.object(resume, 'code', lambda: code):
       with self.assertRaisesRegex(
-        mj.UserError, "by another version of the code.*\n  mergejax: '"
+        mj.UserError,
+        'by another version of the code.*\n  mergejax: other there',
       ):
         mj.execute(mj.plan(self.recipe), out)
 

@@ -1,0 +1,78 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What a task or mixture is made of, so that a run can tell its own data."""
+
+from collections.abc import Mapping
+import functools
+import hashlib
+import pathlib
+from typing import Any
+
+import numpy as np
+import seqio
+
+from mergejax import checksums
+
+# Examples that are made to see what templates and vocabulary do to a file.
+_EXAMPLES = 4
+
+
+def describe(
+  mixture_or_task: str, split: str, lengths: Mapping[str, int]
+) -> dict[str, Any]:
+  """The content of a split of a task or mixture, as plain data.
+
+  Names of tasks do not count, and neither does where files lie.
+
+  Args:
+    mixture_or_task: a name registered in seqio.
+    split: the split.
+    lengths: tokens per feature.
+
+  Returns:
+    For a task `files` (name and sha256 of each) and `first examples` (sha256 of
+    some, so that templates, vocabulary and whatever else makes examples of the
+    files count); for a mixture that of every task, with its rate.
+  """
+  found = seqio.get_mixture_or_task(mixture_or_task)
+  sizes = tuple(sorted(lengths.items()))
+  if not isinstance(found, seqio.Mixture):
+    return _task(found, split, sizes)
+  return {
+    f'part {i}': {
+      'rate': float(found.get_rate(task)),
+      **_task(task, split, sizes),
+    }
+    for i, task in enumerate(found.tasks)
+  }
+
+
+@functools.lru_cache(maxsize=256)  # tasks hash by what they are, not by name
+def _task(task, split, sizes):
+  files = [pathlib.Path(str(file)) for file in task.source.list_shards(split)]
+  return {
+    'files': ', '.join(
+      f'{file.name} {checksums.SUMS.of(file)[:16]}'
+      if file.is_file()
+      else file.name
+      for file in files
+    ),
+    'first examples': _examples(task, split, sizes),
+  }
+
+
+def _examples(task, split, sizes):
+  dataset = task.get_dataset(
+    dict(sizes), split=split, shuffle=False, try_in_mem_cache=False
+  )
+  digest = hashlib.sha256()
+  for example in dataset.take(_EXAMPLES).as_numpy_iterator():
+    for name in sorted(example):
+      value = np.asarray(example[name])
+      content = (
+        value.tobytes() if value.dtype != object else repr(value).encode()
+      )
+      digest.update(
+        f'{name} {value.dtype.str} {value.shape}'.encode() + content
+      )
+  return digest.hexdigest()[:16]

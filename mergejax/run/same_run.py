@@ -1,0 +1,76 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""A folder holds one run: what it was begun with is compared first of all."""
+
+from collections.abc import Mapping
+import json
+import pathlib
+import sys
+from typing import Any
+
+import jax
+
+from mergejax import errors
+from mergejax.store import base
+from mergejax.store import checkpoint
+
+# Where a run computes: it may change, and changes the order of sums.
+_LAYOUT = 'layout'
+
+
+def layout(mesh: jax.sharding.Mesh) -> dict[str, Any]:
+  """Where a run computes, as plain data."""
+  return {'mesh': dict(mesh.shape), 'processes': jax.process_count()}
+
+
+def check(
+  file: pathlib.Path,
+  wanted: Mapping[str, Any],
+  where: Mapping[str, Any] | None = None,
+) -> None:
+  """Refuses a folder that holds another run; says if it moved to other devices.
+
+  Args:
+    file: the JSON that `write` made, or where it will.
+    wanted: what fixes the result of the run asked for.
+    where: its `layout`, if the folder is to tell of it.
+
+  Raises:
+    UserError: lists all that differs.
+  """
+  if not file.exists():
+    return
+  found = checkpoint.read_json(file)
+  before = found.pop(_LAYOUT, None)
+  differing = errors.differences(found, json.loads(json.dumps(dict(wanted))))
+  if differing:
+    raise errors.UserError(
+      f'{file.parent} holds a run with other settings:\n'
+      f'{errors.listed(differing, 20)}\nName another folder, or remove it.'
+    )
+  moved = errors.differences(before or {}, json.loads(json.dumps(where or {})))
+  if before and where and moved and jax.process_index() == 0:
+    print(
+      f'{file.parent} goes on where it was not begun ({"; ".join(moved)}): '
+      'sums are rounded in another order, so the last digits may differ.',
+      file=sys.stderr,
+    )
+
+
+def write(
+  file: pathlib.Path,
+  wanted: Mapping[str, Any],
+  where: Mapping[str, Any],
+) -> None:
+  """Notes what a run was begun with, whole or not at all; the first process."""
+  if jax.process_index() == 0 and not file.exists():
+    with base.atomic_path(file, overwrite=True) as temporary:
+      data = {**wanted, _LAYOUT: where}
+      temporary.write_text(json.dumps(data, indent=2) + '\n')
+
+
+def begun_with(file: pathlib.Path, name: str, default: Any) -> Any:
+  """A setting of the run that a folder holds; the default if it holds none."""
+  if not file.exists():
+    return default
+  return checkpoint.read_json(file).get(name, default)
