@@ -61,6 +61,14 @@ class InputsTest(parameterized.TestCase):
             stats=laws_test.make_stats(row, models),
           )
 
+  def test_large_numbers_are_finite(self):
+    for array in (np.full(8, 3e38, np.float32), np.full(8, 6e4, np.float16)):
+      self.assertTrue(finite.all_finite(array))
+      opposite = np.concatenate([array, -array])
+      self.assertTrue(finite.all_finite(opposite))
+      opposite[[0, -1]] = np.inf, -np.inf
+      self.assertFalse(finite.all_finite(opposite))
+
   def test_a_base_that_plays_no_part_is_not_looked_at(self):
     bad = full(np.nan)
     merged = mj.merge([full(1), full(3)], 'linear', base=bad)
