@@ -4,8 +4,6 @@
 
 from collections.abc import Callable
 import dataclasses
-import re
-from unittest import mock
 
 from absl.testing import parameterized
 import jax
@@ -20,7 +18,6 @@ from mergejax import tree as tree_lib
 from mergejax.experts import branch
 from mergejax.merging import base as merging
 from mergejax.merging import driver
-from mergejax.merging import masks
 from mergejax.merging import named
 
 
@@ -160,69 +157,6 @@ def make_stats(row, models):
         'b/kernel': {'gram': np.swapaxes(y, 1, 2) @ y / 20},
       }
     result.append(jax.tree.map(lambda leaf: leaf.astype(np.float32), one))
-  return result
-
-
-# Where the layers of each leaf of a scanned model lie; T5X has them second.
-SCANNED = {'layers/kernel': 0, 'layers/bias': 0, 'enc/enc/kernel': 1}
-SCANNED_AXES = (
-  ('layers/kernel', ('layers', 'embed', 'mlp')),
-  ('layers/bias', ('layers', 'mlp')),
-  ('enc/enc/kernel', ('embed', 'layers', 'mlp')),
-)
-
-
-def make_layers(count):
-  """Models of two layers, unscanned: `layers_0/kernel`."""
-  rng = np.random.default_rng(3)
-  shapes = {'kernel': (5, 3), 'bias': (3,)}
-  return [
-    {
-      f'{scope}_{i}/{name}': rng.normal(size=shapes[name]).astype(np.float32)
-      for scope, name in (path.rsplit('/', 1) for path in SCANNED)
-      for i in range(2)
-    }
-    for _ in range(count)
-  ]
-
-
-def scan(model):
-  """The same model with its layers stacked."""
-  return {
-    path: np.stack(
-      [model[f'{path.rsplit("/", 1)[0]}_{i}/{path.rsplit("/", 1)[1]}']
-       for i in range(2)],
-      axis,
-    )
-    for path, axis in SCANNED.items()
-  }  # fmt: skip
-
-
-def make_layer_stats(row, models):
-  rng = np.random.default_rng(4)
-  result = []
-  for model in models:
-    own = {}
-    for path, leaf in model.items():
-      if row.stats == 'fisher':
-        own[path] = {'fisher': rng.gamma(1.0, size=leaf.shape)}
-      elif leaf.ndim == 2:
-        x = rng.normal(size=(20, 5))
-        own[path] = {'gram': x.T @ x / 20}
-    result.append(jax.tree.map(lambda leaf: leaf.astype(np.float32), own))
-  return result
-
-
-def scan_stats(row, stats):
-  """A Fisher is stacked as its leaf; Gram matrices have the stack in front."""
-  kinds = {path: own[row.stats] for path, own in stats.items()}
-  result = {}
-  for path, axis in SCANNED.items():
-    scope, name = path.rsplit('/', 1)
-    if f'{scope}_0/{name}' in kinds:
-      axis = axis if row.stats == 'fisher' else 0
-      own = [kinds[f'{scope}_{i}/{name}'] for i in range(2)]
-      result[path] = {row.stats: np.stack(own, axis)}
   return result
 
 
@@ -502,62 +436,6 @@ class LawsTest(parameterized.TestCase):
     np.testing.assert_array_equal(merged['ids'], first['ids'])
     self.assertEqual(merged['ids'].dtype, np.int32)
     self.assertEqual(merged['none'].shape, (0, 2))
-
-  @parameterized.named_parameters(ALL)
-  def test_a_scanned_model_equals_its_layers(self, row):
-    """With axes to the last bits; without them the same, or an error."""
-    base, *layers = make_layers(row.models + 1)
-    given = None
-    if row.stats is not None:
-      given = make_layer_stats(row, layers)
-    real = masks.mask_key
-    # Masks are drawn by name; the slices of a stack have names of their own.
-    as_slice = lambda path: re.sub(r'_(\d)/(\w+)', r'/\2[\1]', path)
-    keys = lambda seed, path, model: real(seed, as_slice(path), model)
-    with mock.patch.object(masks, 'mask_key', keys):
-      expected = scan(run(row, layers, base, stats=given))
-    stats = given and [scan_stats(row, one) for one in given]
-    scanned, origin = [scan(m) for m in layers], scan(base)
-    merged = run(row, scanned, origin, stats=stats, axes=SCANNED_AXES)
-    assert_close(merged, expected, 1e-7)
-    if row.stats is None:
-      method = named.resolve(row.name, **row.options)
-      side_by_side = branch.merge_experts(
-        jax.tree.map(lambda *leaves: np.stack(leaves), *scanned),
-        method,
-        base=origin if row.base or method.needs_base else None,
-        weights=row.weights,
-        axes=SCANNED_AXES,
-      )
-      assert_close(side_by_side, expected, 2e-7)
-    try:
-      merged = run(row, scanned, origin, stats=stats)
-    except mj.UserError as error:
-      for path in scanned[0]:
-        self.assertIn(f'({path!r}, (', error.message)
-    else:
-      # A mask without axes is another draw, not another number.
-      if not row.drawn:
-        assert_close(merged, expected, 1e-7)
-
-  @parameterized.named_parameters(ALL)
-  def test_numbers_that_are_not_finite_are_refused(self, row):
-    method = named.resolve(row.name, **row.options)
-    with_base = row.base or method.needs_base
-    for where in (row.models, 0) if with_base else (row.models,):
-      base, *models = copies = make(row.models + 1)
-      copies[where]['a/bias'][1:] = [np.nan, -np.inf]
-      name = f'model {row.models - 1}' if where else 'the base'
-      for give in (np.asarray, jnp.asarray):
-        with self.assertRaisesRegex(
-          mj.UserError, f'{name}: a/bias has 2 number.* not finite, of 3'
-        ):
-          run(
-            row,
-            [jax.tree.map(give, m) for m in models],
-            jax.tree.map(give, base),
-            stats=make_stats(row, models),
-          )
 
   @parameterized.named_parameters(ONE)
   def test_float8_in_float32_inside(self, row):

@@ -7,6 +7,8 @@ from unittest import mock
 from absl.testing import absltest
 from absl.testing import parameterized
 import jax
+import jax.numpy as jnp
+import laws_test
 import ml_dtypes
 import numpy as np
 
@@ -15,6 +17,7 @@ from mergejax import mesh as mesh_lib
 from mergejax.experts import branch
 from mergejax.merging import finite
 from mergejax.merging import mean
+from mergejax.merging import named
 from mergejax.merging import ties
 from mergejax.store import base as store_base
 
@@ -31,13 +34,40 @@ class InputsTest(parameterized.TestCase):
   def test_every_dtype(self, dtype):
     good, bad = full(1, dtype), full(1, dtype)
     bad['w'][1, 1:3] = np.nan
-    self.assertIsNone(finite.first_bad([good['w'], jax.numpy.ones(2)]))
-    for array in (bad['w'], jax.numpy.asarray(bad['w'])):
+    self.assertIsNone(finite.first_bad([good['w'], jnp.ones(2)]))
+    for array in (bad['w'], jnp.asarray(bad['w'])):
       self.assertEqual(finite.first_bad([good['w'], array]), (1, 2))
     with self.assertRaisesRegex(
       mj.UserError, r'model 1: w has 2 number\(s\) that are not finite, of 8'
     ):
       mj.merge([good, bad], 'ties', base=good)
+
+  @parameterized.named_parameters(laws_test.ALL)
+  def test_numbers_that_are_not_finite_are_refused(self, row):
+    method = named.resolve(row.name, **row.options)
+    with_base = row.base or method.needs_base
+    for where in (row.models, 0) if with_base else (row.models,):
+      base, *models = copies = laws_test.make(row.models + 1)
+      copies[where]['a/bias'][1:] = [np.nan, -np.inf]
+      name = f'model {row.models - 1}' if where else 'the base'
+      for give in (np.asarray, jnp.asarray):
+        with self.assertRaisesRegex(
+          mj.UserError, f'{name}: a/bias has 2 number.* not finite, of 3'
+        ):
+          laws_test.run(
+            row,
+            [jax.tree.map(give, m) for m in models],
+            jax.tree.map(give, base),
+            stats=laws_test.make_stats(row, models),
+          )
+
+  def test_large_numbers_are_finite(self):
+    for array in (np.full(8, 3e38, np.float32), np.full(8, 6e4, np.float16)):
+      self.assertTrue(finite.all_finite(array))
+      opposite = np.concatenate([array, -array])
+      self.assertTrue(finite.all_finite(opposite))
+      opposite[[0, -1]] = np.inf, -np.inf
+      self.assertFalse(finite.all_finite(opposite))
 
   def test_a_base_that_plays_no_part_is_not_looked_at(self):
     bad = full(np.nan)

@@ -1,0 +1,122 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The law of scanned models, over the table of all methods."""
+
+import re
+from unittest import mock
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import jax
+import laws_test
+import numpy as np
+
+import mergejax as mj
+from mergejax.experts import branch
+from mergejax.merging import masks
+from mergejax.merging import named
+
+# Where the layers of each leaf of a scanned model lie; T5X has them second.
+SCANNED = {'layers/kernel': 0, 'layers/bias': 0, 'enc/enc/kernel': 1}
+SCANNED_AXES = (
+  ('layers/kernel', ('layers', 'embed', 'mlp')),
+  ('layers/bias', ('layers', 'mlp')),
+  ('enc/enc/kernel', ('embed', 'layers', 'mlp')),
+)
+
+
+def make_layers(count):
+  """Models of two layers, unscanned: `layers_0/kernel`."""
+  rng = np.random.default_rng(3)
+  shapes = {'kernel': (5, 3), 'bias': (3,)}
+  return [
+    {
+      f'{scope}_{i}/{name}': rng.normal(size=shapes[name]).astype(np.float32)
+      for scope, name in (path.rsplit('/', 1) for path in SCANNED)
+      for i in range(2)
+    }
+    for _ in range(count)
+  ]
+
+
+def scan(model):
+  """The same model with its layers stacked."""
+  return {
+    path: np.stack(
+      [model[f'{path.rsplit("/", 1)[0]}_{i}/{path.rsplit("/", 1)[1]}']
+       for i in range(2)],
+      axis,
+    )
+    for path, axis in SCANNED.items()
+  }  # fmt: skip
+
+
+def make_layer_stats(row, models):
+  rng = np.random.default_rng(4)
+  result = []
+  for model in models:
+    own = {}
+    for path, leaf in model.items():
+      if row.stats == 'fisher':
+        own[path] = {'fisher': rng.gamma(1.0, size=leaf.shape)}
+      elif leaf.ndim == 2:
+        x = rng.normal(size=(20, 5))
+        own[path] = {'gram': x.T @ x / 20}
+    result.append(jax.tree.map(lambda leaf: leaf.astype(np.float32), own))
+  return result
+
+
+def scan_stats(row, stats):
+  """A Fisher is stacked as its leaf; Gram matrices have the stack in front."""
+  kinds = {path: own[row.stats] for path, own in stats.items()}
+  result = {}
+  for path, axis in SCANNED.items():
+    scope, name = path.rsplit('/', 1)
+    if f'{scope}_0/{name}' in kinds:
+      axis = axis if row.stats == 'fisher' else 0
+      own = [kinds[f'{scope}_{i}/{name}'] for i in range(2)]
+      result[path] = {row.stats: np.stack(own, axis)}
+  return result
+
+
+class ScannedTest(parameterized.TestCase):
+  @parameterized.named_parameters(laws_test.ALL)
+  def test_a_scanned_model_equals_its_layers(self, row):
+    """With axes to the last bits; without them the same, or an error."""
+    base, *layers = make_layers(row.models + 1)
+    given = None
+    if row.stats is not None:
+      given = make_layer_stats(row, layers)
+    real = masks.mask_key
+    # Masks are drawn by name; the slices of a stack have names of their own.
+    as_slice = lambda path: re.sub(r'_(\d)/(\w+)', r'/\2[\1]', path)
+    keys = lambda seed, path, model: real(seed, as_slice(path), model)
+    with mock.patch.object(masks, 'mask_key', keys):
+      expected = scan(laws_test.run(row, layers, base, stats=given))
+    stats = given and [scan_stats(row, one) for one in given]
+    scanned, origin = [scan(m) for m in layers], scan(base)
+    merged = laws_test.run(row, scanned, origin, stats=stats, axes=SCANNED_AXES)
+    laws_test.assert_close(merged, expected, 1e-7)
+    if row.stats is None:
+      method = named.resolve(row.name, **row.options)
+      side_by_side = branch.merge_experts(
+        jax.tree.map(lambda *leaves: np.stack(leaves), *scanned),
+        method,
+        base=origin if row.base or method.needs_base else None,
+        weights=row.weights,
+        axes=SCANNED_AXES,
+      )
+      laws_test.assert_close(side_by_side, expected, 2e-7)
+    try:
+      merged = laws_test.run(row, scanned, origin, stats=stats)
+    except mj.UserError as error:
+      for path in scanned[0]:
+        self.assertIn(f'({path!r}, (', error.message)
+    else:
+      # A mask without axes is another draw, not another number.
+      if not row.drawn:
+        laws_test.assert_close(merged, expected, 1e-7)
+
+
+if __name__ == '__main__':
+  absltest.main()
