@@ -1,0 +1,139 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""A seqio source over local files: shuffled whole, sampled by row number."""
+
+from collections.abc import Mapping, Sequence
+import os
+import pathlib
+
+import numpy as np
+import seqio
+import tensorflow as tf
+
+from mergejax import errors
+from mergejax.data import rows as rows_lib
+
+# Files up to this size are checked from end to end before anything else is
+# done; in a larger one, a bad row is found when its turn comes.
+CHECKED_BYTES = 1 << 26
+# Rows that are read in one call of Python.
+_CHUNK = 16
+
+
+class RowSource(seqio.DataSource):
+  """Rows of one local file a split, as `{column: string}`.
+
+  Shuffling is over the whole file, whatever its size and however it is
+  sorted, in another order each epoch. The order is a permutation that is computed
+  and not drawn from a buffer, so a saved position does not hold the file.
+  """
+
+  def __init__(
+    self,
+    files: Mapping[str, pathlib.Path],
+    wanted: Sequence[str],
+    *,
+    identity: str,
+    example_a_row: bool,
+  ):
+    """Says what is read; nothing is read yet.
+
+    Args:
+      files: `{split: file}`.
+      wanted: names of the columns to give.
+      identity: digest of the files and of everything that is made of them.
+      example_a_row: whether the task gives one example for every row, and not
+        the pieces of documents.
+    """
+    super().__init__(splits=files, performs_internal_shuffling=True)
+    self.files = dict(files)
+    self.wanted = tuple(wanted)
+    self.identity = identity
+    self.example_a_row = example_a_row
+    self._stamps = {s: rows_lib.stamp(os.stat(f)) for s, f in files.items()}
+    self._open: dict[str, rows_lib.Rows] = {}
+    self._numbers: dict[str, np.ndarray] = {}
+
+  @property
+  def supports_arbitrary_sharding(self) -> bool:
+    return True
+
+  def list_shards(self, split: str) -> Sequence[str]:
+    return [str(self.files[split])]
+
+  def rows(self, split: str) -> rows_lib.Rows:
+    """The rows of a split's file, opened and checked once.
+
+    Raises:
+      UserError: a column that the file lacks, a bad row, or a file that was
+        changed after the task was made.
+    """
+    if split not in self._open:
+      path = self.files[split]
+      if rows_lib.stamp(os.stat(path)) != self._stamps[split]:
+        raise errors.UserError(
+          f'{path} was changed after its task was registered. Start again.'
+        )
+      found = rows_lib.Rows(path)
+      found.require(self.wanted)
+      if self._stamps[split][0] <= CHECKED_BYTES:
+        for number in range(len(found)):
+          found.fields(number, self.wanted)
+      self._open[split] = found
+    return self._open[split]
+
+  def only(self, split: str, numbers: np.ndarray) -> 'RowSource':
+    """The same source with some rows of a split, in the given order."""
+    other = RowSource(
+      self.files, self.wanted, identity=self.identity,
+      example_a_row=self.example_a_row,
+    )  # fmt: skip
+    other._open, other._stamps = self._open, self._stamps
+    other._numbers = self._numbers | {split: np.asarray(numbers, np.int64)}
+    return other
+
+  def get_dataset(
+    self,
+    split: str = 'train',
+    shuffle: bool = True,
+    seed: int | None = None,
+    shard_info: seqio.ShardInfo | None = None,
+    **unused,
+  ) -> tf.data.Dataset:
+    """Rows in the file's order, or in an order of their own every epoch."""
+    del unused
+    found = self.rows(split)
+    numbers = self._numbers.get(split)
+    count = len(found) if numbers is None else len(numbers)
+
+    def fetch(places):
+      if numbers is not None:
+        places = numbers[places]
+      values = [found.fields(int(place), self.wanted) for place in places]
+      return [np.array(column, object) for column in zip(*values)]
+
+    def read(places):
+      columns = tf.numpy_function(
+        fetch, [places], [tf.string] * len(self.wanted), stateful=False
+      )
+      for column in columns:
+        column.set_shape([None])
+      return dict(zip(self.wanted, columns))
+
+    def epoch(*drawn):
+      places = tf.data.Dataset.range(count)
+      if shard_info is not None:
+        places = places.shard(shard_info.num_shards, shard_info.index)
+      places = places.batch(_CHUNK)
+      if drawn:
+        key = tf.stack([drawn[0], tf.constant(0, tf.int64)])
+        last = tf.constant(count - 1, tf.int64)
+        places = places.map(
+          lambda some: tf.random.experimental.index_shuffle(some, key, last)
+        )
+      return places.map(read, num_parallel_calls=tf.data.AUTOTUNE).unbatch()
+
+    if not shuffle:
+      return epoch()
+    draw = tf.data.Dataset.random(seed, rerandomize_each_iteration=True)
+    return draw.take(1).flat_map(epoch)
