@@ -39,7 +39,7 @@ class Rows:
     self.path = pathlib.Path(path)
     self._file = os.open(self.path, os.O_RDONLY)
     weakref.finalize(self, os.close, self._file)
-    self._stamp = stamp(os.fstat(self._file))
+    self._stamp = _stamp(os.fstat(self._file))
     self._starts = _line_starts(self._file)
     self._header = 0
     self.columns: tuple[str, ...] | None = None
@@ -117,7 +117,7 @@ class Rows:
 
   def _text(self, line):
     start, end = (int(at) for at in self._starts[line : line + 2])
-    if stamp(os.fstat(self._file)) != self._stamp:
+    if _stamp(os.fstat(self._file)) != self._stamp:
       raise errors.UserError(
         f'{self.path} was changed while it was read. Start again.'
       )
@@ -131,7 +131,7 @@ class Rows:
     return errors.UserError(f'{self.path}, line {line + 1}: {what}')
 
 
-def stamp(status: os.stat_result) -> tuple[int, int]:
+def _stamp(status):
   """What changes when a file is written to."""
   return status.st_size, status.st_mtime_ns
 

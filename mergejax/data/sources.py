@@ -3,13 +3,13 @@
 """A seqio source over local files: shuffled whole, sampled by row number."""
 
 from collections.abc import Mapping, Sequence
-import os
 import pathlib
 
 import numpy as np
 import seqio
 import tensorflow as tf
 
+from mergejax import checksums
 from mergejax import errors
 from mergejax.data import rows as rows_lib
 
@@ -31,6 +31,7 @@ class RowSource(seqio.DataSource):
   def __init__(
     self,
     files: Mapping[str, pathlib.Path],
+    sums: Mapping[str, str],
     wanted: Sequence[str],
     *,
     identity: str,
@@ -40,6 +41,7 @@ class RowSource(seqio.DataSource):
 
     Args:
       files: `{split: file}`.
+      sums: `{split: sha256}` of the files.
       wanted: names of the columns to give.
       identity: digest of the files and of everything that is made of them.
       example_a_row: whether the task gives one example for every row, and not
@@ -50,7 +52,7 @@ class RowSource(seqio.DataSource):
     self.wanted = tuple(wanted)
     self.identity = identity
     self.example_a_row = example_a_row
-    self._stamps = {s: rows_lib.stamp(os.stat(f)) for s, f in files.items()}
+    self._sums = sums
     self._open: dict[str, rows_lib.Rows] = {}
     self._numbers: dict[str, np.ndarray] = {}
 
@@ -70,13 +72,13 @@ class RowSource(seqio.DataSource):
     """
     if split not in self._open:
       path = self.files[split]
-      if rows_lib.stamp(os.stat(path)) != self._stamps[split]:
+      if checksums.SUMS.of(path) != self._sums[split]:
         raise errors.UserError(
           f'{path} was changed after its task was registered. Start again.'
         )
       found = rows_lib.Rows(path)
       found.require(self.wanted)
-      if self._stamps[split][0] <= CHECKED_BYTES:
+      if found.sizes().sum() <= CHECKED_BYTES:
         for number in range(len(found)):
           found.fields(number, self.wanted)
       self._open[split] = found
@@ -85,10 +87,10 @@ class RowSource(seqio.DataSource):
   def only(self, split: str, numbers: np.ndarray) -> 'RowSource':
     """The same source with some rows of a split, in the given order."""
     other = RowSource(
-      self.files, self.wanted, identity=self.identity,
+      self.files, self._sums, self.wanted, identity=self.identity,
       example_a_row=self.example_a_row,
     )  # fmt: skip
-    other._open, other._stamps = self._open, self._stamps
+    other._open = self._open
     other._numbers = self._numbers | {split: np.asarray(numbers, np.int64)}
     return other
 

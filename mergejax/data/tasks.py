@@ -69,8 +69,9 @@ def _source(files, templates, vocabulary, *, example_a_row):
   }
   digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode())
   source = sources.RowSource(
-    paths, wanted, identity=digest.hexdigest(), example_a_row=example_a_row
-  )
+    paths, sums, wanted, identity=digest.hexdigest(),
+    example_a_row=example_a_row,
+  )  # fmt: skip
   _check_columns(source)
   _tell_shared_files(paths, sums)
   return source
