@@ -13,10 +13,11 @@ from mergejax import checksums
 from mergejax import errors
 from mergejax.data import rows as rows_lib
 
-# Files up to this size are checked from end to end before anything else is
-# done; in a larger one, a bad row is found when its turn comes.
-CHECKED_BYTES = 1 << 26
-# Rows that are read in one call of Python.
+# Files up to this size are held in memory, and so checked from end to end before
+# anything else is done. The rows of a larger one are read one by one, and a bad
+# row is found when its turn comes. Both are shuffled whole.
+HELD_BYTES = 1 << 28
+# Rows that are read together.
 _CHUNK = 16
 
 
@@ -54,6 +55,7 @@ class RowSource(seqio.DataSource):
     self.example_a_row = example_a_row
     self._sums = sums
     self._open: dict[str, rows_lib.Rows] = {}
+    self._held: dict[str, dict[str, tf.Tensor]] = {}
     self._numbers: dict[str, np.ndarray] = {}
 
   @property
@@ -78,9 +80,12 @@ class RowSource(seqio.DataSource):
         )
       found = rows_lib.Rows(path)
       found.require(self.wanted)
-      if found.sizes().sum() <= CHECKED_BYTES:
-        for number in range(len(found)):
-          found.fields(number, self.wanted)
+      if found.sizes().sum() <= HELD_BYTES:
+        columns = _columns(found, range(len(found)), self.wanted)
+        self._held[split] = {
+          name: tf.constant(column, tf.string)
+          for name, column in zip(self.wanted, columns)
+        }
       self._open[split] = found
     return self._open[split]
 
@@ -90,7 +95,7 @@ class RowSource(seqio.DataSource):
       self.files, self._sums, self.wanted, identity=self.identity,
       example_a_row=self.example_a_row,
     )  # fmt: skip
-    other._open = self._open
+    other._open, other._held = self._open, self._held
     other._numbers = self._numbers | {split: np.asarray(numbers, np.int64)}
     return other
 
@@ -109,12 +114,14 @@ class RowSource(seqio.DataSource):
     count = len(found) if numbers is None else len(numbers)
 
     def fetch(places):
-      if numbers is not None:
-        places = numbers[places]
-      values = [found.fields(int(place), self.wanted) for place in places]
-      return [np.array(column, object) for column in zip(*values)]
+      return _columns(found, places, self.wanted)
 
     def read(places):
+      if numbers is not None:
+        places = tf.gather(numbers, places)
+      if split in self._held:
+        columns = self._held[split]
+        return {name: tf.gather(columns[name], places) for name in self.wanted}
       columns = tf.numpy_function(
         fetch, [places], [tf.string] * len(self.wanted), stateful=False
       )
@@ -139,3 +146,11 @@ class RowSource(seqio.DataSource):
       return epoch()
     draw = tf.data.Dataset.random(seed, rerandomize_each_iteration=True)
     return draw.take(1).flat_map(epoch)
+
+
+def _columns(rows, numbers, wanted):
+  """Some rows as an array of bytes for each wanted column."""
+  values = [rows.fields(int(number), wanted) for number in numbers]
+  return [
+    np.array([row[i] for row in values], object) for i in range(len(wanted))
+  ]

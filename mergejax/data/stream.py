@@ -9,6 +9,7 @@ import logging
 import pathlib
 import re
 import tempfile
+import weakref
 import zipfile
 
 import numpy as np
@@ -140,6 +141,9 @@ class SeqioStream:
     self._saved = tf.train.Checkpoint(
       iterator=self._iterator, position=self._position
     )
+    # An iterator that goes when the interpreter does waits for ever for rows
+    # that Python is reading ahead; this is done before.
+    weakref.finalize(self, self.__dict__.clear)
 
   def __iter__(self) -> Iterator[Batch]:
     return self

@@ -126,7 +126,7 @@ class RowsTest(parameterized.TestCase):
     path = self.write(name, text)
     with self.assertRaisesRegex(errors.UserError, message):
       examples(self.table(train=path), 'train')
-    with mock.patch.object(sources, 'CHECKED_BYTES', -1):
+    with mock.patch.object(sources, 'HELD_BYTES', -1):
       # As of a large file, whose rows are read when their turn comes.
       with self.assertRaisesRegex(errors.UserError, message) as caught:
         examples(self.table(train=path), 'train')
@@ -137,7 +137,7 @@ class RowsTest(parameterized.TestCase):
     settings = dict(lengths=LENGTHS, batch_size=8, kind='encoder_decoder')
     with self.assertRaisesRegex(errors.UserError, 'line 42: .*found 1'):
       stream.SeqioStream(self.table(train=path).name, **settings)
-    with mock.patch.object(sources, 'CHECKED_BYTES', -1):
+    with mock.patch.object(sources, 'HELD_BYTES', -1):
       opened = stream.SeqioStream(self.table(train=path).name, **settings)
       with self.assertRaisesRegex(errors.UserError, '^[^\n]*line 42[^\n]*$'):
         for _ in range(20):

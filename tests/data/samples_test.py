@@ -4,6 +4,8 @@
 
 import json
 import pathlib
+import subprocess
+import sys
 from unittest import mock
 
 from absl.testing import absltest
@@ -14,6 +16,7 @@ import tensorflow as tf
 
 from mergejax.data import features
 from mergejax.data import samples
+from mergejax.data import sources
 from mergejax.data import stream
 from mergejax.data import tasks
 
@@ -77,6 +80,19 @@ class SortedFileTest(parameterized.TestCase):
     self.assertEqual(samples.numbers(40, 7).tolist(), smallest(40, 7))
     self.assertEqual(samples.numbers(5, 9).tolist(), list(range(5)))
 
+  def test_a_large_file_has_the_same_sample_and_order(self):
+    found = []
+    for size in (sources.HELD_BYTES, -1):
+      with mock.patch.object(sources, 'HELD_BYTES', size):
+        name = self.table(60)
+        batches = stream.evaluation_batches(
+          name, split='test', max_examples=9, **OPTIONS
+        )
+        opened = stream.SeqioStream(name, pack=False, **OPTIONS)
+        found.append((numbers_of(batches), numbers_of([next(opened)])))
+    self.assertEqual(*found)
+    self.assertEqual(found[0][0], smallest(60, 9))
+
   @parameterized.parameters('table', 'foreign')
   def test_a_sample_is_of_the_whole_split(self, kind):
     name = getattr(self, kind)()
@@ -130,9 +146,14 @@ class SortedFileTest(parameterized.TestCase):
       self.assertBetween(shares.max(), 0.5, 0.5 + 5 * 0.071)
     self.assertLess(np.mean(np.equal(*epochs)), 0.01)
 
-  @parameterized.parameters(3, 8, 9, 13)
-  def test_a_shuffled_stream_continues_exactly(self, taken):
+  @parameterized.parameters(
+    (3, False), (8, False), (9, False), (13, False), (13, True)
+  )
+  def test_a_shuffled_stream_continues_exactly(self, taken, large):
     # 40 rows in batches of 5: before, at and after the end of an epoch.
+    if large:
+      held = mock.patch.object(sources, 'HELD_BYTES', -1)
+      self.enterContext(held)
     name = self.table(40)
     options = OPTIONS | dict(batch_size=5, pack=False)
     first = stream.SeqioStream(name, **options)
@@ -143,6 +164,19 @@ class SortedFileTest(parameterized.TestCase):
     again = stream.SeqioStream(name, **options)
     again.restore(state)
     self.assertEqual(numbers_of([next(again) for _ in range(12)]), expected)
+    self.assertNotEqual(expected, sorted(expected))
+
+  def test_a_program_ends_while_rows_are_read_ahead(self):
+    path = self.folder / 't.tsv'
+    path.write_text('n\tl\n' + 'x\ty\n' * 20_000)
+    code = f"""
+from mergejax.data import sources, stream, tasks
+sources.HELD_BYTES = -1
+tasks.add_table_task('t', {{'train': {str(path)!r}}}, inputs='{{n}}', targets='{{l}}')
+opened = stream.SeqioStream('t', lengths={LENGTHS}, batch_size=50, kind='encoder_decoder', pack=False)
+next(opened)
+"""
+    subprocess.run([sys.executable, '-c', code], check=True, timeout=300)
 
   def test_shards_part_every_epoch(self):
     name = self.table(40)
