@@ -17,6 +17,10 @@
       news: {text: corpora/news, metric: bits_per_byte}
       digits: {images: vision/mnist}
 
+`max_examples` are a fixed sample of the whole split (see `data.samples`).
+Answers are never cut: `lengths` must have room for the longest, with its end
+token. A file may serve several splits, which is told.
+
 Instead of `tasks`, `mixture: NAME` with `import: my.module` takes the tasks of
 a mixture that the module registers in seqio; `experts: {TASK: path}` then names
 their experts, and `metric` is that of all of them.

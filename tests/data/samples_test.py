@@ -170,8 +170,11 @@ class SortedFileTest(parameterized.TestCase):
     path = self.folder / 't.tsv'
     path.write_text('n\tl\n' + 'x\ty\n' * 20_000)
     code = f"""
-from mergejax.data import sources, stream, tasks
+import time
+from mergejax.data import rows, sources, stream, tasks
 sources.HELD_BYTES = -1
+fields = rows.Rows.fields
+rows.Rows.fields = lambda *row: time.sleep(0.01) or fields(*row)
 tasks.add_table_task('t', {{'train': {str(path)!r}}}, inputs='{{n}}', targets='{{l}}')
 opened = stream.SeqioStream('t', lengths={LENGTHS}, batch_size=50, kind='encoder_decoder', pack=False)
 next(opened)
