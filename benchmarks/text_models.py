@@ -80,6 +80,7 @@ def _raw(name: str, split: str, prompt: str) -> dict[str, np.ndarray]:
     inputs=f'{prompt}: {{text}}',
     targets='{label}',
     vocabulary=features.vocabulary(tasks.locate(VOCABULARY)),
+    by_content=True,
   )
   batches = stream_lib.evaluation_batches(
     task.name,
@@ -98,6 +99,7 @@ def _corpus(name: str) -> np.ndarray:
     f'bench_corpus_{name}',
     {'train': f'corpora/{name}/train.jsonl'},
     vocabulary=features.vocabulary(tasks.locate(VOCABULARY)),
+    by_content=True,
   )
   batches = stream_lib.evaluation_batches(
     task.name,

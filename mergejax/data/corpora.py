@@ -16,6 +16,7 @@ import pathlib
 import re
 
 from mergejax import errors
+from mergejax.data import rows
 
 SPLITS = ('test', 'validation', 'train')
 # Share of the documents for test and for validation, where the corpus does
@@ -27,19 +28,13 @@ MIN_CHARACTERS = 20
 
 def documents(path: pathlib.Path) -> Iterator[str]:
   """Documents of a file: one a line of JSONL (`text`), else the whole file."""
+  if path.suffix == '.jsonl':
+    found = rows.Rows(path)
+    for number in range(len(found)):
+      yield found.fields(number, ['text'])[0].decode()
+    return
   try:
-    if path.suffix == '.jsonl':
-      with open(path, encoding='utf-8') as stream:
-        for number, line in enumerate(stream, 1):
-          try:
-            yield json.loads(line)['text']
-          except (ValueError, KeyError, TypeError) as error:
-            raise errors.UserError(
-              f'{path}, line {number}: expected a JSON object with the field '
-              "'text'."
-            ) from error
-    else:
-      yield path.read_text(encoding='utf-8')
+    yield path.read_bytes().decode('utf-8-sig')
   except UnicodeDecodeError as error:
     raise errors.UserError(f'{path} is not UTF-8 text: {error}.') from error
 

@@ -7,6 +7,7 @@ https://arxiv.org/abs/1907.05019, for the temperature.
 """
 
 from collections.abc import Mapping, Sequence
+import hashlib
 
 import seqio
 
@@ -59,22 +60,27 @@ def add_mixture(
   rates: str = 'proportional',
   cap: float | None = None,
   temperature: float = 1.0,
+  by_content: bool = False,
 ) -> seqio.Mixture:
   """Registers a mixture of tasks under `name`.
 
   Args:
-    name: the mixture's name in seqio; an older one of that name is replaced.
+    name: the mixture's name in seqio.
     tasks: names of registered tasks, or `{task: fixed rate}`.
     rates: `'proportional'` (to the number of training examples, with `cap` and
       `temperature`) or `'equal'`.
     cap: see `rate`.
     temperature: see `rate`.
+    by_content: append a digest of tasks and rates to the name, so that it
+      cannot be that of another mixture.
 
   Returns:
     The mixture.
 
   Raises:
-    UserError: no task, an unknown task, or an unknown kind of rates.
+    UserError: no task, an unknown task, an unknown kind of rates, a task whose
+      number of training examples is not known (for proportional rates), or a
+      name that is taken by another mixture.
   """
   if not tasks:
     raise errors.UserError(f'The mixture {name!r} has no task.')
@@ -96,6 +102,30 @@ def add_mixture(
     raise errors.UserError(
       errors.near(rates, ['proportional', 'equal'], 'kind of mixing rates')
     )
+  members = [(seqio.TaskRegistry.get(task), rate) for task, rate in pairs]
+  if by_content:
+    digest = hashlib.sha256(repr(_content(members)).encode()).hexdigest()
+    name = f'{name}_{digest[:16]}'
   if name in seqio.MixtureRegistry.names():
+    old = seqio.MixtureRegistry.get(name)
+    if _content(members) != _content(_members(old)):
+      raise errors.UserError(
+        f'There is a mixture {name!r} of other tasks or rates already: give '
+        'this one another name, or remove that one with '
+        f'seqio.MixtureRegistry.remove({name!r}).'
+      )
     seqio.MixtureRegistry.remove(name)
-  return seqio.MixtureRegistry.add(name, pairs)
+  return seqio.MixtureRegistry.add(name, members)
+
+
+def _members(mixture):
+  rates = mixture.rate_per_task_name
+  return [(task, rates.get(task.name)) for task in mixture.tasks]
+
+
+def _content(members):
+  """What makes two mixtures the same: the content of their tasks, the rates."""
+  return sorted(
+    (task.name, str(getattr(task.source, 'identity', id(task))), rate)
+    for task, rate in members
+  )

@@ -1,72 +1,50 @@
 # Copyright 2026 The mergejax Authors.
 # SPDX-License-Identifier: Apache-2.0
-"""From lines of local files to token features.
+"""From columns of local files to token features.
 
 Every step is a stateless function of its input, so that tf.data can save and
 restore the position of a stream exactly.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-import json
+from collections.abc import Callable, Mapping
 import string
 
 import seqio
 import tensorflow as tf
 
+from mergejax import errors
+
 Dataset = tf.data.Dataset
 
 
-def parse_jsonl(fields: Sequence[str]) -> Callable[[Dataset], Dataset]:
-  """Lines of JSON objects -> `{field: string}`."""
-
-  def parse(line):
-    row = json.loads(line)
-    return [str(row[field]).encode() for field in fields]
-
-  def apply(dataset: Dataset) -> Dataset:
-    def one(line):
-      values = tf.numpy_function(
-        parse, [line], [tf.string] * len(fields), stateful=False
-      )
-      for value in values:
-        value.set_shape([])
-      return dict(zip(fields, values))
-
-    return dataset.map(one, num_parallel_calls=tf.data.AUTOTUNE)
-
-  return apply
-
-
-def parse_tsv(columns: Sequence[str]) -> Callable[[Dataset], Dataset]:
-  """Lines of tab-separated fields -> `{column: string}`; no quoting."""
-
-  def apply(dataset: Dataset) -> Dataset:
-    def one(line):
-      values = tf.strings.split(line, '\t')
-      return {name: values[i] for i, name in enumerate(columns)}
-
-    return dataset.map(one, num_parallel_calls=tf.data.AUTOTUNE)
-
-  return apply
-
-
-def parse_text(dataset: Dataset) -> Dataset:
-  """Plain lines -> `{'text': string}`."""
-  return dataset.map(
-    lambda line: {'text': line}, num_parallel_calls=tf.data.AUTOTUNE
-  )
-
-
 def columns_of(templates: Mapping[str, str]) -> list[str]:
-  """Names in braces, over all templates: `'{a} and {b}'` -> `['a', 'b']`."""
-  return sorted(
-    {
-      column
-      for template in templates.values()
-      for _, column, _, _ in string.Formatter().parse(template)
-      if column is not None
-    }
-  )
+  """Names in braces, over all templates: `'{a} and {b}'` -> `['a', 'b']`.
+
+  Raises:
+    UserError: unbalanced braces, braces with more than a name, or no name.
+  """
+  found = set()
+  for feature, template in templates.items():
+    try:
+      parts = list(string.Formatter().parse(template))
+    except (ValueError, TypeError) as error:
+      raise errors.UserError(
+        f'The template of {feature}, {template!r}, cannot be read: {error}. A '
+        "column's name stands in braces; {{ and }} are braces themselves."
+      ) from error
+    for _, column, spec, conversion in parts:
+      if spec or conversion or column == '':
+        raise errors.UserError(
+          f'The template of {feature}, {template!r}, has braces without a '
+          'plain column name: nothing is formatted or converted.'
+        )
+      if column is not None:
+        found.add(column)
+  if not found:
+    raise errors.UserError(
+      f'No template names a column in braces: {dict(templates)}.'
+    )
+  return sorted(found)
 
 
 def format_features(
@@ -96,16 +74,50 @@ def format_features(
   return apply
 
 
-def end_documents(
+def tokenize_documents(
   dataset: Dataset, output_features: Mapping[str, seqio.Feature]
 ) -> Dataset:
-  """Appends the end token to every document."""
-  end = output_features['targets'].vocabulary.eos_id
+  """Documents -> tokens with the end token last, and the bytes of each token.
+
+  A token's bytes are those from the end of the token before it to its own end,
+  in the text as it was before the vocabulary normalised it. What follows the
+  last one (white space that was dropped) is the end token's. So the numbers
+  of a document sum to its UTF-8 bytes, and those of the rows that it is cut
+  into do, wherever the cuts are.
+
+  Args:
+    dataset: `{'targets': string}`.
+    output_features: of the task.
+
+  Returns:
+    `{'targets': <int32>[tokens], 'num_bytes': <int32>[tokens]}`; without
+    `num_bytes` for a vocabulary that does not tell where its tokens end.
+  """
+  vocabulary = output_features['targets'].vocabulary
 
   def one(row):
-    return {'targets': tf.concat([row['targets'], [end]], 0)}
+    tokens, ends = _tokens_and_ends(vocabulary, row['targets'])
+    result = {'targets': tf.concat([tokens, [vocabulary.eos_id]], 0)}
+    if ends is not None:
+      whole = tf.strings.length(row['targets'])
+      cuts = tf.concat([[0], ends, [whole]], 0)
+      result['num_bytes'] = cuts[1:] - cuts[:-1]
+    return result
 
   return dataset.map(one, num_parallel_calls=tf.data.AUTOTUNE)
+
+
+def _tokens_and_ends(vocabulary, text):
+  """Tokens, and the byte of the text after each; None if it is not known."""
+  if isinstance(vocabulary, seqio.ByteVocabulary):
+    tokens = vocabulary.encode_tf(text)
+    return tokens, tf.range(1, tf.size(tokens) + 1)
+  if isinstance(vocabulary, seqio.SentencePieceVocabulary):
+    tokenizer = vocabulary.tf_tokenizer
+    if hasattr(tokenizer, 'tokenize_with_offsets'):
+      tokens, _, ends = tokenizer.tokenize_with_offsets(text)
+      return tokens, tf.cast(ends, tf.int32)
+  return vocabulary.encode_tf(text), None
 
 
 def concatenate_and_split(
@@ -119,7 +131,8 @@ def concatenate_and_split(
   documents may be shorter. No token is lost.
 
   Args:
-    dataset: `{'targets': tokens}` per document, each with its end token.
+    dataset: `{'targets': tokens}` per document, each with its end token, and
+      other features with a number for every token.
     sequence_length: tokens of a row; None leaves the documents as they are.
     documents: how many are joined at a time.
   """
@@ -128,18 +141,20 @@ def concatenate_and_split(
   length = sequence_length['targets']
 
   def rows(joined):
-    tokens = joined['targets'].flat_values
-    whole = tf.size(tokens) // length * length
+    flat = {name: leaf.flat_values for name, leaf in joined.items()}
+    whole = tf.size(flat['targets']) // length * length
     full = tf.data.Dataset.from_tensor_slices(
-      tf.reshape(tokens[:whole], [-1, length])
+      {n: tf.reshape(leaf[:whole], [-1, length]) for n, leaf in flat.items()}
     )
-    rest = tf.data.Dataset.from_tensors(tokens[whole:])
+    rest = tf.data.Dataset.from_tensors(
+      {name: leaf[whole:] for name, leaf in flat.items()}
+    )
     # Rows are of any length from here on, as after tokenising.
-    full = full.map(lambda row: tf.ensure_shape(row, [None]))
-    return full.concatenate(rest.filter(lambda row: tf.size(row) > 0))
+    full = full.map(
+      lambda row: {n: tf.ensure_shape(leaf, [None]) for n, leaf in row.items()}
+    )
+    return full.concatenate(
+      rest.filter(lambda row: tf.size(row['targets']) > 0)
+    )
 
-  return (
-    dataset.ragged_batch(documents)
-    .flat_map(rows)
-    .map(lambda row: {'targets': row})
-  )
+  return dataset.ragged_batch(documents).flat_map(rows)

@@ -3,12 +3,16 @@
 """Endless training batches whose position can be saved and restored exactly."""
 
 from collections.abc import Iterator, Mapping, Sequence
+import contextlib
 import functools
 import io
 import json
+import logging
 import pathlib
+import re
 import tempfile
 from typing import Any
+import weakref
 import zipfile
 
 import numpy as np
@@ -17,6 +21,8 @@ import tensorflow as tf
 
 from mergejax import errors
 from mergejax.data import identity
+from mergejax.data import samples
+from mergejax.data import tasks
 
 Batch = dict[str, np.ndarray]
 
@@ -25,15 +31,63 @@ _CONVERTERS = {
   'prefix_lm': seqio.PrefixLMFeatureConverter,
   'encoder_decoder': seqio.EncDecFeatureConverter,
 }
-
-
+# In a saved position: what it is a position in.
 _IDENTITY = 'identity.json'
+# To see how long an example is, it is given so many times the room it has.
+_ROOM = 16
 
 
-def _converter(kind: str, pack: bool) -> seqio.FeatureConverter:
+class _CountingConverter(seqio.LMFeatureConverter):
+  """Keeps the bytes behind each token beside the tokens."""
+
+  def __init__(self):
+    spec = seqio.FeatureConverter.FeatureSpec(dtype=tf.int32)
+    super().__init__(pack=False, passthrough_features={'num_bytes': spec})
+
+  def _convert_example(self, features):
+    converted = super()._convert_example(features)
+    return {**converted, 'num_bytes': features['num_bytes']}
+
+  def get_model_feature_lengths(self, task_feature_lengths):
+    lengths = super().get_model_feature_lengths(task_feature_lengths)
+    return {**lengths, 'num_bytes': task_feature_lengths['num_bytes']}
+
+
+def _converter(kind, dataset):
+  if kind == 'lm' and 'num_bytes' in dataset.element_spec:
+    return _CountingConverter()
+  return _CONVERTERS[kind](pack=False)
+
+
+def _provider(mixture_or_task, split):
+  """The task or mixture of a name, all of which has the split."""
+  known = [*seqio.MixtureRegistry.names(), *seqio.TaskRegistry.names()]
+  if mixture_or_task not in known:
+    raise errors.UserError(
+      errors.near(str(mixture_or_task), known, 'seqio task or mixture')
+    )
+  provider = seqio.get_mixture_or_task(mixture_or_task)
+  tasks.check_split(provider, split)
+  return provider
+
+
+def _check_lengths(lengths, kind):
   if kind not in _CONVERTERS:
     raise errors.UserError(errors.near(kind, _CONVERTERS, 'kind of features'))
-  return _CONVERTERS[kind](pack=pack)
+  needed = sorted(_CONVERTERS[kind].TASK_FEATURES)
+  if sorted(lengths) != needed:
+    raise errors.UserError(
+      f'The lengths of {kind!r} features must be those of '
+      f'{" and ".join(needed)}, not {dict(lengths)}.'
+    )
+  for name, length in lengths.items():
+    _check_positive(f'length of {name}', length)
+
+
+def _check_positive(what, value):
+  whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+  if not whole or value < 1:
+    raise errors.UserError(f'The {what} must be 1 or more, not {value!r}.')
 
 
 class SeqioStream:
@@ -69,6 +123,9 @@ class SeqioStream:
       shard_index: which part of the examples to read; a process of a
         data-parallel run reads its own.
       num_shards: how many parts there are.
+
+    Raises:
+      UserError: an unknown name, a split that a member lacks, a bad row.
     """
     self._name, self._split, self._lengths = mixture_or_task, split, lengths
     self._settings = {
@@ -80,13 +137,16 @@ class SeqioStream:
       'seed': seed,
       'shard': f'{shard_index} of {num_shards}',
     }
+    provider = _provider(mixture_or_task, split)
+    _check_lengths(lengths, kind)
+    _check_positive('batch size', batch_size)
     dataset = seqio.get_dataset(
-      mixture_or_task,
+      provider,
       task_feature_lengths=dict(lengths),
       dataset_split=split,
       shuffle=True,
       num_epochs=None,
-      feature_converter=_converter(kind, pack),
+      feature_converter=_CONVERTERS[kind](pack=pack),
       shard_info=seqio.ShardInfo(shard_index, num_shards),
       seed=seed,
     )
@@ -95,12 +155,17 @@ class SeqioStream:
     self._saved = tf.train.Checkpoint(
       iterator=self._iterator, position=self._position
     )
+    # An iterator that goes when the interpreter does waits for ever for rows
+    # that Python is reading ahead; this is done before.
+    weakref.finalize(self, self.__dict__.clear)
 
   def __iter__(self) -> Iterator[Batch]:
     return self
 
   def __next__(self) -> Batch:
-    batch = {name: leaf.numpy() for name, leaf in next(self._iterator).items()}
+    with _reporting_bad_rows():
+      found = next(self._iterator)
+    batch = {name: leaf.numpy() for name, leaf in found.items()}
     self._position.assign_add(1)
     return batch
 
@@ -191,8 +256,9 @@ def evaluation_batches(
   split: str,
   kind: str = 'lm',
   max_examples: int | None = None,
+  answers: bool = False,
 ) -> list[Batch]:
-  """A fixed sample of a split, in batches of equal shape.
+  """A split, or a fixed random sample of it, in batches of equal shape.
 
   Args:
     mixture_or_task: a name registered in seqio.
@@ -200,36 +266,108 @@ def evaluation_batches(
     batch_size: rows of a batch; the last is filled with empty rows of weight 0.
     split: the split to read.
     kind: as in `SeqioStream`; never packed.
-    max_examples: at most this many examples, drawn with a fixed seed.
+    max_examples: at most this many examples, see `samples`. A source that is no
+      local file is read to its end for it.
+    answers: the targets are answers, of which nothing may be cut off. Other
+      targets, and inputs, that are cut are told in a warning.
 
   Returns:
-    Batches of `<int32>[batch_size, length]` arrays.
+    Batches of `<int32>[batch_size, length]` arrays. Those of a text task have
+    `num_bytes <int32>[batch_size]` too: UTF-8 bytes of the text behind a row.
 
   Raises:
-    UserError: the split has no example.
+    UserError: an unknown name, a split that is not there or has no example, a
+      bad row, an answer that does not fit.
   """
-  dataset = seqio.get_dataset(
-    mixture_or_task,
-    task_feature_lengths=dict(lengths),
-    dataset_split=split,
-    shuffle=max_examples is not None,
-    num_epochs=1,
-    feature_converter=_converter(kind, pack=False),
-    seed=0,
-  )
+  provider = _provider(mixture_or_task, split)
+  _check_lengths(lengths, kind)
+  _check_positive('batch size', batch_size)
   if max_examples is not None:
-    dataset = dataset.take(max_examples)
+    _check_positive('number of examples', max_examples)
+    provider = samples.narrowed(provider, split, max_examples)
+  if kind == 'encoder_decoder':
+    _check_cuts(provider, split, lengths, max_examples, answers)
+  dataset = _plain(provider, split, lengths)
+  rows = list(_read(_converter(kind, dataset), dataset, lengths, max_examples))
+  if not rows:
+    raise errors.UserError(
+      f'The split {split!r} of {mixture_or_task} has no example.'
+    )
+  return _in_batches(rows, batch_size)
+
+
+def _plain(provider, split, lengths):
+  return provider.get_dataset(
+    dict(lengths), split=split, shuffle=False, num_epochs=1, seed=0
+  )
+
+
+def _read(converter, dataset, lengths, most):
+  """Rows of a converted dataset; the bytes of a row are summed."""
+  lengths = dict(lengths)
+  if isinstance(converter, _CountingConverter):
+    lengths['num_bytes'] = lengths['targets']
+  with _reporting_bad_rows():
+    for row in samples.drawn(
+      converter(dataset, task_feature_lengths=lengths), most
+    ):
+      if 'num_bytes' in row:
+        row['num_bytes'] = row['num_bytes'].sum(dtype=np.int32)
+      yield row
+
+
+def _in_batches(rows, size):
   batches = []
-  for batch in dataset.batch(batch_size).as_numpy_iterator():
-    missing = batch_size - len(next(iter(batch.values())))
+  for start in range(0, len(rows), size):
+    some = rows[start : start + size]
+    batch = {name: np.stack([row[name] for row in some]) for name in some[0]}
+    missing = size - len(some)
     batches.append(
       {
         name: np.pad(leaf, [(0, missing)] + [(0, 0)] * (leaf.ndim - 1))
         for name, leaf in batch.items()
       }
     )
-  if not batches:
-    raise errors.UserError(
-      f'The split {split!r} of {mixture_or_task} has no example.'
-    )
   return batches
+
+
+def _check_cuts(provider, split, lengths, most, answers):
+  """Compares the tokens of every example with the room that they have."""
+  roomy = {name: _ROOM * length for name, length in lengths.items()}
+  sizes = {name: [] for name in lengths}
+  with _reporting_bad_rows():
+    dataset = _plain(provider, split, roomy).map(
+      lambda row: {name: tf.size(row[name]) for name in lengths}
+    )
+    for row in samples.drawn(dataset, most):
+      for name, size in row.items():
+        sizes[name].append(int(size))
+  for name, found in sizes.items():
+    long = [size for size in found if size > lengths[name]]
+    if not long:
+      continue
+    longest = f'{max(long)} tokens' + (
+      ' or more' if max(long) == roomy[name] else ''
+    )
+    what = (
+      f'{len(long)} of {len(found)} {name} of {provider.name}, {split}, are '
+      f'longer than {lengths[name]} tokens, the end token included'
+    )
+    if name == 'targets' and answers:
+      raise errors.UserError(
+        f'{what}. Answers that are cut off can no longer be told apart: the '
+        f'length of {name} must be at least {longest}.'
+      )
+    logging.warning('%s, and are cut. The longest has %s.', what, longest)
+
+
+@contextlib.contextmanager
+def _reporting_bad_rows():
+  """What a source says of a row, without TensorFlow's trail."""
+  try:
+    yield
+  except tf.errors.OpError as error:
+    found = re.search(r'UserError: (.*?)\n\s*\n?Traceback', str(error), re.S)
+    if not found:
+      raise
+    raise errors.UserError(found[1].strip()) from error

@@ -3,21 +3,29 @@
 """seqio tasks over local TSV, JSONL and text files.
 
 Files are named by path, or by a path below the folder in the environment
-variable `MERGEJAX_DATA`.
+variable `MERGEJAX_DATA`. A task is what its files hold and what is made of
+them: a name that is taken by another one is an error.
 """
 
 from collections.abc import Mapping
+import hashlib
+import json
+import logging
 import os
 import pathlib
+import re
 
 import seqio
 
+from mergejax import checksums
 from mergejax import errors
 from mergejax.data import features
 from mergejax.data import preprocessors
+from mergejax.data import rows
+from mergejax.data import sources
 
-# Examples that are shuffled together while reading. A document yields its
-# pieces in order, so this should span several; it is part of a stream's state.
+# Files are shuffled whole; but a document yields its pieces in order, so that
+# many pieces are shuffled again. They are part of a stream's state.
 SHUFFLE_BUFFER = 2_000
 
 
@@ -41,58 +49,129 @@ def locate(path: os.PathLike | str) -> pathlib.Path:
   raise errors.UserError(f'There is no {path} here, {where}.')
 
 
-def _source(files: Mapping[str, os.PathLike | str]):
-  """A line source and the parser of its format, told by the suffix."""
-  paths = {split: str(locate(path)) for split, path in files.items()}
-  suffixes = {pathlib.Path(path).suffix for path in paths.values()}
-  if len(suffixes) != 1 or not suffixes <= {'.tsv', '.jsonl', '.txt'}:
+def _source(files, templates, vocabulary, *, example_a_row):
+  """The source of a task over files of one format."""
+  paths = {split: locate(path) for split, path in files.items()}
+  suffixes = {path.suffix for path in paths.values()}
+  if len(suffixes) != 1 or not suffixes <= set(rows.SUFFIXES):
     raise errors.UserError(
       'The files of a task must all be .tsv, all .jsonl or all .txt, not '
-      f'{sorted(suffixes)}: {sorted(paths.values())}'
+      f'{sorted(suffixes)}: {sorted(map(str, paths.values()))}'
     )
-  suffix = suffixes.pop()
-  source = seqio.TextLineDataSource(
-    split_to_filepattern=paths,
-    skip_header_lines=1 if suffix == '.tsv' else 0,
-  )
-  return source, suffix, pathlib.Path(next(iter(paths.values())))
+  wanted = preprocessors.columns_of(templates)
+  sums = {split: checksums.SUMS.of(path) for split, path in paths.items()}
+  what = {
+    'files': sums,
+    'suffix': suffixes.pop(),
+    'templates': dict(templates),
+    'vocabulary': _identity(vocabulary),
+    'example_a_row': example_a_row,
+  }
+  digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode())
+  source = sources.RowSource(
+    paths, sums, wanted, identity=digest.hexdigest(),
+    example_a_row=example_a_row,
+  )  # fmt: skip
+  _check_columns(source)
+  _tell_shared_files(paths, sums)
+  return source
+
+
+def _identity(vocabulary):
+  """What makes two vocabularies the same; the path of a file does not."""
+  model = getattr(vocabulary, 'sp_model', b'') or b''
+  return [
+    type(vocabulary).__qualname__,
+    vocabulary.vocab_size,
+    vocabulary.extra_ids,
+    hashlib.sha256(model).hexdigest(),
+  ]
+
+
+def _check_columns(source):
+  """Raises if no split has a column, which must be a slip of the pen.
+
+  A split may lack one (the test files of GLUE have no label) until it is read.
+  """
+  headers = {
+    path: rows.Rows(path).columns
+    for path in source.files.values()
+    if path.suffix == '.tsv'
+  }
+  for column in source.wanted:
+    if headers and not any(column in header for header in headers.values()):
+      path, header = next(iter(headers.items()))
+      raise errors.UserError(errors.near(column, header, f'column of {path},'))
+
+
+def _tell_shared_files(paths, sums):
+  by_sum: dict[str, list[str]] = {}
+  for split, total in sums.items():
+    by_sum.setdefault(total, []).append(split)
+  for splits in by_sum.values():
+    path = paths[splits[0]]
+    if len(splits) > 1 and path.stat().st_size:
+      logging.warning(
+        'The splits %s hold the same rows: %s. What is trained or chosen on '
+        'one of them is measured on itself.',
+        ' and '.join(splits),
+        path,
+      )
 
 
 def num_examples(task: str, split: str = 'train') -> int:
-  """Lines of a task's files, without headers.
+  """Examples of a task before they are cut into pieces.
 
   seqio is not told: it would hold a small task in memory and put all of it into
   every saved position of a stream.
+
+  Raises:
+    UserError: the task has no such split, or does not know how many it has.
   """
-  source = seqio.TaskRegistry.get(task).source
-  count = 0
-  for path in source.list_shards(split):
-    with open(path, 'rb') as stream:
-      count += sum(1 for _ in stream) - (pathlib.Path(path).suffix == '.tsv')
+  one = seqio.TaskRegistry.get(task)
+  check_split(one, split)
+  if isinstance(one.source, sources.RowSource):
+    return len(one.source.rows(split))
+  count = one.num_input_examples(split)
+  if count is None:
+    raise errors.UserError(
+      f'The task {task} does not tell how many examples its split {split!r} '
+      'has: give its source num_input_examples, or the mixture fixed rates.'
+    )
   return count
 
 
-def _columns(suffix, path, wanted):
-  """The parser that gives the `wanted` columns of a file."""
-  if suffix == '.txt':
-    return preprocessors.parse_text
-  if suffix == '.jsonl':
-    return preprocessors.parse_jsonl(wanted)
-  with open(path, encoding='utf-8') as stream:
-    header = stream.readline().rstrip('\n').split('\t')
-  for column in wanted:
-    if column not in header:
-      raise errors.UserError(errors.near(column, header, f'column of {path},'))
-  return preprocessors.parse_tsv(header)
+def check_split(
+  mixture_or_task: seqio.Mixture | seqio.Task, split: str
+) -> None:
+  """Raises if a task, or any member of a mixture, lacks a split."""
+  for task in seqio.get_subtasks(mixture_or_task):
+    if split not in task.splits:
+      raise errors.UserError(
+        f'The task {task.name} has no split {split!r}. It has '
+        f'{", ".join(sorted(task.splits))}.'
+      )
 
 
-def _add(name, **arguments) -> seqio.Task:
-  # A task's files are part of its meaning: the same name may be used again.
+def _add(name, by_content, source, **arguments) -> seqio.Task:
+  if by_content:
+    name = ''.join(c if c.isalnum() else '_' for c in name)
+    name = f'{name}_{source.identity[:16]}'
+  if not re.fullmatch(r'[\w.:#]+', name):
+    raise errors.UserError(
+      f'The name of a task has letters, digits, _ . : and #, not {name!r}.'
+    )
   if name in seqio.TaskRegistry.names():
+    old = seqio.TaskRegistry.get(name).source
+    if getattr(old, 'identity', None) != source.identity:
+      raise errors.UserError(
+        f'There is a task {name!r} of other files, templates or vocabulary '
+        'already: give this one another name, or remove that one with '
+        f'seqio.TaskRegistry.remove({name!r}).'
+      )
+    # The same content may lie elsewhere now.
     seqio.TaskRegistry.remove(name)
-  return seqio.TaskRegistry.add(
-    name, shuffle_buffer_size=SHUFFLE_BUFFER, **arguments
-  )
+  return seqio.TaskRegistry.add(name, source=source, metric_fns=[], **arguments)
 
 
 def add_text_task(
@@ -101,6 +180,7 @@ def add_text_task(
   *,
   vocabulary: seqio.Vocabulary | None = None,
   field: str = 'text',
+  by_content: bool = False,
 ) -> seqio.Task:
   """Registers a language-modelling task: documents cut to the given length.
 
@@ -110,26 +190,29 @@ def add_text_task(
       a document a line.
     vocabulary: bytes by default.
     field: where JSONL rows keep the text.
+    by_content: append a digest of the content to the name, so that it cannot
+      be that of another task.
 
   Returns:
     The task; its feature is `targets`, each document ended by the end token.
+
+  Raises:
+    UserError: a missing file, mixed formats, or a name that is taken.
   """
-  source, suffix, path = _source(files)
-  templates = {'targets': '{text}' if suffix == '.txt' else f'{{{field}}}'}
+  suffixes = {pathlib.Path(path).suffix for path in files.values()}
+  templates = {'targets': '{text}' if '.txt' in suffixes else f'{{{field}}}'}
+  vocabulary = vocabulary or features.vocabulary()
   return _add(
     name,
-    source=source,
+    by_content,
+    _source(files, templates, vocabulary, example_a_row=False),
+    shuffle_buffer_size=SHUFFLE_BUFFER,
     preprocessors=[
-      _columns(suffix, path, preprocessors.columns_of(templates)),
       preprocessors.format_features(templates),
-      seqio.preprocessors.tokenize,
-      preprocessors.end_documents,
+      preprocessors.tokenize_documents,
       preprocessors.concatenate_and_split,
     ],
-    output_features=features.language_model(
-      vocabulary or features.vocabulary()
-    ),
-    metric_fns=[],
+    output_features=features.language_model(vocabulary),
   )
 
 
@@ -140,6 +223,7 @@ def add_table_task(
   inputs: str,
   targets: str,
   vocabulary: seqio.Vocabulary | None = None,
+  by_content: bool = False,
 ) -> seqio.Task:
   """Registers a text-to-text task over the columns of TSV or JSONL files.
 
@@ -149,28 +233,30 @@ def add_table_task(
     inputs: template of the input: `'cola sentence: {sentence}'`.
     targets: template of the target: `'{label}'`.
     vocabulary: bytes by default.
+    by_content: append a digest of the content to the name, so that it cannot
+      be that of another task.
 
   Returns:
     The task; its features are `inputs` and `targets`.
 
   Raises:
-    UserError: a missing file, mixed formats, or a column the file lacks.
+    UserError: a missing file, mixed formats, a column that no file has, or a
+      name that is taken. A column that one split lacks is told when that split
+      is read.
   """
-  source, suffix, path = _source(files)
   templates = {'inputs': inputs, 'targets': targets}
+  vocabulary = vocabulary or features.vocabulary()
   return _add(
     name,
-    source=source,
+    by_content,
+    _source(files, templates, vocabulary, example_a_row=True),
+    shuffle_buffer_size=None,  # the source shuffles whole files
     preprocessors=[
-      _columns(suffix, path, preprocessors.columns_of(templates)),
       preprocessors.format_features(templates),
       seqio.preprocessors.tokenize,
       seqio.preprocessors.append_eos_after_trim,
     ],
-    output_features=features.encoder_decoder(
-      vocabulary or features.vocabulary()
-    ),
-    metric_fns=[],
+    output_features=features.encoder_decoder(vocabulary),
   )
 
 
@@ -189,7 +275,8 @@ def add_corpora(
       split: folder / domain / f'{split}.jsonl'
       for split in ('train', 'validation', 'test')
     }
-    task_name = 'corpus_' + ''.join(c if c.isalnum() else '_' for c in domain)
-    add_text_task(task_name, files, vocabulary=vocabulary)
-    names[domain] = task_name
+    task = add_text_task(
+      f'corpus_{domain}', files, vocabulary=vocabulary, by_content=True
+    )
+    names[domain] = task.name
   return names

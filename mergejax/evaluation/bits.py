@@ -9,11 +9,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
-import seqio
 
+from mergejax import errors
 from mergejax import models
 from mergejax import typing
 from mergejax.data import stream
+from mergejax.evaluation import scores
 from mergejax.train import losses
 
 
@@ -45,24 +46,27 @@ class TestSet:
     return np.concatenate(rows)
 
 
-def make_test_set(
-  batches: Sequence[dict[str, np.ndarray]], vocabulary: seqio.Vocabulary
-) -> TestSet:
-  """Counts the bytes behind every sequence; the end token has none."""
-  counts = []
-  for batch in batches:
-    for row in batch['decoder_target_tokens']:
-      if isinstance(vocabulary, seqio.ByteVocabulary):
-        counts.append(int((row >= 3).sum()))  # after padding, end, unknown
-      else:
-        text = vocabulary.decode([int(token) for token in row if token > 0])
-        counts.append(len(text.encode('utf-8')))
-  return TestSet(batches, np.asarray(counts, np.int64))
+def make_test_set(batches: Sequence[dict[str, np.ndarray]]) -> TestSet:
+  """The bytes behind every sequence, as they were counted in tokenising.
+
+  Args:
+    batches: of a text task, with `num_bytes <int>[rows]`.
+
+  Raises:
+    UserError: nothing tells the bytes, because of the vocabulary.
+  """
+  if any('num_bytes' not in batch for batch in batches):
+    raise errors.UserError(
+      'Nothing tells how many bytes of text these tokens stand for: bits per '
+      'byte need tasks of tasks.add_text_task, with bytes or a SentencePiece '
+      'model.'
+    )
+  counts = [np.asarray(batch['num_bytes'], np.int64) for batch in batches]
+  return TestSet(batches, np.concatenate(counts))
 
 
 def load_test_sets(
   task_of: Mapping[str, str],
-  vocabulary: seqio.Vocabulary,
   *,
   split: str,
   length: int,
@@ -78,8 +82,7 @@ def load_test_sets(
         batch_size=batch_size,
         split=split,
         max_examples=max_sequences,
-      ),
-      vocabulary,
+      )
     )
     for domain, task in task_of.items()
   }
@@ -121,20 +124,19 @@ def score(
 
   Args:
     log_likelihood: `<float>[sequences, length]` in nats, 0 at padding.
-    num_bytes: `<int>[sequences]`.
+    num_bytes: `<int>[sequences]`. Sequences of padding alone do not count.
     resamples: bootstrap samples of sequences, drawn with a fixed seed.
 
   Returns:
     The ratio and the 2.5% and 97.5% quantiles of its bootstrap distribution.
+
+  Raises:
+    UserError: there is no text.
 
   Example:
     >>> score(np.log(np.full((4, 8), 0.5)), np.full(4, 8)).bits_per_byte
     1.0
   """
   bits = -log_likelihood.sum(axis=-1, dtype=np.float64) / np.log(2)
-  rng = np.random.default_rng(0)
-  picks = rng.integers(0, len(bits), (resamples, len(bits)))
-  ratios = bits[picks].sum(axis=1) / num_bytes[picks].sum(axis=1)
-  low, high = np.quantile(ratios, [0.025, 0.975])
-  total = bits.sum() / num_bytes.sum()
-  return Score(float(total), float(low), float(high))
+  found = scores.bootstrap(bits, num_bytes, resamples=resamples)
+  return Score(found.value, found.low, found.high)

@@ -31,7 +31,8 @@ def bootstrap(
 
   Args:
     numerators: <float>[examples], hits or bits.
-    denominators: <float>[examples], ones or bytes.
+    denominators: <float>[examples], ones or bytes. An example with 0 of both
+      fills a batch and does not count.
     resamples: bootstrap samples of examples, drawn with a fixed seed.
 
   Returns:
@@ -46,11 +47,15 @@ def bootstrap(
   """
   up = np.asarray(numerators, np.float64)
   down = np.asarray(denominators, np.float64)
+  real = (up != 0) | (down != 0)
+  up, down = up[real], down[real]
   if not len(up) or not down.sum():
     raise errors.UserError('There is no example to score.')
   picks = np.random.default_rng(0).integers(0, len(up), (resamples, len(up)))
-  totals = np.maximum(down[picks].sum(axis=1), 1e-30)
-  low, high = np.quantile(up[picks].sum(axis=1) / totals, [0.025, 0.975])
+  tops, bottoms = up[picks].sum(axis=1), down[picks].sum(axis=1)
+  there = bottoms > 0  # a sample of ends of documents alone has no ratio
+  ratios = tops[there] / bottoms[there]
+  low, high = np.quantile(ratios, [0.025, 0.975])
   return Score(float(up.sum() / down.sum()), float(low), float(high))
 
 

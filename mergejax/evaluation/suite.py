@@ -17,6 +17,10 @@
       news: {text: corpora/news, metric: bits_per_byte}
       digits: {images: vision/mnist}
 
+`max_examples` are a fixed sample of the whole split (see `data.samples`).
+Answers are never cut: `lengths` must have room for the longest, with its end
+token. A file may serve several splits, which is told.
+
 Instead of `tasks`, `mixture: NAME` with `import: my.module` takes the tasks of
 a mixture that the module registers in seqio; `experts: {TASK: path}` then names
 their experts, and `metric` is that of all of them.
@@ -41,6 +45,7 @@ from mergejax import models
 from mergejax import typing
 from mergejax.data import features
 from mergejax.data import images
+from mergejax.data import rows
 from mergejax.data import stream
 from mergejax.data import tasks as tasks_lib
 from mergejax.evaluation import scores
@@ -68,7 +73,8 @@ class Task:
       likely one after those before it). 'loss': nats per target token.
       'bits_per_byte': of language models.
     kind: 'encoder_decoder', 'lm' or 'images'.
-    source: seqio's name of the task, or the folder of the images.
+    source: seqio's name of the task (its own name and a digest of its content,
+      so that suites do not share tasks), or the folder of the images.
     expert: checkpoint of the task's own expert, or None.
   """
 
@@ -101,20 +107,25 @@ class Suite:
     if split not in SPLITS:
       raise errors.UserError(errors.near(split, SPLITS, 'split'))
     limit = self.max_examples if limit is None else limit
+    _check_count('max_examples', limit, optional=True)
     if task.kind == 'images':
       return images.batches(
         images.load(task.source, split), self.batch_size, limit
       )
     lengths = dict(self.lengths)
     if task.kind == 'lm':
-      lengths = {'targets': lengths.get('targets', 64)}
+      del lengths['inputs']
     found = stream.evaluation_batches(
       task.source, lengths=lengths, batch_size=self.batch_size, split=split,
-      kind=task.kind, max_examples=limit,
+      kind=task.kind, max_examples=limit, answers=task.metric == 'accuracy',
     )  # fmt: skip
-    if task.metric == 'bits_per_byte':
-      for batch in found:
-        batch['num_bytes'] = self._num_bytes(batch['decoder_target_tokens'])
+    if task.metric == 'bits_per_byte' and 'num_bytes' not in found[0]:
+      raise errors.UserError(
+        f'task {name}: nothing tells how many bytes of text its tokens stand '
+        "for, which 'bits_per_byte' divides by. Register it with "
+        'tasks.add_text_task and bytes or a SentencePiece model, or score '
+        "'loss'."
+      )
     return found
 
   def lower_is_better(self) -> list[str]:
@@ -142,12 +153,6 @@ class Suite:
       raise errors.UserError(errors.near(name, self.tasks, 'task'))
     return self.tasks[name]
 
-  def _num_bytes(self, rows):
-    if isinstance(self.vocabulary, seqio.ByteVocabulary):
-      return (rows >= 3).sum(axis=1).astype(np.float32)
-    texts = (self.vocabulary.decode([int(t) for t in r if t > 0]) for r in rows)
-    return np.array([len(t.encode('utf-8')) for t in texts], np.float32)
-
   def evaluator(
     self, module: nn.Module, split: str, names: Sequence[str] | None = None
   ) -> search_base.Evaluator:
@@ -156,9 +161,11 @@ class Suite:
     Losses and bits per byte are negated.
     """
     names = list(names or self.tasks)
-    data = {
-      name: _stacked(self._checked(module, name, split)) for name in names
-    }
+    data = {}
+    for name in names:
+      batches = self.batches(name, split)
+      self._check_classes(module, name, batches)
+      data[name] = _stacked(batches)
 
     def score(params, data):
       result = {}
@@ -175,13 +182,10 @@ class Suite:
 
     return search_base.Evaluator(score, jax.device_put(data))
 
-  def _checked(self, module, name, split):
-    batches = self.batches(name, split)
+  def _check_classes(self, module, name, batches):
     if self._task(name).kind == 'images':
-      classes = module.config.classes
       for batch in batches:
-        bayes.check_classes(batch['labels'], classes)
-    return batches
+        bayes.check_classes(batch['labels'], module.config.classes)
 
   def table(
     self,
@@ -200,6 +204,8 @@ class Suite:
       `{model: {task: Score}}`, in the metrics' own direction.
     """
     names = list(names or self.tasks)
+    # What is wrong with the data is told before the first model is read.
+    data = {name: self.batches(name, split) for name in names}
     result: dict[str, dict[str, scores.Score]] = {}
     compiled = {}
     for row, module, params in rows:
@@ -207,19 +213,16 @@ class Suite:
       params = jax.device_put(params)
       for name in names:
         metric = self._task(name).metric
+        self._check_classes(module, name, data[name])
         if (module, metric) not in compiled:
           compiled[module, metric] = jax.jit(
             lambda p, b, module=module, metric=metric: example_scores(
               module, p, b, metric
             )
           )
-        pairs = [
-          compiled[module, metric](params, batch)
-          for batch in self._checked(module, name, split)
-        ]
+        pairs = [compiled[module, metric](params, b) for b in data[name]]
         up, down = (np.concatenate([np.asarray(p[i]) for p in pairs]) for i in (0, 1))  # fmt: skip
-        there = down > 0
-        result[row][name] = scores.bootstrap(up[there], down[there])
+        result[row][name] = scores.bootstrap(up, down)
     return result
 
 
@@ -302,12 +305,29 @@ def _parse(data):
     found = _mixture(data)
   return Suite(
     found,
-    data.get('lengths', {'inputs': 64, 'targets': 64}),
-    int(data.get('batch_size', 32)),
-    data.get('max_examples', 512),
+    _lengths(data.get('lengths', {})),
+    _check_count('batch_size', data.get('batch_size', 32)),
+    _check_count('max_examples', data.get('max_examples', 512), optional=True),
     vocabulary,
     data.get('base'),
   )
+
+
+def _check_count(word, value, optional=False):
+  if value is None and optional:
+    return value
+  whole = isinstance(value, int) and not isinstance(value, bool)
+  if not whole or value < 1:
+    raise errors.UserError(f'{word} must be 1 or more, not {value!r}.')
+  return value
+
+
+def _lengths(given):
+  """Tokens of inputs and targets; 64 where nothing is said."""
+  _known(given, ('inputs', 'targets'), 'lengths')
+  for word, value in given.items():
+    _check_count(f'lengths: {word}', value)
+  return {'inputs': 64, 'targets': 64, **given}
 
 
 def _parse_task(name, data, vocabulary):
@@ -323,22 +343,20 @@ def _parse_task(name, data, vocabulary):
   default = 'bits_per_byte' if kind == 'lm' else 'accuracy'
   metric = data.get('metric', default)
   _check_metric(metric, kind, name)
-  seqio_name = f'suite_{"".join(c if c.isalnum() else "_" for c in name)}'
   source = str(data[sources[0]])
   if kind == 'encoder_decoder':
     for word in ('inputs', 'targets'):
       if word not in data:
         raise errors.UserError(f"task {name} lacks the template '{word}'.")
-    tasks_lib.add_table_task(
-      seqio_name, _split_files(source), inputs=data['inputs'],
-      targets=data['targets'], vocabulary=vocabulary,
-    )  # fmt: skip
-    source = seqio_name
+    source = tasks_lib.add_table_task(
+      f'suite_{name}', _split_files(source), inputs=data['inputs'],
+      targets=data['targets'], vocabulary=vocabulary, by_content=True,
+    ).name  # fmt: skip
   elif kind == 'lm':
-    tasks_lib.add_text_task(
-      seqio_name, _split_files(source), vocabulary=vocabulary
-    )
-    source = seqio_name
+    source = tasks_lib.add_text_task(
+      f'suite_{name}', _split_files(source), vocabulary=vocabulary,
+      by_content=True,
+    ).name  # fmt: skip
   else:
     tasks_lib.locate(source)
   return Task(metric, kind, source, data.get('expert'))
@@ -356,15 +374,21 @@ def _split_files(source):
   path = tasks_lib.locate(source)
   if path.is_file():
     return {split: path for split in SPLITS}
-  files = {
-    split: path / f'{split}{suffix}'
-    for split in SPLITS
-    for suffix in ('.tsv', '.jsonl', '.txt')
-    if (path / f'{split}{suffix}').is_file()
-  }
+  files = {}
+  for split in SPLITS:
+    found = [path / f'{split}{suffix}' for suffix in rows.SUFFIXES]
+    found = [file for file in found if file.is_file()]
+    if len(found) > 1:
+      raise errors.UserError(
+        f'{path} holds more than one {split} file: '
+        f'{", ".join(file.name for file in found)}. Leave one.'
+      )
+    if found:
+      files[split] = found[0]
   if not files:
     raise errors.UserError(
-      f'{path} holds no train, validation or test file (.tsv, .jsonl, .txt).'
+      f'{path} holds no train, validation or test file '
+      f'({", ".join(rows.SUFFIXES)}).'
     )
   return files
 

@@ -24,7 +24,6 @@ import flax.linen as nn
 import jax
 from jax.experimental import multihost_utils
 import optax
-import seqio
 
 from mergejax import mesh as mesh_lib
 from mergejax import models
@@ -44,8 +43,6 @@ from mergejax.run import train
 from mergejax.store import base
 from mergejax.train import optim
 from mergejax.train import step as step_lib
-
-_MIXTURE = 'branch_train_merge'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,12 +121,11 @@ def run(settings: Callable[[], Settings] | Settings) -> None:
       'or name another folder, to train again.'
     )
     return
-  task_of, vocabulary = prepare_data(settings)
-  trained = train_all(settings, task_of)
+  task_of, mixture = prepare_data(settings)
+  trained = train_all(settings, task_of, mixture)
   say('evaluating')
   load = lambda split, limit: bits.load_test_sets(
     task_of,
-    vocabulary,
     split=split,
     length=settings.length,
     batch_size=settings.batch_size,
@@ -183,13 +179,11 @@ def layout(settings: Settings) -> dict[str, Any]:
   }
 
 
-def prepare_data(
-  settings: Settings,
-) -> tuple[dict[str, str], seqio.Vocabulary]:
+def prepare_data(settings: Settings) -> tuple[dict[str, str], str]:
   """Splits the text, checks its size, registers a task per domain.
 
   Returns:
-    `({domain: task name}, vocabulary)`.
+    `({domain: task name}, the name of the mixture of all)`.
   """
   vocabulary = features.vocabulary(settings.vocabulary)
   train.check_vocabulary(vocabulary, settings.module)
@@ -202,8 +196,10 @@ def prepare_data(
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices('corpora')
   task_of = tasks.add_corpora(folder, vocabulary)
-  mixtures.add_mixture(_MIXTURE, list(task_of.values()), rates='equal')
-  return task_of, vocabulary
+  mixture = mixtures.add_mixture(
+    'branch_train_merge', list(task_of.values()), rates='equal', by_content=True
+  )
+  return task_of, mixture.name
 
 
 def write_corpora(settings: Settings, folder: pathlib.Path) -> None:
@@ -245,7 +241,7 @@ def make_meshes(
 
 
 def train_all(
-  settings: Settings, task_of: Mapping[str, str]
+  settings: Settings, task_of: Mapping[str, str], mixture: str
 ) -> forest_table.Models:
   """Seed, experts and dense model; every phase continues where it stopped."""
   domains = list(task_of)
@@ -282,7 +278,7 @@ def train_all(
   seed_state = phase(
     'seed',
     step_lib.create(params, settings.optimizer, key),
-    stream(_MIXTURE, settings.batch_size, data_seed),
+    stream(mixture, settings.batch_size, data_seed),
     single,
     settings.seed_steps,
   )
@@ -306,7 +302,7 @@ def train_all(
   dense_state = phase(
     'dense',
     seed_state,
-    stream(_MIXTURE, len(domains) * settings.batch_size, data_seed + 999),
+    stream(mixture, len(domains) * settings.batch_size, data_seed + 999),
     single,
     total,
   )

@@ -119,7 +119,6 @@ def _on_corpora(options):
     corpora.check_sizes(sizes, {options.split: 1})
     test_sets = bits.load_test_sets(
       tasks.add_corpora(folder, vocabulary),
-      vocabulary,
       split=options.split,
       length=options.length,
       batch_size=options.batch_size,

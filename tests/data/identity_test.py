@@ -76,26 +76,26 @@ class PositionTest(parameterized.TestCase):
     state = self.saved()
     # As many rows, and the first of them the same.
     file = self.write('a.tsv', [*range(47), 99])
-    self.task('numbers', file)
+    self.task('changed', file)
     with self.assertRaisesRegex(
       errors.UserError, r'data/files: a.tsv \w+ there'
     ):
-      self.open().restore(state)
+      self.open('changed').restore(state)
     self.write('a.tsv', range(48))
-    self.task('numbers', file, inputs='a {number}')
+    self.task('asked_otherwise', file, inputs='a {number}')
     with self.assertRaisesRegex(errors.UserError, 'data/first examples'):
-      self.open().restore(state)
+      self.open('asked_otherwise').restore(state)
     self.task('numbers', file)
     mixtures.add_mixture('both', {'numbers': 1.0})
     again = self.open('both')
     with self.assertRaisesRegex(errors.UserError, 'data/part 0: None there'):
       again.restore(state)
     mixture = again.state()
-    mixtures.add_mixture('both', {'numbers': 2.0})
+    mixtures.add_mixture('weighed', {'numbers': 2.0})
     with self.assertRaisesRegex(
       errors.UserError, 'data/part 0/rate: 1.0 there'
     ):
-      self.open('both').restore(mixture)
+      self.open('weighed').restore(mixture)
 
   @parameterized.parameters(b'7', b'', b'PK no archive')
   def test_what_is_no_position(self, state):

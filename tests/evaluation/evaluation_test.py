@@ -1,14 +1,18 @@
 # Copyright 2026 The mergejax Authors.
 # SPDX-License-Identifier: Apache-2.0
 
+import dataclasses
 import pathlib
+import warnings
 
 from absl.testing import absltest
 import jax
 import numpy as np
-import seqio
 
+from mergejax import errors
 from mergejax import models
+from mergejax.data import stream
+from mergejax.data import tasks
 from mergejax.evaluation import bits
 from mergejax.evaluation import plots
 from mergejax.evaluation import report
@@ -52,12 +56,37 @@ class BitsTest(absltest.TestCase):
     self.assertBetween(covered, 85, 100)
 
   def test_bytes_are_counted_without_the_end_token(self):
-    targets = np.array([[75, 1, 76, 0], [0, 0, 0, 0]])
-    test_set = bits.make_test_set(
-      [{'decoder_target_tokens': targets}], seqio.ByteVocabulary()
+    path = pathlib.Path(self.create_tempdir().full_path) / 't.txt'
+    path.write_text('aé\nb\n')
+    task = tasks.add_text_task('counted', {'test': path}, by_content=True)
+    batches = stream.evaluation_batches(
+      task.name, lengths={'targets': 4}, batch_size=3, split='test'
     )
-    self.assertEqual(test_set.num_bytes.tolist(), [2, 0])
+    targets = np.array([[100, 198, 172, 1], [101, 1, 0, 0], [0, 0, 0, 0]])
+    np.testing.assert_array_equal(batches[0]['decoder_target_tokens'], targets)
+    test_set = bits.make_test_set(batches)
+    self.assertEqual(test_set.num_bytes.tolist(), [3, 1, 0])
     np.testing.assert_array_equal(test_set.mask, targets > 0)
+    with self.assertRaisesRegex(errors.UserError, 'how many bytes'):
+      bits.make_test_set([{'decoder_target_tokens': targets}])
+
+  def test_the_interval_of_a_small_set_is_a_number(self):
+    lp = np.zeros((8, 4))
+    lp[0] = -np.log(2)  # one row of text, seven that fill the batch
+    with warnings.catch_warnings():
+      warnings.simplefilter('error')
+      found = bits.score(lp, np.array([4, 0, 0, 0, 0, 0, 0, 0]))
+    self.assertEqual(dataclasses.astuple(found), (1.0, 1.0, 1.0))
+    # A row of end tokens alone is paid for, and has no ratio of its own.
+    lp[1, 0] = -np.log(2)
+    with warnings.catch_warnings():
+      warnings.simplefilter('error')
+      found = bits.score(lp, np.array([4, 0, 0, 0, 0, 0, 0, 0]))
+    self.assertAlmostEqual(found.bits_per_byte, 5 / 4)
+    self.assertEqual(found.low, 1.0)
+    self.assertAlmostEqual(found.high, 5 / 4)
+    with self.assertRaisesRegex(errors.UserError, 'no example'):
+      bits.score(np.zeros((8, 4)), np.zeros(8, int))
 
   def test_scorer_equals_log_softmax(self):
     module = lm.LanguageModel(

@@ -12,6 +12,7 @@ import seqio
 
 from mergejax import errors
 from mergejax import models
+from mergejax.data import tasks
 from mergejax.evaluation import bits
 from mergejax.evaluation import plots
 from mergejax.evaluation import scores
@@ -106,9 +107,7 @@ class SuiteTest(parameterized.TestCase):
     module = models.build(dict(model_type='lm', num_layers=1, **SIZES))
     params = models.init_params(module, jax.random.key(0))
     found = suite.table([('m', module, params)])['m']['words']
-    test_set = bits.make_test_set(
-      suite.batches('words', 'test'), seqio.ByteVocabulary()
-    )
+    test_set = bits.make_test_set(suite.batches('words', 'test'))
     expected = bits.score(
       bits.make_scorer(module)(params, test_set), test_set.num_bytes
     )
@@ -119,20 +118,24 @@ class SuiteTest(parameterized.TestCase):
     )
 
   def test_mixtures_of_seqio(self):
-    self.suite()
-    seqio.MixtureRegistry.add('moods_for_test', [('suite_mood', 1.0)])
+    task = tasks.add_table_task(
+        'mood_of_mixture', {'test': self.folder / 'test.tsv'},
+        inputs='mood: {text}', targets='{label}',
+    )  # fmt: skip
+    self.addCleanup(seqio.TaskRegistry.remove, task.name)
+    seqio.MixtureRegistry.add('moods_for_test', [(task.name, 1.0)])
     self.addCleanup(seqio.MixtureRegistry.remove, 'moods_for_test')
     suite = suite_lib.load({
         'mixture': 'moods_for_test', 'metric': 'loss',
-        'experts': {'suite_mood': 'path/to/expert'},
+        'experts': {'mood_of_mixture': 'path/to/expert'},
     })  # fmt: skip
-    self.assertEqual(suite.tasks['suite_mood'].metric, 'loss')
-    self.assertEqual(suite.tasks['suite_mood'].expert, 'path/to/expert')
-    self.assertEqual(suite.lower_is_better(), ['suite_mood'])
+    self.assertEqual(suite.tasks['mood_of_mixture'].metric, 'loss')
+    self.assertEqual(suite.tasks['mood_of_mixture'].expert, 'path/to/expert')
+    self.assertEqual(suite.lower_is_better(), ['mood_of_mixture'])
     self.assertEqual(suite.describe_metrics(), 'loss (lower is better)')
-    with self.assertRaisesRegex(errors.UserError, "'suite_mood'"):
+    with self.assertRaisesRegex(errors.UserError, "'mood_of_mixture'"):
       suite_lib.load(
-        {'mixture': 'moods_for_test', 'experts': {'suite_moood': 'x'}}
+        {'mixture': 'moods_for_test', 'experts': {'mood_of_mixtur': 'x'}}
       )
     with self.assertRaisesRegex(errors.UserError, 'for a mixture'):
       suite_lib.load({'tasks': {}, 'experts': {}})
