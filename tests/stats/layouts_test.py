@@ -49,7 +49,8 @@ class LayoutsTest(absltest.TestCase):
     rng = np.random.default_rng(0)
     xs = rng.normal(size=(2, 60, 4)).astype(np.float32)
     self.params = [
-      self.module.init(jax.random.key(k), xs[k])['params'] for k in range(2)
+      jax.jit(self.module.init)(jax.random.key(k), xs[k])['params']
+      for k in range(2)
     ]
     apply = lambda module, params, batch: module.apply(
       {'params': params}, batch['x'], mutable=['intermediates']
