@@ -11,11 +11,12 @@ from typing import Any
 import jax
 
 from mergejax import errors
+from mergejax import resume
 from mergejax.store import base
 from mergejax.store import checkpoint
 
-# Where a run computes: it may change, and changes the order of sums.
-_LAYOUT = 'layout'
+# Where and with what a run computes: they may change, and round otherwise.
+_LAYOUT, _CODE = 'layout', 'code'
 
 
 def layout(mesh: jax.sharding.Mesh) -> dict[str, Any]:
@@ -28,7 +29,9 @@ def check(
   wanted: Mapping[str, Any],
   where: Mapping[str, Any] | None = None,
 ) -> None:
-  """Refuses a folder that holds another run; says if it moved to other devices.
+  """Refuses a folder that holds another run.
+
+  Says if the run moved to other devices, or to another version of the code.
 
   Args:
     file: the JSON that `write` made, or where it will.
@@ -41,18 +44,21 @@ def check(
   if not file.exists():
     return
   found = checkpoint.read_json(file)
-  before = found.pop(_LAYOUT, None)
-  differing = errors.differences(found, json.loads(json.dumps(dict(wanted))))
+  before = {name: found.pop(name, {}) for name in (_LAYOUT, _CODE)}
+  differing = errors.differences(found, resume.canonical(wanted))
   if differing:
     raise errors.UserError(
       f'{file.parent} holds a run with other settings:\n'
       f'{errors.listed(differing, 20)}\nName another folder, or remove it.'
     )
-  moved = errors.differences(before or {}, json.loads(json.dumps(where or {})))
-  if before and where and moved and jax.process_index() == 0:
+  moved = []
+  for name, now in ((_LAYOUT, where), (_CODE, resume.code())):
+    if before[name] and now:
+      moved += errors.differences(before[name], resume.canonical(now))
+  if moved and jax.process_index() == 0:
     print(
       f'{file.parent} goes on where it was not begun ({"; ".join(moved)}): '
-      'sums are rounded in another order, so the last digits may differ.',
+      'sums may be rounded in another order, so the last digits may differ.',
       file=sys.stderr,
     )
 
@@ -65,8 +71,9 @@ def write(
   """Notes what a run was begun with, whole or not at all; the first process."""
   if jax.process_index() == 0 and not file.exists():
     with base.atomic_path(file, overwrite=True) as temporary:
-      data = {**wanted, _LAYOUT: where}
-      temporary.write_text(json.dumps(data, indent=2) + '\n')
+      data = {**wanted, _LAYOUT: where, _CODE: resume.code()}
+      text = json.dumps(resume.canonical(data), indent=2) + '\n'
+      temporary.write_text(text)
 
 
 def begun_with(file: pathlib.Path, name: str, default: Any) -> Any:

@@ -271,7 +271,7 @@ def _cross_entropy(module, params, batch, heat):
   logits = heat * models_lib.logits(module, params, batch)
   value, _ = losses.token_cross_entropy(logits, models_lib.targets(batch))
   weights = models_lib.target_weights(batch)
-  return jnp.sum(value * weights) / jnp.maximum(jnp.sum(weights), 1.0), {}
+  return losses.weighted_mean(value, weights), {}
 
 
 def _entropy(module, params, batch, heat):

@@ -72,7 +72,9 @@ def entropy(
   p = jax.nn.softmax(logits)
   if weights is None:
     weights = jnp.ones(p.shape[0], p.dtype)
-  share = weights / jnp.maximum(jnp.sum(weights), 1.0)
+  total = jnp.sum(weights)
+  share = weights / jnp.where(total > 0, total, 1.0)
+  p = jnp.where(share[:, None] > 0, p, 0.0)
   value = -jnp.vdot(share, jnp.sum(p * jnp.log(p + 1e-8), axis=-1))
   largest = jnp.max(jnp.einsum('b,bc->c', share, p))
   return value, {'largest_class': largest}

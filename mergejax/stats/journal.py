@@ -15,6 +15,7 @@ from jax.experimental import multihost_utils
 import numpy as np
 
 from mergejax import errors
+from mergejax import resume
 from mergejax import typing
 from mergejax.store import base as store_base
 
@@ -41,7 +42,7 @@ class Journal:
       out = pathlib.Path(out)
       store_base.check_new(out)
       self._path = out.with_name(f'.{out.name}.collecting.npz')
-    self._settings = json.dumps(settings, sort_keys=True)
+    self._record = resume.record(settings)
     # Of all batches so far, in their order.
     self._data = hashlib.sha256()
     self._expected = None
@@ -73,11 +74,8 @@ class Journal:
       raise errors.UserError(
         f'{self._path} cannot be read ({error}); remove it to start afresh.'
       ) from error
-    if str(leaves.pop('settings')) != self._settings:
-      raise errors.UserError(
-        f'{self._path} holds a collection that was begun for another model or '
-        'with other settings. Remove it to start afresh.'
-      )
+    found = json.loads(str(leaves.pop('settings')))
+    resume.check_same(found, self._record, self._path)
     done = int(leaves.pop('batches'))
     aliases = json.loads(str(leaves.pop('aliases')))
     self._expected = str(leaves.pop('data', ''))
@@ -129,7 +127,7 @@ class Journal:
       with open(temporary, 'wb') as stream:
         np.savez(
           stream,
-          settings=self._settings,
+          settings=json.dumps(self._record),
           batches=np.int64(batches),
           aliases=json.dumps(aliases),
           data=self._data.hexdigest(),

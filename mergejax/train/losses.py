@@ -137,6 +137,30 @@ def normalizer(
   )
 
 
+def _weighted_sum(values, weights):
+  """What has no weight has no part, be it NaN."""
+  return jnp.sum(jnp.where(weights != 0, values, 0.0) * weights)
+
+
+def weighted_mean(values: typing.Array, weights: typing.Array) -> jax.Array:
+  """`sum w v / sum w`; values of weight 0 do not count, be they NaN.
+
+  Args:
+    values: `<float32>[...]`.
+    weights: `<float32>[...]` of the same shape, none negative.
+
+  Returns:
+    `<float32>[]`. Nothing over nothing is 0, with a gradient of 0: a step on a
+    batch of padding alone changes nothing.
+
+  Example:
+    >>> float(weighted_mean(jnp.array([3.0, jnp.nan]), jnp.array([0.5, 0.0])))
+    3.0
+  """
+  total = jnp.sum(weights)
+  return _weighted_sum(values, weights) / jnp.where(total > 0, total, 1.0)
+
+
 def make_loss(
   module: nn.Module,
   *,
@@ -173,12 +197,7 @@ def make_loss(
       logits, targets, z_loss=z_loss, label_smoothing=label_smoothing
     )
     tokens = jnp.sum(weights)
-    # What has no weight has no part, be it NaN. Nothing over nothing is 0, with
-    # a gradient of 0: the step then changes nothing.
-    total = lambda values, by: jnp.sum(jnp.where(by != 0, values, 0.0) * by)
-    mean = lambda values: (
-      total(values, weights) / jnp.where(tokens > 0, tokens, 1.0)
-    )
+    mean = lambda values: weighted_mean(values, weights)
     correct = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
     metrics = {
       'loss': mean(token_loss - z_part),
@@ -189,7 +208,7 @@ def make_loss(
     if batch_stats is not None:
       metrics[models.BATCH_STATS] = batch_stats
     factor = jnp.where(tokens > 0, factor, 1.0)
-    return total(token_loss, scaled) / factor, metrics
+    return _weighted_sum(token_loss, scaled) / factor, metrics
 
   return loss_fn
 
