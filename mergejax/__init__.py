@@ -31,7 +31,7 @@ _PUBLIC = {
   'karcher': ('mergejax.merging.sphere', 'karcher'),
   'linear': ('mergejax.merging.mean', 'linear'),
   'load_model': ('mergejax.models', 'load_model'),
-  'load_recipe': ('mergejax.recipe', 'load_recipe'),
+  'load_recipe': ('mergejax.recipes.recipe', 'load_recipe'),
   'make_mesh': ('mergejax.mesh', 'make_mesh'),
   'merge': ('mergejax.api', 'merge'),
   'model_stock': ('mergejax.merging.sphere', 'model_stock'),

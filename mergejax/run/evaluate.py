@@ -12,7 +12,6 @@ import flax.linen as nn
 
 from mergejax import errors
 from mergejax import models
-from mergejax import recipe as recipe_lib
 from mergejax import typing
 from mergejax.data import corpora
 from mergejax.data import features
@@ -23,6 +22,7 @@ from mergejax.evaluation import report
 from mergejax.evaluation import scores
 from mergejax.evaluation import suite as suite_lib
 from mergejax.nn import lm
+from mergejax.recipes import recipe as recipe_lib
 from mergejax.run import common
 from mergejax.streamed import executor
 from mergejax.streamed import planner

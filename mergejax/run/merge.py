@@ -42,7 +42,7 @@ def main(arguments: Sequence[str]) -> None:
   if not options.dry_run and options.sandbox is None:
     checksums.SUMS.start(_likely_sources(options.recipe))
   # These import JAX, meanwhile.
-  recipe_lib = importlib.import_module('mergejax.recipe')
+  recipe_lib = importlib.import_module('mergejax.recipes.recipe')
   planner = importlib.import_module('mergejax.streamed.planner')
   executor = importlib.import_module('mergejax.streamed.executor')
   recipe = recipe_lib.load_recipe(options.recipe)

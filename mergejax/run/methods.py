@@ -5,8 +5,8 @@
 from collections.abc import Sequence
 import inspect
 
-from mergejax import recipe
 from mergejax.merging import named
+from mergejax.recipes import recipe
 from mergejax.run import common
 
 

@@ -14,10 +14,10 @@ import yaml
 from mergejax import architectures
 from mergejax import errors
 from mergejax import models as models_lib
-from mergejax import recipe as recipe_lib
 from mergejax.evaluation import suite as suite_lib
 from mergejax.merging import named
 from mergejax.peft import fold
+from mergejax.recipes import recipe as recipe_lib
 from mergejax.search import base as base_lib
 from mergejax.search import evolve
 from mergejax.select import ranking

@@ -20,11 +20,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mergejax import errors
-from mergejax import recipe as recipe_lib
 from mergejax import resume
 from mergejax import typing
 from mergejax.merging import driver
 from mergejax.merging import named
+from mergejax.recipes import recipe as recipe_lib
 
 # `{task: score}`, higher is better.
 Scores = Mapping[str, Any]

@@ -16,8 +16,8 @@ import numpy as np
 
 from mergejax import architectures
 from mergejax import errors
-from mergejax import recipe as recipe_lib
 from mergejax.peft import fold
+from mergejax.recipes import recipe as recipe_lib
 from mergejax.stats import saved
 from mergejax.store import base as store_base
 from mergejax.store import buffers

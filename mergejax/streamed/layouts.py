@@ -13,10 +13,10 @@ import re
 from typing import NamedTuple
 
 from mergejax import errors
-from mergejax import recipe as recipe_lib
 from mergejax import tree
 from mergejax import typing
 from mergejax.merging import named
+from mergejax.recipes import recipe as recipe_lib
 from mergejax.streamed import inputs as inputs_lib
 from mergejax.streamed import layer_configs
 

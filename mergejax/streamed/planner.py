@@ -18,17 +18,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from mergejax import axes as axes_lib
-from mergejax import chat_templates
 from mergejax import errors
 from mergejax import numerics
-from mergejax import recipe as recipe_lib
 from mergejax import registry
-from mergejax import settings
 from mergejax import stacks
 from mergejax import typing
 from mergejax.merging import base as merge_base
 from mergejax.merging import mean
 from mergejax.merging import named
+from mergejax.recipes import chat_templates
+from mergejax.recipes import recipe as recipe_lib
+from mergejax.recipes import settings
 from mergejax.store import buffers
 from mergejax.streamed import inputs as inputs_lib
 from mergejax.streamed import layouts

@@ -7,11 +7,11 @@ import dataclasses
 from typing import Any
 
 from mergejax import axes as axes_lib
-from mergejax import recipe as recipe_lib
 from mergejax import resume
 from mergejax import typing
 from mergejax.merging import base as merge_base
 from mergejax.merging import named
+from mergejax.recipes import recipe as recipe_lib
 from mergejax.store import base as store_base
 from mergejax.streamed import companions
 

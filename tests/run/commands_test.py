@@ -20,10 +20,10 @@ import gin
 import mergejax as mj
 from mergejax import mesh as mesh_lib
 from mergejax import models
-from mergejax import recipe as recipe_lib
 from mergejax.merging import named
 from mergejax.nn import lm
 from mergejax.nn import t5
+from mergejax.recipes import recipe as recipe_lib
 from mergejax.run import common
 from mergejax.run import main
 from mergejax.store.names import t5 as t5_names

@@ -16,7 +16,7 @@ import optax
 import mergejax as mj
 from mergejax import errors
 from mergejax import mesh as mesh_lib
-from mergejax import recipe as recipe_lib
+from mergejax.recipes import recipe as recipe_lib
 from mergejax.search import base
 from mergejax.search import evolve
 from mergejax.search import gradient

@@ -472,7 +472,7 @@ class SavedTest(parameterized.TestCase):
       'models': [str(self.folder / 'a'), str(self.folder / 'b')],
       'stats': [str(self.folder / 'mine'), str(self.folder / 'theirs')],
     }
-    from mergejax import recipe as recipe_lib
+    from mergejax.recipes import recipe as recipe_lib
 
     mj.plan(recipe_lib.parse_recipe(recipe))
     recipe['stats'].reverse()

@@ -12,9 +12,9 @@ import numpy as np
 import mergejax as mj
 from mergejax import errors
 from mergejax import models
-from mergejax import recipe as recipe_lib
 from mergejax import stats
 from mergejax import tree
+from mergejax.recipes import recipe as recipe_lib
 
 LM = dict(
   model_type='lm', vocab_size=16, emb_dim=8, num_heads=2, head_dim=4,

@@ -16,9 +16,9 @@ import yaml
 
 import mergejax as mj
 from mergejax import errors
-from mergejax import recipe as recipe_lib
-from mergejax import settings
 from mergejax import tree as tree_lib
+from mergejax.recipes import recipe as recipe_lib
+from mergejax.recipes import settings
 
 
 class RecipeTest(parameterized.TestCase):

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Recipes: which models, which weights, which method, as data.
 
-A mergekit YAML file is a recipe, unchanged (`modules` are those of
-`recipe_modules`). A recipe may further hold `rules`, `stats`, `axes`, `seed`,
+A mergekit YAML file is a recipe, unchanged (`modules:` are read by
+`recipes.modules`). A recipe may further hold `rules`, `stats`, `axes`, `seed`,
 `format`, `untie`, `vocab` and `ignore_config`:
 
     merge_method: ties
@@ -34,13 +34,13 @@ from typing import Any
 import yaml
 
 from mergejax import errors
-from mergejax import mergekit_words
-from mergejax import model_names
-from mergejax import parameters as parameters_lib
-from mergejax import recipe_modules
-from mergejax import recipe_values
-from mergejax import tokenizer_words
 from mergejax.merging import named
+from mergejax.recipes import mergekit_words
+from mergejax.recipes import model_names
+from mergejax.recipes import modules as recipe_modules
+from mergejax.recipes import parameters as parameters_lib
+from mergejax.recipes import tokenizer_words
+from mergejax.recipes import values
 
 _TOP = (
   'merge_method', 'models', 'slices', 'modules', 'base_model', 'parameters', 'dtype',
@@ -249,25 +249,21 @@ class _Reader:
       stats=tuple(
         map(
           str,
-          recipe_values.entries(data.get('stats'), 'stats', 'paths', report),
+          values.entries(data.get('stats'), 'stats', 'paths', report),
         )
       ),
-      axes=recipe_values.axes(data.get('axes'), report),
-      dtype=recipe_values.dtype(
-        data.get('dtype'), data.get('out_dtype'), report
-      ),
-      seed=recipe_values.whole_number(data.get('seed', 0), 'seed', report),
-      format=recipe_values.choice(
-        data.get('format'), FORMATS, 'format', report
-      ),
-      untie=recipe_values.flag(data.get('untie', False), 'untie', report),
-      vocab=recipe_values.choice(
+      axes=values.axes(data.get('axes'), report),
+      dtype=values.dtype(data.get('dtype'), data.get('out_dtype'), report),
+      seed=values.whole_number(data.get('seed', 0), 'seed', report),
+      format=values.choice(data.get('format'), FORMATS, 'format', report),
+      untie=values.flag(data.get('untie', False), 'untie', report),
+      vocab=values.choice(
         data.get('vocab'), VOCAB_POLICIES, 'vocab policy', report
       ),
       ignore_config=tuple(
         map(
           str,
-          recipe_values.entries(
+          values.entries(
             data.get('ignore_config'), 'ignore_config', 'names', report
           ),
         )
@@ -275,9 +271,7 @@ class _Reader:
       tokenizer=tokenizer,
       tokens=tokens,
       row_multiple=multiple,
-      chat_template=recipe_values.chat_template(
-        data.get('chat_template'), report
-      ),
+      chat_template=values.chat_template(data.get('chat_template'), report),
       notes=report.notes(),
       data=data,
     )
@@ -364,9 +358,7 @@ class _Reader:
         continue
       layers = None
       if with_layers:
-        layers = recipe_values.layers(
-          entry.get('layer_range'), where, self._report
-        )
+        layers = values.layers(entry.get('layer_range'), where, self._report)
       inputs.append(
         Input(
           self._name(entry['model'], 'model'),
@@ -410,7 +402,7 @@ class _Reader:
   def _rules(self, data, method):
     rules = []
     form = '`{match: ..., ...}`'
-    entries = recipe_values.entries(data, 'rules', form, self._report)
+    entries = values.entries(data, 'rules', form, self._report)
     for i, entry in enumerate(entries):
       what = f'rule {i}'
       known = ('match', 'copy', 'method', 'parameters')

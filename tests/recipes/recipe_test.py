@@ -13,10 +13,10 @@ import models_on_disk
 import numpy as np
 
 import mergejax as mj
-from mergejax import chat_templates
-from mergejax import recipe as recipe_lib
 from mergejax import tree as tree_lib
 from mergejax.merging import named
+from mergejax.recipes import chat_templates
+from mergejax.recipes import recipe as recipe_lib
 
 
 def parsed(method='ties', **parameters):

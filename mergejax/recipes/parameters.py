@@ -6,10 +6,10 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from mergejax import errors
-from mergejax import mergekit_words
-from mergejax import settings
 from mergejax.merging import edits
 from mergejax.merging import named
+from mergejax.recipes import mergekit_words
+from mergejax.recipes import settings
 
 
 class Report:

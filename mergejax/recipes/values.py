@@ -9,10 +9,10 @@ and returns what the recipe means, or something harmless beside a problem.
 from collections.abc import Sequence
 from typing import Any
 
-from mergejax import chat_templates
 from mergejax import errors
-from mergejax import settings
 from mergejax.parameters import Report
+from mergejax.recipes import chat_templates
+from mergejax.recipes import settings
 
 DTYPES = ('float32', 'bfloat16', 'float16', 'float64')
 

@@ -5,7 +5,7 @@
 import pathlib
 from typing import Any
 
-from mergejax import parameters
+from mergejax.recipes import parameters
 
 _WORDS = ('model', 'lora', 'path', 'revision', 'override_architecture')
 

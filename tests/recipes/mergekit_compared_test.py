@@ -21,7 +21,7 @@ import public_recipes
 import yaml
 
 import mergejax as mj
-from mergejax import mergekit_words
+from mergejax.recipes import mergekit_words
 
 # Merges every recipe of a folder; writes {name: null or what went wrong}.
 _RUNNER = """

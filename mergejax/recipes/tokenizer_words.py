@@ -19,8 +19,8 @@ from collections.abc import Mapping
 import dataclasses
 from typing import Any
 
-from mergejax import model_names
-from mergejax import parameters
+from mergejax.recipes import model_names
+from mergejax.recipes import parameters
 
 _WORDS = ('source', 'tokens', 'pad_to_multiple_of')
 
