@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from mergejax import errors
-from mergejax.parameters import Report
+from mergejax.recipes import parameters
 from mergejax.recipes import chat_templates
 from mergejax.recipes import settings
 
 DTYPES = ('float32', 'bfloat16', 'float16', 'float64')
 
 
-def dtype(computed: Any, stored: Any, report: Report) -> str | None:
+def dtype(computed: Any, stored: Any, report: parameters.Report) -> str | None:
   """The result's dtype from `dtype` and `out_dtype`, of which the second wins.
 
   Sums are made in float32 whatever it is. `torch.bfloat16` is `bfloat16`.
@@ -33,7 +33,7 @@ def dtype(computed: Any, stored: Any, report: Report) -> str | None:
   return result
 
 
-def chat_template(value: Any, report: Report) -> str | None:
+def chat_template(value: Any, report: parameters.Report) -> str | None:
   """Jinja text, by name too; 'auto' waits until the models are known."""
   if value is None or value == chat_templates.AUTO:
     return value
@@ -51,7 +51,7 @@ def chat_template(value: Any, report: Report) -> str | None:
 
 
 def choice(
-  value: Any, choices: Sequence[str], what: str, report: Report
+  value: Any, choices: Sequence[str], what: str, report: parameters.Report
 ) -> str | None:
   """One of a few words, or None."""
   if value is not None and value not in choices:
@@ -60,7 +60,7 @@ def choice(
   return value
 
 
-def flag(value: Any, what: str, report: Report) -> bool:
+def flag(value: Any, what: str, report: parameters.Report) -> bool:
   """True or false, see `settings.flag`; false if it is neither."""
   try:
     return settings.flag(value)
@@ -69,7 +69,7 @@ def flag(value: Any, what: str, report: Report) -> bool:
     return False
 
 
-def whole_number(value: Any, what: str, report: Report) -> int:
+def whole_number(value: Any, what: str, report: parameters.Report) -> int:
   """A number without fraction; 0 if it is none."""
   try:
     return settings.whole_number(value)
@@ -78,7 +78,9 @@ def whole_number(value: Any, what: str, report: Report) -> int:
     return 0
 
 
-def layers(value: Any, where: str, report: Report) -> tuple[int, int] | None:
+def layers(
+  value: Any, where: str, report: parameters.Report
+) -> tuple[int, int] | None:
   """A half-open range of layers."""
   try:
     first, end = value
@@ -94,7 +96,9 @@ def layers(value: Any, where: str, report: Report) -> tuple[int, int] | None:
   return None
 
 
-def entries(value: Any, what: str, form: str, report: Report) -> list:
+def entries(
+  value: Any, what: str, form: str, report: parameters.Report
+) -> list:
   """A list, empty if there is none; its entries are not looked at."""
   if value is None:
     return []
@@ -104,7 +108,9 @@ def entries(value: Any, what: str, form: str, report: Report) -> list:
   return value
 
 
-def axes(value: Any, report: Report) -> tuple[tuple[str, tuple[str, ...]], ...]:
+def axes(
+  value: Any, report: parameters.Report
+) -> tuple[tuple[str, tuple[str, ...]], ...]:
   """Logical axes by regular expression of the path."""
   form = '`[regular expression, [axis names]]`'
   rules = []
