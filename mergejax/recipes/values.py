@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from mergejax import errors
-from mergejax.recipes import parameters
 from mergejax.recipes import chat_templates
+from mergejax.recipes import parameters
 from mergejax.recipes import settings
 
 DTYPES = ('float32', 'bfloat16', 'float16', 'float64')
