@@ -12,8 +12,6 @@ import pathlib
 import re
 from typing import Any
 
-import numpy as np
-
 from mergejax import architectures
 from mergejax import errors
 from mergejax.peft import fold
@@ -25,12 +23,7 @@ from mergejax.store import checkpoint
 from mergejax.store import ties
 from mergejax.store import vocabulary
 from mergejax.streamed import companions
-
-_EMBEDDING = re.compile(
-  r'(.*[./])?(embed(?!\w*pos)\w*|wte|shared|token_embedder|word_embeddings)[./]'
-  r'(weight|embedding)|'
-  r'(.*[./])?(lm_head|embed_out|proj_out|lm_head\.decoder)\.weight'
-)
+from mergejax.streamed import vocabularies
 
 
 class Inputs:
@@ -67,12 +60,12 @@ class Inputs:
     self.raise_problems()
     self.reference = recipe.base or recipe.slices[0].inputs[0].model
     self.configs = {
-      name: self.attempt(checkpoint.read_config, self._folder(name))
+      name: self.attempt(checkpoint.read_config, self.folder(name))
       for name in self.stores
     }
     self._check_configs()
     self.opened = dict(self.stores)
-    self.tokenizer = self._align_vocabularies()
+    self.tokenizer = vocabularies.align(self, recipe)
     self._tie()
     self._leave_out_buffers()
     self.raise_problems()
@@ -81,7 +74,7 @@ class Inputs:
 
   def _note_companions(self):
     """Tells which files beside the reference the result will not have."""
-    folder = self._folder(self.reference)
+    folder = self.folder(self.reference)
     found = companions.find(
       folder, self.tokenizer.folder, self.stores[self.reference]
     )
@@ -186,7 +179,7 @@ class Inputs:
         self.remarks.append(remark)
     return store
 
-  def _folder(self, name):
+  def folder(self, name: str) -> pathlib.Path:
     """Where the configuration and the tokenizer of a model lie."""
     return companions.folder_of(name, self._recipe.base)
 
@@ -204,173 +197,7 @@ class Inputs:
     except errors.UserError as error:
       self.problems.append(error.message)
 
-  # Vocabularies and tied heads ------------------------------------------------
-
-  def _align_vocabularies(self) -> companions.Tokenizer:
-    recipe = self._recipe
-    if recipe.tokenizer is not None and recipe.vocab is not None:
-      self.problems.append(
-        "give 'tokenizer' (rows by token) or 'vocab' (rows by number), not both."
-      )
-    paths = {
-      name: {p: s for p, s in store.specs().items() if _EMBEDDING.fullmatch(p)}
-      for name, store in self.stores.items()
-    }
-    if recipe.tokenizer is not None:
-      return self._by_token(paths)
-    counts = {
-      name: {spec.shape[0] for spec in own.values() if len(spec.shape) == 2}
-      for name, own in paths.items()
-    }
-    sizes = {n: max(own) for n, own in counts.items() if own}
-    if len(set(sizes.values())) > 1:
-      if recipe.vocab is None:
-        listing = ', '.join(f'{name}: {size}' for name, size in sizes.items())
-        self.problems.append(
-          f'The vocabularies differ in size ({listing}). Say what to do: '
-          '`tokenizer: {source: union}` matches rows by token; `vocab: base`, '
-          '`union` or `pad` by number.'
-        )
-      else:
-        self._by_number(paths, sizes)
-    return companions.Tokenizer(self._folder(self.reference))
-
-  def _by_number(self, paths, sizes):
-    policy = self._recipe.vocab
-    count = sizes[self.reference] if policy == 'base' else max(sizes.values())
-    rows = {}
-    for name, own in paths.items():
-      rows[name] = {
-        path: np.where(np.arange(count) < spec.shape[0], np.arange(count), -1)
-        for path, spec in own.items()
-      }
-    self._wrap_rows(rows, zeros=policy == 'pad')
-    self.config['vocab_size'] = count
-    self.remarks.append(
-      f'vocabularies of {sorted(set(sizes.values()))} rows: the result has '
-      f'{count} (policy {policy!r})'
-    )
-
-  def _by_token(self, paths):
-    recipe = self._recipe
-    tokens = {}
-    for name in self.stores:
-      tokens[name] = self.attempt(self._tokens_of, name, paths)
-    source = recipe.tokenizer
-    if source not in ('base', 'union') and source not in tokens:
-      tokens[source] = self.attempt(vocabulary.read_tokens, source)
-    if self.problems:
-      return companions.Tokenizer(self._folder(self.reference))
-    if source == 'union':
-      first = [self.reference, *(n for n in tokens if n != self.reference)]
-      wanted = vocabulary.union([tokens[name] for name in first])
-    else:
-      wanted = tokens[self.reference if source == 'base' else source]
-    last = max(wanted.values())
-    new = [token for token in recipe.tokens if token not in wanted]
-    wanted = {**wanted, **{t: last + 1 + i for i, t in enumerate(new)}}
-    least = max(wanted.values()) + 1
-    if source != 'union':
-      # Rows past the last token are padding that the model has.
-      own = [s.shape[0] for s in paths.get(
-        self.reference if source == 'base' else source, {}
-      ).values()]  # fmt: skip
-      least = max([least, *own])
-    count = -(-least // (recipe.row_multiple or 1)) * (recipe.row_multiple or 1)
-    rows = {}
-    for name, own in paths.items():
-      order = np.full(count, -1)
-      for token, row in wanted.items():
-        order[row] = tokens[name].get(token, -1)
-      rows[name] = {
-        path: np.where(order < spec.shape[0], order, -1)
-        for path, spec in own.items()
-      }
-    chosen = [
-      self.attempt(self._chosen_row, token, wanted[token], tokens, paths)
-      for token in recipe.tokens
-    ]
-    if self.problems:
-      return companions.Tokenizer(self._folder(self.reference))
-    self._wrap_rows(rows, chosen=chosen, padding=least)
-    self.config['vocab_size'] = count
-    new = len(set(wanted) - set(tokens[self.reference]))
-    self.remarks.append(
-      f'tokenizer {source!r}: {len(wanted)} tokens, {new} of them not in '
-      f'{self.reference}; embedding rows are matched by token'
-      + (f'; {count} rows' if count != least else '')
-    )
-    owner = self.reference if source in ('base', 'union') else source
-    folder = self._folder(owner)
-    if not set(wanted) - set(tokens[owner]):
-      return companions.Tokenizer(folder)
-    donors = [str(self._folder(name)) for name in tokens]
-    text = vocabulary.extended_tokenizer(str(folder), wanted, donors)
-    return companions.Tokenizer(folder, text)
-
-  def _tokens_of(self, name, paths) -> dict[str, int]:
-    """A model's tokens; of a bare one with equal rows, the reference's."""
-    folder = self._folder(name)
-    shapes = [
-      {path: spec.shape for path, spec in paths[n].items()}
-      for n in (name, self.reference)
-    ]
-    file = pathlib.Path(folder).expanduser() / vocabulary.TOKENIZER
-    if not file.exists() and name != self.reference and shapes[0] == shapes[1]:
-      self.remarks.append(
-        f'{name} has no {vocabulary.TOKENIZER}: its rows are taken to be those '
-        f'of {self.reference}, as in mergekit'
-      )
-      return self._tokens_of(self.reference, paths)
-    return vocabulary.read_tokens(folder)
-
-  def _chosen_row(self, token, row, tokens, paths) -> vocabulary.ChosenRow:
-    """The row that the recipe says a token has."""
-    source = self._recipe.tokens[token]
-    if source.model is None:
-      return vocabulary.ChosenRow(row, None, -1, source.force)
-    if source.model not in self.stores:
-      raise errors.UserError(
-        f'token {token!r}: {source.model} is none of the models that are merged.'
-      )
-    at = source.row
-    if at is None:
-      wanted = token if source.token is None else source.token
-      at = tokens[source.model].get(wanted)
-      if at is None:
-        raise errors.UserError(
-          f'token {token!r}: {source.model} has no token {wanted!r}.'
-        )
-    sizes = [spec.shape[0] for spec in paths[source.model].values()]
-    if at >= min(sizes, default=0):
-      raise errors.UserError(
-        f'token {token!r}: row {at} of {source.model}, which has '
-        f'{min(sizes, default=0)}.'
-      )
-    return vocabulary.ChosenRow(
-      row, self.stores[source.model], at, source.force
-    )
-
-  def _wrap_rows(self, rows, zeros=False, chosen=(), padding=None):
-    forced = [one.row for one in chosen if one.force]
-    plain = dict(self.stores)
-    base = self._recipe.base
-    for name, store in plain.items():
-      same = all(
-        len(order) == store.specs()[path].shape[0]
-        and np.array_equal(order, np.arange(len(order)))
-        for path, order in rows[name].items()
-      )
-      if same and not forced:
-        continue
-      fallbacks, others = [], []
-      if not zeros:
-        if base and name != base:
-          fallbacks = [(plain[base], rows[base])]
-        others = [(plain[n], rows[n]) for n in plain if n != name]
-      self.stores[name] = vocabulary.RowsStore(
-        store, rows[name], fallbacks, others, chosen, padding
-      )
+  # Tied heads ----------------------------------------------------------------
 
   def _tie(self):
     """Kept tied if every source is; untied on request; an error otherwise."""
@@ -415,7 +242,7 @@ class Inputs:
       return
     for name, store in self.stores.items():
       if alias in specs[name]:
-        folder = str(self._folder(name))
+        folder = str(self.folder(name))
         self.repeated.setdefault(folder, {})[alias] = path
         self.stores[name] = vocabulary.AliasStore(store, {}, [alias])
     self.tied[alias] = path

@@ -1,0 +1,220 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Embedding rows of several models, brought to one vocabulary.
+
+Rows are matched by token where a recipe names a tokenizer, else by number.
+"""
+
+import re
+
+import numpy as np
+
+from mergejax import errors
+from mergejax.recipes import recipe as recipe_lib
+from mergejax.store import vocabulary
+from mergejax.streamed import companions
+
+_EMBEDDING = re.compile(
+  r'(.*[./])?(embed(?!\w*pos)\w*|wte|shared|token_embedder|word_embeddings)[./]'
+  r'(weight|embedding)|'
+  r'(.*[./])?(lm_head|embed_out|proj_out|lm_head\.decoder)\.weight'
+)
+
+
+def align(inputs, recipe: recipe_lib.Recipe) -> companions.Tokenizer:
+  """Wraps the models whose rows lie otherwise than those of the result.
+
+  Args:
+    inputs: the models, `inputs.Inputs`; its stores are replaced, its problems
+      and remarks added to, and `vocab_size` put into its configuration.
+    recipe: whose `tokenizer`, `tokens` and `vocab` say what the rows are.
+
+  Returns:
+    The tokenizer of the result.
+  """
+  return _Vocabularies(inputs, recipe).align()
+
+
+class _Vocabularies:
+  """The vocabularies of the models of one recipe."""
+
+  def __init__(self, inputs, recipe):
+    self._inputs = inputs
+    self._recipe = recipe
+
+  def align(self) -> companions.Tokenizer:
+    recipe = self._recipe
+    if recipe.tokenizer is not None and recipe.vocab is not None:
+      self._inputs.problems.append(
+        "give 'tokenizer' (rows by token) or 'vocab' (rows by number), not both."
+      )
+    paths = {
+      name: {p: s for p, s in store.specs().items() if _EMBEDDING.fullmatch(p)}
+      for name, store in self._inputs.stores.items()
+    }
+    if recipe.tokenizer is not None:
+      return self._by_token(paths)
+    counts = {
+      name: {spec.shape[0] for spec in own.values() if len(spec.shape) == 2}
+      for name, own in paths.items()
+    }
+    sizes = {n: max(own) for n, own in counts.items() if own}
+    if len(set(sizes.values())) > 1:
+      if recipe.vocab is None:
+        listing = ', '.join(f'{name}: {size}' for name, size in sizes.items())
+        self._inputs.problems.append(
+          f'The vocabularies differ in size ({listing}). Say what to do: '
+          '`tokenizer: {source: union}` matches rows by token; `vocab: base`, '
+          '`union` or `pad` by number.'
+        )
+      else:
+        self._by_number(paths, sizes)
+    return companions.Tokenizer(self._inputs.folder(self._inputs.reference))
+
+  def _by_number(self, paths, sizes):
+    policy = self._recipe.vocab
+    count = (
+      sizes[self._inputs.reference] if policy == 'base' else max(sizes.values())
+    )
+    rows = {}
+    for name, own in paths.items():
+      rows[name] = {
+        path: np.where(np.arange(count) < spec.shape[0], np.arange(count), -1)
+        for path, spec in own.items()
+      }
+    self._wrap_rows(rows, zeros=policy == 'pad')
+    self._inputs.config['vocab_size'] = count
+    self._inputs.remarks.append(
+      f'vocabularies of {sorted(set(sizes.values()))} rows: the result has '
+      f'{count} (policy {policy!r})'
+    )
+
+  def _by_token(self, paths):
+    recipe = self._recipe
+    tokens = {}
+    for name in self._inputs.stores:
+      tokens[name] = self._inputs.attempt(self._tokens_of, name, paths)
+    source = recipe.tokenizer
+    if source not in ('base', 'union') and source not in tokens:
+      tokens[source] = self._inputs.attempt(vocabulary.read_tokens, source)
+    if self._inputs.problems:
+      return companions.Tokenizer(self._inputs.folder(self._inputs.reference))
+    if source == 'union':
+      first = [
+        self._inputs.reference,
+        *(n for n in tokens if n != self._inputs.reference),
+      ]
+      wanted = vocabulary.union([tokens[name] for name in first])
+    else:
+      wanted = tokens[self._inputs.reference if source == 'base' else source]
+    last = max(wanted.values())
+    new = [token for token in recipe.tokens if token not in wanted]
+    wanted = {**wanted, **{t: last + 1 + i for i, t in enumerate(new)}}
+    least = max(wanted.values()) + 1
+    if source != 'union':
+      # Rows past the last token are padding that the model has.
+      own = [s.shape[0] for s in paths.get(
+        self._inputs.reference if source == 'base' else source, {}
+      ).values()]  # fmt: skip
+      least = max([least, *own])
+    count = -(-least // (recipe.row_multiple or 1)) * (recipe.row_multiple or 1)
+    rows = {}
+    for name, own in paths.items():
+      order = np.full(count, -1)
+      for token, row in wanted.items():
+        order[row] = tokens[name].get(token, -1)
+      rows[name] = {
+        path: np.where(order < spec.shape[0], order, -1)
+        for path, spec in own.items()
+      }
+    chosen = [
+      self._inputs.attempt(
+        self._chosen_row, token, wanted[token], tokens, paths
+      )
+      for token in recipe.tokens
+    ]
+    if self._inputs.problems:
+      return companions.Tokenizer(self._inputs.folder(self._inputs.reference))
+    self._wrap_rows(rows, chosen=chosen, padding=least)
+    self._inputs.config['vocab_size'] = count
+    new = len(set(wanted) - set(tokens[self._inputs.reference]))
+    self._inputs.remarks.append(
+      f'tokenizer {source!r}: {len(wanted)} tokens, {new} of them not in '
+      f'{self._inputs.reference}; embedding rows are matched by token'
+      + (f'; {count} rows' if count != least else '')
+    )
+    owner = self._inputs.reference if source in ('base', 'union') else source
+    folder = self._inputs.folder(owner)
+    if not set(wanted) - set(tokens[owner]):
+      return companions.Tokenizer(folder)
+    donors = [str(self._inputs.folder(name)) for name in tokens]
+    text = vocabulary.extended_tokenizer(str(folder), wanted, donors)
+    return companions.Tokenizer(folder, text)
+
+  def _tokens_of(self, name, paths) -> dict[str, int]:
+    """A model's tokens; of a bare one with equal rows, the reference's."""
+    folder = self._inputs.folder(name)
+    shapes = [
+      {path: spec.shape for path, spec in paths[n].items()}
+      for n in (name, self._inputs.reference)
+    ]
+    file = folder / vocabulary.TOKENIZER
+    if (
+      not file.exists()
+      and name != self._inputs.reference
+      and shapes[0] == shapes[1]
+    ):
+      self._inputs.remarks.append(
+        f'{name} has no {vocabulary.TOKENIZER}: its rows are taken to be those '
+        f'of {self._inputs.reference}, as in mergekit'
+      )
+      return self._tokens_of(self._inputs.reference, paths)
+    return vocabulary.read_tokens(str(folder))
+
+  def _chosen_row(self, token, row, tokens, paths) -> vocabulary.ChosenRow:
+    """The row that the recipe says a token has."""
+    source = self._recipe.tokens[token]
+    if source.model is None:
+      return vocabulary.ChosenRow(row, None, -1, source.force)
+    if source.model not in self._inputs.stores:
+      raise errors.UserError(
+        f'token {token!r}: {source.model} is none of the models that are merged.'
+      )
+    at = source.row
+    if at is None:
+      wanted = token if source.token is None else source.token
+      at = tokens[source.model].get(wanted)
+      if at is None:
+        raise errors.UserError(
+          f'token {token!r}: {source.model} has no token {wanted!r}.'
+        )
+    sizes = [spec.shape[0] for spec in paths[source.model].values()]
+    if at >= min(sizes, default=0):
+      raise errors.UserError(
+        f'token {token!r}: row {at} of {source.model}, which has '
+        f'{min(sizes, default=0)}.'
+      )
+    return vocabulary.ChosenRow(
+      row, self._inputs.stores[source.model], at, source.force
+    )
+
+  def _wrap_rows(self, rows, zeros=False, chosen=(), padding=None):
+    forced = [one.row for one in chosen if one.force]
+    plain = dict(self._inputs.stores)
+    base = self._recipe.base
+    for name, store in plain.items():
+      same = all(
+        len(order) == store.specs()[path].shape[0]
+        and np.array_equal(order, np.arange(len(order)))
+        for path, order in rows[name].items()
+      )
+      if same and not forced:
+        continue
+      fallbacks, others = [], []
+      if not zeros:
+        if base and name != base:
+          fallbacks = [(plain[base], rows[base])]
+        others = [(plain[n], rows[n]) for n in plain if n != name]
+      self._inputs.stores[name] = vocabulary.RowsStore(
+        store, rows[name], fallbacks, others, chosen, padding
+      )
