@@ -53,7 +53,7 @@ class SameRunTest(parameterized.TestCase):
     config |= changes.pop('config', {})
     task = tasks.add_table_task(
         'parity', {'train': self.folder / file}, inputs='{number}',
-        targets='{parity}',
+        targets='{parity}', by_content=True,
     )  # fmt: skip
     settings = dict(
         module=t5.Transformer(t5.T5Config(**config)),
@@ -94,6 +94,10 @@ class SameRunTest(parameterized.TestCase):
     # Other devices are no other run; the folder says that it moved.
     err = self.train(steps=0, mesh={'data': 4, 'model': 2})
     self.assertIn('mesh/model: 1 there, 2 asked for', err)
+
+  def test_a_task_that_nobody_registered(self):
+    with self.assertRaisesRegex(errors.UserError, "mixture 'paritty'"):
+      self.train(steps=1, mixture_or_task='paritty')
 
   def test_a_vocabulary_that_the_model_does_not_have(self):
     with self.assertRaisesRegex(
