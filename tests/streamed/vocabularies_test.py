@@ -77,18 +77,11 @@ class VocabulariesTest(parameterized.TestCase):
         self.merged(vocab=policy)
 
   def test_tokens_that_move_need_a_table(self):
+    leaves = {'model.lookup.weight': np.zeros((3, 2), np.float32)}
     for name, tokens in (('a', 'abc'), ('b', 'bac')):
-      models_on_disk.save(
-        self.folder / name,
-        {
-          'model.embed_tokens.weight': np.zeros((3, 2), np.float32),
-          'model.norm.weight': np.ones(2, np.float32),
-        },
-        {token: row for row, token in enumerate(tokens)},
-      )
-      table = self.folder / name / 'model.safetensors'
-      table.unlink()
-      mj.save_checkpoint(table, {'model.lookup.weight': np.zeros((3, 2))})
+      self.save(name, tokens, {}, rows=3)
+      file = self.folder / name / 'model.safetensors'
+      mj.save_checkpoint(file, leaves, overwrite=True)
     with self.assertRaisesRegex(
       mj.UserError, 'b: its tokens lie at other rows'
     ):
