@@ -451,6 +451,8 @@ class LayerConfigsTest(parameterized.TestCase):
      'vision_tower',
      {'text_config': {'num_hidden_layers': 4}, 'vision_config': {'depth': 2}}),
     ({'n_layer': 4}, 'default', {'n_layer': 2}),
+    ({'text_config': {'num_hidden_layers': 4}}, 'default',
+     {'text_config': {'num_hidden_layers': 2}}),
   )  # fmt: skip
   def test_where_the_number_of_layers_stands(self, config, module, expected):
     order = [('a', 0), ('a', 1)]

@@ -87,6 +87,22 @@ class VocabulariesTest(parameterized.TestCase):
     ):
       self.merged(tokenizer={'source': 'base'})
 
+  @parameterized.parameters('base', 'union')
+  def test_a_head_is_untied_before_its_rows_move(self, source):
+    # The base, whose rows stand in for those of others, stores no head.
+    a = self.save('a', 'abcdefgh', {})
+    del a['lm_head.weight']
+    rows = {token: row for row, token in enumerate('abcdefgh')}
+    models_on_disk.save(self.folder / 'a', a, rows)
+    head = self.save('b', 'hgfedcbax', {}, rows=V + 1)['lm_head.weight']
+    merged = self.merged(
+      base_model=str(self.folder / 'a'), merge_method='task_arithmetic',
+      models=[str(self.folder / 'b')], parameters={'weight': 1},
+      tokenizer={'source': source}, untie=True,
+    )  # fmt: skip
+    order = [7, 6, 5, 4, 3, 2, 1, 0] + [8] * (source == 'union')
+    np.testing.assert_allclose(merged['lm_head.weight'], head[order], atol=1e-5)
+
   def test_rows_of_no_token_stay(self):
     a = self.save('a', 'abcdef', {})
     b = self.save('b', 'abcdef', {})
