@@ -107,6 +107,10 @@ class DifferencesTest(parameterized.TestCase):
   def test_absent_and_default_are_the_same(self):
     for a, more in (
       (LLAMA, {'head_dim': 6, 'pruned_heads': {}, 'mlp_bias': False}),
+      (LLAMA, {'head_dim': None, 'num_key_value_heads': 2}),
+      ({**LLAMA, 'head_dim': None, 'hidden_act': None},
+       {'head_dim': 6, 'hidden_act': 'silu'}),
+      ({**LLAMA, 'model_type': 'granite', 'head_dim': None}, {'head_dim': 6}),
       ({k: v for k, v in LLAMA.items() if k != 'num_key_value_heads'},
        {'num_key_value_heads': 2}),
       (T5, {'relative_attention_max_distance': 128}),
