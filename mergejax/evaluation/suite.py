@@ -164,7 +164,7 @@ class Suite:
     data = {}
     for name in names:
       batches = self.batches(name, split)
-      self._check_classes(module, name, batches)
+      self._check_known(module, name, batches)
       data[name] = _stacked(batches)
 
     def score(params, data):
@@ -182,10 +182,13 @@ class Suite:
 
     return search_base.Evaluator(score, jax.device_put(data))
 
-  def _check_classes(self, module, name, batches):
-    if self._task(name).kind == 'images':
-      for batch in batches:
+  def _check_known(self, module, name, batches):
+    """Raises for classes and tokens that a model does not have."""
+    for batch in batches:
+      if self._task(name).kind == 'images':
         bayes.check_classes(batch['labels'], module.config.classes)
+      else:
+        models.check_batch(module, batch, f'task {name}')
 
   def table(
     self,
@@ -213,7 +216,7 @@ class Suite:
       params = jax.device_put(params)
       for name in names:
         metric = self._task(name).metric
-        self._check_classes(module, name, data[name])
+        self._check_known(module, name, data[name])
         if (module, metric) not in compiled:
           compiled[module, metric] = jax.jit(
             lambda p, b, module=module, metric=metric: example_scores(
