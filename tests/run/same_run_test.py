@@ -53,7 +53,7 @@ class SameRunTest(parameterized.TestCase):
     config |= changes.pop('config', {})
     task = tasks.add_table_task(
         'parity', {'train': self.folder / file}, inputs='{number}',
-        targets='{parity}',
+        targets='{parity}', by_content=True,
     )  # fmt: skip
     settings = dict(
         module=t5.Transformer(t5.T5Config(**config)),
