@@ -32,6 +32,10 @@ _KINDS = {
   'resnet': (vision.ResNet, vision.ResNetConfig),
   'vit': (vision.ViT, vision.ViTConfig),
 }
+# What of a batch must be below a size of the model: tokens, and labels.
+_TOKENS = (
+  'encoder_input_tokens', 'decoder_input_tokens', 'decoder_target_tokens',
+)  # fmt: skip
 # Running statistics of batch norms, which a tree of parameters may hold.
 BATCH_STATS = 'batch_stats'
 
@@ -77,6 +81,14 @@ def describe(module: nn.Module) -> dict[str, Any]:
   )
 
 
+def _kind(module):
+  """How messages call what a module is."""
+  for kind, (module_class, _) in _KINDS.items():
+    if isinstance(module, module_class):
+      return kind
+  return type(module).__name__
+
+
 def example_batch(
   module: nn.Module, rows: int = 1, *, length: int = 1
 ) -> dict[str, jax.Array]:
@@ -111,6 +123,39 @@ def arguments(
     names = ('decoder_segment_ids', 'decoder_causal_attention')
   positional += [batch['decoder_input_tokens'], batch['decoder_target_tokens']]
   return positional, {name: batch[name] for name in names if name in batch}
+
+
+def check_batch(
+  module: nn.Module, batch: Mapping[str, Any], source: str = 'the data'
+) -> None:
+  """Raises if a batch, in host memory, has what the model does not know.
+
+  A compiled program cannot refuse a token without a row: its logits are NaN,
+  and the answer that is most likely then is token 0.
+
+  Args:
+    module: the model. One whose `config` tells neither `vocab_size` nor
+      `classes` passes.
+    batch: see `logits`.
+    source: where it comes from, for the message.
+
+  Raises:
+    UserError: a token or a label below 0, or beyond the model's sizes.
+  """
+  config = getattr(module, 'config', None)
+  for names, setting in ((('labels',), 'classes'), (_TOKENS, 'vocab_size')):
+    size = getattr(config, setting, None)
+    for name in names if size is not None else ():
+      values = np.asarray(batch.get(name, ()))
+      for value in (values.min(), values.max()) if values.size else ():
+        if not 0 <= value < size:
+          raise errors.UserError(
+            f'{name} of {source} hold the number {value}, but the '
+            f'{_kind(module)} model knows 0 to {size - 1} only '
+            f'({setting}={size}). They were made with the vocabulary, or for '
+            'the classes, of another model: use those that this model was '
+            f'trained with, or, for a fresh model, a larger {setting}.'
+          )
 
 
 def variables(params: typing.Tree) -> dict[str, typing.Tree]:

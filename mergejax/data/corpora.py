@@ -139,8 +139,9 @@ def write_splits(
   Args:
     domains: `{domain: (split or 'all', text) pairs}`, see `split_documents`.
     out: a folder; written anew.
-    max_train_bytes: training documents past this many bytes of a domain are
-      left out; all are kept by default.
+    max_train_bytes: a random part of a domain's training documents is kept, of
+      no more bytes than this; all are by default. Which they are does not
+      depend on their order.
 
   Returns:
     `{domain: {split: bytes of text}}`.
@@ -151,6 +152,7 @@ def write_splits(
     folder = out / domain
     folder.mkdir(parents=True, exist_ok=True)
     sizes[domain] = dict.fromkeys(SPLITS, 0)
+    drawn = []
     with contextlib.ExitStack() as stack:
       files = {
         split: stack.enter_context(
@@ -160,12 +162,31 @@ def write_splits(
       }
       for split, text in split_documents(labelled, seen):
         size = len(text.encode('utf-8', 'replace'))
-        total = sizes[domain][split] + size
-        if split == 'train' and max_train_bytes and total > max_train_bytes:
-          continue
-        sizes[domain][split] = total
+        sizes[domain][split] += size
         files[split].write(json.dumps({'text': text}) + '\n')
+        if split == 'train' and max_train_bytes:
+          drawn.append((_fingerprint(text), size))
+    if max_train_bytes and sizes[domain]['train'] > max_train_bytes:
+      sizes[domain]['train'] = _thin(
+        folder / 'train.jsonl', drawn, max_train_bytes
+      )
   return sizes
+
+
+def _thin(file, documents, most):
+  """Leaves documents, by their hashes, while they fit; returns their bytes."""
+  kept, total = set(), 0
+  order = sorted((*one, number) for number, one in enumerate(documents))
+  for _, size, number in order:
+    if total + size <= most:
+      kept.add(number)
+      total += size
+  part = file.with_suffix('.part')
+  with open(file, encoding='utf-8') as lines:
+    with open(part, 'w', encoding='utf-8') as out:
+      out.writelines(line for i, line in enumerate(lines) if i in kept)
+  part.replace(file)
+  return total
 
 
 def read_folder(
@@ -207,6 +228,7 @@ def check_sizes(
     raise errors.UserError(
       f'Too little text for one batch:\n{errors.listed(lines)}\nAdd '
       'documents to these domains (about '
-      f'{HELD_OUT:.0%} of them go to test and to validation each), remove '
+      f'{HELD_OUT:.0%} of them go to test and to validation each, and those '
+      'that are longer than max_train_bytes are left out of training), remove '
       'the domains, or lower the batch size or length.'
     )

@@ -12,6 +12,18 @@ from mergejax import errors
 from mergejax.data import tasks
 
 
+def path(folder: os.PathLike | str, split: str) -> pathlib.Path:
+  """The file of a split of images.
+
+  Raises:
+    UserError: it is missing.
+  """
+  found = pathlib.Path(tasks.locate(folder)) / f'{split}.npz'
+  if not found.is_file():
+    raise errors.UserError(f'There is no {found}.')
+  return found
+
+
 def load(folder: os.PathLike | str, split: str) -> dict[str, np.ndarray]:
   """Reads `FOLDER/SPLIT.npz` with the arrays `images` and `labels`.
 
@@ -26,19 +38,17 @@ def load(folder: os.PathLike | str, split: str) -> dict[str, np.ndarray]:
   Raises:
     UserError: the file is missing or has no such arrays.
   """
-  path = pathlib.Path(tasks.locate(folder)) / f'{split}.npz'
-  if not path.is_file():
-    raise errors.UserError(f'There is no {path}.')
+  file = path(folder, split)
   try:
-    with np.load(path, allow_pickle=False) as archive:
+    with np.load(file, allow_pickle=False) as archive:
       images, labels = archive['images'], archive['labels']
   except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
     raise errors.UserError(
-      f'{path} does not hold the arrays `images` and `labels`: {error}.'
+      f'{file} does not hold the arrays `images` and `labels`: {error}.'
     ) from error
   if len(images) != len(labels) or images.ndim not in (3, 4):
     raise errors.UserError(
-      f'{path}: images {list(images.shape)} and labels {list(labels.shape)} do '
+      f'{file}: images {list(images.shape)} and labels {list(labels.shape)} do '
       'not fit.'
     )
   return {'images': images, 'labels': labels.astype(np.int32)}

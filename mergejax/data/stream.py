@@ -22,6 +22,7 @@ import tensorflow as tf
 from mergejax import errors
 from mergejax.data import identity
 from mergejax.data import samples
+from mergejax.data import sources
 from mergejax.data import tasks
 
 Batch = dict[str, np.ndarray]
@@ -74,6 +75,21 @@ def provider_of(mixture_or_task: str, split: str) -> seqio.Task | seqio.Mixture:
   provider = seqio.get_mixture_or_task(mixture_or_task)
   tasks.check_split(provider, split)
   return provider
+
+
+def _check_examples(provider, split, shards):
+  """Raises if a shard would get no example of a task, as far as is known.
+
+  A member of a mixture without any would be left out of it silently.
+  """
+  for task in seqio.get_subtasks(provider):
+    if isinstance(task.source, sources.RowSource):
+      count = len(task.source.rows(split))
+      if count < shards:
+        raise errors.UserError(
+          f'The split {split!r} of {task.name} has {count} rows, too few for '
+          f'{shards} process(es) to read: add some, or leave the task out.'
+        )
 
 
 def _check_lengths(lengths, kind):
@@ -130,7 +146,8 @@ class SeqioStream:
       num_shards: how many parts there are.
 
     Raises:
-      UserError: an unknown name, a split that a member lacks, a bad row.
+      UserError: an unknown name, a split that a member lacks or that has no
+        example for each shard, a bad row.
     """
     self._name, self._split, self._lengths = mixture_or_task, split, lengths
     self._settings = {
@@ -145,6 +162,7 @@ class SeqioStream:
     provider = provider_of(mixture_or_task, split)
     _check_lengths(lengths, kind)
     _check_positive('batch size', batch_size)
+    _check_examples(provider, split, num_shards)
     dataset = seqio.get_dataset(
       provider,
       task_feature_lengths=dict(lengths),
@@ -169,7 +187,11 @@ class SeqioStream:
 
   def __next__(self) -> Batch:
     with _reporting_bad_rows():
-      found = next(self._iterator)
+      found = next(self._iterator, None)
+    if found is None:  # the data repeats, unless there is none
+      raise errors.UserError(
+        f'The split {self._split!r} of {self._name} has no example.'
+      )
     batch = {name: leaf.numpy() for name, leaf in found.items()}
     self._position.assign_add(1)
     return batch

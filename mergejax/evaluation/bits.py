@@ -95,7 +95,8 @@ def make_scorer(
 
   Returns:
     `scorer(params, test_set) -> <float32>[sequences, length]`, the
-    log-likelihood of every token in nats, 0 where the weight is 0.
+    log-likelihood of every token in nats, 0 where the weight is 0. It raises a
+    `UserError` for tokens that the model does not have.
   """
 
   @jax.jit
@@ -104,6 +105,8 @@ def make_scorer(
     return lp * models.target_weights(batch)
 
   def scorer(params, test_set):
+    for batch in test_set.batches:
+      models.check_batch(module, batch, 'the test set')
     params = jax.device_put(params)
     return np.concatenate(
       [np.asarray(one(params, batch)) for batch in test_set.batches]

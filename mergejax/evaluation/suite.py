@@ -40,10 +40,12 @@ import numpy as np
 import seqio
 import yaml
 
+from mergejax import checksums
 from mergejax import errors
 from mergejax import models
 from mergejax import typing
 from mergejax.data import features
+from mergejax.data import identity
 from mergejax.data import images
 from mergejax.data import rows
 from mergejax.data import stream
@@ -112,11 +114,8 @@ class Suite:
       return images.batches(
         images.load(task.source, split), self.batch_size, limit
       )
-    lengths = dict(self.lengths)
-    if task.kind == 'lm':
-      del lengths['inputs']
     found = stream.evaluation_batches(
-      task.source, lengths=lengths, batch_size=self.batch_size, split=split,
+      task.source, lengths=self._lengths(task), batch_size=self.batch_size, split=split,
       kind=task.kind, max_examples=limit, answers=task.metric == 'accuracy',
     )  # fmt: skip
     if task.metric == 'bits_per_byte' and 'num_bytes' not in found[0]:
@@ -127,6 +126,27 @@ class Suite:
         "'loss'."
       )
     return found
+
+  def content(self, name: str, split: str) -> dict[str, Any]:
+    """What fixes the scores of a task, as plain data: see `identity.describe`.
+
+    Raises:
+      UserError: an unknown task, or images that are missing.
+    """
+    task = self._task(name)
+    about = {'metric': task.metric, 'batch_size': self.batch_size}
+    about['max_examples'] = self.max_examples
+    if task.kind == 'images':
+      file = images.path(task.source, split)
+      return {**about, 'files': f'{file.name} {checksums.SUMS.of(file)[:16]}'}
+    lengths = self._lengths(task)
+    found = identity.describe(task.source, split, lengths)
+    return {**about, 'lengths': lengths, **found}
+
+  def _lengths(self, task):
+    """Tokens of each feature of a task."""
+    wanted = ('targets',) if task.kind == 'lm' else ('inputs', 'targets')
+    return {name: self.lengths[name] for name in wanted}
 
   def lower_is_better(self) -> list[str]:
     """Tasks whose score is a loss."""
@@ -164,7 +184,7 @@ class Suite:
     data = {}
     for name in names:
       batches = self.batches(name, split)
-      self._check_classes(module, name, batches)
+      self._check_known(module, name, batches)
       data[name] = _stacked(batches)
 
     def score(params, data):
@@ -182,10 +202,13 @@ class Suite:
 
     return search_base.Evaluator(score, jax.device_put(data))
 
-  def _check_classes(self, module, name, batches):
-    if self._task(name).kind == 'images':
-      for batch in batches:
+  def _check_known(self, module, name, batches):
+    """Raises for classes and tokens that a model does not have."""
+    for batch in batches:
+      if self._task(name).kind == 'images':
         bayes.check_classes(batch['labels'], module.config.classes)
+      else:
+        models.check_batch(module, batch, f'task {name}')
 
   def table(
     self,
@@ -213,7 +236,7 @@ class Suite:
       params = jax.device_put(params)
       for name in names:
         metric = self._task(name).metric
-        self._check_classes(module, name, data[name])
+        self._check_known(module, name, data[name])
         if (module, metric) not in compiled:
           compiled[module, metric] = jax.jit(
             lambda p, b, module=module, metric=metric: example_scores(

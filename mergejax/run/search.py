@@ -62,6 +62,7 @@ from mergejax.search import grid
 from mergejax.select import ranking
 from mergejax.stats import saved
 from mergejax.store import base as store_base
+from mergejax.store import checkpoint
 from mergejax.train import losses
 
 # Options whose numbers must be known when a merge is compiled.
@@ -141,9 +142,20 @@ class _Search:
     return kept
 
   def _settings(self):
+    """All that scores depend on: files by what they hold, not by name."""
+    request = self._request
     return {
-      'recipe': self._request.data, 'models': self._request.fingerprints,
-    }  # fmt: skip
+      'recipe': request.data,
+      'models': request.fingerprints,
+      'picked': request.paths,
+      'data': {
+        n: request.suite.content(n, request.split) for n in request.tasks
+      },
+      'stats': [
+        saved.fingerprint(checkpoint.open_checkpoint(path))
+        for path in request.recipe.stats
+      ],
+    }
 
   def _log(self):
     return base_lib.Log(self._out / 'candidates.jsonl', self._settings())

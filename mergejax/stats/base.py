@@ -264,7 +264,8 @@ def _means(kind, totals, aliases, fingerprint, settings, batches):
   if bad:
     raise errors.UserError(
       f'The {kind} statistics of these parameters are not finite; does the '
-      f'model give finite outputs on this data?\n{errors.listed(bad)}'
+      'model give finite outputs on this data, and has it all of its tokens '
+      f'and labels?\n{errors.listed(bad)}'
     )
   return saved.Statistics(
     result, kind, fingerprint, {**settings, 'batches': batches}

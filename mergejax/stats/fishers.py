@@ -188,7 +188,9 @@ def _squares(fn, learned, fixed, example, key, estimator, samples, per_token):
     """`labels` [(length)] with their weights."""
     log_p, pull = pulled(batch)
     picked = jax.nn.one_hot(labels, log_p.shape[-1], dtype=log_p.dtype)
-    picked = picked * weights[..., None]
+    # A row of zeros would pass for a label that the model does not have.
+    known = (labels >= 0) & (labels < log_p.shape[-1])
+    picked = jnp.where(known[..., None], picked, jnp.nan) * weights[..., None]
     if log_p.ndim > 1 and per_token:
       parts = jnp.arange(len(weights), dtype=jnp.int32)
     elif log_p.ndim > 1 and 'decoder_segment_ids' in batch:

@@ -14,14 +14,7 @@ from typing import Any, TextIO
 import flax.linen as nn
 import numpy as np
 
-from mergejax import errors
 from mergejax import models
-
-_TOKENS = (
-  'encoder_input_tokens',
-  'decoder_input_tokens',
-  'decoder_target_tokens',
-)
 
 
 def checker(
@@ -51,17 +44,12 @@ def checker(
     >>> check(batch) is batch
     True
   """
-  kind = models.describe(module)['model_type']
+  models.describe(module)
   told = False
 
   def check(batch):
     nonlocal told
-    if 'images' in batch:
-      _check(batch, 'labels', module.config.classes, 'classes', source, kind)
-    for name in _TOKENS:
-      if name in batch:
-        size = module.config.vocab_size
-        _check(batch, name, size, 'vocab_size', source, kind)
+    models.check_batch(module, batch, source)
     if not told and _empty(batch, stacked):
       told = True
       print(
@@ -72,18 +60,6 @@ def checker(
     return batch
 
   return check
-
-
-def _check(batch, name, size, setting, source, kind):
-  values = np.asarray(batch[name])
-  for value in (values.min(), values.max()):
-    if not 0 <= value < size:
-      raise errors.UserError(
-        f'{name} of {source} hold the number {value}, but the {kind} model '
-        f'knows 0 to {size - 1} only ({setting}={size}). They were made with '
-        'the vocabulary of another model: use the vocabulary that this model '
-        f'was trained with, or, for a fresh model, a larger {setting}.'
-      )
 
 
 def _empty(batch, stacked):

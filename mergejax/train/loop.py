@@ -101,12 +101,19 @@ def fit(
 
   Raises:
     errors.Stopped: SIGTERM came; the state is saved.
-    UserError: a checkpoint could not be written or does not fit.
+    UserError: a checkpoint could not be written or does not fit, or the run
+      is beyond the last step already.
   """
   if checkpoints is not None and checkpoints.latest() is not None:
     state, positions = checkpoints.restore(state)
     streams.restore(stream, positions)
   step = step_lib.step_number(state)
+  if step > steps:
+    raise errors.UserError(
+      f'This run has made {step} steps already, more than the {steps} asked '
+      'for, and an earlier step is not kept: name another folder, or ask for '
+      f'at least {step}.'
+    )
   with _StopSignal() as stop:
     while step < steps:
       state, metrics = step_fn(state, place(next(stream)))

@@ -66,6 +66,27 @@ class CorporaTest(parameterized.TestCase):
     share = sum(len(t) for s, t in found if s == 'test') / sum(map(len, texts))
     self.assertBetween(share, corpora.HELD_OUT, corpora.HELD_OUT + 0.03)
 
+  @parameterized.parameters('train', 'all')
+  def test_a_limit_keeps_a_random_part(self, label):
+    """Of a file that is sorted, not its head."""
+    texts = [f'{"ab"[i // 100] * 20} {i:03}' for i in range(200)]
+    kept = []
+    for order in (texts, texts[::-1]):
+      sizes = corpora.write_splits(
+        {'d': [(label, text) for text in order]}, self.folder,
+        max_train_bytes=50 * 24 + 23,
+      )  # fmt: skip
+      self.assertEqual(sizes['d']['train'], 50 * 24)
+      found = documents_of(self.folder, 'd')['train']
+      self.assertEqual(sum(map(len, found)), 50 * 24)
+      kept.append(found)
+    self.assertCountEqual(*kept)
+    self.assertBetween(sum(t[0] == 'a' for t in kept[0]), 12, 38)
+    self.assertCountEqual(
+      (self.folder / 'd').iterdir(),
+      [self.folder / 'd' / f'{split}.jsonl' for split in corpora.SPLITS],
+    )
+
   def test_splits_do_not_depend_on_the_order_of_files(self):
     labelled = [('all', t) for t in sentences(50)]
     forward = set(corpora.split_documents(labelled, set()))

@@ -86,8 +86,8 @@ class PositionTest(parameterized.TestCase):
     with self.assertRaisesRegex(errors.UserError, 'data/first examples'):
       self.open('asked_otherwise').restore(state)
     self.task('numbers', file)
-    mixtures.add_mixture('both', {'numbers': 1.0})
-    again = self.open('both')
+    mixtures.add_mixture('numbers_alone', {'numbers': 1.0})
+    again = self.open('numbers_alone')
     with self.assertRaisesRegex(errors.UserError, 'data/part 0: None there'):
       again.restore(state)
     mixture = again.state()

@@ -8,9 +8,13 @@ from unittest import mock
 
 from absl.testing import absltest
 from absl.testing import parameterized
+import numpy as np
+import seqio
+import tensorflow as tf
 
 from mergejax import errors
 from mergejax.data import corpora
+from mergejax.data import features
 from mergejax.data import mixtures
 from mergejax.data import rows
 from mergejax.data import sources
@@ -131,6 +135,44 @@ class RowsTest(parameterized.TestCase):
       with self.assertRaisesRegex(errors.UserError, message) as caught:
         examples(self.table(train=path), 'train')
     self.assertNotIn('Traceback', caught.exception.message)
+
+  @parameterized.parameters((0, 1), (3, 4))
+  def test_too_few_rows_for_the_processes(self, count, shards):
+    few = self.write('few.tsv', 's\tl\n' + 'x\ty\n' * count)
+    many = self.write('many.tsv', 's\tl\n' + 'a\tb\n' * 40)
+    names = [self.table(train=path).name for path in (few, many)]
+    mixed = mixtures.add_mixture('m', names, rates='equal', by_content=True)
+    settings = dict(
+      lengths=LENGTHS, batch_size=4, kind='encoder_decoder', num_shards=shards
+    )
+    for name in (names[0], mixed.name):
+      with self.assertRaisesRegex(errors.UserError, rf'has {count} rows.*too'):
+        stream.SeqioStream(name, **settings)
+    self.assertIn(
+      'decoder_target_tokens', next(stream.SeqioStream(names[1], **settings))
+    )
+
+  def test_a_source_without_an_example(self):
+    """Of a source that is no file it is known when it is read."""
+    source = seqio.FunctionDataSource(
+      lambda split, shuffle_files, seed=None: (
+        tf.data.Dataset.from_tensor_slices(
+          {'inputs': np.array([], str), 'targets': np.array([], str)}
+        )
+      ),
+      splits=['train'],
+    )
+    seqio.TaskRegistry.add(
+      'nothing', source=source, metric_fns=[],
+      preprocessors=[seqio.preprocessors.tokenize],
+      output_features=features.encoder_decoder(features.vocabulary()),
+    )  # fmt: skip
+    self.addCleanup(seqio.TaskRegistry.remove, 'nothing')
+    opened = stream.SeqioStream(
+      'nothing', lengths=LENGTHS, batch_size=4, kind='encoder_decoder'
+    )
+    with self.assertRaisesRegex(errors.UserError, 'nothing has no example'):
+      next(opened)
 
   def test_a_bad_line_is_told_in_training(self):
     path = self.write('t.tsv', 's\tl\n' + 'x\ty\n' * 40 + 'z\n')

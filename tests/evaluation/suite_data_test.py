@@ -6,9 +6,12 @@ import pathlib
 
 from absl.testing import absltest
 from absl.testing import parameterized
+import jax
 import numpy as np
 
 from mergejax import errors
+from mergejax import models
+from mergejax.evaluation import bits
 from mergejax.evaluation import suite as suite_lib
 
 ANSWERS = ('entailment_yes', 'entailment_no', 'entailment_maybe')
@@ -67,6 +70,31 @@ class SuiteDataTest(parameterized.TestCase):
     self.assertRegex(logs.output[0], '1 of 1 targets .*and are cut.*21 tokens')
     with self.assertNoLogs(level='WARNING'):
       self.suite([('x', 'y')]).batches('t', 'test')
+
+  @parameterized.parameters('t5x', 'lm')
+  def test_tokens_that_a_model_does_not_have(self, kind):
+    """Their logits are NaN: an accuracy of 0, or bits that are no number."""
+    sizes = dict(emb_dim=4, num_heads=1, head_dim=4, mlp_dim=4)
+    layers = {'num_layers': 1}
+    if kind == 't5x':
+      layers = {'num_encoder_layers': 1, 'num_decoder_layers': 1}
+    suite = self.suite([('x', 'y')])
+    if kind == 'lm':
+      (self.folder / 'text.txt').write_text('x and y\n')
+      suite = suite_lib.load(
+        {'tasks': {'t': {'text': str(self.folder / 'text.txt')}}}
+      )
+    module = models.build(dict(model_type=kind, vocab_size=100, **sizes, **layers))  # fmt: skip
+    params = models.init_params(module, jax.random.key(0))
+    message = rf'task t .* 12\d, but the {kind} model knows 0 to 99'
+    with self.assertRaisesRegex(errors.UserError, message):
+      suite.table([('m', module, params)])
+    with self.assertRaisesRegex(errors.UserError, message):
+      suite.evaluator(module, 'test')
+    if kind == 'lm':
+      test_set = bits.make_test_set(suite.batches('t', 'test'))
+      with self.assertRaisesRegex(errors.UserError, 'the test set'):
+        bits.make_scorer(module)(params, test_set)
 
   def test_suites_do_not_share_tasks(self):
     first = self.suite([('x', 'one')], folder='a')

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import pathlib
+import shutil
 import tempfile
 
 from absl.testing import absltest
@@ -279,6 +280,27 @@ class CommandsTest(absltest.TestCase):
     self.assertIn(
       'other settings',
       self.search('changed', code=2, merge=merge, vary='scale', points=2),
+    )
+
+  def test_scores_on_data_that_have_changed_are_refused(self):
+    """The recipe and the suite have the same words as before."""
+    data = self.path('changing_data')
+    shutil.copytree(self.path('left'), data)
+    suite = {'tasks': {'left': {'images': str(data)}}, 'batch_size': 16}
+    file = self.recipe('changing_suite', suite)
+    fields = dict(suite=str(file), vary='scale', points=2)
+    self.search('data', **fields)
+    self.search('data', **fields)
+    with np.load(data / 'validation.npz') as archive:
+      images, labels = archive['images'], archive['labels']
+    np.savez(data / 'validation.npz', images=images, labels=labels[::-1])
+    self.assertIn(
+      'data/left/files: validation.npz', self.search('data', code=2, **fields)
+    )
+    self.recipe('changing_suite', {**suite, 'max_examples': 9})
+    self.assertIn(
+      'data/left/max_examples: 512 there, 9',
+      self.search('data', code=2, **fields),
     )
 
   def test_adamerging_needs_no_label(self):

@@ -77,6 +77,18 @@ class FractionsTest(parameterized.TestCase):
       )
       self.assertEqual(own['count'], sum(weights))
 
+  def test_labels_that_a_model_does_not_have(self):
+    """They are no gradient of zero, except where nothing is asked of them."""
+    module, params = classifier()
+    batch = images([1.0, 1.0, 0.0])
+    batch['labels'] = np.array([0, 2, 9])
+    statistic = stats.fisher(estimator='empirical')
+    stats.collect(statistic, module, params, [batch])
+    batch['labels'] = np.array([0, 3, 9])
+    with self.assertRaisesRegex(errors.UserError, 'all of its tokens and lab'):
+      stats.collect(statistic, module, params, [batch])
+    stats.collect(stats.fisher(), module, params, [batch])
+
   def test_nothing_real(self):
     module, params = classifier()
     for statistic in (stats.gram(), stats.fisher()):

@@ -183,6 +183,13 @@ class LoopTest(parameterized.TestCase):
     self.assertEqual(checkpoints.latest(), 6)
     checkpoints.close()
 
+  def test_fewer_steps_than_were_made_are_refused(self):
+    """The only model there is has made more."""
+    self.fit(6, self.folder)
+    self.fit(6, self.folder)
+    with self.assertRaisesRegex(errors.UserError, 'made 6 steps.*the 5 asked'):
+      self.fit(5, self.folder)
+
   def test_another_model_is_refused(self):
     self.fit(3, self.folder)
     with self.assertRaisesRegex(errors.UserError, 'does not fit this run'):
