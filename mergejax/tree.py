@@ -161,7 +161,7 @@ def apply_rules(
 
 
 def difference(expected: typing.SpecTree, given: typing.SpecTree) -> list[str]:
-  """Lines that say how two trees differ: '-' missing, '+' unexpected, '!' shape.
+  """Lines on how two trees differ: '-' missing, '+' unexpected, '!' other.
 
   Args:
     expected: specs of the tree that sets the standard.
@@ -169,7 +169,7 @@ def difference(expected: typing.SpecTree, given: typing.SpecTree) -> list[str]:
 
   Returns:
     One line per differing path, empty when names and shapes agree. dtypes may
-    differ.
+    differ, but not in whether they are floating: a count is no weight.
   """
   lines = []
   for path, spec in expected.items():
@@ -179,12 +179,20 @@ def difference(expected: typing.SpecTree, given: typing.SpecTree) -> list[str]:
       lines.append(
         f'! {path} {list(spec.shape)} expected, {list(given[path].shape)} given'
       )
+    elif _is_floating(given[path]) != _is_floating(spec):
+      lines.append(
+        f'! {path} {spec.dtype.name} expected, {given[path].dtype.name} given'
+      )
   lines += [
     f'+ {path} {list(spec.shape)}'
     for path, spec in given.items()
     if path not in expected
   ]
   return lines
+
+
+def _is_floating(spec):
+  return jax.numpy.issubdtype(spec.dtype, jax.numpy.floating)
 
 
 def check_same(
@@ -204,7 +212,8 @@ def check_same(
   if lines:
     raise errors.UserError(
       f'{given_name} does not have the parameters of {expected_name} '
-      f'({len(lines)} differences; - missing, + unexpected, ! shape):\n'
+      f'({len(lines)} differences; - missing, + unexpected, '
+      '! shape or dtype):\n'
       f'{errors.listed(lines)}\n'
       'Merge models of one architecture, or convert one of them first.'
     )

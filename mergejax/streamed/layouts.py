@@ -263,7 +263,8 @@ class _Layout:
       if lines:
         self._problems.append(
           f'{name} does not have the parameters of {self._inputs.reference} '
-          f'({len(lines)} differences; - missing, + unexpected, ! shape):\n'
+          f'({len(lines)} differences; - missing, + unexpected, '
+          '! shape or dtype):\n'
           f'{errors.listed(["  " + line for line in lines])}\n'
           '(What only some have may be copied: '
           '`rules: [{match: REGEX, copy: MODEL}]`.)'

@@ -310,11 +310,11 @@ class _Planner:
 
   def _check_shapes(self, path, spec, refs, base):
     for ref in [*refs, *([base] if base else [])]:
-      shape = self._spec(ref).shape
-      if shape != spec.shape:
+      own = self._spec(ref)
+      if own.shape != spec.shape or not numerics.is_averaged(own.dtype):
         raise errors.UserError(
-          f'{path}: {ref[1]} of {ref[0]} is {list(shape)}, expected '
-          f'{list(spec.shape)}.'
+          f'{path}: {ref[1]} of {ref[0]} is {own.dtype.name} '
+          f'{list(own.shape)}, expected {spec.dtype.name} {list(spec.shape)}.'
         )
 
 

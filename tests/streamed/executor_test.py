@@ -338,6 +338,21 @@ class WholeOrNothingTest(parameterized.TestCase):
       self.assertLess(report.computed, len(mj.plan(self.recipe).tasks))
       self.assertEqual(self.files(out), whole)
 
+  def test_a_file_that_lost_its_size_is_written_again(self):
+    def stop(done, total):
+      if done > total // 2:
+        raise KeyboardInterrupt
+
+    mj.execute(mj.plan(self.recipe), self.folder / 'whole')
+    with self.assertRaises(KeyboardInterrupt):
+      mj.execute(mj.plan(self.recipe), self.folder / 'out', progress=stop)
+    file = self.folder / '.out.partial' / 'result' / 'model.safetensors'
+    os.truncate(file, 100)
+    mj.execute(mj.plan(self.recipe), self.folder / 'out')
+    self.assertEqual(
+      self.files(self.folder / 'out'), self.files(self.folder / 'whole')
+    )
+
   def test_a_changed_source_starts_afresh(self):
     out = self.folder / 'out'
 

@@ -420,6 +420,13 @@ class LayerConfigsTest(parameterized.TestCase):
       'mlp_only_layers': [0, 1, 3],
     })  # fmt: skip
 
+  def test_a_source_that_does_not_say_has_what_the_reference_has_there(self):
+    config = {'num_hidden_layers': 3, 'layer_types': ['x', 'y', 'z']}
+    order = [('b', 1), ('a', 0), ('b', 2)]
+    other = {'num_hidden_layers': 3}
+    got, _ = self.changes(config, order, 3, other=other)
+    self.assertEqual(got['layer_types'], ['y', 'x', 'z'])
+
   def test_kinds_of_layers_that_are_not_written(self):
     # Gemma 2 alternates, beginning with a sliding window.
     config = {'model_type': 'gemma2', 'num_hidden_layers': 4}

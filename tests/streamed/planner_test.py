@@ -27,6 +27,9 @@ class RecipeTest(parameterized.TestCase):
     self.assertEqual(evaluate(0.5, 'x', 0.3), 0.5)
     self.assertEqual(evaluate([0, 1], 'x', 0.25), 0.25)
     self.assertEqual(evaluate([1, 0, 4], 'x', 1.0), 4)
+    for depth, word in ((0.0, 'a'), (0.4, 'a'), (0.5, 'b'), (1.0, 'c')):
+      self.assertEqual(evaluate(['a', 'b', 'c'], 'x', depth), word)
+      self.assertIs(evaluate([True, False], 'x', depth), depth < 1)
     filters = [
       {'filter': 'mlp', 'value': [0, 1]},
       {'filter': 'attn', 'value': 3},

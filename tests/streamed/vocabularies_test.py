@@ -6,6 +6,8 @@ import pathlib
 
 from absl.testing import absltest
 from absl.testing import parameterized
+import adapters_on_disk
+import ml_dtypes
 import models_on_disk
 import numpy as np
 
@@ -102,6 +104,28 @@ class VocabulariesTest(parameterized.TestCase):
     )  # fmt: skip
     order = [7, 6, 5, 4, 3, 2, 1, 0] + [8] * (source == 'union')
     np.testing.assert_allclose(merged['lm_head.weight'], head[order], atol=1e-5)
+
+  def test_the_dtype_is_that_of_the_stored_model(self):
+    # An adapter makes leaves float32 until the end, whatever lies around it.
+    tokens = {token: row for row, token in enumerate('abcdefgh')}
+    a = models_on_disk.llama(
+      self.rng, ml_dtypes.bfloat16, vocab=V, width=WIDTH, layers=1, tied=True
+    )
+    models_on_disk.save(self.folder / 'a', a, tokens)
+    self.save('b', 'hgfedcbax', {}, rows=V + 1)
+    disk = adapters_on_disk.Folder(self.folder)
+    path = disk.adapter({
+      'model.layers.0.mlp.up_proj.lora_A.weight': disk.random(1, WIDTH),
+      'model.layers.0.mlp.up_proj.lora_B.weight': disk.random(7, 1),
+    })  # fmt: skip
+    models = [f'{self.folder / "a"}+{path}', str(self.folder / 'b')]
+    for more in ({}, {'tokenizer': {'source': 'union'}}):
+      plan = mj.plan({
+        'merge_method': 'linear', 'models': models[: 1 + len(more)],
+        'untie': True, **more,
+      })  # fmt: skip
+      self.assertEqual({t.spec.dtype.name for t in plan.tasks}, {'bfloat16'})
+      self.assertIn('lm_head.weight', [task.path for task in plan.tasks])
 
   def test_rows_of_no_token_stay(self):
     a = self.save('a', 'abcdef', {})
