@@ -36,6 +36,8 @@ _CONVERTERS = {
 _IDENTITY = 'identity.json'
 # To see how long an example is, it is given so many times the room it has.
 _ROOM = 16
+# Examples of a table that training looks at for that.
+_LOOKED_AT = 1024
 
 
 class _CountingConverter(seqio.LMFeatureConverter):
@@ -381,6 +383,23 @@ def _check_cuts(provider, split, lengths, most, answers):
         f'length of {name} must be at least {longest}.'
       )
     logging.warning('%s, and are cut. The longest has %s.', what, longest)
+
+
+def tell_cuts(
+  mixture_or_task: str, split: str, lengths: Mapping[str, int]
+) -> None:
+  """Warns of inputs and targets of tables that are cut to their lengths.
+
+  Args:
+    mixture_or_task: a name registered in seqio.
+    split: of which a sample of each table is looked at.
+    lengths: tokens per feature.
+  """
+  for task in seqio.get_subtasks(seqio.get_mixture_or_task(mixture_or_task)):
+    source = task.source
+    if isinstance(source, sources.RowSource) and source.example_a_row:
+      some = samples.narrowed(task, split, _LOOKED_AT)
+      _check_cuts(some, split, lengths, None, answers=False)
 
 
 @contextlib.contextmanager

@@ -186,7 +186,7 @@ def train_model(
     model_dir: where everything goes; the same command continues a run there.
     steps: updates in all.
     batch_size: rows over all processes.
-    lengths: tokens per feature.
+    lengths: tokens per feature; longer examples are cut, with a warning.
     kind: `'encoder_decoder'`, `'lm'` or `'prefix_lm'`.
     pack: put several examples into one row.
     seed: seeds parameters, data order and dropout.
@@ -227,6 +227,8 @@ def train_model(
     **data,
   }
   same_run.check(record, settings, same_run.layout(the_mesh))
+  if kind == 'encoder_decoder' and jax.process_index() == 0:
+    stream_lib.tell_cuts(name, 'train', lengths)
   key = jax.random.key(seed)
   if initial_checkpoint is None:
     params = models.init_params(module, key)
