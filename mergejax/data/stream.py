@@ -62,8 +62,12 @@ def _converter(kind, dataset):
   return _CONVERTERS[kind](pack=False)
 
 
-def _provider(mixture_or_task, split):
-  """The task or mixture of a name, all of which has the split."""
+def find(mixture_or_task: str, split: str) -> seqio.Task | seqio.Mixture:
+  """The task or mixture of a name, all of which has the split.
+
+  Raises:
+    UserError: an unknown name (near ones are offered), or no such split.
+  """
   known = [*seqio.MixtureRegistry.names(), *seqio.TaskRegistry.names()]
   if mixture_or_task not in known:
     raise errors.UserError(
@@ -99,10 +103,11 @@ def _check_lengths(lengths, kind):
       f'{" and ".join(needed)}, not {dict(lengths)}.'
     )
   for name, length in lengths.items():
-    _check_positive(f'length of {name}', length)
+    check_positive(f'length of {name}', length)
 
 
-def _check_positive(what, value):
+def check_positive(what: str, value: Any) -> None:
+  """Raises a `UserError` for what is no whole number of 1 or more."""
   whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
   if not whole or value < 1:
     raise errors.UserError(f'The {what} must be 1 or more, not {value!r}.')
@@ -156,9 +161,9 @@ class SeqioStream:
       'seed': seed,
       'shard': f'{shard_index} of {num_shards}',
     }
-    provider = _provider(mixture_or_task, split)
+    provider = find(mixture_or_task, split)
     _check_lengths(lengths, kind)
-    _check_positive('batch size', batch_size)
+    check_positive('batch size', batch_size)
     _check_examples(provider, split, num_shards)
     dataset = seqio.get_dataset(
       provider,
@@ -303,11 +308,11 @@ def evaluation_batches(
     UserError: an unknown name, a split that is not there or has no example, a
       bad row, an answer that does not fit.
   """
-  provider = _provider(mixture_or_task, split)
+  provider = find(mixture_or_task, split)
   _check_lengths(lengths, kind)
-  _check_positive('batch size', batch_size)
+  check_positive('batch size', batch_size)
   if max_examples is not None:
-    _check_positive('number of examples', max_examples)
+    check_positive('number of examples', max_examples)
     provider = samples.narrowed(provider, split, max_examples)
   if kind == 'encoder_decoder':
     _check_cuts(provider, split, lengths, max_examples, answers)

@@ -200,13 +200,14 @@ def train_model(
   record = directory / 'run.json'
   optimizer = optimizer_of(optimizer, steps)
   the_mesh = mesh_lib.make_mesh(**(mesh or {}))
+  stream_lib.check_positive('batch size', batch_size)
   if batch_size % the_mesh.shape['data']:
     raise errors.UserError(
       f'A batch of {batch_size} rows does not divide over '
       f'{the_mesh.shape["data"]} data slices of the mesh.'
     )
   name = getattr(mixture_or_task, 'name', mixture_or_task)
-  for feature in seqio.get_mixture_or_task(name).output_features.values():
+  for feature in stream_lib.find(name, 'train').output_features.values():
     check_vocabulary(feature.vocabulary, module)
   stream, data, local_rows = open_shared(
     name,

@@ -95,6 +95,13 @@ class SameRunTest(parameterized.TestCase):
     err = self.train(steps=0, mesh={'data': 4, 'model': 2})
     self.assertIn('mesh/model: 1 there, 2 asked for', err)
 
+  def test_a_task_that_nobody_registered(self):
+    self.train(steps=0)
+    with self.assertRaisesRegex(errors.UserError, "'paritty'"):
+      self.train(steps=0, mixture_or_task='paritty')
+    with self.assertRaisesRegex(errors.UserError, 'batch size must be 1 or'):
+      self.train(steps=0, batch_size='many')
+
   def test_a_vocabulary_that_the_model_does_not_have(self):
     with self.assertRaisesRegex(
       errors.UserError, r'259 ids \(ByteVocabulary\).* only 200'
