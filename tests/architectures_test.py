@@ -228,7 +228,7 @@ class OwnModelsTest(parameterized.TestCase):
   def test_fine_tuning_may_drop_out_and_compute_otherwise(self):
     seed = self.save('seed', dtype='bfloat16')
     with (
-      mock.patch.object(train.stream_lib, 'provider_of'),
+      mock.patch.object(train.stream_lib, 'find'),
       mock.patch.object(train, 'open_shared', return_value=(None, {}, True)),
       mock.patch.object(train, 'fit_phase', side_effect=InterruptedError),
       self.assertRaises(InterruptedError),

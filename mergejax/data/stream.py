@@ -36,6 +36,8 @@ _CONVERTERS = {
 _IDENTITY = 'identity.json'
 # To see how long an example is, it is given so many times the room it has.
 _ROOM = 16
+# Examples of a table that training looks at for that.
+_LOOKED_AT = 1024
 
 
 class _CountingConverter(seqio.LMFeatureConverter):
@@ -60,12 +62,11 @@ def _converter(kind, dataset):
   return _CONVERTERS[kind](pack=False)
 
 
-def provider_of(mixture_or_task: str, split: str) -> seqio.Task | seqio.Mixture:
-  """The task or mixture of a name, all of which has a split.
+def find(mixture_or_task: str, split: str) -> seqio.Task | seqio.Mixture:
+  """The task or mixture of a name, all of which has the split.
 
   Raises:
-    UserError: an unknown name (near ones are offered), or a member without the
-      split.
+    UserError: an unknown name (near ones are offered), or no such split.
   """
   known = [*seqio.MixtureRegistry.names(), *seqio.TaskRegistry.names()]
   if mixture_or_task not in known:
@@ -102,10 +103,11 @@ def _check_lengths(lengths, kind):
       f'{" and ".join(needed)}, not {dict(lengths)}.'
     )
   for name, length in lengths.items():
-    _check_positive(f'length of {name}', length)
+    check_positive(f'length of {name}', length)
 
 
-def _check_positive(what, value):
+def check_positive(what: str, value: Any) -> None:
+  """Raises a `UserError` for what is no whole number of 1 or more."""
   whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
   if not whole or value < 1:
     raise errors.UserError(f'The {what} must be 1 or more, not {value!r}.')
@@ -159,9 +161,9 @@ class SeqioStream:
       'seed': seed,
       'shard': f'{shard_index} of {num_shards}',
     }
-    provider = provider_of(mixture_or_task, split)
+    provider = find(mixture_or_task, split)
     _check_lengths(lengths, kind)
-    _check_positive('batch size', batch_size)
+    check_positive('batch size', batch_size)
     _check_examples(provider, split, num_shards)
     dataset = seqio.get_dataset(
       provider,
@@ -306,11 +308,11 @@ def evaluation_batches(
     UserError: an unknown name, a split that is not there or has no example, a
       bad row, an answer that does not fit.
   """
-  provider = provider_of(mixture_or_task, split)
+  provider = find(mixture_or_task, split)
   _check_lengths(lengths, kind)
-  _check_positive('batch size', batch_size)
+  check_positive('batch size', batch_size)
   if max_examples is not None:
-    _check_positive('number of examples', max_examples)
+    check_positive('number of examples', max_examples)
     provider = samples.narrowed(provider, split, max_examples)
   if kind == 'encoder_decoder':
     _check_cuts(provider, split, lengths, max_examples, answers)
@@ -386,6 +388,23 @@ def _check_cuts(provider, split, lengths, most, answers):
         f'length of {name} must be at least {longest}.'
       )
     logging.warning('%s, and are cut. The longest has %s.', what, longest)
+
+
+def tell_cuts(
+  mixture_or_task: str, split: str, lengths: Mapping[str, int]
+) -> None:
+  """Warns of inputs and targets of tables that are cut to their lengths.
+
+  Args:
+    mixture_or_task: a name registered in seqio.
+    split: of which a sample of each table is looked at.
+    lengths: tokens per feature.
+  """
+  for task in seqio.get_subtasks(seqio.get_mixture_or_task(mixture_or_task)):
+    source = task.source
+    if isinstance(source, sources.RowSource) and source.example_a_row:
+      some = samples.narrowed(task, split, _LOOKED_AT)
+      _check_cuts(some, split, lengths, None, answers=False)
 
 
 @contextlib.contextmanager

@@ -186,7 +186,7 @@ def train_model(
     model_dir: where everything goes; the same command continues a run there.
     steps: updates in all.
     batch_size: rows over all processes.
-    lengths: tokens per feature.
+    lengths: tokens per feature; longer examples are cut, with a warning.
     kind: `'encoder_decoder'`, `'lm'` or `'prefix_lm'`.
     pack: put several examples into one row.
     seed: seeds parameters, data order and dropout.
@@ -202,14 +202,14 @@ def train_model(
     _check_initial(module, initial_checkpoint)
   optimizer = optimizer_of(optimizer, steps)
   the_mesh = mesh_lib.make_mesh(**(mesh or {}))
+  stream_lib.check_positive('batch size', batch_size)
   if batch_size % the_mesh.shape['data']:
     raise errors.UserError(
       f'A batch of {batch_size} rows does not divide over '
       f'{the_mesh.shape["data"]} data slices of the mesh.'
     )
   name = getattr(mixture_or_task, 'name', mixture_or_task)
-  provider = stream_lib.provider_of(name, 'train')
-  for feature in provider.output_features.values():
+  for feature in stream_lib.find(name, 'train').output_features.values():
     check_vocabulary(feature.vocabulary, module)
   stream, data, local_rows = open_shared(
     name,
@@ -230,6 +230,8 @@ def train_model(
     **data,
   }
   same_run.check(record, settings, same_run.layout(the_mesh))
+  if kind == 'encoder_decoder' and jax.process_index() == 0:
+    stream_lib.tell_cuts(name, 'train', lengths)
   key = jax.random.key(seed)
   if initial_checkpoint is None:
     params = models.init_params(module, key)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mergejax import errors
+from mergejax import models
 from mergejax import typing
 from mergejax.merging import base as merge_base
 from mergejax.train import losses
@@ -46,6 +47,7 @@ def loss(
   teacher_features: Sequence[typing.Array],
   teacher_means: Sequence[typing.Array],
   weights: typing.Array,
+  real: typing.Array | None = None,
 ) -> jax.Array:
   """`mean (F_s m_s^T - sum_k pi_k F_k m_k^T)^2` over batch and classes.
 
@@ -58,6 +60,8 @@ def loss(
     teacher_features: <float>[batch, D_k] each.
     teacher_means: <float>[C, D_k] each.
     weights: <float>[K] from `teacher_weights`.
+    real: <bool>[batch], False for rows that fill a batch; they have no part in
+      the mean. All count by default.
 
   Returns:
     <float>[]. As the mean is over classes too, lambda 100 is 100 / C for each
@@ -99,7 +103,20 @@ def loss(
     weights[k] * (still(features) @ still(means).T)
     for k, (features, means) in enumerate(pairs[1:])
   )
-  return jnp.mean(jnp.square(target - still(source)))
+  apart = jnp.square(target - still(source))
+  if real is None:
+    return jnp.mean(apart)
+  rows = jnp.asarray(real).astype(apart.dtype)[:, None]
+  return losses.weighted_mean(apart, jnp.broadcast_to(rows, apart.shape))
+
+
+def _real_rows(batch):
+  """`<bool>[batch]`, or None: a batch of other names does not tell."""
+  names = ('images', 'weights', 'decoder_loss_weights', 'decoder_target_tokens')
+  if not any(name in batch for name in names):
+    return None
+  weights = models.target_weights(batch)
+  return jnp.any(weights.reshape(len(weights), -1) > 0, axis=1)
 
 
 def with_teachers(
@@ -113,6 +130,8 @@ def with_teachers(
   temperature: float = 0.1,
 ) -> losses.LossFn:
   """A training loss with the B-Tuning term, for `train.step.make_step`.
+
+  Rows of a batch that have no weight in the loss have none in the term.
 
   Args:
     loss_fn: the task's loss, from `losses.make_loss`.
@@ -135,7 +154,7 @@ def with_teachers(
     value, metrics = loss_fn(params, batch, key)
     extra = loss(
       features(params, batch), means, [f(batch) for f, _ in teachers],
-      [m for _, m in teachers], weights,
+      [m for _, m in teachers], weights, _real_rows(batch),
     )  # fmt: skip
     return value + trade_off * extra, dict(metrics, b_tuning=extra)
 

@@ -101,9 +101,16 @@ def fit(
 
   Raises:
     errors.Stopped: SIGTERM came; the state is saved.
-    UserError: a checkpoint could not be written or does not fit, or the run
-      is beyond the last step already.
+    UserError: a checkpoint could not be written or does not fit, the run is
+      beyond the last step already, or a number of steps is none.
   """
+  for name, number, least in (
+    ('steps', steps, 0), ('save_every', save_every, 1), ('log_every', log_every, 1),
+  ):  # fmt: skip
+    if not isinstance(number, (int, np.integer)) or number < least:
+      raise errors.UserError(
+        f'{name} must be a whole number of {least} or more, not {number!r}.'
+      )
   if checkpoints is not None and checkpoints.latest() is not None:
     state, positions = checkpoints.restore(state)
     streams.restore(stream, positions)

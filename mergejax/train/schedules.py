@@ -186,7 +186,8 @@ def warmup_cosine(
   settings = dict(locals())
   if not 0 <= warmup_steps < steps:
     raise errors.UserError(
-      f'{warmup_steps} warm-up steps do not fit into {steps} steps.'
+      f'{warmup_steps} warm-up steps do not fit into {steps} steps: lower '
+      'warmup_steps (WARMUP_STEPS of the gin files), or train longer.'
     )
   schedule = optax.warmup_cosine_decay_schedule(
     0.0, peak, warmup_steps, steps, peak * final_share

@@ -239,6 +239,7 @@ class DeriveTest(parameterized.TestCase):
   def test_from_axes(self):
     _, apply, params, batch = built(BUILT[5][1])
     spec = align.from_axes(tree.specs(params))
+    self.assertNotEmpty(spec.groups)
     moved = align.permute(spec, spec_lib.random_permutation(spec), params)
     align.check_function(apply, params, moved, batch, tolerance=1e-5)
 

@@ -96,8 +96,11 @@ class SameRunTest(parameterized.TestCase):
     self.assertIn('mesh/model: 1 there, 2 asked for', err)
 
   def test_a_task_that_nobody_registered(self):
-    with self.assertRaisesRegex(errors.UserError, "mixture 'paritty'"):
-      self.train(steps=1, mixture_or_task='paritty')
+    self.train(steps=0)
+    with self.assertRaisesRegex(errors.UserError, "'paritty'"):
+      self.train(steps=0, mixture_or_task='paritty')
+    with self.assertRaisesRegex(errors.UserError, 'batch size must be 1 or'):
+      self.train(steps=0, batch_size='many')
 
   def test_a_vocabulary_that_the_model_does_not_have(self):
     with self.assertRaisesRegex(
@@ -105,6 +108,16 @@ class SameRunTest(parameterized.TestCase):
     ):
       self.train(steps=1, config={'vocab_size': 200})
     self.assertFalse((self.folder / 'out').exists())
+
+  def test_answers_that_are_cut_are_told(self):
+    rows = ''.join(f'{i}\t{"odd" * (i % 4)}\n' for i in range(64))
+    (self.folder / 'long.tsv').write_text('number\tparity\n' + rows)
+    with self.assertLogs(level='WARNING') as logs:
+      self.train(steps=0, file='long.tsv')
+    # 4 tokens hold 3 bytes and the end.
+    self.assertRegex(
+      '\n'.join(logs.output), r'32 of 64 targets .* than 4 tokens.*10 tokens'
+    )
 
   def test_a_record_that_is_cut_or_of_another_kind(self):
     file = self.folder / 'run.json'

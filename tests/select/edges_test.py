@@ -137,6 +137,29 @@ class OthersTest(absltest.TestCase):
         None, None, one[1], [(None, np.full((4, 3), np.nan))], [0.5]
       )
 
+  def test_b_tuning_without_rows_that_fill_a_batch(self):
+    """What a model makes of them may be anything, even undefined."""
+    rng = np.random.default_rng(0)
+    own, means = rng.normal(size=(5, 3)), rng.normal(size=(4, 3))
+    other, others = rng.normal(size=(5, 2)), rng.normal(size=(4, 2))
+    expected = np.mean(np.square(own @ means.T - other @ others.T)[:3])
+    own[3:], other[4] = np.nan, np.inf
+    batch = {
+      'images': jnp.asarray(own, jnp.float32), 'labels': np.zeros(5, int),
+      'weights': np.array([1.0, 0.5, 2.0, 0.0, 0.0], np.float32),
+    }  # fmt: skip
+    combined = b_tuning.with_teachers(
+      lambda params, batch, key: (jnp.zeros(()), {}),
+      lambda params, batch: batch['images'] * params,
+      jnp.asarray(means, jnp.float32),
+      [(lambda batch: jnp.asarray(other, jnp.float32),
+        jnp.asarray(others, jnp.float32))],
+      [0.5], trade_off=1.0,
+    )  # fmt: skip
+    found, metrics = combined(jnp.ones(()), batch)
+    self.assertAlmostEqual(float(found), expected, places=4)
+    self.assertAlmostEqual(float(metrics['b_tuning']), expected, places=4)
+
 
 if __name__ == '__main__':
   absltest.main()

@@ -190,6 +190,16 @@ class LoopTest(parameterized.TestCase):
     with self.assertRaisesRegex(errors.UserError, 'made 6 steps.*the 5 asked'):
       self.fit(5, self.folder)
 
+  @parameterized.parameters(
+    ({'steps': 'ten'}, 'steps must be .* 0 or more, not'),
+    ({'steps': -1}, '0 or more, not -1'),
+    ({'steps': 2, 'save_every': 0}, 'save_every must be'),
+    ({'steps': 2, 'log_every': 1.5}, 'log_every must be'),
+  )
+  def test_numbers_of_steps(self, numbers, message):
+    with self.assertRaisesRegex(errors.UserError, message):
+      loop.fit(None, None, None, **numbers)
+
   def test_another_model_is_refused(self):
     self.fit(3, self.folder)
     with self.assertRaisesRegex(errors.UserError, 'does not fit this run'):
