@@ -125,7 +125,7 @@ def differences(
     name = field.rsplit('.', 1)[-1]
     if _ASIDE.fullmatch(name) or _ELSEWHERE.fullmatch(name):
       continue
-    a, b = (own.get(field, _ABSENT) for own in both)
+    a, b = (_meant(own, field, name) for own in both)
     sure = a is not _ABSENT and b is not _ABSENT
     if not sure:
       present = b if a is _ABSENT else a
@@ -232,15 +232,26 @@ def _completed(config):
   return flat
 
 
-def _meaning_of_absence(config, field, name):
+def _meant(config, field, name):
+  """The value of a field; `null` is what the library makes of it, if known."""
+  value = config.get(field, _ABSENT)
+  if value is not None:
+    return value
+  meaning = _meaning_of_absence(config, field, name, null=True)
+  return None if meaning is _ABSENT else meaning
+
+
+def _meaning_of_absence(config, field, name, null=False):
   """What a configuration that lacks a field means by that, if it is known."""
   section = field[: -len(name)]
   kind = config.get(f'{section}model_type')
   width = config.get(f'{section}hidden_size')
   heads = config.get(f'{section}num_attention_heads')
-  if kind in _HEADS_SHARE_WIDTH and name == 'head_dim' and width and heads:
+  # Models with another default take a `null` for these all the same.
+  shared = null or kind in _HEADS_SHARE_WIDTH
+  if shared and name == 'head_dim' and width and heads:
     return width // heads
-  if kind in _HEADS_SHARE_WIDTH and name == 'num_key_value_heads' and heads:
+  if shared and name == 'num_key_value_heads' and heads:
     return heads
   return _DEFAULTS.get(kind, {}).get(name, _ABSENT)
 

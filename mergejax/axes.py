@@ -190,7 +190,7 @@ def _is_plain(path, rank):
   if rank == 2 or path.endswith('weight') or rows:
     return True
   attention = rank == 3 and _ATTENTION.fullmatch(path)
-  return bool(attention) or stacks.is_convolution(path)
+  return bool(attention) or stacks.is_convolution(path, rank)
 
 
 def _example(spec):

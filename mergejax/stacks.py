@@ -36,7 +36,7 @@ _MANY = re.compile(
   r'layers?|blocks|stack|branch|scan(?:ned)?(?:_\w+)?|(?:en|de)coderblock'
   r'|\w*(?:Scan|Vmap)[A-Z]\w*'
 )
-_EXPERTS = re.compile(r'experts?|\w*moe\w*', re.IGNORECASE)
+_EXPERTS = re.compile(r'(?:\w+_)?experts?|\w*moe\w*', re.IGNORECASE)
 _CONVOLUTION = re.compile(
   r'conv|patch|(?:^|[/_])(?:stem|shortcut|downsample)', re.IGNORECASE
 )
@@ -45,9 +45,11 @@ _NORM = re.compile(r'norm|(?:^|_)ln(?:_|\d|$)', re.IGNORECASE)
 _VECTOR = re.compile(r'(?:\w*_)?(?:scale|bias|gamma|beta|mean|var)')
 
 
-def is_convolution(path: typing.Path) -> bool:
+def is_convolution(path: typing.Path, rank: int) -> bool:
   """True if the modules in a path are called like a convolution."""
-  parents = path.replace('.', '/').rpartition('/')[0]
+  parents, _, name = path.replace('.', '/').rpartition('/')
+  if name == 'kernel' and rank >= 4 and parents.endswith('embedding'):
+    return True  # ViT's patches: a table of tokens has no kernel
   return _CONVOLUTION.search(parents) is not None
 
 
@@ -72,12 +74,18 @@ def may_be_stack(path: typing.Path, spec: typing.LeafSpec) -> bool:
   if spec.axes is not None or spec.size == 0:
     return False
   *parts, name = re.split('[/.]', path)
-  rank, least = len(spec.shape), _least_rank(parts, name)
+  least = _least_rank(parts, name)
+  # A first axis of size 1 stacks one thing, which is a leaf like any other.
+  rank = len(spec.shape)
+  while rank and spec.shape[-rank] == 1:
+    rank -= 1
   if _any(_MANY, parts, numbered=False):
     return rank > (0 if least is None else least)
   if _any(_EXPERTS, parts, numbered=False):
     return rank > (1 if least is None else least)
-  convolution = is_convolution(path) and not _VECTOR.fullmatch(name)
+  convolution = is_convolution(path, len(spec.shape)) and not _VECTOR.fullmatch(
+    name
+  )
   if name.startswith('weight') and rank >= 3 and not convolution:
     # PyTorch: of rank 3 and more only convolutions, and experts as one array.
     linear = _LINEAR.search('/'.join(parts)) is not None
@@ -89,7 +97,6 @@ def may_be_stack(path: typing.Path, spec: typing.LeafSpec) -> bool:
   if convolution and not doubled:
     return False
   if least is None:
-    # A first axis of size 1 (class tokens, positions) stacks nothing.
     return rank > (1 if doubled else 2) and spec.shape[0] != 1
   return rank > least
 

@@ -107,6 +107,10 @@ class DifferencesTest(parameterized.TestCase):
   def test_absent_and_default_are_the_same(self):
     for a, more in (
       (LLAMA, {'head_dim': 6, 'pruned_heads': {}, 'mlp_bias': False}),
+      (LLAMA, {'head_dim': None, 'num_key_value_heads': 2}),
+      ({**LLAMA, 'head_dim': None, 'hidden_act': None},
+       {'head_dim': 6, 'hidden_act': 'silu'}),
+      ({**LLAMA, 'model_type': 'granite', 'head_dim': None}, {'head_dim': 6}),
       ({k: v for k, v in LLAMA.items() if k != 'num_key_value_heads'},
        {'num_key_value_heads': 2}),
       (T5, {'relative_attention_max_distance': 128}),
@@ -224,7 +228,8 @@ class OwnModelsTest(parameterized.TestCase):
   def test_fine_tuning_may_drop_out_and_compute_otherwise(self):
     seed = self.save('seed', dtype='bfloat16')
     with (
-      mock.patch.object(train.stream_lib, 'SeqioStream'),
+      mock.patch.object(train.stream_lib, 'provider_of'),
+      mock.patch.object(train, 'open_shared', return_value=(None, {}, True)),
       mock.patch.object(train, 'fit_phase', side_effect=InterruptedError),
       self.assertRaises(InterruptedError),
     ):
@@ -234,7 +239,7 @@ class OwnModelsTest(parameterized.TestCase):
     train.train_model(
       module=self.module, optimizer=optax.sgd(0.1), mixture_or_task='none',
       model_dir=self.folder / 'run', steps=1, batch_size=8, lengths={},
-      initial_checkpoint=seed, kind='lm',
+      initial_checkpoint=seed, kind='lm', seed=0, save_every=1,
     )  # fmt: skip
 
   def test_commands_over_several_models(self):

@@ -48,6 +48,8 @@ SINGLE = {
   'vit.embeddings.cls_token': (1, 1, 8),
   'encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight': (32, 4),  # fmt: skip
   'text_projection': (8, 8),
+  'final_logits_bias': (1, 32),
+  'model.layers.3.mlp.moe_statics.e_score_correction_bias': (1, 4),
   'logit_scale': (),
   # flax
   'token_embedder/embedding': (32, 8),
@@ -61,6 +63,8 @@ SINGLE = {
   'cls': (1, 1, 8),
   'ResNetBlock_0/Conv_0/kernel': (3, 3, 8, 8),
   'conv_init/kernel': (7, 7, 3, 64),
+  'embedding/kernel': (16, 16, 3, 8),
+  'img/embedding/kernel': (2, 16, 16, 3, 8),
   'block1/unit01/conv1/kernel': (1, 1, 8, 8),
   'Conv_1/kernel': (5, 4, 8),
   'Conv3D_0/conv/kernel': (3, 3, 3, 4, 8),
@@ -101,6 +105,11 @@ UNKNOWN = {
   'model.layers.3.block_sparse_moe.input_linear.weight': (4, 16, 8),
   'model.layers.3.mlp.input_linear.weight': (4, 16, 8),
   'x': (3, 4, 8),
+  'embedding/kernel': (3, 4, 8),
+  'layers/embedding/kernel': (3, 16, 16, 3, 8),
+  'layers/mlp/expert/wi/kernel': (1, 4, 8, 16),
+  'layers/experts/bias': (1, 4, 8),
+  'model.layers.3.mlp.shared_experts.up_proj': (2, 16, 8),
 }
 
 

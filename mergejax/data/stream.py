@@ -62,11 +62,12 @@ def _converter(kind, dataset):
   return _CONVERTERS[kind](pack=False)
 
 
-def find(mixture_or_task: str, split: str) -> seqio.Task | seqio.Mixture:
-  """The task or mixture of a name, all of which has the split.
+def provider_of(mixture_or_task: str, split: str) -> seqio.Task | seqio.Mixture:
+  """The task or mixture of a name, all of which has a split.
 
   Raises:
-    UserError: an unknown name (near ones are offered), or no such split.
+    UserError: an unknown name (near ones are offered), or a member without the
+      split.
   """
   known = [*seqio.MixtureRegistry.names(), *seqio.TaskRegistry.names()]
   if mixture_or_task not in known:
@@ -161,7 +162,7 @@ class SeqioStream:
       'seed': seed,
       'shard': f'{shard_index} of {num_shards}',
     }
-    provider = find(mixture_or_task, split)
+    provider = provider_of(mixture_or_task, split)
     _check_lengths(lengths, kind)
     check_positive('batch size', batch_size)
     _check_examples(provider, split, num_shards)
@@ -308,7 +309,7 @@ def evaluation_batches(
     UserError: an unknown name, a split that is not there or has no example, a
       bad row, an answer that does not fit.
   """
-  provider = find(mixture_or_task, split)
+  provider = provider_of(mixture_or_task, split)
   _check_lengths(lengths, kind)
   check_positive('batch size', batch_size)
   if max_examples is not None:

@@ -307,11 +307,12 @@ def merge_experts(
 
   Raises:
     UserError: weights or the number of experts do not fit the method, leaves
-      that may be stacks, numbers that are not finite; see
+      without the axis of experts or that may be stacks, a base of other
+      parameters or none where one is needed, numbers that are not finite; see
       `merging.driver.merge`.
   """
   leaves = tree_lib.flatten(stacked)
-  experts = next(iter(leaves.values())).shape[0]
+  experts = _count(leaves)
   if method.looks or not method.additive or method.view != 'element':
     # Numbers of all experts first, or all copies at once: taken one by one.
     return driver.merge(
@@ -322,11 +323,16 @@ def merge_experts(
       axes=axes,
       seed=seed,
     )
-  weights = jnp.asarray(merging.check_weights(method, weights, experts))
+  weights = jnp.asarray(driver.check_call(method, weights, experts, base))
   specs = {
     path: typing.LeafSpec(spec.shape[1:], spec.dtype)
     for path, spec in tree_lib.specs(leaves).items()
   }
+  if base is not None:
+    tree_lib.check_same(
+      tree_lib.specs(base), specs,
+      expected_name='the base', given_name='an expert',
+    )  # fmt: skip
   specs = axes_lib.with_axes(specs, axes)
   used = None
   if base is not None and method.base != 'ignored':
@@ -345,6 +351,18 @@ def merge_experts(
   return jax.tree.unflatten(
     jax.tree.structure(stacked), [result[path] for path in leaves]
   )
+
+
+def _count(leaves):
+  """K, the size of the first axis of every leaf."""
+  counts = {path: tuple(leaf.shape)[:1] for path, leaf in leaves.items()}
+  if len(set(counts.values())) != 1 or () in counts.values():
+    lines = [f'{path}: {list(leaf.shape)}' for path, leaf in leaves.items()]
+    raise errors.UserError(
+      'Stacked experts have one first axis, of the experts, in every leaf; '
+      f'these do not:\n{errors.listed(lines)}'
+    )
+  return next(iter(counts.values()))[0]
 
 
 def _merged_where_they_lie(leaves, specs, method, base, weights, seed):

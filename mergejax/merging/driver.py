@@ -110,7 +110,7 @@ def merge(
     raise errors.UserError('A merge needs at least one model; none was given.')
   inputs = [Source(m, f'model {i}') for i, m in enumerate(models)]
   base_input = None if base is None else Source(base, 'the base')
-  _check_call(method, weights, len(inputs), base_input)
+  check_call(method, weights, len(inputs), base_input)
   reference = base_input or inputs[0]
   _check_trees(rules, reference, inputs)
   specs = axes_lib.with_axes(reference.specs, axes)
@@ -192,8 +192,12 @@ def _check_trees(rules, reference, inputs):
       ) from error
 
 
-def _check_call(method, weights, count, base_input):
-  """The weights, if method, models and base fit together."""
+def check_call(method, weights, count, base_input):
+  """The weights, if method, models and base fit together.
+
+  Raises:
+    UserError: they do not; see `merge`.
+  """
   weights = base_lib.check_weights(method, weights, count)
   if method.base == 'required' and base_input is None:
     raise errors.UserError(
@@ -233,7 +237,7 @@ def _merge_leaves(
   method, paths, specs, inputs, base_input, weights, stats, seed
 ):
   """Yields `(path, merged leaf)` for leaves that one method merges."""
-  weights = _check_call(method, weights, len(inputs), base_input)
+  weights = check_call(method, weights, len(inputs), base_input)
   stats = given.check(method, stats, [one.name for one in inputs], paths, specs)
   if method.base == 'ignored':
     base_input = None

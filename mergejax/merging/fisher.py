@@ -57,30 +57,6 @@ def fisher(
   for name, value in (('floor', floor), ('smoothing', smoothing)):
     base_lib.check_option(name, value, lambda v: v >= 0, '0 or above')
 
-  def peak(leaves, base, marks, weights):
-    del base, weights
-    return [
-      jnp.max(_information(leaf, mark), initial=0.0)
-      for leaf, mark in zip(leaves, marks)
-    ]
-
-  def peaks(found, marks, weights):
-    del marks, weights
-    return [{'peak': jnp.where(one > 0, one, jnp.ones_like(one))} for one in found]  # fmt: skip
-
-  def measure(leaves, base, marks, weights):
-    del base, weights
-    # Squares of 1e-20 or 1e20 are not float32 numbers: the largest becomes 1.
-    wide = [
-      _information(leaf, mark) / jnp.asarray(mark.note['peak'], leaf.dtype)
-      for leaf, mark in zip(leaves, marks)
-    ]
-    return {
-      'squares': jnp.stack([jnp.sum(jnp.square(f)) for f in wide]),
-      'total': jnp.sum(wide[0]),
-      'size': jnp.full((), wide[0].size, jnp.float32),
-    }
-
   def conclude(found, marks, weights):
     del weights
     squares = jnp.asarray(found['squares'])
@@ -142,11 +118,38 @@ def fisher(
 
   scope = 'tree' if normalize_fishers != 'leaf' else 'leaf'
   looks = (
-    base_lib.Look(peak, peaks, combine='max', scope=scope),
-    base_lib.Look(measure, conclude, scope=scope),
+    base_lib.Look(_peak, _peaks, combine='max', scope=scope),
+    base_lib.Look(_measure, conclude, scope=scope),
   )
   return base_lib.leafwise(init, update, finish, looks=looks, needs=('fisher',))
 
 
 def _information(leaf, mark):
   return mark.stats['fisher'].astype(leaf.dtype)
+
+
+def _peak(leaves, base, marks, weights):
+  del base, weights
+  return [
+    jnp.max(_information(leaf, mark), initial=0.0)
+    for leaf, mark in zip(leaves, marks)
+  ]
+
+
+def _peaks(found, marks, weights):
+  del marks, weights
+  return [{'peak': jnp.where(one > 0, one, jnp.ones_like(one))} for one in found]  # fmt: skip
+
+
+def _measure(leaves, base, marks, weights):
+  del base, weights
+  # Squares of 1e-20 or 1e20 are not float32 numbers: the largest becomes 1.
+  wide = [
+    _information(leaf, mark) / jnp.asarray(mark.note['peak'], leaf.dtype)
+    for leaf, mark in zip(leaves, marks)
+  ]
+  return {
+    'squares': jnp.stack([jnp.sum(jnp.square(f)) for f in wide]),
+    'total': jnp.sum(wide[0]),
+    'size': jnp.full((), wide[0].size, jnp.float32),
+  }

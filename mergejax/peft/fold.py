@@ -20,6 +20,7 @@ from mergejax.peft import stored_transposed
 from mergejax.store import base
 from mergejax.store import checkpoint
 from mergejax.store import safetensors
+from mergejax.store import ties
 
 CONFIG = 'adapter_config.json'
 WEIGHTS = 'adapter_model.safetensors'
@@ -84,6 +85,7 @@ class AdapterStore(base.ParamStore):
 
   Attributes:
     config: changes to the model's `config.json` that the adapter brings.
+    untied: heads that the model ties and the adapter made arrays of their own.
     remarks: what a reader of the plan should know.
   """
 
@@ -112,6 +114,7 @@ class AdapterStore(base.ParamStore):
     self.provenance = {'format': 'adapter', 'path': f'{model.name}+{path}'}
     self.tied = dict(model.tied)
     self.config: dict[str, Any] = {}
+    self.untied: set[typing.Path] = set()
     self.remarks: list[str] = []
     self._specs = dict(model.specs())
     self._saved: dict[typing.Path, typing.Path] = {}
@@ -225,7 +228,8 @@ class AdapterStore(base.ParamStore):
       if head not in self._specs:
         self._aliases[head] = embedding
         self._specs[head] = self._specs[embedding]
-      self.config['tie_word_embeddings'] = False
+      self.untied.add(head)
+      self.config.update(ties.untied(self._model_config()))
       self.remarks.append(
         f'{self._folder} changes {head} or {embedding}, which {self._model.name}'
         ' ties: they are two in the result'
@@ -344,7 +348,9 @@ class AdapterStore(base.ParamStore):
     )
     own = [
       fit
-      for fit in experts.fitting(found, sizes, self._model_type())
+      for fit in experts.fitting(
+        found, sizes, self._model_config().get('model_type')
+      )
       if f'{module}.{fit.name}' not in taken
     ]
     if len(own) > 1:
@@ -361,9 +367,9 @@ class AdapterStore(base.ParamStore):
         self._add(leaf, function, whole, parts, fit.inputs_first)
     return bool(own)
 
-  def _model_type(self):
+  def _model_config(self):
     path = str(self._model.provenance.get('path', ''))
-    return (checkpoint.read_config(path) or {}).get('model_type')
+    return checkpoint.read_config(path) or {}
 
   def _add(self, leaf, function, module, parts, turned):
     shared = self._shared

@@ -168,6 +168,14 @@ class Recipe:
     names += [r.copy for r in self.rules if r.copy not in (None, 'base')]
     return list(dict.fromkeys(names))
 
+  def settings(self) -> list[Any]:
+    """Every value that is given to an option or a weight, wherever it stands."""
+    places = [self.parameters, *(rule.parameters for rule in self.rules)]
+    for one in self.slices:
+      places += [one.parameters, one.outer]
+      places += [source.parameters for source in one.inputs]
+    return [value for place in places for value in place.values()]
+
 
 def load_recipe(path: os.PathLike | str) -> Recipe:
   """Reads and checks a recipe file.

@@ -198,6 +198,8 @@ def train_model(
   """
   directory = pathlib.Path(model_dir)
   record = directory / 'run.json'
+  if initial_checkpoint is not None:
+    _check_initial(module, initial_checkpoint)
   optimizer = optimizer_of(optimizer, steps)
   the_mesh = mesh_lib.make_mesh(**(mesh or {}))
   stream_lib.check_positive('batch size', batch_size)
@@ -207,7 +209,8 @@ def train_model(
       f'{the_mesh.shape["data"]} data slices of the mesh.'
     )
   name = getattr(mixture_or_task, 'name', mixture_or_task)
-  for feature in stream_lib.find(name, 'train').output_features.values():
+  provider = stream_lib.provider_of(name, 'train')
+  for feature in provider.output_features.values():
     check_vocabulary(feature.vocabulary, module)
   stream, data, local_rows = open_shared(
     name,
@@ -234,7 +237,7 @@ def train_model(
   if initial_checkpoint is None:
     params = models.init_params(module, key)
   else:
-    params = _initial_params(module, initial_checkpoint)
+    _, params = models.load_model(initial_checkpoint)
   same_run.write(record, settings, same_run.layout(the_mesh))
   state = fit_phase(
     phase='train',
@@ -253,19 +256,18 @@ def train_model(
   save_model(directory / 'model', module, state.params)
 
 
-def _initial_params(module, path):
-  """Parameters of a checkpoint that computes what the module computes."""
-  loaded, params = models.load_model(path)
+def _check_initial(module, path):
+  """Raises unless a checkpoint computes what the module does; reads no weight."""
+  loaded = models.load_module(path)
   configured = 'the configured module'
   architectures.check(
     {configured: models.describe(module), str(path): models.describe(loaded)},
     'Configure the module as the checkpoint was trained.',
   )
   tree_lib.check_same(
-    models.param_specs(module), tree_lib.specs(params),
+    models.param_specs(module), models.param_specs(loaded),
     expected_name=configured, given_name=str(path),
   )  # fmt: skip
-  return params
 
 
 def open_shared(

@@ -154,11 +154,11 @@ def _sign(last, spec, siblings):
       beside is None or any(re.fullmatch(beside, one) for one in siblings)
     ):
       return name
-  if spec.dtype.name.startswith('float8'):
+  if spec.dtype.name.startswith('float8_'):
     # Weights that were only cast to 8 bits have no scales, or 8-bit ones.
     scaled = any(
       (_OWN_SCALE.fullmatch(one) or (last in one and 'scale' in one))
-      and not other.dtype.name.startswith('float8')
+      and not other.dtype.name.startswith('float8_')
       for one, other in siblings.items()
     )
     return 'fp8' if scaled else None
@@ -170,4 +170,4 @@ def _sign(last, spec, siblings):
 
 def _is_packed(dtype: np.dtype) -> bool:
   """True for integers of any width, and for floats of a byte or less."""
-  return dtype.name.startswith(('int', 'uint', 'float4', 'float6', 'float8'))
+  return dtype.name.startswith(('int', 'uint', 'float4_', 'float6_', 'float8_'))

@@ -195,7 +195,11 @@ class _Execution:
   # Before --------------------------------------------------------------------
 
   def _identity(self) -> dict[str, Any]:
-    """What makes two calls the same merge: recipe, sources, layout, code."""
+    """What makes two calls the same merge: recipe, sources, layout, code.
+
+    Small files count by what they say: tokenizers decide where rows lie, and
+    the rest stands beside the result.
+    """
     sources = {}
     stores = [*self._plan.stores.values(), *self._plan.stats]
     for file in sorted({f for store in stores for f in store.files()}):
@@ -206,6 +210,7 @@ class _Execution:
       'format': self._format,
       'files': [[shard.file, shard.nbytes] for shard in self._shards],
       'sources': sources,
+      'beside': side_cars.digests(self._plan),
     })  # fmt: skip
 
   def _finished_before(self, identity) -> Report | None:

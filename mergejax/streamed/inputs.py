@@ -65,8 +65,9 @@ class Inputs:
     }
     self._check_configs()
     self.opened = dict(self.stores)
-    self.tokenizer = vocabularies.align(self, recipe)
+    # Heads first: whoever lacks one has no rows to give.
     self._tie()
+    self.tokenizer = vocabularies.align(self, recipe)
     self._leave_out_buffers()
     self.raise_problems()
     self._note_companions()
@@ -201,9 +202,16 @@ class Inputs:
 
   def _tie(self):
     """Kept tied if every source is; untied on request; an error otherwise."""
-    # What is stored and nothing calls an array of its own must prove equal.
+    # What is stored and nothing calls an array of its own must prove equal; an
+    # adapter has the configuration of its model, but may have parted the two.
     possible = {
-      name: ties.possible(store.specs(), self.configs[name])
+      name: {
+        alias: path
+        for alias, path in ties.possible(
+          store.specs(), self.configs[name]
+        ).items()
+        if alias not in getattr(self.opened[name], 'untied', ())
+      }
       for name, store in self.stores.items()
     }
     names = {

@@ -15,6 +15,7 @@ Config = Mapping[str, Any] | None
 
 # Sections that a module's configuration may lie in; '' is the file itself.
 _SECTIONS = {
+  'default': ('', 'text_config', 'language_config', 'llm_config'),
   'text_decoder': ('text_config', 'language_config', 'llm_config', ''),
   'vision_tower': ('vision_config',),
   'audio_tower': ('audio_config',),

@@ -24,7 +24,10 @@ Ref = tuple[str, typing.Path]
 
 # The outermost number counts: T5 has `encoder.block.3.layer.0`.
 LAYER = re.compile(
-  r'(?P<stem>(?:.*?[./])?(?:layers|layer|blocks|block|h|resblocks)[._/])'
+  r'(?P<stem>(?:.*?[./])?'
+  # flax's own numbers follow the name of the block: `encoderblock_3`.
+  r'(?:(?i:(?:(?:encoder|decoder|transformer|residual|res)_?)?'
+  r'(?:layers?|blocks?))|h|resblocks)[._/])'
   r'(?P<index>\d+)(?P<rest>[./].*)'
 )
 # T5 keeps the relative positions of all layers in the first one.

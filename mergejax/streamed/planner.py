@@ -117,6 +117,12 @@ class _Planner:
       task = self._inputs.attempt(self._task, entry, used_rules)
       if task is not None:
         tasks.append(task)
+    if not counts and any(map(settings.is_gradient, recipe.settings())):
+      self._problems.append(
+        'a gradient gives every layer a value of its own, but no parameter is '
+        f'in a numbered layer (first: {entries[0].path}): give one value '
+        'instead. Layers that are stacked in one array cannot have several.'
+      )
     if self._unknown_stacks:
       self._problems.append(stacks.message(self._unknown_stacks))
     for i, rule in enumerate(recipe.rules):

@@ -85,7 +85,15 @@ class Plan:
   @property
   def identity(self) -> str:
     """sha256 of what is asked for and computed, the same in every process."""
-    return resume.digest({'recipe': self.recipe.data, 'tasks': self.tasks})
+    return resume.digest(
+      {
+        'recipe': self.recipe.data,
+        'chat_template': self.recipe.chat_template,
+        'tasks': self.tasks,
+        'config': self.config,
+        'tokenizer': self.tokenizer,
+      }
+    )
 
   @property
   def read_bytes(self) -> int:

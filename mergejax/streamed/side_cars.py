@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What stands beside merged weights: configuration, tokenizer, recipe, card."""
 
+import hashlib
 import json
 import os
 import pathlib
@@ -53,6 +54,32 @@ def write(plan: plans.Plan, result: pathlib.Path) -> None:
     result / RECIPE, yaml.safe_dump(dict(plan.recipe.data), sort_keys=False)
   )
   write_text(result / CARD, _card(plan))
+
+
+def digests(plan: plans.Plan) -> dict[str, str]:
+  """What a result owes to files beside the weights.
+
+  Args:
+    plan: what is merged.
+
+  Returns:
+    `{file: sha256}` of the configuration, of all that is copied, and of every
+    tokenizer, where rows are matched by token.
+  """
+  reference = companions.folder_of(plan.reference, plan.recipe.base)
+  copied = companions.find(reference, plan.tokenizer.folder).copied
+  files = {reference / checkpoint.CONFIG, *(file for file, _ in copied)}
+  for folder in (reference, plan.tokenizer.folder):
+    files.add(folder / vocabulary.TOKENIZER)
+  if plan.recipe.tokenizer is not None:
+    for name in plan.stores:
+      folder = companions.folder_of(name, plan.recipe.base)
+      files.add(folder / vocabulary.TOKENIZER)
+  return {
+    str(file): hashlib.sha256(file.read_bytes()).hexdigest()
+    for file in sorted(files)
+    if file.is_file()
+  }
 
 
 def _dtype(plan):

@@ -6,19 +6,77 @@ Rows are matched by token where a recipe names a tokenizer, else by number.
 """
 
 import re
+from typing import NamedTuple
 
 import numpy as np
 
 from mergejax import errors
+from mergejax import typing
 from mergejax.recipes import recipe as recipe_lib
 from mergejax.store import vocabulary
 from mergejax.streamed import companions
 
-_EMBEDDING = re.compile(
-  r'(.*[./])?(embed(?!\w*pos)\w*|wte|shared|token_embedder|word_embeddings)[./]'
-  r'(weight|embedding)|'
-  r'(.*[./])?(lm_head|embed_out|proj_out|lm_head\.decoder)\.weight'
+# Tables of one row a token, and what makes logits of one number a token.
+_TABLE = re.compile(
+  r'(.*[./])?(embed(?!\w*pos)\w*|wte|shared|tok(en)?s?_embed\w*|word_embeddings)'
+  r'[./](weight|embedding)'
 )
+_HEAD = re.compile(
+  r'(.*\.)?(\w*lm_head|lm_head\.(decoder|out_proj)|embed_out|proj_out|'
+  r'(cls\.)?predictions\.decoder|vocab_projector|output_projection)'
+  r'\.(weight|bias)|(.*\.)?(cls\.)?predictions\.bias'
+)
+# The same with tokens along the last axis.
+_TURNED = re.compile(
+  r'(.*[./])?(final_logits_bias|(lm_head|logits_dense|decoder)/kernel)'
+)
+
+
+class Leaves(NamedTuple):
+  """What a model has of its vocabulary.
+
+  Attributes:
+    rows: how many its tables have; 0 without a table.
+    own: those of so many rows; the first axis counts tokens.
+    odd: those of another number of rows, or with tokens along another axis.
+  """
+
+  rows: int
+  own: typing.SpecTree
+  odd: typing.SpecTree
+
+
+def leaves_of(specs: typing.SpecTree) -> Leaves:
+  """Finds the parameters of a model that have a row for every token.
+
+  Names are not enough: `embedding_norm` and small tables of sounds or colours
+  are called like tables of tokens.
+
+  Example:
+    >>> import numpy as np
+    >>> spec = lambda *shape: typing.LeafSpec(shape, np.dtype('float32'))
+    >>> leaves_of({
+    ...   'embed_tokens.weight': spec(9, 4), 'embedding_norm.weight': spec(4),
+    ... }).own
+    {'embed_tokens.weight': LeafSpec(shape=(9, 4), dtype=dtype('float32'), axes=None)}
+  """
+  named = {
+    path: spec
+    for path, spec in specs.items()
+    if (_TABLE.fullmatch(path) and len(spec.shape) == 2)
+    or (_HEAD.fullmatch(path) and len(spec.shape) in (1, 2))
+  }
+  rows = max(
+    (s.shape[0] for s in named.values() if len(s.shape) == 2), default=0
+  )
+  own = {path: s for path, s in named.items() if s.shape[0] == rows}
+  odd = {
+    path: spec
+    for path, spec in specs.items()
+    if (path in named and rows / 2 < spec.shape[0] < rows)
+    or (_TURNED.fullmatch(path) and rows and spec.shape[-1] == rows)
+  }
+  return Leaves(rows, own, odd)
 
 
 def align(inputs, recipe: recipe_lib.Recipe) -> companions.Tokenizer:
@@ -48,17 +106,14 @@ class _Vocabularies:
       self._inputs.problems.append(
         "give 'tokenizer' (rows by token) or 'vocab' (rows by number), not both."
       )
-    paths = {
-      name: {p: s for p, s in store.specs().items() if _EMBEDDING.fullmatch(p)}
+    self._leaves = {
+      name: leaves_of(store.specs())
       for name, store in self._inputs.stores.items()
     }
+    paths = {name: found.own for name, found in self._leaves.items()}
     if recipe.tokenizer is not None:
       return self._by_token(paths)
-    counts = {
-      name: {spec.shape[0] for spec in own.values() if len(spec.shape) == 2}
-      for name, own in paths.items()
-    }
-    sizes = {n: max(own) for n, own in counts.items() if own}
+    sizes = {n: found.rows for n, found in self._leaves.items() if found.rows}
     if len(set(sizes.values())) > 1:
       if recipe.vocab is None:
         listing = ', '.join(f'{name}: {size}' for name, size in sizes.items())
@@ -82,6 +137,9 @@ class _Vocabularies:
         path: np.where(np.arange(count) < spec.shape[0], np.arange(count), -1)
         for path, spec in own.items()
       }
+      self._check_rows(name, np.arange(count), count != self._leaves[name].rows)
+    if self._inputs.problems:
+      return
     self._wrap_rows(rows, zeros=policy == 'pad')
     self._inputs.config['vocab_size'] = count
     self._inputs.remarks.append(
@@ -120,9 +178,9 @@ class _Vocabularies:
     count = -(-least // (recipe.row_multiple or 1)) * (recipe.row_multiple or 1)
     rows = {}
     for name, own in paths.items():
-      order = np.full(count, -1)
-      for token, row in wanted.items():
-        order[row] = tokens[name].get(token, -1)
+      order = self._order(wanted, tokens[name], count)
+      order[least:] = -1
+      self._check_rows(name, order, wanted != tokens[name])
       rows[name] = {
         path: np.where(order < spec.shape[0], order, -1)
         for path, spec in own.items()
@@ -150,6 +208,31 @@ class _Vocabularies:
     donors = [str(self._inputs.folder(name)) for name in tokens]
     text = vocabulary.extended_tokenizer(str(folder), wanted, donors)
     return companions.Tokenizer(folder, text)
+
+  def _order(self, wanted, tokens, count):
+    """`<int64>[count]`: for each row of the result that of a model, or -1."""
+    order = np.arange(count)  # rows of no token are padding, and stay
+    order[[row for row in tokens.values() if row < count]] = -1
+    for token, row in wanted.items():
+      order[row] = tokens.get(token, -1)
+    return order
+
+  def _check_rows(self, name, order, reordered):
+    """Refuses to reorder some parameters of the vocabulary and not others."""
+    rows, own, odd = self._leaves[name]
+    same = len(order) == rows and np.array_equal(order, np.arange(rows))
+    if odd and not same:
+      lines = [f'{path} {list(spec.shape)}' for path, spec in odd.items()]
+      self._inputs.problems.append(
+        f'{name}: embedding rows are to be put in another order or number, and '
+        f'these parameters of its {rows} tokens cannot follow:\n'
+        f'{errors.listed(lines)}'
+      )
+    if reordered and not own:
+      self._inputs.problems.append(
+        f'{name}: its tokens lie at other rows, and no parameter has the name '
+        'of an embedding table.'
+      )
 
   def _tokens_of(self, name, paths) -> dict[str, int]:
     """A model's tokens; of a bare one with equal rows, the reference's."""

@@ -19,6 +19,8 @@ from mergejax import errors
 from mergejax import mesh as mesh_lib
 from mergejax import tree
 from mergejax.experts import branch
+from mergejax.merging import arithmetic
+from mergejax.merging import ties
 from mergejax.train import optim
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
@@ -130,6 +132,23 @@ class BranchTest(parameterized.TestCase):
     self.assertTrue(
       any(len(g) >= 4 for one in replica_groups(hlo) for g in one)
     )
+
+  @parameterized.named_parameters(
+    ('none', None, {}, 'give it with `base='),
+    # Shapes that would be broadcast.
+    ('of_other_shapes', {'w': (4,), 'b': (4,)}, {}, r'! w \[4\] expected'),
+    ('lacks_a_leaf', {'w': (3, 4)}, {}, r'\+ b'),
+    ('has_more', {'w': (3, 4), 'b': (4,), 'c': (4,)}, {}, r'- c'),
+    ('other_counts', None, {'b': (3, 4)}, r'b: \[3, 4\]'),
+    ('no_axis', None, {'b': ()}, r'b: \[\]'),
+  )
+  def test_what_does_not_fit_is_not_merged(self, base, changed, message):
+    shapes = {'w': (2, 3, 4), 'b': (2, 4)} | changed
+    tree = lambda own: {path: np.ones(shape) for path, shape in own.items()}
+    base = None if base is None else tree(base)
+    for method in (arithmetic.task_arithmetic(), ties.ties()):
+      with self.assertRaisesRegex(errors.UserError, message):
+        branch.merge_experts(tree(shapes), method, base=base)
 
   @parameterized.named_parameters(
     ('adafactor', optim.adafactor(0.05)),

@@ -390,6 +390,39 @@ class WholeTest(parameterized.TestCase):
     specs = mj.open_checkpoint(self.disk.path / 'out').specs()
     self.assertNotIn('lm_head.weight', specs)
 
+  @parameterized.product(stored=(True, False), nested=(True, False))
+  def test_a_head_of_its_own_beside_a_tied_base(self, stored, nested):
+    table = self.base.pop('embed_tokens.weight')
+    del self.base['lm_head.weight']
+    inner = 'language_model.' if nested else ''
+    self.base[f'model.{inner}embed_tokens.weight'] = table
+    if stored:
+      self.base['lm_head.weight'] = table.copy()
+    config = {'tie_word_embeddings': True}
+    if nested:
+      config['text_config'] = dict(config)
+    a, b = self.disk.random(2, 4), self.disk.random(10, 2)
+    base = self.disk.model(self.base, config)
+    path = self.disk.adapter(
+      {'lm_head.lora_A.weight': a, 'lm_head.lora_B.weight': b}, lora_alpha=2
+    )
+    expected = wide(table) + wide(b) @ wide(a)
+    recipe = {
+      'merge_method': 'task_arithmetic', 'base_model': base,
+      'models': [{'model': f'{base}+{path}', 'parameters': {'weight': 1}}],
+    }  # fmt: skip
+    with self.assertRaisesRegex(mj.UserError, 'untie: true'):
+      mj.plan(recipe)
+    alone = {'merge_method': 'linear', 'models': [f'{base}+{path}']}
+    for name, one in (('a', alone), ('b', {**recipe, 'untie': True})):
+      out = self.disk.path / name
+      mj.execute(mj.plan(one), out)
+      got = mj.open_checkpoint(out).leaves(['lm_head.weight'])
+      np.testing.assert_allclose(
+        got['lm_head.weight'], expected, rtol=1e-5, atol=2e-6
+      )
+      self.assertNotIn('true', (out / 'config.json').read_text())
+
   def test_trained_tokens_leave_a_head_tied(self):
     del self.base['lm_head.weight']
     self.base['model.embed_tokens.weight'] = self.base.pop(

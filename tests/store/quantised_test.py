@@ -130,6 +130,9 @@ class QuantisedTest(parameterized.TestCase):
     ({'norm/scale': zeros('f4', 3), 'count': zeros(np.uint32)},),
     ({'lin.weight': zeros('f4', 3, 3), 'lin.weight_scale': zeros('f4', 3)},),
     ({'attn.W_q': zeros('f4', 3, 3), 'attn.scales': zeros('f4', 3)},),
+    # Of every width.
+    ({'a.weight': zeros('f8', 3, 3), 'a/scale': zeros('f8', 3)},),
+    ({'a.weight': zeros('f2', 3, 3), 'a/kernel': zeros('bfloat16', 3)},),
     # Weights that were only cast to 8 bits are weights.
     ({'a.weight': zeros(F8, 3, 3), 'logit_scale': zeros('f4')},),
     ({'n/scale': zeros(F8, 3), 'n/bias': zeros(F8, 3)},),

@@ -281,6 +281,39 @@ class LayoutTest(parameterized.TestCase):
             leaves[path], self.mean(path, (1 - depth, depth)), atol=1e-6
           )
 
+  @parameterized.parameters(
+    'Transformer/encoderblock_{}/MlpBlock_3/Dense_0/kernel',
+    'EncoderBlock_{}/Dense_0/kernel',
+    'transformer/layer_{}/mlp/kernel',
+    'decoder/layers_{}/mlp/wi/kernel',
+    'encoder/res_block_{}/kernel',
+    'model/h/{}/mlp/kernel',
+  )
+  def test_gradients_run_over_the_blocks_of_flax(self, name):
+    paths = {name.format(i): i / 2 for i in range(3)} | {'head/kernel': 0.0}
+    for k, model in enumerate('ab'):
+      leaves = {path: np.full((2, 2), k, np.float32) for path in paths}
+      mj.save_checkpoint(self.folder / f'{model}.npz', leaves)
+    recipe = {'merge_method': 'linear', 'models': [
+      {'model': str(self.folder / 'a.npz'), 'parameters': {'weight': [1, 0]}},
+      {'model': str(self.folder / 'b.npz'), 'parameters': {'weight': [0, 1]}},
+    ]}  # fmt: skip
+    weights = {task.path: task.weights for task in mj.plan(recipe).tasks}
+    self.assertEqual(weights, {p: (1 - d, d) for p, d in paths.items()})
+
+  def test_a_gradient_without_layers_is_refused(self):
+    kernel = np.zeros((3, 2, 2), np.float32)
+    mj.save_checkpoint(self.folder / 'a.npz', {'layers/mlp/kernel': kernel})
+    path = str(self.folder / 'a.npz')
+    for weight in ([1, 0], [{'filter': 'mlp', 'value': [1, 0]}, {'value': 1}]):
+      own = {'model': path, 'parameters': {'weight': weight}}
+      with self.assertRaisesRegex(
+        mj.UserError, 'no parameter is in a numbered'
+      ):
+        mj.plan({'merge_method': 'linear', 'models': [own]})
+    own['parameters'] = {'weight': [1, 1]}
+    mj.plan({'merge_method': 'linear', 'models': [own]})
+
   def test_a_model_merged_with_its_own_layers(self):
     (a,) = self.vision_language('a')
     recipe = {
@@ -418,6 +451,8 @@ class LayerConfigsTest(parameterized.TestCase):
      'vision_tower',
      {'text_config': {'num_hidden_layers': 4}, 'vision_config': {'depth': 2}}),
     ({'n_layer': 4}, 'default', {'n_layer': 2}),
+    ({'text_config': {'num_hidden_layers': 4}}, 'default',
+     {'text_config': {'num_hidden_layers': 2}}),
   )  # fmt: skip
   def test_where_the_number_of_layers_stands(self, config, module, expected):
     order = [('a', 0), ('a', 1)]

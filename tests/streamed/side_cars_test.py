@@ -175,6 +175,41 @@ class MergedTest(parameterized.TestCase):
     tools = self.out / 'additional_chat_templates' / 'tools.jinja'
     self.assertEqual(tools.read_text(), 'TOOLS')
 
+  @parameterized.parameters(
+    ('b', 'tokenizer.json', [added(2, 'z'), added(3, '</s>')]),
+    ('a', 'config.json', {'rope_theta': 5.0}),
+    ('a', 'tokenizer_config.json', {'chat_template': 'NEW'}),
+    ('a', 'generation_config.json', {'eos_token_id': 1}),
+  )
+  def test_what_stands_beside_the_weights_is_part_of_the_merge(
+    self, name, file, change
+  ):
+    def stop(done, total):
+      raise KeyboardInterrupt
+
+    for folder in (self.a, self.b):
+      self.tokenizer(folder, [added(2, '</s>'), added(3, 'z')])
+    recipe = {'tokenizer_source': 'union', 'chat_template': 'auto'}
+    models = [str(self.a), str(self.b)]
+    plan = lambda: mj.plan(
+      {'merge_method': 'linear', 'models': models} | recipe
+    )
+    executor.execute(plan(), self.out)
+    self.assertEqual(executor.execute(plan(), self.out).computed, 0)
+    begun = self.folder / 'begun'
+    with self.assertRaises(KeyboardInterrupt):
+      executor.execute(plan(), begun, progress=stop)
+    if file == 'tokenizer.json':
+      self.tokenizer(self.folder / name, change)
+    else:
+      path = self.folder / name / file
+      there = read(path) if path.exists() else {}
+      path.write_text(json.dumps(there | change))
+    with self.assertRaisesRegex(mj.UserError, 'already exists and is not'):
+      executor.execute(plan(), self.out)
+    report = executor.execute(plan(), begun)
+    self.assertLen(plan().tasks, report.computed)
+
   def test_settings_that_are_not_json_are_told_by_the_plan(self):
     (self.a / 'tokenizer_config.json').write_text('{')
     with self.assertRaisesRegex(mj.UserError, 'a/tokenizer_config.json is not'):
