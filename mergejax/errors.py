@@ -4,6 +4,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 import difflib
+import os
 from typing import Any
 
 
@@ -88,10 +89,15 @@ def differences(
     if isinstance(old, Mapping) and isinstance(new, Mapping):
       lines += [f'{name}/{line}' for line in differences(old, new)]
     elif old != new:
-      lines.append(f'{name}: {_short(old)} there, {_short(new)} asked for')
+      texts = str(old), str(new)
+      # Of long ones that begin alike, the end of what is alike and the rest.
+      start = max(0, len(os.path.commonprefix(texts)) - 20)
+      old, new = (_short(text, start) for text in texts)
+      lines.append(f'{name}: {old} there, {new} asked for')
   return lines
 
 
-def _short(value):
-  text = str(value)
+def _short(text, start):
+  if len(text) > 60 and start:
+    text = f'...{text[start:]}'
   return text if len(text) <= 60 else f'{text[:57]}...'

@@ -87,5 +87,19 @@ class RecordTest(absltest.TestCase):
     self.assertTrue((package / 'merging').is_dir())
 
 
+class DifferencesTest(absltest.TestCase):
+  def test_long_values_are_shown_where_they_differ(self):
+    models = lambda name: [{'model': 'a' * 70, 'weight': 1}, {'model': name}]
+    (line,) = errors.differences(
+      {'models': models('b')}, {'models': models('c')}
+    )
+    there, asked = line.removesuffix(' asked for').split(' there, ')
+    self.assertIn("'b'", there)
+    self.assertIn("'c'", asked)
+    self.assertLess(len(line), 160)
+    line = errors.differences({'a': 'x' * 99}, {'a': 'y'})[0]
+    self.assertEqual(line, f'a: {"x" * 57}... there, y asked for')
+
+
 if __name__ == '__main__':
   absltest.main()

@@ -92,8 +92,8 @@ def split_documents(
   """Drops repeated documents and gives the rest a split.
 
   Documents labelled `'all'` are ordered by a hash of their text; the first go
-  to test until it has `HELD_OUT` of all bytes, the next to validation, the rest
-  to train. The order of the files does not matter, and a domain of few
+  to test until it has `HELD_OUT` of all characters, the next to validation
+  until it has as many, the rest to train. The order of the files does not matter, and a domain of few
   documents still gets all three splits. They are held in memory together;
   documents that bring their split stream through.
 
@@ -117,15 +117,12 @@ def split_documents(
     else:
       yield split, text
   quota = HELD_OUT * sum(len(text) for _, text in unlabelled)
-  taken = 0
+  # Each is filled by itself: a long document in test leaves validation its own.
+  room = {'test': quota, 'validation': quota, 'train': float('inf')}
   for _, text in sorted(unlabelled):
-    if taken < quota:
-      yield 'test', text
-    elif taken < 2 * quota:
-      yield 'validation', text
-    else:
-      yield 'train', text
-    taken += len(text)
+    split = next(name for name, left in room.items() if left > 0)
+    room[split] -= len(text)
+    yield split, text
 
 
 def write_splits(

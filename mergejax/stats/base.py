@@ -106,7 +106,7 @@ def collect(
   shards = mesh.shape['data']
   fingerprint = saved.fingerprint(params)
   settings = {'kind': statistic.kind, **statistic.settings}
-  journal = journal_lib.Journal(out, {**settings, 'fingerprint': fingerprint})
+  journal = journal_lib.Journal(out, {**settings, 'model': fingerprint})
   totals, done, aliases = journal.load()
   batches = journal.after(done, batches)
   params = jax.device_put(params, _param_layout(mesh, params))

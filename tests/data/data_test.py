@@ -66,6 +66,21 @@ class CorporaTest(parameterized.TestCase):
     share = sum(len(t) for s, t in found if s == 'test') / sum(map(len, texts))
     self.assertBetween(share, corpora.HELD_OUT, corpora.HELD_OUT + 0.03)
 
+  def test_a_long_document_leaves_the_other_splits_theirs(self):
+    for letter in 'abcdefghij':  # it is in another place each time
+      texts = [*sentences(60), letter * 2000]
+      found = list(corpora.split_documents([('all', t) for t in texts], set()))
+      self.assertCountEqual([t for _, t in found], texts)
+      by_split = {
+        s: [t for split, t in found if split == s] for s in corpora.SPLITS
+      }
+      quota = corpora.HELD_OUT * sum(map(len, texts))
+      for split in ('test', 'validation'):
+        # The last document of a split is the one that fills it.
+        sizes = [len(text) for text in by_split[split]]
+        self.assertGreaterEqual(sum(sizes), quota)
+        self.assertLess(sum(sizes[:-1]), quota)
+
   @parameterized.parameters('train', 'all')
   def test_a_limit_keeps_a_random_part(self, label):
     """Of a file that is sorted, not its head."""

@@ -96,9 +96,10 @@ class SameRunTest(parameterized.TestCase):
     self.assertIn('mesh/model: 1 there, 2 asked for', err)
 
   def test_a_task_that_nobody_registered(self):
-    self.train(steps=0)
-    with self.assertRaisesRegex(errors.UserError, "'paritty'"):
-      self.train(steps=0, mixture_or_task='paritty')
+    with self.assertRaisesRegex(errors.UserError, "mixture 'paritty'"):
+      self.train(steps=1, mixture_or_task='paritty')
+
+  def test_a_batch_size_that_is_no_number(self):
     with self.assertRaisesRegex(errors.UserError, 'batch size must be 1 or'):
       self.train(steps=0, batch_size='many')
 

@@ -537,7 +537,9 @@ class SavedTest(parameterized.TestCase):
     with self.assertRaises(Killed):
       self.collect(self.folder / 'out', save_every=2, progress=progress)
     other = jax.tree.map(lambda leaf: leaf * 1.1, self.params)
-    with self.assertRaisesRegex(errors.UserError, 'another model'):
+    with self.assertRaisesRegex(
+      errors.UserError, r'other settings:\n  model: \w+ there, \w+ asked for'
+    ):
       self.collect(self.folder / 'out', params=other)
 
   def test_continuing_on_other_data_is_refused(self):
