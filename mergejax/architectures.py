@@ -16,7 +16,6 @@ import re
 from typing import Any, NamedTuple
 
 from mergejax import errors
-from mergejax import models
 from mergejax.store import checkpoint
 
 # Of training, saving, generating, or of the tool that wrote the file.
@@ -218,10 +217,14 @@ def check_checkpoints(
 def _completed(config):
   """`{dotted name: value}`, with the defaults of this project's models."""
   try:
-    if isinstance(config.get('model_type'), str):
+    # Another library's say so; the defaults of its models are not known here.
+    own = 'architectures' not in config and 'transformers_version' not in config
+    if own and isinstance(config.get('model_type'), str):
+      from mergejax import models  # linen, which other models do not need
+
       config = models.describe(models.build(config))
   except errors.UserError:
-    pass  # another library's, whose defaults are not known here
+    pass  # a model type that is none of ours
   flat = {}
   for name, value in config.items():
     if name.endswith('_config') and isinstance(value, Mapping):

@@ -22,11 +22,13 @@ def short_words():
 
 
 class LargestTest(parameterized.TestCase):
-  def setUp(self):
-    super().setUp()
-    # Compiled for words of another size.
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    # What was compiled for words of another size.
     jax.clear_caches()
-    self.addCleanup(jax.clear_caches)
+    cls.enterClassContext(short_words())
+    cls.addClassCleanup(jax.clear_caches)
 
   @parameterized.product(
     rank=[0, 1, 255, 256, 257, 511, 512, 700, 999, 1000],
@@ -44,8 +46,7 @@ class LargestTest(parameterized.TestCase):
       for n in sizes
     ]
     indices = [np.arange(n, dtype=np.uint32) for n in sizes]
-    with short_words():
-      cuts = numerics.largest(scores, rank, indices)
+    cuts = numerics.largest(scores, rank, indices)
     kept = [
       np.asarray(numerics.above(s, cut, i))
       for s, cut, i in zip(scores, cuts, indices)
@@ -57,11 +58,10 @@ class LargestTest(parameterized.TestCase):
     np.testing.assert_array_equal(np.concatenate(kept), expected)
 
   def test_one_array_that_is_too_long_is_refused(self):
-    with short_words():
-      with self.assertRaisesRegex(errors.UserError, '256 elements in one pie'):
-        numerics.largest(
-          [np.ones(256, np.float32)], 3, [np.arange(256, dtype=np.uint32)]
-        )
+    with self.assertRaisesRegex(errors.UserError, '256 elements in one pie'):
+      numerics.largest(
+        [np.ones(256, np.float32)], 3, [np.arange(256, dtype=np.uint32)]
+      )
 
 
 class CountableTest(parameterized.TestCase):

@@ -16,7 +16,6 @@ from mergejax import architectures
 from mergejax import errors
 from mergejax.peft import fold
 from mergejax.recipes import recipe as recipe_lib
-from mergejax.stats import saved
 from mergejax.store import base as store_base
 from mergejax.store import buffers
 from mergejax.store import checkpoint
@@ -150,6 +149,8 @@ class Inputs:
   def _check_fingerprint(self, name, model):
     store = self.stores.get(model)
     if self.stats[-1] is not None and store is not None:
+      from mergejax.stats import saved  # linen, which few merges need
+
       expected = self.attempt(saved.about, name)
       if expected:
         self.attempt(
