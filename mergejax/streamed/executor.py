@@ -270,7 +270,7 @@ class _Execution:
         stack.callback(os.close, file)
         place.update({p: (file, at) for p, at in shard.offsets.items()})
       files = sorted({file for file, _ in place.values()})
-      stack.enter_context(_writing_behind(files))
+      stack.enter_context(work_folder.writing_behind(files))
       note = stack.enter_context(self._work.journal())
 
       def run(task):
@@ -415,33 +415,6 @@ class _Execution:
       key = repr((task.method, sorted(task.options.items()), task.weights))
       groups.setdefault(key, []).append(task)
     return groups.values()
-
-
-@contextlib.contextmanager
-def _writing_behind(files):
-  """Has files written to the disk while they are still being made.
-
-  Waiting for the disk at the end would take as long again as many a merge.
-  """
-  stop, failed = threading.Event(), []
-
-  def run():
-    while not failed and not stop.wait(0.1):
-      try:
-        for file in files:
-          os.fdatasync(file)
-      except OSError as error:  # the system tells of it but once
-        failed.append(error)
-
-  thread = threading.Thread(target=run, daemon=True)
-  thread.start()
-  try:
-    yield
-  finally:
-    stop.set()
-    thread.join()
-  if failed:
-    raise failed[0]
 
 
 def _versions() -> dict[str, str]:

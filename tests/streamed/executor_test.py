@@ -400,6 +400,15 @@ class WholeOrNothingTest(parameterized.TestCase):
     mj.execute(mj.plan(self.recipe), self.folder / 'whole')
     self.assertEqual(self.files(out), self.files(self.folder / 'whole'))
 
+  def test_a_disk_that_fails_behind_the_merge_is_told(self):
+    failing = mock.Mock(side_effect=OSError(5, 'Input/output error'))
+    with mock.patch.object(work_folder.os, 'fdatasync', failing):
+      with self.assertRaisesRegex(OSError, 'Input/output'):
+        with work_folder.writing_behind([0]):
+          while not failing.called:
+            time.sleep(0.01)
+    self.assertEqual(failing.call_count, 1)
+
   def test_too_small_a_disk_is_known_before(self):
     usage = mock.Mock(free=100)
     with mock.patch.object(
