@@ -373,7 +373,10 @@ class Run:
     return jnp.moveaxis(whole, range(len(view.stack)), view.stack)
 
 
-def copied(path, reference, inputs):
+def copied(
+  path: typing.Path, reference: Source, inputs: Sequence[Source]
+) -> typing.Array:
+  """A leaf that is not averaged: the reference's; says if a model differs."""
   leaf = reference.leaf(path)
   for model in inputs:
     if path not in model.specs:
