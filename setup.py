@@ -70,5 +70,5 @@ setuptools.setup(
     ],
     'dev': ['ruff>=0.12'],
   },
-  entry_points={'console_scripts': ['mergejax = mergejax.run.main:main']},
+  entry_points={'console_scripts': ['mergejax = mergejax.cli.main:main']},
 )

@@ -17,8 +17,8 @@ from mergejax import align
 from mergejax import models
 from mergejax.analysis import barrier
 from mergejax.evaluation import plots
-from mergejax.train import arrays
-from mergejax.train import losses
+from mergejax.training import arrays
+from mergejax.training import losses
 
 # name: (model, task, training steps, learning rate)
 MODELS = {

@@ -27,7 +27,7 @@ import numpy as np
 import safetensors.numpy
 
 import mergejax as mj
-from mergejax import tree
+from mergejax.core import tree
 
 merge_speed.SIZES['small'] = (500, 128, 352, 4)
 # method -> (models besides the base, base, settings of a model, of all).

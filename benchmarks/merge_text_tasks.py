@@ -25,7 +25,6 @@ import text_models
 
 import mergejax as mj
 from mergejax import models
-from mergejax import stats
 
 FAMILIES = {
   # family: (merged domains, domains left out)
@@ -59,12 +58,16 @@ def statistics(module, name, params, kind, answers, of):
   path = real_data.cache_folder() / f'text_{kind}_{name}_{of}_{STEPS}'
   if not path.exists():
     if kind == 'gram':
-      stats.collect(stats.gram(), module, params, batches_of(name), out=path)
+      mj.stats.collect(
+        mj.stats.gram(), module, params, batches_of(name), out=path
+      )
     else:
       scores = models.answer_logits(module, answers)
       rows = batches_of(name)[:4]
-      stats.collect(stats.fisher(logits=scores), module, params, rows, out=path)
-  return dict(stats.load(path))
+      mj.stats.collect(
+        mj.stats.fisher(logits=scores), module, params, rows, out=path
+      )
+  return dict(mj.stats.load(path))
 
 
 def run(family, seed, body_only=False):

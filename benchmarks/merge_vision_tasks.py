@@ -17,9 +17,8 @@ import vision_models
 
 import mergejax as mj
 from mergejax import models
-from mergejax import stats
-from mergejax.train import arrays
-from mergejax.train import losses
+from mergejax.training import arrays
+from mergejax.training import losses
 
 FIELDS = dict(model_type='vgg', channels=(16, 0, 32, 0, 64, 0), dense=(64,))
 START_STEPS, STEPS = 1500, 400
@@ -105,12 +104,12 @@ def statistics(task, params, kind):
     {n: x[i : i + 128] for n, x in data.items()} for i in range(0, count, 128)
   ]
   if kind == 'gram':
-    return stats.collect(
-      stats.gram(conv=True, exclude=['head/.*']), module_of(task), params,
+    return mj.stats.collect(
+      mj.stats.gram(conv=True, exclude=['head/.*']), module_of(task), params,
       batches,
     )  # fmt: skip
-  found = stats.collect(
-    stats.fisher(microbatch=1), module_of(task), params, batches
+  found = mj.stats.collect(
+    mj.stats.fisher(microbatch=1), module_of(task), params, batches
   )
   return {p: own for p, own in found.items() if not p.startswith('head')}
 

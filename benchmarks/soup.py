@@ -20,7 +20,7 @@ import vision_models
 from mergejax import models
 from mergejax.search import gradient
 from mergejax.search import greedy
-from mergejax.train import arrays
+from mergejax.training import arrays
 
 TASK = 'notmnist'
 # Steps that all models share: soups are of fine-tunings of a trained model.

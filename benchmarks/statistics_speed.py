@@ -16,8 +16,8 @@ import numpy as np
 import real_data
 
 from mergejax import models
-from mergejax import stats
-from mergejax.stats import base as stats_base
+from mergejax import statistics
+from mergejax.statistics import base as stats_base
 
 
 def main():
@@ -34,7 +34,7 @@ def main():
     'decoder_target_tokens': targets,
     'decoder_input_tokens': np.pad(targets, ((0, 0), (1, 0)))[:, :-1],
   })  # fmt: skip
-  statistic = stats.gram()
+  statistic = statistics.gram()
   forward = jax.jit(lambda params, batch: models.logits(module, params, batch))
   measure = lambda p, b: stats_base.distinct(
     statistic.measure(module, p, b, np.uint32(0), 1)

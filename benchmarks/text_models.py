@@ -16,16 +16,16 @@ import numpy as np
 import optax
 import real_data
 
-from mergejax import errors
 from mergejax import models
-from mergejax import tree as tree_lib
+from mergejax.checkpoints import checkpoint
+from mergejax.core import errors
+from mergejax.core import tree as tree_lib
 from mergejax.data import features
 from mergejax.data import stream as stream_lib
 from mergejax.data import tasks
-from mergejax.store import checkpoint
-from mergejax.train import arrays
-from mergejax.train import losses
-from mergejax.train import step as step_lib
+from mergejax.training import arrays
+from mergejax.training import losses
+from mergejax.training import step as step_lib
 
 SENTIMENT = ('movie', 'books', 'dvd', 'electronics', 'kitchen')
 SENTIMENT_LEFT_OUT = ('youtube',)

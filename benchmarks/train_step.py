@@ -31,9 +31,9 @@ from mergejax import models
 from mergejax.experts import branch
 from mergejax.nn import lm
 from mergejax.nn import t5
-from mergejax.train import losses
-from mergejax.train import optim
-from mergejax.train import step as step_lib
+from mergejax.training import losses
+from mergejax.training import optim
+from mergejax.training import step as step_lib
 
 # T5 1.1 of 9.7 million parameters.
 _T5 = dict(

@@ -14,13 +14,13 @@ import optax
 import real_data
 
 from mergejax import models
-from mergejax import tree as tree_lib
+from mergejax.checkpoints import checkpoint
+from mergejax.core import tree as tree_lib
 from mergejax.data import images
 from mergejax.search import base as search_base
-from mergejax.store import checkpoint
-from mergejax.train import arrays
-from mergejax.train import losses
-from mergejax.train import step as step_lib
+from mergejax.training import arrays
+from mergejax.training import losses
+from mergejax.training import step as step_lib
 
 TASKS = ('mnist', 'notmnist', 'usps', 'omniglot_alphabets')
 

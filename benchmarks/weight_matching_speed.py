@@ -23,7 +23,7 @@ import real_data
 
 from mergejax import align
 from mergejax import models
-from mergejax import tree
+from mergejax.core import tree
 
 
 def models_to_match():

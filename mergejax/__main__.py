@@ -4,6 +4,6 @@
 
 import sys
 
-from mergejax.run import main
+from mergejax.cli import main
 
 sys.exit(main.main())

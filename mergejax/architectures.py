@@ -15,8 +15,8 @@ import os
 import re
 from typing import Any, NamedTuple
 
-from mergejax import errors
-from mergejax.store import checkpoint
+from mergejax.checkpoints import checkpoint
+from mergejax.core import errors
 
 # Of training, saving, generating, or of the tool that wrote the file.
 _ASIDE = re.compile(
@@ -198,7 +198,7 @@ def check(
   """
   problems, remarks = compare(configs, ignored)
   if problems:
-    raise errors.UserError(
+    raise errors.StructureError(
       'These models are of different architectures, whatever their shapes: '
       f'weights of one mean something else in the other.\n'
       f'{errors.listed(problems, 20)}\n{advice}'

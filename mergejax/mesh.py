@@ -17,9 +17,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 import numpy as np
 
-from mergejax import axes as axes_lib
-from mergejax import errors
-from mergejax import typing
+from mergejax.core import axes as axes_lib
+from mergejax.core import errors
+from mergejax.core import typing
 
 AXES = ('branch', 'data', 'expert', 'model')
 
@@ -64,7 +64,7 @@ def join_processes(
       coordinator_address, process_count, process_index
     )
   except (ValueError, RuntimeError) as error:
-    raise errors.UserError(
+    raise errors.ConfigError(
       f'The processes could not join ({error}). Give --coordinator_address, '
       '--process_count and --process_index to every one of them.'
     ) from error
@@ -107,7 +107,7 @@ def make_mesh(
     or len(devices) % max(fixed, 1)
     or (not free and fixed != len(devices))
   ):
-    raise errors.UserError(
+    raise errors.ConfigError(
       f'Mesh {sizes} does not fit {len(devices)} device(s): the sizes must '
       f'multiply to {len(devices)}, with at most one -1 for what is left.'
     )
@@ -148,7 +148,7 @@ def sharding(
     chosen = None
     if name is not None:
       if name not in known:
-        raise errors.UserError(errors.near(name, known, 'logical axis'))
+        raise errors.ConfigError(errors.near(name, known, 'logical axis'))
       for rule_name, target in rules:
         if rule_name != name or target is None or target in used:
           continue

@@ -13,15 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mergejax import errors
-from mergejax import tree
-from mergejax import typing
+from mergejax.checkpoints import base
+from mergejax.checkpoints import checkpoint
+from mergejax.checkpoints.names import t5 as t5_names
+from mergejax.core import errors
+from mergejax.core import tree
+from mergejax.core import typing
 from mergejax.nn import lm
 from mergejax.nn import t5
 from mergejax.nn import vision
-from mergejax.store import base
-from mergejax.store import checkpoint
-from mergejax.store.names import t5 as t5_names
 
 # model_type -> (module, config class)
 _KINDS = {
@@ -57,12 +57,12 @@ def build(config: Mapping[str, Any]) -> nn.Module:
   fields = dict(config)
   kind = fields.pop('model_type', None)
   if kind not in _KINDS:
-    raise errors.UserError(errors.near(str(kind), _KINDS, 'model_type'))
+    raise errors.ConfigError(errors.near(str(kind), _KINDS, 'model_type'))
   module, config_class = _KINDS[kind]
   known = [field.name for field in dataclasses.fields(config_class)]
   for name, value in fields.items():
     if name not in known:
-      raise errors.UserError(
+      raise errors.ConfigError(
         errors.near(name, known, f'setting of a {kind} model,')
       )
     if isinstance(value, list):
@@ -75,7 +75,7 @@ def describe(module: nn.Module) -> dict[str, Any]:
   for kind, (module_class, _) in _KINDS.items():
     if isinstance(module, module_class):
       return {'model_type': kind, **dataclasses.asdict(module.config)}
-  raise errors.UserError(
+  raise errors.ConfigError(
     f'{type(module).__name__} cannot be described by a config.json; known '
     f'model types: {", ".join(_KINDS)}.'
   )
@@ -149,7 +149,7 @@ def check_batch(
       values = np.asarray(batch.get(name, ()))
       for value in (values.min(), values.max()) if values.size else ():
         if not 0 <= value < size:
-          raise errors.UserError(
+          raise errors.ConfigError(
             f'{name} of {source} hold the number {value}, but the '
             f'{_kind(module)} model knows 0 to {size - 1} only '
             f'({setting}={size}). They were made with the vocabulary, or for '
@@ -282,7 +282,7 @@ def _norms_of(real: jax.Array | None) -> Callable[..., Any]:
       return call(*positional, **named)
     inputs = positional[0] if positional else named['x']
     if len(inputs) != len(real):
-      raise errors.UserError(
+      raise errors.ConfigError(
         f'The batch norm {"/".join(context.module.path)} sees {len(inputs)} '
         f'rows, the batch has {len(real)}, some of no weight: which of them it '
         'must leave out is not known. Give it its `mask`, or whole batches '
@@ -351,7 +351,7 @@ def load_module(path: os.PathLike | str) -> nn.Module:
   """
   config = checkpoint.read_config(path)
   if config is None:
-    raise errors.UserError(
+    raise errors.ConfigError(
       f'{path} has no {checkpoint.CONFIG}, so its architecture is unknown. '
       'Add one: {"model_type": "lm" or "t5x", ...sizes}. `mergejax inspect` '
       'lists the shapes.'

@@ -8,9 +8,9 @@ import pathlib
 import numpy as np
 import safetensors.numpy
 
-from mergejax import tree as tree_lib
-from mergejax.peft import fold
-from mergejax.store import checkpoint
+from mergejax.checkpoints import checkpoint
+from mergejax.checkpoints.peft import fold
+from mergejax.core import tree as tree_lib
 
 PREFIX = 'base_model.model.'
 

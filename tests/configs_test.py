@@ -14,9 +14,9 @@ import numpy as np
 
 import mergejax as mj
 from mergejax import models
-from mergejax import tree as tree_lib
-from mergejax.merging import named
-from mergejax.run import main as main_lib
+from mergejax.cli import main as main_lib
+from mergejax.core import tree as tree_lib
+from mergejax.methods import named
 
 FOLDER = pathlib.Path(__file__).parent.parent / 'configs' / 'merge'
 FILES = sorted(FOLDER.glob('*.yaml'))

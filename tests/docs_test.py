@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mergejax import typing
-from mergejax.merging import driver
+from mergejax.core import typing
+from mergejax.merging import in_memory
 
-PACKAGE = pathlib.Path(driver.__file__).parent.parent
+PACKAGE = pathlib.Path(in_memory.__file__).parent.parent
 MODULES = sorted(
   '.'.join(path.relative_to(PACKAGE.parent).with_suffix('').parts)
   for path in PACKAGE.rglob('*.py')
@@ -27,7 +27,7 @@ class DocsTest(parameterized.TestCase):
   @parameterized.parameters(*MODULES)
   def test_examples(self, name):
     module = importlib.import_module(name)
-    words = dict(jax=jax, jnp=jnp, np=np, typing=typing, merge=driver.merge)
+    words = dict(jax=jax, jnp=jnp, np=np, typing=typing, merge=in_memory.merge)
     result = doctest.testmod(
       module,
       extraglobs={k: v for k, v in words.items() if k not in dir(module)},

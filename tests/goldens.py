@@ -6,7 +6,7 @@ import pathlib
 
 import numpy as np
 
-from mergejax import tree
+from mergejax.core import tree
 
 FOLDER = pathlib.Path(__file__).parent / 'testdata'
 

@@ -14,11 +14,11 @@ from reference import merging as oracles
 
 import mergejax as mj
 from mergejax import mesh as mesh_lib
-from mergejax import tree as tree_lib
+from mergejax.core import tree as tree_lib
 from mergejax.experts import branch
-from mergejax.merging import base as merging
-from mergejax.merging import driver
-from mergejax.merging import named
+from mergejax.merging import in_memory
+from mergejax.methods import base as merging
+from mergejax.methods import named
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +165,7 @@ def run(row, models, base, weights=None, **kwargs):
   weights = row.weights if weights is None else weights
   stats = None if 'stats' in kwargs else make_stats(row, models)
   axes = [rule for rule in AXES if rule[0] in models[0]]
-  return driver.merge(
+  return in_memory.merge(
     models,
     method,
     base=base if row.base or method.needs_base else None,
@@ -311,7 +311,7 @@ class LawsTest(parameterized.TestCase):
     method = named.resolve(row.name, **row.options)
     self.assertTrue(method.separable)
     given = base if row.base or method.needs_base else None
-    merge = lambda m: driver.merge(
+    merge = lambda m: in_memory.merge(
       models, m, base=given, weights=row.weights, axes=AXES,
       stats=make_stats(row, models),
     )  # fmt: skip
@@ -342,7 +342,7 @@ class LawsTest(parameterized.TestCase):
       return method.finish(total, base=base)
 
     alone = method._replace(update=split, finish=finish)
-    added = driver.merge(
+    added = in_memory.merge(
       models, alone, weights=row.weights, axes=AXES,
       base=base if row.base or method.needs_base else None,
       stats=make_stats(row, models),

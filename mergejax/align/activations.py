@@ -12,16 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mergejax import errors
-from mergejax import numerics
-from mergejax import tree as tree_lib
-from mergejax import typing
 from mergejax.align import pairs as pairs_lib
 from mergejax.align import spec as spec_lib
 from mergejax.align import weights as weights_lib
-from mergejax.merging import base as merge_base
-from mergejax.stats import capture
-from mergejax.stats import linear
+from mergejax.core import errors
+from mergejax.core import numerics
+from mergejax.core import tree as tree_lib
+from mergejax.core import typing
+from mergejax.intercept import capture
+from mergejax.intercept import linear
+from mergejax.methods import base as merge_base
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -109,7 +109,7 @@ def match_activations(
     else:
       totals = jax.tree.map(np.add, totals, found)
   if totals is None:
-    raise errors.UserError('There was no batch to compare activations on.')
+    raise errors.StructureError('There was no batch to compare activations on.')
   permutation = spec_lib.identity(spec)
   stay = []
   for name, unit in every.items():
@@ -165,7 +165,7 @@ def _read_factors(path, axes, size, convolves):
     if math.prod(f.size for f in factors) == size:
       return factors
   sizes = [math.prod(f.size for f in axis) for axis in axes]
-  raise errors.UserError(
+  raise errors.StructureError(
     f'{path} {sizes} is given {size} features, which are not its first axes; '
     'without knowing which they are its units cannot be compared. Match by '
     'weights instead, or give `kernels` that leave it out.'

@@ -5,12 +5,12 @@
 from collections.abc import Callable
 from typing import Any
 
-from mergejax import axes as axes_lib
-from mergejax import errors
-from mergejax import typing
 from mergejax.align import atoms
 from mergejax.align import spec as spec_lib
 from mergejax.align import trace
+from mergejax.core import axes as axes_lib
+from mergejax.core import errors
+from mergejax.core import typing
 
 
 def derive(
@@ -48,7 +48,7 @@ def derive(
         if not atom.pinned:
           free.setdefault(atom, f'{path}:{i}')
   if not free:
-    raise errors.UserError(
+    raise errors.StructureError(
       'No unit of this model can change places: every axis of its parameters '
       'is fixed by an input, an output, or an operation that is not followed.'
     )

@@ -11,9 +11,9 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from mergejax import numerics
-from mergejax import tree as tree_lib
 from mergejax.align import spec as spec_lib
+from mergejax.core import numerics
+from mergejax.core import tree as tree_lib
 
 # A similarity is brought up to date for so many moved units at once, and
 # computed afresh after so many updates, which each add a rounding error.

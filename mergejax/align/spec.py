@@ -23,9 +23,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mergejax import errors
-from mergejax import tree as tree_lib
-from mergejax import typing
+from mergejax.core import errors
+from mergejax.core import tree as tree_lib
+from mergejax.core import typing
 
 Permutation = dict[str, np.ndarray]
 
@@ -140,7 +140,7 @@ def permutation_spec(
         )
     leaves[path] = tuple((Factor(n, s),) for n, s in zip(names, spec.shape))
   if lines:
-    raise errors.UserError(
+    raise errors.StructureError(
       f'The permutation specification does not fit:\n{errors.listed(lines)}'
     )
   return PermutationSpec(leaves, groups, {})
@@ -186,7 +186,7 @@ def check_permutation(spec: PermutationSpec, permutation: Permutation) -> None:
     elif not (np.sort(index, axis=-1) == np.arange(index.shape[-1])).all():
       lines.append(f'! {name} does not hold each of its numbers once')
   if lines:
-    raise errors.UserError(
+    raise errors.StructureError(
       f'This is no permutation of these groups:\n{errors.listed(lines)}'
     )
 
@@ -293,7 +293,7 @@ def check_function(
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     worst = max(worst, np.abs(a - b).max() / max(np.abs(a).max(), 1e-30))
   if not worst <= tolerance:
-    raise errors.UserError(
+    raise errors.StructureError(
       f'The permuted model gives other outputs (largest difference {worst:.1e} '
       'of the largest output): the permutation specification is wrong for this '
       'model, and nothing is written.'
@@ -319,7 +319,7 @@ def matching(spec: PermutationSpec, patterns: Sequence[str]) -> set[str]:
   for pattern in patterns:
     own = {n for n in spec.groups if re.fullmatch(pattern, n)}
     if not own:
-      raise errors.UserError(
+      raise errors.StructureError(
         f'{pattern!r} matches no permutation group:\n'
         f'{errors.listed(list(spec.groups))}'
       )

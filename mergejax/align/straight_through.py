@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from mergejax import errors
-from mergejax import typing
 from mergejax.align import spec as spec_lib
 from mergejax.align import weights as weights_lib
+from mergejax.core import errors
+from mergejax.core import typing
 
 
 class Found(NamedTuple):
@@ -126,11 +126,11 @@ def match_straight_through(
     losses.append(float(value))
     progress(i + 1, losses[-1])
   if not losses:
-    raise errors.UserError('There was no batch to search with.')
+    raise errors.StructureError('There was no batch to search with.')
   found, projected = project(free, found)
   best, best_loss = compare(found, projected, best, best_loss)
   if best is None:
-    raise errors.UserError(
+    raise errors.StructureError(
       'The midpoint loss was never finite; check the models and the batches.'
     )
   return Found(best, best_loss, tuple(losses))

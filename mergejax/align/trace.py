@@ -22,10 +22,10 @@ import jax
 import jax.extend
 import numpy as np
 
-from mergejax import tree as tree_lib
-from mergejax import typing
 from mergejax.align import atoms
 from mergejax.align import primitives
+from mergejax.core import tree as tree_lib
+from mergejax.core import typing
 
 
 class Trace:

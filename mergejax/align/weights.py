@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import optimize
 
-from mergejax import errors
-from mergejax import numerics
-from mergejax import typing
 from mergejax.align import pairs as pairs_lib
 from mergejax.align import spec as spec_lib
+from mergejax.core import errors
+from mergejax.core import numerics
+from mergejax.core import typing
 
 # An improvement below this share of |a| |b| is rounding; in float32 an absolute
 # threshold can go round in circles.
@@ -202,7 +202,7 @@ def assign(
   host = {c: np.asarray(s, np.float64) for c, s in similarities.items()}
   for values in host.values():
     if not np.isfinite(values).all():
-      raise errors.UserError(
+      raise errors.StructureError(
         f'The similarities of {unit.name} are not finite: look for infinite or '
         'undefined numbers in the models.'
       )
@@ -280,7 +280,7 @@ def merge_many(
   Source: Ainsworth et al. (2023), algorithm 3.
   """
   if len(models) < 2:
-    raise errors.UserError(
+    raise errors.StructureError(
       f'Aligning models with each other takes at least two, {len(models)} given.'
     )
   rng = make_rng(key)

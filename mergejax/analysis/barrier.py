@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mergejax import errors
-from mergejax import numerics
-from mergejax import tree as tree_lib
-from mergejax import typing
+from mergejax.core import errors
+from mergejax.core import numerics
+from mergejax.core import tree as tree_lib
+from mergejax.core import typing
 from mergejax.search import base as search_base
 from mergejax.search import grid
 
@@ -72,7 +72,9 @@ def line(
     expected_name='model a', given_name='model b',
   )  # fmt: skip
   if points < 2:
-    raise errors.UserError(f'A line has at least two points, not {points}.')
+    raise errors.StructureError(
+      f'A line has at least two points, not {points}.'
+    )
   lambdas = np.linspace(0.0, 1.0, points)
   return Line(
     lambdas, _values(between, (a, b), evaluate, lambdas[:, None], prepare)
@@ -170,11 +172,13 @@ def plane(
   to_b, to_c = apart(b), apart(c)
   width = np.sqrt(dot(to_b, to_b))
   if not width:
-    raise errors.UserError('Models a and b are the same: they span no plane.')
+    raise errors.StructureError(
+      'Models a and b are the same: they span no plane.'
+    )
   along = dot(to_c, to_b) / width
   height = np.sqrt(max(dot(to_c, to_c) - along**2, 0.0))
   if height <= 1e-6 * width:
-    raise errors.UserError('The three models lie on one line: no plane.')
+    raise errors.StructureError('The three models lie on one line: no plane.')
   corners = np.array([[0.0, 0.0], [width, 0.0], [along, height]])
   low, high = corners.min(axis=0), corners.max(axis=0)
   room = margin * (high - low)

@@ -9,10 +9,10 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from mergejax import errors
 from mergejax import models
-from mergejax import tree as tree_lib
-from mergejax import typing
+from mergejax.core import errors
+from mergejax.core import tree as tree_lib
+from mergejax.core import typing
 
 
 def refresh_norms(
@@ -60,7 +60,7 @@ def refresh_norms(
       own = np.stack([mean, variance + mean**2]) * count
       totals[path] = totals.get(path, 0.0) + own
   if not rows:
-    raise errors.UserError(
+    raise errors.StructureError(
       'There was no real row of data to measure batch norms on.'
     )
   new = {}
@@ -70,7 +70,7 @@ def refresh_norms(
     new[f'{path}/var'] = np.maximum(square - mean**2, 0.0)
   bad = [path for path, leaf in new.items() if not np.isfinite(leaf).all()]
   if bad:
-    raise errors.UserError(
+    raise errors.StructureError(
       'These running statistics are not finite; does the model give finite '
       f'outputs on this data?\n{errors.listed(bad)}'
     )
@@ -86,7 +86,7 @@ def _real_rows(batch):
   if weights is None:
     return batch, rows
   if not np.isin(weights, (0, 1)).all():
-    raise errors.UserError(
+    raise errors.StructureError(
       'Batch norms count a row or they do not: `weights` of a batch must be 0 '
       'or 1 to measure them anew.'
     )
@@ -117,7 +117,7 @@ def _of_batch(module, params, batch):
   known = {f'{path}/{name}' for path in momenta for name in ('mean', 'var')}
   unknown = sorted(set(new) - known)
   if unknown:
-    raise errors.UserError(
+    raise errors.StructureError(
       'Only running statistics of nn.BatchNorm can be measured anew, not '
       f'these:\n{errors.listed(unknown)}'
     )

@@ -15,7 +15,7 @@ import os
 import pathlib
 import re
 
-from mergejax import errors
+from mergejax.core import errors
 from mergejax.data import rows
 
 SPLITS = ('test', 'validation', 'train')
@@ -36,7 +36,7 @@ def documents(path: pathlib.Path) -> Iterator[str]:
   try:
     yield path.read_bytes().decode('utf-8-sig')
   except UnicodeDecodeError as error:
-    raise errors.UserError(f'{path} is not UTF-8 text: {error}.') from error
+    raise errors.DataError(f'{path} is not UTF-8 text: {error}.') from error
 
 
 def find_domains(folder: os.PathLike | str) -> dict[str, dict[str, list]]:
@@ -55,7 +55,7 @@ def find_domains(folder: os.PathLike | str) -> dict[str, dict[str, list]]:
   """
   folder = pathlib.Path(folder).expanduser()
   if not folder.is_dir():
-    raise errors.UserError(
+    raise errors.DataError(
       f'The corpora folder {folder} does not exist. It should hold one file '
       'or folder of UTF-8 text per domain.'
     )
@@ -74,7 +74,7 @@ def find_domains(folder: os.PathLike | str) -> dict[str, dict[str, list]]:
     elif files:
       domains[entry.name] = {'all': files}
   if not domains:
-    raise errors.UserError(
+    raise errors.DataError(
       f'The corpora folder {folder} is empty: put one file (.txt, .jsonl) or '
       'folder of text per domain into it.'
     )
@@ -222,7 +222,7 @@ def check_sizes(
     if size[split] < least
   ]
   if lines:
-    raise errors.UserError(
+    raise errors.DataError(
       f'Too little text for one batch:\n{errors.listed(lines)}\nAdd '
       'documents to these domains (about '
       f'{HELD_OUT:.0%} of them go to test and to validation each, and those '

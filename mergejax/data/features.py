@@ -7,7 +7,7 @@ import pathlib
 
 import seqio
 
-from mergejax import errors
+from mergejax.core import errors
 
 
 def vocabulary(name: os.PathLike | str = 'bytes') -> seqio.Vocabulary:
@@ -24,7 +24,7 @@ def vocabulary(name: os.PathLike | str = 'bytes') -> seqio.Vocabulary:
     return seqio.ByteVocabulary()
   path = pathlib.Path(name).expanduser()
   if not path.is_file():
-    raise errors.UserError(
+    raise errors.DataError(
       f'There is no SentencePiece model at {path}. Give the path of a .model '
       "file, or 'bytes'."
     )

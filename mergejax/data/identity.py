@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import seqio
 
-from mergejax import checksums
+from mergejax.core import checksums
 
 # Examples that are made to see what templates and vocabulary do to a file.
 _EXAMPLES = 4

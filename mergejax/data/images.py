@@ -8,7 +8,7 @@ import zipfile
 
 import numpy as np
 
-from mergejax import errors
+from mergejax.core import errors
 from mergejax.data import tasks
 
 
@@ -20,7 +20,7 @@ def path(folder: os.PathLike | str, split: str) -> pathlib.Path:
   """
   found = pathlib.Path(tasks.locate(folder)) / f'{split}.npz'
   if not found.is_file():
-    raise errors.UserError(f'There is no {found}.')
+    raise errors.DataError(f'There is no {found}.')
   return found
 
 
@@ -43,11 +43,11 @@ def load(folder: os.PathLike | str, split: str) -> dict[str, np.ndarray]:
     with np.load(file, allow_pickle=False) as archive:
       images, labels = archive['images'], archive['labels']
   except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
-    raise errors.UserError(
+    raise errors.DataError(
       f'{file} does not hold the arrays `images` and `labels`: {error}.'
     ) from error
   if len(images) != len(labels) or images.ndim not in (3, 4):
-    raise errors.UserError(
+    raise errors.DataError(
       f'{file}: images {list(images.shape)} and labels {list(labels.shape)} do '
       'not fit.'
     )

@@ -11,7 +11,7 @@ import hashlib
 
 import seqio
 
-from mergejax import errors
+from mergejax.core import errors
 from mergejax.data import tasks as tasks_lib
 
 
@@ -44,7 +44,7 @@ def rate(
     10.0
   """
   if temperature <= 0:
-    raise errors.UserError(
+    raise errors.DataError(
       f'The temperature of a mixture must be positive, not {temperature}.'
     )
   size = examples * scale
@@ -83,11 +83,11 @@ def add_mixture(
       name that is taken by another mixture.
   """
   if not tasks:
-    raise errors.UserError(f'The mixture {name!r} has no task.')
+    raise errors.DataError(f'The mixture {name!r} has no task.')
   known = seqio.TaskRegistry.names()
   for task in tasks:
     if task not in known:
-      raise errors.UserError(errors.near(task, known, 'task'))
+      raise errors.DataError(errors.near(task, known, 'task'))
   if isinstance(tasks, Mapping):
     pairs = list(tasks.items())
   elif rates == 'equal':
@@ -99,7 +99,7 @@ def add_mixture(
       for task, size in sizes.items()
     ]
   else:
-    raise errors.UserError(
+    raise errors.DataError(
       errors.near(rates, ['proportional', 'equal'], 'kind of mixing rates')
     )
   members = [(seqio.TaskRegistry.get(task), rate) for task, rate in pairs]
@@ -109,7 +109,7 @@ def add_mixture(
   if name in seqio.MixtureRegistry.names():
     old = seqio.MixtureRegistry.get(name)
     if _content(members) != _content(_members(old)):
-      raise errors.UserError(
+      raise errors.DataError(
         f'There is a mixture {name!r} of other tasks or rates already: give '
         'this one another name, or remove that one with '
         f'seqio.MixtureRegistry.remove({name!r}).'

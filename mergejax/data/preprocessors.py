@@ -12,7 +12,7 @@ import string
 import seqio
 import tensorflow as tf
 
-from mergejax import errors
+from mergejax.core import errors
 
 Dataset = tf.data.Dataset
 
@@ -28,20 +28,20 @@ def columns_of(templates: Mapping[str, str]) -> list[str]:
     try:
       parts = list(string.Formatter().parse(template))
     except (ValueError, TypeError) as error:
-      raise errors.UserError(
+      raise errors.DataError(
         f'The template of {feature}, {template!r}, cannot be read: {error}. A '
         "column's name stands in braces; {{ and }} are braces themselves."
       ) from error
     for _, column, spec, conversion in parts:
       if spec or conversion or column == '':
-        raise errors.UserError(
+        raise errors.DataError(
           f'The template of {feature}, {template!r}, has braces without a '
           'plain column name: nothing is formatted or converted.'
         )
       if column is not None:
         found.add(column)
   if not found:
-    raise errors.UserError(
+    raise errors.DataError(
       f'No template names a column in braces: {dict(templates)}.'
     )
   return sorted(found)

@@ -10,7 +10,7 @@ import weakref
 
 import numpy as np
 
-from mergejax import errors
+from mergejax.core import errors
 
 SUFFIXES = ('.tsv', '.jsonl', '.txt')
 _BLOCK = 1 << 22
@@ -47,13 +47,13 @@ class Rows:
       self.columns = ('text',)
     elif self.path.suffix == '.tsv':
       if len(self._starts) < 2:
-        raise errors.UserError(
+        raise errors.DataError(
           f'{self.path} is empty: its first line should name the columns.'
         )
       self.columns = tuple(self._text(0).split('\t'))
       self._header = 1
       if len(set(self.columns)) < len(self.columns):
-        raise errors.UserError(
+        raise errors.DataError(
           f'{self.path}, line 1 names a column twice: {list(self.columns)}.'
         )
 
@@ -68,7 +68,7 @@ class Rows:
     """Raises if the file's header lacks a wanted column."""
     for column in wanted:
       if self.columns is not None and column not in self.columns:
-        raise errors.UserError(
+        raise errors.DataError(
           errors.near(column, self.columns, f'column of {self.path},')
         )
 
@@ -118,7 +118,7 @@ class Rows:
   def _text(self, line):
     start, end = (int(at) for at in self._starts[line : line + 2])
     if _stamp(os.fstat(self._file)) != self._stamp:
-      raise errors.UserError(
+      raise errors.DataError(
         f'{self.path} was changed while it was read. Start again.'
       )
     found = os.pread(self._file, end - start, start)
@@ -128,7 +128,7 @@ class Rows:
       raise self._mistake(line, f'this is not UTF-8 text: {error}.') from error
 
   def _mistake(self, line, what):
-    return errors.UserError(f'{self.path}, line {line + 1}: {what}')
+    return errors.DataError(f'{self.path}, line {line + 1}: {what}')
 
 
 def _stamp(status):

@@ -9,8 +9,8 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from mergejax import checksums
-from mergejax import errors
+from mergejax.core import checksums
+from mergejax.core import errors
 from mergejax.data import rows as rows_lib
 
 # Files up to this size are held in memory, and so checked from end to end before
@@ -75,7 +75,7 @@ class RowSource(seqio.DataSource):
     if split not in self._open:
       path = self.files[split]
       if checksums.SUMS.of(path) != self._sums[split]:
-        raise errors.UserError(
+        raise errors.DataError(
           f'{path} was changed after its task was registered. Start again.'
         )
       found = rows_lib.Rows(path)

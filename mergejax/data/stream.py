@@ -19,7 +19,7 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from mergejax import errors
+from mergejax.core import errors
 from mergejax.data import identity
 from mergejax.data import samples
 from mergejax.data import sources
@@ -70,7 +70,7 @@ def find(mixture_or_task: str, split: str) -> seqio.Task | seqio.Mixture:
   """
   known = [*seqio.MixtureRegistry.names(), *seqio.TaskRegistry.names()]
   if mixture_or_task not in known:
-    raise errors.UserError(
+    raise errors.DataError(
       errors.near(str(mixture_or_task), known, 'seqio task or mixture')
     )
   provider = seqio.get_mixture_or_task(mixture_or_task)
@@ -87,7 +87,7 @@ def _check_examples(provider, split, shards):
     if isinstance(task.source, sources.RowSource):
       count = len(task.source.rows(split))
       if count < shards:
-        raise errors.UserError(
+        raise errors.DataError(
           f'The split {split!r} of {task.name} has {count} rows, too few for '
           f'{shards} process(es) to read: add some, or leave the task out.'
         )
@@ -95,10 +95,10 @@ def _check_examples(provider, split, shards):
 
 def _check_lengths(lengths, kind):
   if kind not in _CONVERTERS:
-    raise errors.UserError(errors.near(kind, _CONVERTERS, 'kind of features'))
+    raise errors.DataError(errors.near(kind, _CONVERTERS, 'kind of features'))
   needed = sorted(_CONVERTERS[kind].TASK_FEATURES)
   if sorted(lengths) != needed:
-    raise errors.UserError(
+    raise errors.DataError(
       f'The lengths of {kind!r} features must be those of '
       f'{" and ".join(needed)}, not {dict(lengths)}.'
     )
@@ -110,7 +110,7 @@ def check_positive(what: str, value: Any) -> None:
   """Raises a `UserError` for what is no whole number of 1 or more."""
   whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
   if not whole or value < 1:
-    raise errors.UserError(f'The {what} must be 1 or more, not {value!r}.')
+    raise errors.DataError(f'The {what} must be 1 or more, not {value!r}.')
 
 
 class SeqioStream:
@@ -191,7 +191,7 @@ class SeqioStream:
     with _reporting_bad_rows():
       found = next(self._iterator, None)
     if found is None:  # the data repeats, unless there is none
-      raise errors.UserError(
+      raise errors.DataError(
         f'The split {self._split!r} of {self._name} has no example.'
       )
     batch = {name: leaf.numpy() for name, leaf in found.items()}
@@ -236,7 +236,7 @@ class SeqioStream:
     """
     differing = errors.differences(_identity_in(state), self.identity)
     if differing:
-      raise errors.UserError(
+      raise errors.DataError(
         'The saved position is one in other data, or in other batches of the '
         f'same:\n{errors.listed(differing)}\nContinue with what was saved, or '
         'begin anew in another folder.'
@@ -248,7 +248,7 @@ class SeqioStream:
         status = self._saved.read(str(pathlib.Path(folder) / 'stream'))
         status.assert_consumed()
       except (tf.errors.OpError, AssertionError, ValueError) as error:
-        raise errors.UserError(
+        raise errors.DataError(
           f'The saved position of {self} cannot be read '
           f'({str(error).splitlines()[0][:200]}). Perhaps another version of '
           'TensorFlow wrote it.'
@@ -270,7 +270,7 @@ def _identity_in(state: bytes) -> dict[str, Any]:
     with zipfile.ZipFile(io.BytesIO(state)) as archive:
       return json.loads(archive.read(_IDENTITY))
   except (zipfile.BadZipFile, KeyError, ValueError) as error:
-    raise errors.UserError(
+    raise errors.DataError(
       'The saved position is none of a task or mixture, or an older version '
       'wrote it, which did not note what it was a position in. Begin anew in '
       'another folder.'
@@ -319,7 +319,7 @@ def evaluation_batches(
   dataset = _plain(provider, split, lengths)
   rows = list(_read(_converter(kind, dataset), dataset, lengths, max_examples))
   if not rows:
-    raise errors.UserError(
+    raise errors.DataError(
       f'The split {split!r} of {mixture_or_task} has no example.'
     )
   return _in_batches(rows, batch_size)
@@ -383,7 +383,7 @@ def _check_cuts(provider, split, lengths, most, answers):
       f'longer than {lengths[name]} tokens, the end token included'
     )
     if name == 'targets' and answers:
-      raise errors.UserError(
+      raise errors.DataError(
         f'{what}. Answers that are cut off can no longer be told apart: the '
         f'length of {name} must be at least {longest}.'
       )
@@ -416,4 +416,4 @@ def _reporting_bad_rows():
     found = re.search(r'UserError: (.*?)\n\s*\n?Traceback', str(error), re.S)
     if not found:
       raise
-    raise errors.UserError(found[1].strip()) from error
+    raise errors.DataError(found[1].strip()) from error

@@ -17,8 +17,8 @@ import re
 
 import seqio
 
-from mergejax import checksums
-from mergejax import errors
+from mergejax.core import checksums
+from mergejax.core import errors
 from mergejax.data import features
 from mergejax.data import preprocessors
 from mergejax.data import rows
@@ -46,7 +46,7 @@ def locate(path: os.PathLike | str) -> pathlib.Path:
     if root
     else ('and MERGEJAX_DATA is not set')
   )
-  raise errors.UserError(f'There is no {path} here, {where}.')
+  raise errors.DataError(f'There is no {path} here, {where}.')
 
 
 def _source(files, templates, vocabulary, *, example_a_row):
@@ -54,7 +54,7 @@ def _source(files, templates, vocabulary, *, example_a_row):
   paths = {split: locate(path) for split, path in files.items()}
   suffixes = {path.suffix for path in paths.values()}
   if len(suffixes) != 1 or not suffixes <= set(rows.SUFFIXES):
-    raise errors.UserError(
+    raise errors.DataError(
       'The files of a task must all be .tsv, all .jsonl or all .txt, not '
       f'{sorted(suffixes)}: {sorted(map(str, paths.values()))}'
     )
@@ -101,7 +101,7 @@ def _check_columns(source):
   for column in source.wanted:
     if headers and not any(column in header for header in headers.values()):
       path, header = next(iter(headers.items()))
-      raise errors.UserError(errors.near(column, header, f'column of {path},'))
+      raise errors.DataError(errors.near(column, header, f'column of {path},'))
 
 
 def _tell_shared_files(paths, sums):
@@ -134,7 +134,7 @@ def num_examples(task: str, split: str = 'train') -> int:
     return len(one.source.rows(split))
   count = one.num_input_examples(split)
   if count is None:
-    raise errors.UserError(
+    raise errors.DataError(
       f'The task {task} does not tell how many examples its split {split!r} '
       'has: give its source num_input_examples, or the mixture fixed rates.'
     )
@@ -147,7 +147,7 @@ def check_split(
   """Raises if a task, or any member of a mixture, lacks a split."""
   for task in seqio.get_subtasks(mixture_or_task):
     if split not in task.splits:
-      raise errors.UserError(
+      raise errors.DataError(
         f'The task {task.name} has no split {split!r}. It has '
         f'{", ".join(sorted(task.splits))}.'
       )
@@ -158,13 +158,13 @@ def _add(name, by_content, source, **arguments) -> seqio.Task:
     name = ''.join(c if c.isalnum() else '_' for c in name)
     name = f'{name}_{source.identity[:16]}'
   if not re.fullmatch(r'[\w.:#]+', name):
-    raise errors.UserError(
+    raise errors.DataError(
       f'The name of a task has letters, digits, _ . : and #, not {name!r}.'
     )
   if name in seqio.TaskRegistry.names():
     old = seqio.TaskRegistry.get(name).source
     if getattr(old, 'identity', None) != source.identity:
-      raise errors.UserError(
+      raise errors.DataError(
         f'There is a task {name!r} of other files, templates or vocabulary '
         'already: give this one another name, or remove that one with '
         f'seqio.TaskRegistry.remove({name!r}).'

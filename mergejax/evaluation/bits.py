@@ -10,12 +10,12 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from mergejax import errors
 from mergejax import models
-from mergejax import typing
+from mergejax.core import errors
+from mergejax.core import typing
 from mergejax.data import stream
 from mergejax.evaluation import scores
-from mergejax.train import losses
+from mergejax.training import losses
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,7 @@ def make_test_set(batches: Sequence[dict[str, np.ndarray]]) -> TestSet:
     UserError: nothing tells the bytes, because of the vocabulary.
   """
   if any('num_bytes' not in batch for batch in batches):
-    raise errors.UserError(
+    raise errors.DataError(
       'Nothing tells how many bytes of text these tokens stand for: bits per '
       'byte need tasks of tasks.add_text_task, with bytes or a SentencePiece '
       'model.'

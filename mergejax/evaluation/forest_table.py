@@ -10,14 +10,14 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from mergejax import typing
+from mergejax.core import typing
 from mergejax.evaluation import bits
 from mergejax.evaluation import report
 from mergejax.experts import branch
 from mergejax.experts import forest
-from mergejax.merging import arithmetic
-from mergejax.merging import driver as merging
-from mergejax.merging import mean
+from mergejax.merging import in_memory as merging
+from mergejax.methods import arithmetic
+from mergejax.methods import mean
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ from mergejax.analysis import barrier
 from mergejax.evaluation import report
 from mergejax.evaluation import scores as scores_lib
 from mergejax.search import base as search_base
-from mergejax.stats import surveys
+from mergejax.statistics import surveys
 
 
 def heatmap(

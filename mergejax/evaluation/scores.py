@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mergejax import errors
+from mergejax.core import errors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ def bootstrap(
   real = (up != 0) | (down != 0)
   up, down = up[real], down[real]
   if not len(up) or not down.sum():
-    raise errors.UserError('There is no example to score.')
+    raise errors.DataError('There is no example to score.')
   picks = np.random.default_rng(0).integers(0, len(up), (resamples, len(up)))
   tops, bottoms = up[picks].sum(axis=1), down[picks].sum(axis=1)
   there = bottoms > 0  # a sample of ends of documents alone has no ratio
@@ -80,9 +80,9 @@ def normalised(
   """
   for task, expert in experts.items():
     if expert not in table:
-      raise errors.UserError(errors.near(expert, table, 'row of the table'))
+      raise errors.DataError(errors.near(expert, table, 'row of the table'))
     if not table[expert][task].value:
-      raise errors.UserError(
+      raise errors.DataError(
         f'{expert} scores 0 on its own task {task}: nothing can be measured '
         'against that.'
       )

@@ -40,10 +40,10 @@ import numpy as np
 import seqio
 import yaml
 
-from mergejax import checksums
-from mergejax import errors
 from mergejax import models
-from mergejax import typing
+from mergejax.core import checksums
+from mergejax.core import errors
+from mergejax.core import typing
 from mergejax.data import features
 from mergejax.data import identity
 from mergejax.data import images
@@ -53,7 +53,7 @@ from mergejax.data import tasks as tasks_lib
 from mergejax.evaluation import scores
 from mergejax.search import base as search_base
 from mergejax.select import bayes
-from mergejax.train import losses
+from mergejax.training import losses
 
 METRICS = ('accuracy', 'loss', 'bits_per_byte')
 LOWER_IS_BETTER = ('loss', 'bits_per_byte')
@@ -107,7 +107,7 @@ class Suite:
     """
     task = self._task(name)
     if split not in SPLITS:
-      raise errors.UserError(errors.near(split, SPLITS, 'split'))
+      raise errors.ConfigError(errors.near(split, SPLITS, 'split'))
     limit = self.max_examples if limit is None else limit
     _check_count('max_examples', limit, optional=True)
     if task.kind == 'images':
@@ -119,7 +119,7 @@ class Suite:
       kind=task.kind, max_examples=limit, answers=task.metric == 'accuracy',
     )  # fmt: skip
     if task.metric == 'bits_per_byte' and 'num_bytes' not in found[0]:
-      raise errors.UserError(
+      raise errors.ConfigError(
         f'task {name}: nothing tells how many bytes of text its tokens stand '
         "for, which 'bits_per_byte' divides by. Register it with "
         'tasks.add_text_task and bytes or a SentencePiece model, or score '
@@ -170,7 +170,7 @@ class Suite:
 
   def _task(self, name):
     if name not in self.tasks:
-      raise errors.UserError(errors.near(name, self.tasks, 'task'))
+      raise errors.ConfigError(errors.near(name, self.tasks, 'task'))
     return self.tasks[name]
 
   def evaluator(
@@ -285,22 +285,24 @@ def load(source: os.PathLike | str | Mapping[str, Any]) -> Suite:
     return _parse(source)
   path = pathlib.Path(source)
   if not path.is_file():
-    raise errors.UserError(f'There is no suite at {path}.')
+    raise errors.ConfigError(f'There is no suite at {path}.')
   try:
     data = yaml.safe_load(path.read_text(encoding='utf-8'))
     return _parse(data)
   except yaml.YAMLError as error:
-    raise errors.UserError(f'{path} is not YAML: {error}') from error
+    raise errors.ConfigError(f'{path} is not YAML: {error}') from error
   except errors.UserError as error:
-    raise errors.UserError(f'{path}: {error.message}') from error
+    raise errors.ConfigError(f'{path}: {error.message}') from error
 
 
 def _known(data, words, what):
   if not isinstance(data, Mapping):
-    raise errors.UserError(f'{what} must be a mapping, not {data!r}.')
+    raise errors.ConfigError(f'{what} must be a mapping, not {data!r}.')
   for word in data:
     if word not in words:
-      raise errors.UserError(errors.near(str(word), words, f'word of {what},'))
+      raise errors.ConfigError(
+        errors.near(str(word), words, f'word of {what},')
+      )
 
 
 def _parse(data):
@@ -310,10 +312,10 @@ def _parse(data):
     vocabulary = tasks_lib.locate(vocabulary)
   vocabulary = features.vocabulary(vocabulary)
   if ('tasks' in data) == ('mixture' in data):
-    raise errors.UserError("a suite has either 'tasks' or a 'mixture'.")
+    raise errors.ConfigError("a suite has either 'tasks' or a 'mixture'.")
   for word in ('import', 'metric', 'experts'):
     if word in data and 'mixture' not in data:
-      raise errors.UserError(
+      raise errors.ConfigError(
         f'{word!r} is for a mixture; give it to each task.'
       )
   if 'tasks' in data:
@@ -323,7 +325,7 @@ def _parse(data):
       for name, one in data['tasks'].items()
     }
     if not found:
-      raise errors.UserError('a suite has at least one task.')
+      raise errors.ConfigError('a suite has at least one task.')
   else:
     found = _mixture(data)
   return Suite(
@@ -341,7 +343,7 @@ def _check_count(word, value, optional=False):
     return value
   whole = isinstance(value, int) and not isinstance(value, bool)
   if not whole or value < 1:
-    raise errors.UserError(f'{word} must be 1 or more, not {value!r}.')
+    raise errors.ConfigError(f'{word} must be 1 or more, not {value!r}.')
   return value
 
 
@@ -357,7 +359,7 @@ def _parse_task(name, data, vocabulary):
   _known(data, _TASK, f'task {name}')
   sources = [word for word in ('files', 'text', 'images') if word in data]
   if len(sources) != 1:
-    raise errors.UserError(
+    raise errors.ConfigError(
       f"task {name} needs one of 'files', 'text' and 'images'."
     )
   kind = {'files': 'encoder_decoder', 'text': 'lm', 'images': 'images'}[
@@ -370,7 +372,7 @@ def _parse_task(name, data, vocabulary):
   if kind == 'encoder_decoder':
     for word in ('inputs', 'targets'):
       if word not in data:
-        raise errors.UserError(f"task {name} lacks the template '{word}'.")
+        raise errors.ConfigError(f"task {name} lacks the template '{word}'.")
     source = tasks_lib.add_table_task(
       f'suite_{name}', _split_files(source), inputs=data['inputs'],
       targets=data['targets'], vocabulary=vocabulary, by_content=True,
@@ -387,9 +389,11 @@ def _parse_task(name, data, vocabulary):
 
 def _check_metric(metric, kind, name):
   if metric not in METRICS:
-    raise errors.UserError(errors.near(str(metric), METRICS, f'metric of {name},'))  # fmt: skip
+    raise errors.ConfigError(errors.near(str(metric), METRICS, f'metric of {name},'))  # fmt: skip
   if metric == 'bits_per_byte' and kind != 'lm':
-    raise errors.UserError(f'task {name}: bits_per_byte is of language models.')
+    raise errors.ConfigError(
+      f'task {name}: bits_per_byte is of language models.'
+    )
 
 
 def _split_files(source):
@@ -402,14 +406,14 @@ def _split_files(source):
     found = [path / f'{split}{suffix}' for suffix in rows.SUFFIXES]
     found = [file for file in found if file.is_file()]
     if len(found) > 1:
-      raise errors.UserError(
+      raise errors.ConfigError(
         f'{path} holds more than one {split} file: '
         f'{", ".join(file.name for file in found)}. Leave one.'
       )
     if found:
       files[split] = found[0]
   if not files:
-    raise errors.UserError(
+    raise errors.ConfigError(
       f'{path} holds no train, validation or test file '
       f'({", ".join(rows.SUFFIXES)}).'
     )
@@ -421,14 +425,14 @@ def _mixture(data):
     try:
       importlib.import_module(data['import'])
     except ImportError as error:
-      raise errors.UserError(
+      raise errors.ConfigError(
         f'{data["import"]}, which should register the mixture, cannot be '
         f'imported: {error}.'
       ) from error
   name = data['mixture']
   known = [*seqio.MixtureRegistry.names(), *seqio.TaskRegistry.names()]
   if name not in known:
-    raise errors.UserError(errors.near(str(name), known, 'seqio mixture'))
+    raise errors.ConfigError(errors.near(str(name), known, 'seqio mixture'))
   members = seqio.get_subtasks(seqio.get_mixture_or_task(name))
   experts = data.get('experts') or {}
   _known(experts, [task.name for task in members], 'experts')

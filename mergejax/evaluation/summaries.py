@@ -7,8 +7,8 @@ import os
 
 from clu import metric_writers
 
-from mergejax.train import hooks
-from mergejax.train import loop
+from mergejax.training import hooks
+from mergejax.training import loop
 
 
 def tensorboard(

@@ -18,20 +18,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mergejax import axes as axes_lib
-from mergejax import errors
 from mergejax import mesh as mesh_lib
-from mergejax import numerics
-from mergejax import tree as tree_lib
-from mergejax import typing
-from mergejax.merging import base as merging
-from mergejax.merging import driver
+from mergejax.core import axes as axes_lib
+from mergejax.core import errors
+from mergejax.core import numerics
+from mergejax.core import tree as tree_lib
+from mergejax.core import typing
 from mergejax.merging import finite
-from mergejax.merging import masks
+from mergejax.merging import in_memory
 from mergejax.merging import parts
-from mergejax.train import loop
-from mergejax.train import step as step_lib
-from mergejax.train import streams as streams_lib
+from mergejax.methods import base as merging
+from mergejax.methods import masks
+from mergejax.training import loop
+from mergejax.training import step as step_lib
+from mergejax.training import streams as streams_lib
 
 
 def branch_state(
@@ -60,7 +60,7 @@ def check_experts(experts: int, mesh: jax.sharding.Mesh) -> None:
   """Raises if K experts do not divide over the branch axis of a mesh."""
   size = mesh.shape['branch']
   if experts % size:
-    raise errors.UserError(
+    raise errors.StructureError(
       f'{experts} experts do not divide over {size} branches of the mesh: '
       f'choose a number of branches that divides {experts}.'
     )
@@ -232,7 +232,7 @@ def local_slices(mesh: jax.sharding.Mesh, axis: str) -> list[int]:
     if any(d.process_index == jax.process_index() for d in devices.flat)
   ]
   if mine != list(range(mine[0], mine[-1] + 1)):
-    raise errors.UserError(
+    raise errors.StructureError(
       f'The slices of mesh axis {axis!r} that one process holds must lie '
       'beside each other.'
     )
@@ -313,9 +313,9 @@ def merge_experts(
   """
   leaves = tree_lib.flatten(stacked)
   experts = _count(leaves)
-  if method.looks or not method.additive or method.view != 'element':
+  if method.first_passes or not method.additive or method.view != 'element':
     # Numbers of all experts first, or all copies at once: taken one by one.
-    return driver.merge(
+    return in_memory.merge(
       [unstack(stacked, i) for i in range(experts)],
       method,
       base=base,
@@ -323,7 +323,7 @@ def merge_experts(
       axes=axes,
       seed=seed,
     )
-  weights = jnp.asarray(driver.check_call(method, weights, experts, base))
+  weights = jnp.asarray(in_memory.check_call(method, weights, experts, base))
   specs = {
     path: typing.LeafSpec(spec.shape[1:], spec.dtype)
     for path, spec in tree_lib.specs(leaves).items()
@@ -339,15 +339,15 @@ def merge_experts(
     used = tree_lib.flatten(base)
   result = _merged_where_they_lie(leaves, specs, method, used, weights, seed)
   inputs = [
-    driver.Source(
+    in_memory.Source(
       {p: x[i] for p, x in leaves.items() if p not in result}, f'model {i}'
     )
     for i in range(experts)
   ]
-  reference = inputs[0] if base is None else driver.Source(base, 'the base')
+  reference = inputs[0] if base is None else in_memory.Source(base, 'the base')
   for path in leaves:
     if path not in result:
-      result[path] = driver.copied(path, reference, inputs)
+      result[path] = in_memory.copied(path, reference, inputs)
   return jax.tree.unflatten(
     jax.tree.structure(stacked), [result[path] for path in leaves]
   )
@@ -358,7 +358,7 @@ def _count(leaves):
   counts = {path: tuple(leaf.shape)[:1] for path, leaf in leaves.items()}
   if len(set(counts.values())) != 1 or () in counts.values():
     lines = [f'{path}: {list(leaf.shape)}' for path, leaf in leaves.items()]
-    raise errors.UserError(
+    raise errors.StructureError(
       'Stacked experts have one first axis, of the experts, in every leaf; '
       f'these do not:\n{errors.listed(lines)}'
     )
@@ -367,8 +367,8 @@ def _count(leaves):
 
 def _merged_where_they_lie(leaves, specs, method, base, weights, seed):
   """`{path: merged leaf}` of the floating leaves, by one sum over experts."""
-  run = driver.Run(method, list(weights), specs, seed)
-  slices = {path: run.slices(path) for path in driver.merged_paths(specs)}
+  run = in_memory.Run(method, list(weights), specs, seed)
+  slices = {path: run.slices(path) for path in in_memory.merged_paths(specs)}
   names = [f'model {i}' for i in range(len(weights))]
   for path in slices:
     finite.check_stacked(path, leaves[path], names)
@@ -388,8 +388,10 @@ def _merged_where_they_lie(leaves, specs, method, base, weights, seed):
 
   def one(params, weight, model, keys):
     wide = cut(params)
-    marks = {
-      name: parts.Part([leaf], None, [merging.Mark(model, key=keys[name])])
+    contexts = {
+      name: parts.Part(
+        [leaf], None, [merging.LeafContext(model, key=keys[name])]
+      )
       for name, leaf in wide.items()
     }
     return method.update(
@@ -397,7 +399,7 @@ def _merged_where_they_lie(leaves, specs, method, base, weights, seed):
       wide,
       base=base,
       weight=weight,
-      marks={name: part.placed()[0] for name, part in marks.items()},
+      contexts={name: part.placed()[0] for name, part in contexts.items()},
     )
 
   floating = {path: leaves[path] for path in slices}

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mergejax import errors
-from mergejax import numerics
-from mergejax import typing
+from mergejax.core import errors
+from mergejax.core import numerics
+from mergejax.core import typing
 
 
 def all_finite(array: np.ndarray) -> bool:
@@ -78,7 +78,7 @@ def check_inputs(
   found = first_bad(arrays)
   if found is not None:
     which, count = found
-    raise errors.UserError(
+    raise errors.DataError(
       of_input(names[which], path, count, np.size(arrays[which]))
     )
 
@@ -145,5 +145,5 @@ def stored(
   result = jnp.asarray(leaf).astype(possible)
   found = first_bad([result])
   if found is not None:
-    raise errors.UserError(of_result(path, found[1], possible, needs))
+    raise errors.DataError(of_result(path, found[1], possible, needs))
   return result

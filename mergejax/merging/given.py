@@ -9,11 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mergejax import axes as axes_lib
-from mergejax import errors
-from mergejax import typing
-from mergejax.merging import base as base_lib
+from mergejax.core import axes as axes_lib
+from mergejax.core import errors
+from mergejax.core import typing
 from mergejax.merging import finite
+from mergejax.methods import base as base_lib
 
 # Statistics with the axes of the stack in front: one matrix, or one number, for
 # each layer. All others lie like their leaf.
@@ -39,7 +39,7 @@ def check(
   kind = method.needs[0]
   if stats is None or len(stats) != len(names):
     given = 'none' if stats is None else len(stats)
-    raise errors.UserError(
+    raise errors.StructureError(
       f'This method needs the {kind} statistics of every model: {len(names)} '
       f'models, {given} given. Collect them with mj.stats.collect, or '
       '`mergejax stats`.'
@@ -60,7 +60,7 @@ def check(
   if not some:
     lines.append(f'no leaf has {kind} statistics')
   if lines:
-    raise errors.UserError(
+    raise errors.StructureError(
       f'The {kind} statistics do not fit the models:\n{errors.listed(lines)}'
     )
   return list(stats)

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mergejax import axes as axes_lib
-from mergejax import numerics
-from mergejax import tree as tree_lib
-from mergejax import typing
-from mergejax.merging import base as base_lib
+from mergejax.core import axes as axes_lib
+from mergejax.core import numerics
+from mergejax.core import tree as tree_lib
+from mergejax.core import typing
+from mergejax.methods import base as base_lib
 
 
 class Part(NamedTuple):
@@ -32,13 +32,13 @@ class Part(NamedTuple):
 
   leaves: list[typing.Array]
   base: typing.Array | None
-  marks: list[base_lib.Mark]
+  contexts: list[base_lib.LeafContext]
   offset: Any = 0
 
-  def placed(self) -> list[base_lib.Mark]:
+  def placed(self) -> list[base_lib.LeafContext]:
     """The marks, knowing where their elements are."""
     place = (self.leaves[0].shape, self.offset)
-    return [mark._replace(place=place) for mark in self.marks]
+    return [context._replace(place=place) for context in self.contexts]
 
 
 def unstacked(view):
@@ -59,39 +59,41 @@ def lay_slice(leaf, view, at, kind):
 
 
 def with_notes(
-  marks: Sequence[base_lib.Mark], notes: Sequence[base_lib.Note]
-) -> list[base_lib.Mark]:
+  contexts: Sequence[base_lib.LeafContext], notes: Sequence[base_lib.Note]
+) -> list[base_lib.LeafContext]:
   """Marks with what a look found added."""
-  return [m._replace(note={**m.note, **n}) for m, n in zip(marks, notes)]
+  return [m._replace(note={**m.note, **n}) for m, n in zip(contexts, notes)]
 
 
-def _measured(look, parts, weights):
+def _measured(first_pass, parts, weights):
   result = []
   for part in parts:
     own = [jnp.asarray(w, part.leaves[0].dtype) for w in weights]
-    result.append(look.measure(part.leaves, part.base, part.placed(), own))
+    result.append(
+      first_pass.measure(part.leaves, part.base, part.placed(), own)
+    )
   return result
 
 
 def measure(
-  look: base_lib.Look, parts: Sequence[Part], weights: Sequence[Any]
+  first_pass: base_lib.FirstPass, parts: Sequence[Part], weights: Sequence[Any]
 ) -> list[Any]:
   """What a look without ranks finds, for each part: the same for all."""
-  combine = jnp.maximum if look.combine == 'max' else jnp.add
-  total, *rest = _measured(look, parts, weights)
+  combine = jnp.maximum if first_pass.combine == 'max' else jnp.add
+  total, *rest = _measured(first_pass, parts, weights)
   for one in rest:
     total = jax.tree.map(combine, total, one)
   return [total] * len(parts)
 
 
 def rank(
-  look: base_lib.Look,
+  first_pass: base_lib.FirstPass,
   parts: Sequence[Part],
   weights: Sequence[Any],
   ranks: Sequence[Sequence[Any]],
 ) -> list[list[list[numerics.Cut]]]:
   """What a look with ranks finds: `[part][score][rank]` cuts."""
-  measured = _measured(look, parts, weights)
+  measured = _measured(first_pass, parts, weights)
   found = [[] for _ in parts]
   indices = [part.placed()[0].index for part in parts]
   for s, wanted in enumerate(ranks):
@@ -117,7 +119,7 @@ def run_triple(
     for path, own in parts.items()
     for name, part in zip(names[path], own)
   }
-  marks = {name: part.placed() for name, part in slices.items()}
+  contexts = {name: part.placed() for name, part in slices.items()}
   specs = {
     name: tree_lib.leaf_spec(part.leaves[0]) for name, part in slices.items()
   }
@@ -131,7 +133,7 @@ def run_triple(
       {name: part.leaves[k] for name, part in slices.items()},
       base=base,
       weight=weight,
-      marks={name: own[k] for name, own in marks.items()},
+      contexts={name: own[k] for name, own in contexts.items()},
     )
   merged = method.finish(state, base=base)
   return {path: [merged[name] for name in own] for path, own in names.items()}

@@ -19,8 +19,8 @@ from jax.nn import initializers
 import jax.numpy as jnp
 import numpy as np
 
-from mergejax import errors
-from mergejax import typing
+from mergejax.core import errors
+from mergejax.core import typing
 
 # Added to float32 logits where attention is not allowed. Large enough to
 # swallow any logit, finite so that a row with nothing allowed stays finite.
@@ -261,18 +261,18 @@ class Attention(nn.Module):
     length = cached_key.value.shape[-1]
     at = index.value
     if key.shape[1] != 1:
-      raise errors.UserError(
+      raise errors.ConfigError(
         'Cached decoding takes one position a call; this call brought '
         f'{key.shape[1]}. Create the cache with the full length, then feed '
         'tokens one by one.'
       )
     if bias is not None and bias.shape[2:] != (length, length):
-      raise errors.UserError(
+      raise errors.ConfigError(
         f'The cache has {length} positions, but the bias of the attention is '
         f'for {list(bias.shape[2:])} queries and keys.'
       )
     if not isinstance(at, jax.core.Tracer) and at >= length:
-      raise errors.UserError(
+      raise errors.ConfigError(
         f'The cache has {length} positions and all of them are taken: create '
         'it with as many as are decoded.'
       )
@@ -390,7 +390,7 @@ def check_decoding(decode: bool, **unsupported: typing.Array | None) -> None:
   """
   given = [name for name, value in unsupported.items() if value is not None]
   if decode and given:
-    raise errors.UserError(
+    raise errors.ConfigError(
       f'Cached decoding does not know {" or ".join(given)}: every position '
       'sees all that is before it in its row. Leave it out, or score whole '
       'rows without decode=True.'

@@ -11,7 +11,7 @@ import dataclasses
 
 import flax.linen as nn
 
-from mergejax import typing
+from mergejax.core import typing
 from mergejax.nn import layers
 from mergejax.nn import t5
 

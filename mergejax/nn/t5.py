@@ -13,9 +13,9 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from mergejax import errors
-from mergejax import tree
-from mergejax import typing
+from mergejax.core import errors
+from mergejax.core import tree
+from mergejax.core import typing
 from mergejax.nn import layers
 
 
@@ -272,7 +272,7 @@ def _cached_length(cache: typing.Tree) -> int | None:
 def _check_length(length: int, max_decode_length: int | None) -> int:
   """The length of the cache, which `max_decode_length` must agree with."""
   if max_decode_length not in (None, length):
-    raise errors.UserError(
+    raise errors.ConfigError(
       f'The call that makes the cache fixes its length; this is a cache of '
       f'{length} positions, but max_decode_length is {max_decode_length}. Make '
       'the cache with tokens of that length, or leave max_decode_length out.'

@@ -15,8 +15,8 @@ import dataclasses
 import flax.linen as nn
 import jax.numpy as jnp
 
-from mergejax import errors
-from mergejax import typing
+from mergejax.core import errors
+from mergejax.core import typing
 
 NORMS = ('layer', 'group', 'batch', 'none')
 
@@ -40,7 +40,7 @@ class VisionConfig:
 
   def __post_init__(self):
     if self.norm not in NORMS:
-      raise errors.UserError(errors.near(self.norm, NORMS, 'norm'))
+      raise errors.ConfigError(errors.near(self.norm, NORMS, 'norm'))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -19,12 +19,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mergejax import errors
-from mergejax import resume
-from mergejax import typing
-from mergejax.merging import driver
-from mergejax.merging import named
-from mergejax.recipes import recipe as recipe_lib
+from mergejax.core import errors
+from mergejax.core import resume
+from mergejax.core import typing
+from mergejax.merging import in_memory
+from mergejax.merging.recipes import recipe as recipe_lib
+from mergejax.methods import named
 
 # `{task: score}`, higher is better.
 Scores = Mapping[str, Any]
@@ -135,7 +135,7 @@ class Log:
       return None
     found = self._recorded[at]
     if found.point != tuple(float(x) for x in point):
-      raise errors.UserError(
+      raise errors.ConfigError(
         f'{self._path}: candidate {at} of the log is {list(found.point)}, but '
         f'this search asks for {list(map(float, point))}: the log is of '
         'another search.'
@@ -154,10 +154,10 @@ class Log:
   def best(self) -> Candidate:
     """The best candidate; the first of equals."""
     if not self.candidates:
-      raise errors.UserError('A search must try at least one candidate.')
+      raise errors.ConfigError('A search must try at least one candidate.')
     best = max(self.candidates, key=lambda one: one.objective)
     if best.objective == -math.inf:
-      raise errors.UserError(
+      raise errors.ConfigError(
         'No candidate has a finite score; look at the models, and at the log.'
       )
     return best
@@ -195,11 +195,11 @@ class Space:
   def __post_init__(self):
     known = ('weights', 'weight', *named.METHODS.options(self.method))
     if self.vary not in known:
-      raise errors.UserError(
+      raise errors.ConfigError(
         errors.near(self.vary, known, f'argument of {self.method} to vary,')
       )
     if not self.low < self.high or not self.low <= self.start <= self.high:
-      raise errors.UserError(
+      raise errors.ConfigError(
         f'A search from {self.low} to {self.high} cannot begin at '
         f'{self.start}: low < high, and the start between them.'
       )
@@ -250,7 +250,7 @@ class Space:
       (f'.*{re.escape(block)}.*', method)
       for block, method in zip(self.blocks[:-1], methods)
     ]
-    return driver.merge(
+    return in_memory.merge(
       models, methods[-1], base=base, rules=rules, stats=stats, dtype=dtype,
       seed=seed,
     )  # fmt: skip

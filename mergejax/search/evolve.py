@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from mergejax import errors
-from mergejax.merging import base as merge_base
+from mergejax.core import errors
+from mergejax.methods import base as merge_base
 from mergejax.search import base
 
 STRATEGIES = ('random', 'one_plus_one', 'cmaes')
@@ -92,7 +92,7 @@ def _cmaes(space, seed):
   try:
     cmaes = importlib.import_module('cmaes')
   except ImportError as error:
-    raise errors.UserError(
+    raise errors.ConfigError(
       "CMA-ES needs the package cmaes: pip install 'mergejax[search]', or "
       "choose strategy 'one_plus_one'."
     ) from error

@@ -20,15 +20,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mergejax import errors
-from mergejax import numerics
-from mergejax import resume
-from mergejax import tree as tree_lib
-from mergejax import typing
-from mergejax.merging import base as merge_base
-from mergejax.merging import driver
+from mergejax.checkpoints import base as store_base
+from mergejax.core import errors
+from mergejax.core import numerics
+from mergejax.core import resume
+from mergejax.core import tree as tree_lib
+from mergejax.core import typing
+from mergejax.merging import in_memory
+from mergejax.methods import base as merge_base
 from mergejax.search import base
-from mergejax.store import base as store_base
 
 GRANULARITIES = ('model', 'block', 'leaf')
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -139,7 +139,7 @@ def learn(
   """
   merge_base.check_choice('constraint', constraint, ('softmax', 'none', 'clip'))
   if not models:
-    raise errors.UserError('There must be at least one model to mix.')
+    raise errors.ConfigError('There must be at least one model to mix.')
   mixer = _Mixer(models, base_model, granularity)
   if initial is None:
     initial = 1 / len(models) if base_model is None else 0.3
@@ -189,7 +189,7 @@ def learn(
     )
     value = float(value)
     if not np.isfinite(value):
-      raise errors.UserError(
+      raise errors.ConfigError(
         f'The loss of update {i} is {value}. Check the models and the batch, '
         'or lower the learning rate.'
       )
@@ -248,10 +248,10 @@ class _Mixer:
   """Models as vectors: their mix, and their products with a gradient."""
 
   def __init__(self, models, base_model, granularity):
-    self._sources = [driver.Source(m, f'model {i}') for i, m in enumerate(models)]  # fmt: skip
+    self._sources = [in_memory.Source(m, f'model {i}') for i, m in enumerate(models)]  # fmt: skip
     self._base = None
     if base_model is not None:
-      self._base = driver.Source(base_model, 'the base')
+      self._base = in_memory.Source(base_model, 'the base')
     first = self._base or self._sources[0]
     for source in self._sources:
       tree_lib.check_same(
@@ -263,7 +263,9 @@ class _Mixer:
       p for p, s in first.specs.items() if numerics.is_averaged(s.dtype)
     ]
     if not self._mixed:
-      raise errors.UserError('These models have no floating parameters to mix.')
+      raise errors.ConfigError(
+        'These models have no floating parameters to mix.'
+      )
     self.dtype = max(
       (first.specs[p].dtype for p in self._mixed), key=lambda d: d.itemsize
     )

@@ -10,15 +10,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from mergejax import errors
-from mergejax import numerics
-from mergejax import tree as tree_lib
-from mergejax import typing
-from mergejax.merging import base as merge_base
-from mergejax.merging import driver
-from mergejax.merging import mean
+from mergejax.checkpoints import base as store_base
+from mergejax.core import errors
+from mergejax.core import numerics
+from mergejax.core import tree as tree_lib
+from mergejax.core import typing
+from mergejax.merging import in_memory
+from mergejax.methods import base as merge_base
+from mergejax.methods import mean
 from mergejax.search import base
-from mergejax.store import base as store_base
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ def uniform(
   models: Sequence[typing.Tree | store_base.ParamStore],
 ) -> typing.Tree:
   """The plain mean of all models; the head is averaged too."""
-  return driver.merge(models, mean.linear())
+  return in_memory.merge(models, mean.linear())
 
 
 def greedy(
@@ -89,8 +89,8 @@ def greedy(
   merge_base.check_choice('accept', accept, ('ge', 'gt'))
   count = len(models)
   if not count:
-    raise errors.UserError('A soup needs at least one model; none was given.')
-  sources = [driver.Source(m, f'model {i}') for i, m in enumerate(models)]
+    raise errors.ConfigError('A soup needs at least one model; none was given.')
+  sources = [in_memory.Source(m, f'model {i}') for i, m in enumerate(models)]
   for source in sources[1:]:
     tree_lib.check_same(
       sources[0].specs, source.specs,
@@ -121,7 +121,7 @@ def greedy(
   else:
     order, single = tuple(int(k) for k in order), None
     if sorted(order) != list(range(count)):
-      raise errors.UserError(
+      raise errors.ConfigError(
         f'order must hold each of 0 to {count - 1} once, not {list(order)}.'
       )
   first = order[0]
@@ -131,7 +131,7 @@ def greedy(
     else score([first], lambda: _tree(_params(sources[first]), sources[first]))
   )
   if best == -math.inf:
-    raise errors.UserError(
+    raise errors.ConfigError(
       'The best model has no finite score: check the evaluation, and the models.'
     )
   chosen, tried = [first], [best]

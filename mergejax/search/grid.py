@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mergejax import errors
-from mergejax import typing
+from mergejax.core import errors
+from mergejax.core import typing
 from mergejax.search import base
 
 _MOST_POINTS = 20_000
@@ -30,7 +30,7 @@ def lattice(space: base.Space, points: int) -> np.ndarray:
   """
   names = len(space.names)
   if points**names > _MOST_POINTS:
-    raise errors.UserError(
+    raise errors.ConfigError(
       f'A grid of {points} values for each of {names} coefficients has '
       f'{points}^{names} points. Vary one number (`vary: scale` or `weight`), '
       "or take the strategy 'cmaes' or 'gradient'."

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from mergejax import errors
-from mergejax import tree as tree_lib
-from mergejax import typing
-from mergejax.merging import arithmetic
-from mergejax.merging import driver
-from mergejax.merging import mean
+from mergejax.core import errors
+from mergejax.core import tree as tree_lib
+from mergejax.core import typing
+from mergejax.merging import in_memory
+from mergejax.methods import arithmetic
+from mergejax.methods import mean
 from mergejax.search import base
 from mergejax.search import evolve
 from mergejax.search import grid
@@ -61,23 +61,23 @@ def objective(
     UserError: no patching task, or `most_lost` without `before`.
   """
   if not patching:
-    raise errors.UserError('Patching needs at least one task to be learned.')
+    raise errors.ConfigError('Patching needs at least one task to be learned.')
   if not supported:
     logging.warning(
       'No supported task is given, so nothing speaks against alpha = 1.'
     )
   if most_lost is not None and before is None:
-    raise errors.UserError('`most_lost` needs the scores `before` patching.')
+    raise errors.ConfigError('`most_lost` needs the scores `before` patching.')
   missing = set(supported) & set(patching)
   if missing:
-    raise errors.UserError(
+    raise errors.ConfigError(
       f'{sorted(missing)} cannot be both supported and patching tasks.'
     )
 
   def group(scores, names):
     for name in names:
       if name not in scores:
-        raise errors.UserError(errors.near(name, scores, 'task'))
+        raise errors.ConfigError(errors.near(name, scores, 'task'))
     return float(np.mean([float(scores[name]) for name in names]))
 
   def of(scores):
@@ -129,7 +129,7 @@ def single(
   """
   alphas = sorted(float(a) for a in alphas)
   if not allow_outside and not all(0 <= a <= 1 for a in alphas):
-    raise errors.UserError(
+    raise errors.ConfigError(
       f'alpha goes from 0 (the old model) to 1 (the new), not {alphas}; pass '
       'allow_outside=True if that is meant.'
     )
@@ -146,7 +146,9 @@ def single(
 
 def at(base_model, tuned, alpha: float) -> typing.Tree:
   """The model at one alpha; exact copies at 0 and 1."""
-  return driver.merge([tuned], mean.interpolate(alpha=alpha), base=base_model)
+  return in_memory.merge(
+    [tuned], mean.interpolate(alpha=alpha), base=base_model
+  )
 
 
 def _interpolated(models, point):
@@ -157,14 +159,14 @@ def _check_frozen(base_model, tuned, pattern):
   before, after = tree_lib.flatten(base_model), tree_lib.flatten(tuned)
   held = [path for path in before if re.fullmatch(pattern, path)]
   if not held:
-    raise errors.UserError(f'{pattern!r} matches no parameter to be frozen.')
+    raise errors.ConfigError(f'{pattern!r} matches no parameter to be frozen.')
   moved = [
     path
     for path in held
     if not np.array_equal(np.asarray(before[path]), np.asarray(after[path]))
   ]
   if moved:
-    raise errors.UserError(
+    raise errors.ConfigError(
       'These parameters should have been frozen while fine-tuning, yet they '
       f'moved:\n{errors.listed(moved)}'
     )
@@ -245,7 +247,7 @@ def sequential(
     params = patch.params
     chosen.append(patch.alphas[0])
   if patch is None:
-    raise errors.UserError('Patching needs at least one task to be learned.')
+    raise errors.ConfigError('Patching needs at least one task to be learned.')
   return Patch(params, tuple(chosen), patch.log)
 
 
@@ -284,7 +286,7 @@ def parallel(
 
   def patched(point):
     weights = [float(point[min(i, len(point) - 1)]) for i in range(count)]
-    return driver.merge(
+    return in_memory.merge(
       tuned, arithmetic.task_arithmetic(), base=base_model, weights=weights
     )
 

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mergejax import errors
 from mergejax import models
-from mergejax import typing
-from mergejax.merging import base as merge_base
-from mergejax.train import losses
+from mergejax.core import errors
+from mergejax.core import typing
+from mergejax.methods import base as merge_base
+from mergejax.training import losses
 
 
 def teacher_weights(
@@ -38,7 +38,7 @@ def _check_finite(what, values):
     if isinstance(value, jax.core.Tracer):
       continue
     if not np.isfinite(np.asarray(value)).all():
-      raise errors.UserError(f'The {what} of teacher {i} is not finite.')
+      raise errors.DataError(f'The {what} of teacher {i} is not finite.')
 
 
 def loss(
@@ -75,7 +75,7 @@ def loss(
   pairs = [(student_features, student_means), *zip(teacher_features, teacher_means)]  # fmt: skip
   counts = {len(teacher_features), len(teacher_means), len(weights)}
   if len(counts) > 1 or not teacher_features:
-    raise errors.UserError(
+    raise errors.DataError(
       f'{len(teacher_features)} features, {len(teacher_means)} means and '
       f'{len(weights)} weights of teachers: one of each, and at least one '
       'teacher.'
@@ -83,17 +83,17 @@ def loss(
   for i, (features, means) in enumerate(pairs):
     who = f'teacher {i - 1}' if i else 'the student'
     if means is None:
-      raise errors.UserError(
+      raise errors.DataError(
         f'The posterior means of {who} are missing: `select.evidence(features, '
         'labels).means`.'
       )
     if features.shape[-1] != means.shape[-1] or means.shape[0] != pairs[0][1].shape[0]:  # fmt: skip
-      raise errors.UserError(
+      raise errors.DataError(
         f'Features {list(features.shape)} and means {list(means.shape)} of '
         f'{who} do not fit: [batch, D] and [classes, D].'
       )
     if features.shape[0] != student_features.shape[0]:
-      raise errors.UserError(
+      raise errors.DataError(
         f'{who} has features of {features.shape[0]} examples, the student of '
         f'{student_features.shape[0]}: they must be those of one batch.'
       )

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mergejax import errors
-from mergejax.merging import base as merge_base
+from mergejax.core import errors
+from mergejax.methods import base as merge_base
 
 VARIANTS = ('jmlr', 'icml')
 # Guards of the released code, kept so that its scores are reproduced.
@@ -197,12 +197,12 @@ def _checked(features, labels):
   features = _checked_features(features)
   labels = np.asarray(labels)
   if labels.ndim == 0 or len(labels) != len(features):
-    raise errors.UserError(
+    raise errors.DataError(
       f'{labels.size} labels for {len(features)} samples: one for each.'
     )
   if labels.ndim == 2:
     if labels.dtype.kind not in 'biuf' or not labels.shape[1]:
-      raise errors.UserError(
+      raise errors.DataError(
         f'Targets of a regression must be numbers [samples, columns], not '
         f'{labels.dtype} {list(labels.shape)}.'
       )
@@ -216,7 +216,7 @@ def _checked(features, labels):
 def _checked_features(features):
   features = np.asarray(features, np.float64)
   if features.ndim != 2 or len(features) < 2 or not features.shape[1]:
-    raise errors.UserError(
+    raise errors.DataError(
       'Features must be [samples, width] with at least two samples, not '
       f'{list(features.shape)}.'
     )
@@ -227,7 +227,7 @@ def _checked_features(features):
 def _check_finite(what, *arrays):
   bad = sum(int((~np.isfinite(array)).sum()) for array in arrays)
   if bad:
-    raise errors.UserError(
+    raise errors.DataError(
       f'{bad} of the {what} are not finite: look for such numbers in the data '
       'and in the model, or for numbers too large to be squared.'
     )
@@ -241,16 +241,16 @@ def check_classes(labels: Any, classes: int | None = None) -> np.ndarray:
   """
   labels = np.asarray(labels)
   if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
-    raise errors.UserError(
+    raise errors.DataError(
       f'Labels must be whole numbers, one a sample, not {labels.dtype} '
       f'{list(labels.shape)}.'
     )
   if len(labels) and labels.min() < 0:
-    raise errors.UserError(
+    raise errors.DataError(
       f'Labels are numbered from 0; {int(labels.min())} is not one.'
     )
   if classes is not None and len(labels) and labels.max() >= classes:
-    raise errors.UserError(
+    raise errors.DataError(
       f'Label {int(labels.max())} is outside the range: there are {classes} '
       f'classes, 0 to {classes - 1}.'
     )

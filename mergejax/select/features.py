@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mergejax import errors
 from mergejax import models
-from mergejax import tree as tree_lib
-from mergejax import typing
+from mergejax.core import errors
+from mergejax.core import tree as tree_lib
+from mergejax.core import typing
+from mergejax.intercept import capture
 from mergejax.nn import t5
-from mergejax.stats import capture
 
 
 def extract(
@@ -53,7 +53,7 @@ def extract(
   specs = tree_lib.specs(params)
   layer = layer or default_layer(module, specs)
   if layer not in specs:
-    raise errors.UserError(errors.near(layer, specs, 'parameter'))
+    raise errors.DataError(errors.near(layer, specs, 'parameter'))
 
   @jax.jit
   def pooled(params, batch):
@@ -65,7 +65,7 @@ def extract(
     real = weights.reshape(len(weights), -1).max(axis=1) > 0
     rows.append(np.asarray(pooled(params, dict(batch)))[real])
   if not rows:
-    raise errors.UserError('There was no batch to take features of.')
+    raise errors.DataError('There was no batch to take features of.')
   return np.concatenate(rows)
 
 
@@ -103,7 +103,7 @@ def features_of(
     module, params, batch, pool, wanted=lambda path: path == layer
   )
   if layer not in found:
-    raise errors.UserError(
+    raise errors.DataError(
       f'{layer} was not seen at work; name another kernel with `layer`.'
     )
   return found[layer]

@@ -9,9 +9,9 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from mergejax import errors
 from mergejax import models
-from mergejax import typing
+from mergejax.core import errors
+from mergejax.core import typing
 from mergejax.select import bayes
 from mergejax.select import features
 from mergejax.select import transfer
@@ -31,7 +31,7 @@ def classes_of(batches: Iterable[Mapping[str, Any]]) -> np.ndarray:
     real = weights.reshape(len(weights), -1).max(axis=1) > 0
     answers.append(np.asarray(models.targets(batch))[real])
   if not answers:
-    raise errors.UserError('There was no batch to take labels of.')
+    raise errors.DataError('There was no batch to take labels of.')
   found = np.concatenate(answers)
   if found.ndim == 1:
     return found.astype(np.int64)
@@ -64,12 +64,12 @@ def rank(
       whose features or answers are not finite (it is named).
   """
   if score not in SCORES:
-    raise errors.UserError(errors.near(score, SCORES, 'ranking score'))
+    raise errors.DataError(errors.near(score, SCORES, 'ranking score'))
   labels = {}
   for task, batches in tasks.items():
     labels[task] = classes_of(batches)
     if len(np.unique(labels[task])) < 2:
-      raise errors.UserError(
+      raise errors.DataError(
         f'All examples of {task} have one answer: there is nothing to rank by.'
       )
   result = {}
@@ -81,7 +81,7 @@ def rank(
       try:
         found = _score(module, params, batches, labels[task], score)
       except errors.UserError as error:
-        raise errors.UserError(f'{name}, {task}: {error.message}') from error
+        raise errors.DataError(f'{name}, {task}: {error.message}') from error
       result[name][task] = found
   return result
 
@@ -121,7 +121,7 @@ def source_probabilities(
     rows.append(np.asarray(one(params, dict(batch)), np.float64)[real])
   given = np.concatenate(rows)
   if not np.isfinite(given).all():
-    raise errors.UserError(
+    raise errors.DataError(
       f'Of {len(given)} examples {int((~np.isfinite(given)).any(axis=1).sum())} '
       'have answers that are not finite: the model is broken, or the data is.'
     )

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from mergejax import errors
+from mergejax.core import errors
 from mergejax.select import bayes
 
 
@@ -38,14 +38,14 @@ def leep(probabilities: Any, labels: Any) -> float:
   given = np.asarray(probabilities, np.float64)
   labels = bayes.check_classes(labels)
   if given.ndim != 2 or len(given) != len(labels) or not len(labels):
-    raise errors.UserError(
+    raise errors.DataError(
       f'{list(given.shape)} probabilities for {len(labels)} labels: one row '
       'for each label.'
     )
   if not np.isfinite(given).all():
-    raise errors.UserError('Some probabilities are not finite.')
+    raise errors.DataError('Some probabilities are not finite.')
   if not (given >= 0).all() or not np.allclose(given.sum(axis=1), 1, atol=1e-3):
-    raise errors.UserError(
+    raise errors.DataError(
       'Rows of probabilities must be 0 or above and sum to 1. These look like '
       'logits: take their softmax first.'
     )
@@ -79,7 +79,7 @@ def nce(source_labels: Any, labels: Any) -> float:
   source = bayes.check_classes(source_labels)
   labels = bayes.check_classes(labels)
   if len(source) != len(labels) or not len(labels):
-    raise errors.UserError(
+    raise errors.DataError(
       f'{len(source)} source labels for {len(labels)} labels: one for each.'
     )
   joint = np.zeros((labels.max() + 1, source.max() + 1))
@@ -112,14 +112,14 @@ def h_score(features: Any, labels: Any, *, shrinkage: float = 0.0) -> float:
   labels = bayes.check_classes(labels)
   fits = features.ndim == 2 and len(features) == len(labels)
   if not fits or len(labels) < 2 or not features.size:
-    raise errors.UserError(
+    raise errors.DataError(
       f'{list(features.shape)} features for {len(labels)} labels: one row for '
       'each label, and at least two.'
     )
   if not np.isfinite(features).all():
-    raise errors.UserError('Some features are not finite.')
+    raise errors.DataError('Some features are not finite.')
   if not 0 <= shrinkage <= 1:
-    raise errors.UserError(f'shrinkage must be in [0, 1], not {shrinkage}.')
+    raise errors.DataError(f'shrinkage must be in [0, 1], not {shrinkage}.')
   # The score does not depend on the scale; squares of huge numbers do.
   features = features / (np.abs(features).max() or 1.0)
   centred = features - features.mean(axis=0)

@@ -15,16 +15,16 @@ import numpy as np
 
 import mergejax as mj
 from mergejax import align
-from mergejax import errors
 from mergejax import mesh as mesh_lib
 from mergejax import models
-from mergejax import tree
 from mergejax.align import activations
 from mergejax.align import pairs as pairs_lib
 from mergejax.align import spec as spec_lib
 from mergejax.align import straight_through
 from mergejax.align import weights
-from mergejax.stats import capture
+from mergejax.core import errors
+from mergejax.core import tree
+from mergejax.intercept import capture
 
 TEXT = dict(vocab_size=20, emb_dim=10, num_heads=3, head_dim=4, mlp_dim=9)
 BUILT = (

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mergejax import errors
 from mergejax.analysis import barrier
+from mergejax.core import errors
 from mergejax.evaluation import plots
 from mergejax.search import base
 

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mergejax import errors
 from mergejax import models
-from mergejax import tree
 from mergejax.analysis import norms
+from mergejax.core import errors
+from mergejax.core import tree
 
 
 class NormsTest(absltest.TestCase):

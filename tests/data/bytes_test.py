@@ -12,7 +12,7 @@ import numpy as np
 import sentencepiece
 import seqio
 
-from mergejax import errors
+from mergejax.core import errors
 from mergejax.data import features
 from mergejax.data import stream
 from mergejax.data import tasks

@@ -13,7 +13,7 @@ import goldens
 import numpy as np
 import seqio
 
-from mergejax import errors
+from mergejax.core import errors
 from mergejax.data import corpora
 from mergejax.data import features
 from mergejax.data import machine_text

@@ -8,13 +8,13 @@ from absl.testing import absltest
 from absl.testing import parameterized
 import numpy as np
 
-from mergejax import errors
+from mergejax.core import errors
 from mergejax.data import features
 from mergejax.data import mixtures
 from mergejax.data import stream
 from mergejax.data import tasks
-from mergejax.train import arrays
-from mergejax.train import streams
+from mergejax.training import arrays
+from mergejax.training import streams
 
 
 class PositionTest(parameterized.TestCase):

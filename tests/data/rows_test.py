@@ -12,7 +12,7 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from mergejax import errors
+from mergejax.core import errors
 from mergejax.data import corpora
 from mergejax.data import features
 from mergejax.data import mixtures

@@ -9,8 +9,8 @@ from absl.testing import absltest
 import jax
 import numpy as np
 
-from mergejax import errors
 from mergejax import models
+from mergejax.core import errors
 from mergejax.data import stream
 from mergejax.data import tasks
 from mergejax.evaluation import bits

@@ -9,8 +9,8 @@ from absl.testing import parameterized
 import jax
 import numpy as np
 
-from mergejax import errors
 from mergejax import models
+from mergejax.core import errors
 from mergejax.evaluation import bits
 from mergejax.evaluation import suite as suite_lib
 

@@ -10,8 +10,8 @@ import jax
 import numpy as np
 import seqio
 
-from mergejax import errors
 from mergejax import models
+from mergejax.core import errors
 from mergejax.data import tasks
 from mergejax.evaluation import bits
 from mergejax.evaluation import plots

@@ -15,13 +15,13 @@ from absl.testing import parameterized
 import jax
 import numpy as np
 
-from mergejax import errors
 from mergejax import mesh as mesh_lib
-from mergejax import tree
+from mergejax.core import errors
+from mergejax.core import tree
 from mergejax.experts import branch
-from mergejax.merging import arithmetic
-from mergejax.merging import ties
-from mergejax.train import optim
+from mergejax.methods import arithmetic
+from mergejax.methods import ties
+from mergejax.training import optim
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import side_by_side  # noqa: E402
@@ -125,7 +125,7 @@ class BranchTest(parameterized.TestCase):
   def test_merging_does_cross_branch(self):
     mesh = mesh_lib.make_mesh(branch=4, data=2)
     _, state, *_ = side_by_side.build(mesh)
-    from mergejax.merging import mean
+    from mergejax.methods import mean
 
     merge = jax.jit(lambda p: branch.merge_experts(p, mean.linear()))
     hlo = merge.lower(state.params).compile().as_text()

@@ -8,7 +8,7 @@ import goldens
 import numpy as np
 
 import mergejax as mj
-from mergejax import errors
+from mergejax.core import errors
 from mergejax.experts import forest
 
 

@@ -32,10 +32,10 @@ def build(mesh, optimizer=None, batched=None):
   from mergejax import models
   from mergejax.experts import branch
   from mergejax.nn import lm
-  from mergejax.train import arrays
-  from mergejax.train import losses
-  from mergejax.train import optim
-  from mergejax.train import step as step_lib
+  from mergejax.training import arrays
+  from mergejax.training import losses
+  from mergejax.training import optim
+  from mergejax.training import step as step_lib
 
   module = lm.LanguageModel(
       lm.LMConfig(vocab_size=20, emb_dim=16, num_heads=2, head_dim=8,
@@ -68,7 +68,7 @@ def main(branches, data, *distributed):
     first.join_processes(coordinator, int(processes), int(index))
   from mergejax import mesh as mesh_lib
   from mergejax.experts import branch
-  from mergejax.merging import mean
+  from mergejax.methods import mean
 
   mesh = mesh_lib.make_mesh(branch=int(branches), data=int(data))
   step, state, stream, place, _ = build(mesh)

@@ -14,12 +14,12 @@ import numpy as np
 
 import mergejax as mj
 from mergejax import mesh as mesh_lib
+from mergejax.checkpoints import base as store_base
 from mergejax.experts import branch
 from mergejax.merging import finite
-from mergejax.merging import mean
-from mergejax.merging import named
-from mergejax.merging import ties
-from mergejax.store import base as store_base
+from mergejax.methods import mean
+from mergejax.methods import named
+from mergejax.methods import ties
 
 
 def full(value, dtype=np.float32):

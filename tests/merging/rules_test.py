@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 import mergejax as mj
-from mergejax import errors
+from mergejax.core import errors
 
 
 def models_and_grams(seed=0, rows=(40, 10)):

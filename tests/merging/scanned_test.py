@@ -13,8 +13,8 @@ import numpy as np
 
 import mergejax as mj
 from mergejax.experts import branch
-from mergejax.merging import masks
-from mergejax.merging import named
+from mergejax.methods import masks
+from mergejax.methods import named
 
 # Where the layers of each leaf of a scanned model lie; T5X has them second.
 SCANNED = {'layers/kernel': 0, 'layers/bias': 0, 'enc/enc/kernel': 1}

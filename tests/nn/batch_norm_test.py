@@ -9,15 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mergejax import errors
 from mergejax import models
-from mergejax import tree
 from mergejax.analysis import norms
+from mergejax.core import errors
+from mergejax.core import tree
 from mergejax.data import images
 from mergejax.nn import vision
-from mergejax.train import losses
-from mergejax.train import optim
-from mergejax.train import step as step_lib
+from mergejax.training import losses
+from mergejax.training import optim
+from mergejax.training import step as step_lib
 
 
 def tiny():

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mergejax import errors
 from mergejax import models
-from mergejax import tree
+from mergejax.core import errors
+from mergejax.core import tree
 from mergejax.nn import lm
 
 

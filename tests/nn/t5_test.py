@@ -11,15 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mergejax import axes
 from mergejax import models
-from mergejax import tree
+from mergejax.checkpoints.names import t5 as t5_names
+from mergejax.core import axes
+from mergejax.core import tree
 from mergejax.nn import layers
 from mergejax.nn import t5
-from mergejax.store.names import t5 as t5_names
-from mergejax.train import losses
-from mergejax.train import optim
-from mergejax.train import step as step_lib
+from mergejax.training import losses
+from mergejax.training import optim
+from mergejax.training import step as step_lib
 
 VERSIONS = {
   't5x_network_v1_1': {},

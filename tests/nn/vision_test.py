@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mergejax import errors
 from mergejax import models
-from mergejax import tree
-from mergejax.train import losses
-from mergejax.train import step as step_lib
+from mergejax.core import errors
+from mergejax.core import tree
+from mergejax.training import losses
+from mergejax.training import step as step_lib
 
 SMALL = dict(image_shape=(8, 8, 1), classes=3)
 MODELS = (

@@ -14,9 +14,9 @@ import numpy as np
 import optax
 
 import mergejax as mj
-from mergejax import errors
 from mergejax import mesh as mesh_lib
-from mergejax.recipes import recipe as recipe_lib
+from mergejax.core import errors
+from mergejax.merging.recipes import recipe as recipe_lib
 from mergejax.search import base
 from mergejax.search import evolve
 from mergejax.search import gradient

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mergejax import errors
 from mergejax import models
 from mergejax import select
+from mergejax.core import errors
 from mergejax.select import b_tuning
 from mergejax.select import bayes
 from mergejax.select import ranking

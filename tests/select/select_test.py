@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mergejax import errors
 from mergejax import models
 from mergejax import select
+from mergejax.core import errors
 from mergejax.select import b_tuning
 from mergejax.select import bayes
 from mergejax.select import features as features_lib
-from mergejax.train import losses
+from mergejax.training import losses
 
 CASES = ('cls_tall', 'cls_wide', 'reg_tall', 'cls_relu')
 

@@ -1,0 +1,216 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Opens any checkpoint by looking at it, and saves one whole or not at all."""
+
+from collections.abc import Mapping
+import json
+import os
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from mergejax.checkpoints import base
+from mergejax.checkpoints import npz
+from mergejax.checkpoints import orbax
+from mergejax.checkpoints import quantised
+from mergejax.checkpoints import safetensors
+from mergejax.checkpoints import shards
+from mergejax.checkpoints import states
+from mergejax.checkpoints import t5x
+from mergejax.checkpoints import ties
+from mergejax.checkpoints import vocabulary
+from mergejax.core import errors
+from mergejax.core import tree as tree_lib
+from mergejax.core import typing
+
+FORMATS = ('orbax', 'safetensors', 'npz', 't5x')
+CONFIG = 'config.json'
+
+
+def open_checkpoint(path: os.PathLike | str) -> base.ParamStore:
+  """Opens a checkpoint, whatever its format, by reading headers only.
+
+  Args:
+    path: an orbax or T5X tree, step or run folder; a `.safetensors` file; a Hugging
+      Face directory, sharded or not; a `.npz` archive.
+
+  Returns:
+    A store with `specs()`, `read(...)`, `tied` and `provenance`.
+
+  Raises:
+    UserError: nothing is there (near names are offered), the format is not
+      known, or the headers are damaged.
+
+  Example:
+    >>> save_checkpoint('/tmp/doc.npz', {'w': np.zeros(2)}, overwrite=True)
+    >>> open_checkpoint('/tmp/doc.npz').specs()['w'].shape
+    (2,)
+  """
+  path = pathlib.Path(path).expanduser()
+  if not path.exists():
+    raise errors.CheckpointError(_missing(path))
+  if path.suffix == '.npz' and path.is_file():
+    return _without_optimizer(npz.NpzStore(path))
+  if shards.is_here(path):
+    store = safetensors.SafetensorsStore(path)
+    config = read_config(path)
+    store.tied = ties.tied(store.specs(), config)
+    store.quantised = quantised.scheme(store.specs(), config)
+    return _without_optimizer(store)
+  if orbax.locate(path) is not None:
+    return orbax.OrbaxStore(path)
+  if t5x.locate(path) is not None:
+    return t5x.T5xStore(path)
+  raise errors.CheckpointError(_unknown(path))
+
+
+def _without_optimizer(store):
+  """The parameters of a training state that was flattened into one file."""
+  specs = store.specs()
+  if not any('/' in path for path in specs):
+    return store
+  found = states.parameters(tree_lib.unflatten(specs), store.name)
+  if not found.left_out:
+    return store
+  store.provenance['left_out'] = found.left_out
+  return vocabulary.AliasStore(store, found.paths, hidden=specs)
+
+
+def open_weights(path: os.PathLike | str) -> base.ParamStore:
+  """Opens a checkpoint whose arrays are its weights, to merge or train them.
+
+  Args:
+    path: as in `open_checkpoint`.
+
+  Returns:
+    The store.
+
+  Raises:
+    UserError: as `open_checkpoint`, or the checkpoint is quantised.
+  """
+  store = open_checkpoint(path)
+  quantised.check(store)
+  return store
+
+
+def _missing(path):
+  text = f'There is no checkpoint at {path}.'
+  if path.parent.is_dir():
+    names = [child.name for child in path.parent.iterdir()]
+    if names:
+      return text + f' {path.parent} holds: {", ".join(sorted(names)[:20])}.'
+    return text + f' {path.parent} is empty.'
+  return text + f' {path.parent} does not exist either.'
+
+
+def _unknown(path):
+  if path.suffix == '.gguf' or any(path.glob('*.gguf')):
+    return (
+      f'{path} is in GGUF, whose weights are mostly quantised. Merge the models '
+      'that it was made from, or load it with transformers: '
+      "`AutoModelForCausalLM.from_pretrained(DIR, gguf_file='NAME.gguf')"
+      '.save_pretrained(NEW)`.'
+    )
+  known = (
+    'Known: an orbax or T5X checkpoint, a .safetensors file, a Hugging Face '
+    'directory with .safetensors files, a .npz archive.'
+  )
+  pickles = [path] if path.is_file() else list(path.iterdir())
+  pickles = [
+    p.name for p in pickles if p.suffix in ('.bin', '.pt', '.pth', '.pkl')
+  ]
+  if pickles:
+    return (
+      f'{path} holds {pickles[0]}, a pickle, which can run code when loaded '
+      'and is never read. Convert it to safetensors where it came from: '
+      '`model.save_pretrained(DIR, safe_serialization=True)`.'
+    )
+  return f'{path} is not a checkpoint of a known format. {known}'
+
+
+def save_checkpoint(
+  path: os.PathLike | str,
+  tree: typing.Tree,
+  format: str | None = None,  # pylint: disable=redefined-builtin
+  *,
+  config: Mapping[str, Any] | None = None,
+  overwrite: bool = False,
+  max_shard_bytes: int = 5 * 10**9,
+) -> None:
+  """Saves a tree of parameters; a reader sees all of it or nothing.
+
+  Args:
+    path: a file (`.safetensors`, `.npz`) or directory to create.
+    tree: nested dicts of arrays, or `{path: array}`.
+    format: `'orbax'`, `'safetensors'`, `'npz'` or `'t5x'`; by default what the suffix
+      of `path` says, else orbax.
+    config: written as `config.json` beside the weights of a directory; see
+      `load_model`.
+    overwrite: replace what stands at `path` once the new one is complete.
+    max_shard_bytes: size of the shards of a safetensors directory.
+
+  Raises:
+    UserError: unknown format, `path` exists, a leaf that the format cannot
+      hold, or the disk is full.
+  """
+  path = pathlib.Path(path).expanduser()
+  format = format or {'.safetensors': 'safetensors', '.npz': 'npz'}.get(
+    path.suffix, 'orbax'
+  )
+  if format not in FORMATS:
+    raise errors.CheckpointError(
+      errors.near(format, FORMATS, 'checkpoint format')
+    )
+  leaves = tree_lib.flatten(tree)
+  tree_lib.specs(leaves)  # refuses what is no array of numbers
+  single_file = path.suffix == f'.{format}' or format == 'npz'
+  if single_file and config is not None:
+    raise errors.CheckpointError(
+      f'{path} is a single file and has no place for config.json; give a '
+      'directory name instead.'
+    )
+  with base.atomic_path(path, overwrite=overwrite) as temporary:
+    if format == 'orbax':
+      orbax.write(temporary, leaves)
+    elif format == 't5x':
+      t5x.write(temporary, leaves)
+    else:
+      host = {name: _native(leaf) for name, leaf in leaves.items()}
+      if format == 'npz':
+        npz.write(temporary, host)
+      elif single_file:
+        safetensors.write(temporary, host)
+      else:
+        safetensors.write_sharded(temporary, host, max_shard_bytes)
+    if config is not None:
+      (temporary / CONFIG).write_text(json.dumps(dict(config), indent=2) + '\n')
+
+
+def _native(leaf):
+  """A NumPy array in this machine's byte order, which files are read in."""
+  leaf = np.asarray(leaf)
+  return leaf.astype(leaf.dtype.newbyteorder('='), copy=False)
+
+
+def read_json(file: pathlib.Path) -> dict[str, Any]:
+  """A JSON object from a file.
+
+  Raises:
+    UserError: the file does not hold one.
+  """
+  try:
+    data = json.loads(file.read_text(encoding='utf-8'))
+  except ValueError as error:
+    raise errors.CheckpointError(f'{file} is not JSON: {error}.') from error
+  if not isinstance(data, dict):
+    raise errors.CheckpointError(
+      f'{file} should hold a JSON object of settings.'
+    )
+  return data
+
+
+def read_config(path: os.PathLike | str) -> dict[str, Any] | None:
+  """The `config.json` beside a checkpoint, or None if there is none."""
+  file = pathlib.Path(path).expanduser() / CONFIG
+  return read_json(file) if file.is_file() else None

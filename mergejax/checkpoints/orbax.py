@@ -1,0 +1,162 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Orbax checkpoints: a parameter tree, an item of a step, or a run's folder."""
+
+import pathlib
+import re
+
+import jax
+import numpy as np
+
+from mergejax.checkpoints import base
+from mergejax.checkpoints import states
+from mergejax.core import errors
+from mergejax.core import tree as tree_lib
+from mergejax.core import typing
+
+# Items of a step that may hold parameters, in the order they are looked for.
+_ITEMS = ('default', 'params', 'state', 'train_state', 'model')
+
+
+def locate(path: pathlib.Path) -> pathlib.Path | None:
+  """The tree directory meant by `path`, or None if there is no orbax one.
+
+  `path` may be the tree itself, a step that holds it as an item, or a folder
+  of steps (`7`, `checkpoint_7`, `step_7`), of which the last one is meant.
+  """
+  if (path / '_METADATA').is_file():
+    return path
+  for item in _ITEMS:
+    if (path / item / '_METADATA').is_file():
+      return path / item
+  if not path.is_dir():
+    return None
+  items = [child.parent for child in path.glob('*/_METADATA')]
+  steps = []
+  for child in path.iterdir():
+    match = re.fullmatch(r'(?:[A-Za-z]\w*_)?(\d+)', child.name)
+    if match and locate(child) is not None:
+      steps.append((int(match[1]), child))
+  if steps:
+    return locate(max(steps)[1])
+  # The item of a step, whatever it is called, if there is no other.
+  return items[0] if len(items) == 1 else None
+
+
+def _other_items(item: pathlib.Path) -> list[str]:
+  """Trees of a step beside the one that is read, such as optimizers' states."""
+  if item.name not in _ITEMS:
+    return []
+  others = [child.parent.name for child in item.parent.glob('*/_METADATA')]
+  return sorted(set(others) - {item.name})
+
+
+def _library():
+  """orbax, which takes as long to import as a small merge takes to run."""
+  import orbax.checkpoint  # pylint: disable=import-outside-toplevel
+
+  return orbax.checkpoint
+
+
+def _checkpointer():
+  """A checkpointer of this process alone: it waits for no other one."""
+  ocp = _library()
+  here = jax.process_index()
+  options = ocp.options.MultiprocessingOptions(
+    primary_host=here,
+    active_processes={here},
+    barrier_sync_key_prefix=f'{here}',
+  )
+  return ocp.Checkpointer(
+    ocp.PyTreeCheckpointHandler(multiprocessing_options=options),
+    multiprocessing_options=options,
+  )
+
+
+class OrbaxStore(base.ParamStore):
+  """Reads parameters of an orbax checkpoint leaf by leaf.
+
+  A training state shows its parameters only; see `states.parameters`.
+  """
+
+  def __init__(self, path: pathlib.Path):
+    self._directory = locate(path).absolute()
+    self._checkpointer = _checkpointer()
+    self._trees = {self._directory: self._metadata(self._directory, path)}
+    found = states.parameters(self._trees[self._directory], str(path))
+    self._place = {p: (self._directory, own) for p, own in found.paths.items()}
+    others = _other_items(self._directory)
+    if states.BATCH_STATS in others:
+      others.remove(states.BATCH_STATS)
+      item = self._directory.with_name(states.BATCH_STATS)
+      self._trees[item] = self._metadata(item, path)
+      for own in tree_lib.flatten(self._trees[item]):
+        self._place[f'{states.BATCH_STATS}/{own}'] = item, own
+    leaves = {d: tree_lib.flatten(tree) for d, tree in self._trees.items()}
+    self._specs = {
+      shown: tree_lib.leaf_spec(leaves[directory][own])
+      for shown, (directory, own) in self._place.items()
+    }
+    self.provenance = {'format': 'orbax', 'path': str(path)}
+    left_out = found.left_out + others
+    if left_out:
+      self.provenance['left_out'] = left_out
+
+  def _metadata(self, directory, path):
+    try:
+      return self._checkpointer.metadata(directory).item_metadata.tree
+    except Exception as error:  # orbax raises many kinds on damaged metadata
+      raise errors.CheckpointError(
+        f'{path} looks like an orbax checkpoint but its metadata cannot be '
+        f'read ({type(error).__name__}). It is damaged or was cut short; '
+        'restore it from a copy, or use an earlier step.'
+      ) from error
+
+  def specs(self) -> typing.SpecTree:
+    return self._specs
+
+  def files(self):
+    # Of this step: a run's folder holds others as well.
+    return sorted(f for d in self._trees for f in d.rglob('*') if f.is_file())
+
+  def leaves(self, paths):
+    result = {}
+    for directory in self._trees:
+      own = [path for path in paths if self._place[path][0] == directory]
+      if own:
+        stored = [self._place[path][1] for path in own]
+        leaves = self._read(directory, stored)
+        result.update((p, np.asarray(leaves[s])) for p, s in zip(own, stored))
+    return result
+
+  def _read(self, directory, paths):
+    ocp = _library()
+    wanted, tree = set(paths), self._trees[directory]
+    # Placeholders are not read; every other leaf arrives in host memory.
+    item = tree_lib.map_paths(
+      lambda path, _: 0 if path in wanted else ocp.PLACEHOLDER, tree
+    )
+    how = tree_lib.map_paths(
+      lambda path, _: ocp.RestoreArgs(restore_type=np.ndarray), tree
+    )
+    try:
+      restored = self._checkpointer.restore(
+        directory, args=ocp.args.PyTreeRestore(item=item, restore_args=how)
+      )
+    except Exception as error:  # orbax and tensorstore raise many kinds
+      raise errors.CheckpointError(
+        f'{self.name}: the checkpoint lists parameters that cannot be read '
+        f'({str(error).splitlines()[0][:200]}). It is damaged or incomplete.'
+      ) from error
+    return tree_lib.flatten(restored)
+
+
+def write(path: pathlib.Path, leaves) -> None:
+  """Writes `{path: array}` as one orbax tree; `path` must not exist."""
+  # Of NumPy's scalars orbax knows some; it knows arrays of all numbers.
+  leaves = {
+    name: np.asarray(leaf) if isinstance(leaf, np.generic) else leaf
+    for name, leaf in leaves.items()
+  }
+  base.check_zarr(tree_lib.specs(leaves))
+  _checkpointer().save(path.absolute(), tree_lib.unflatten(leaves), force=True)

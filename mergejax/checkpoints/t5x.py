@@ -1,0 +1,256 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""T5X's own checkpoints (version 3), without T5X.
+
+A directory holds `checkpoint`, a msgpack tree `{version, optimizer: {target,
+state}}`, and one zarr directory an array; a leaf of the tree is an array or
+says which zarr directory holds it. Early ones are a single msgpack file.
+"""
+
+from collections.abc import Mapping
+import pathlib
+import re
+from typing import Any
+
+import jax
+import numpy as np
+
+from mergejax.checkpoints import base
+from mergejax.checkpoints import states
+from mergejax.core import errors
+from mergejax.core import tree as tree_lib
+from mergejax.core import typing
+
+_FILE = 'checkpoint'
+_TENSORFLOW = b'model_checkpoint_path'
+# Older trees than this lie differently; T5X refuses them too.
+_VERSION = 3
+
+
+def locate(path: pathlib.Path) -> pathlib.Path | None:
+  """The msgpack file meant by a file, a step's folder or a run's folder."""
+  if path.is_file():
+    return path if _is_tree(path) else None
+  if (path / _FILE).is_file() and not (path / '_METADATA').exists():
+    return path / _FILE if _is_tree(path / _FILE) else None
+  steps = []
+  if path.is_dir():
+    for child in path.iterdir():
+      match = re.fullmatch(r'checkpoint_(\d+)', child.name)
+      if match and (child / _FILE).is_file() and _is_tree(child / _FILE):
+        steps.append((int(match[1]), child / _FILE))
+  return max(steps)[1] if steps else None
+
+
+def _is_tree(file: pathlib.Path) -> bool:
+  """True if a file begins like the msgpack of T5X: a map with these keys."""
+  with open(file, 'rb') as stream:
+    start = stream.read(64)
+  if start.startswith(_TENSORFLOW):
+    raise errors.CheckpointError(
+      f'{file} belongs to a TensorFlow checkpoint (Mesh TensorFlow T5). '
+      'Convert it with T5X first.'
+    )
+  # A map of two to three entries, the first of which is one of these.
+  return start[:1] in (b'\x82', b'\x83') and (
+    b'version' in start[:16] or b'optimizer' in start[:16]
+  )
+
+
+class T5xStore(base.ParamStore):
+  """Reads the parameters (`optimizer/target`) of a T5X checkpoint."""
+
+  def __init__(self, path: pathlib.Path):
+    import flax.serialization  # pylint: disable=import-outside-toplevel
+
+    file = locate(path)
+    self._folder = file.parent.absolute()
+    self.provenance = {'format': 't5x', 'path': str(path)}
+    try:
+      data = flax.serialization.msgpack_restore(file.read_bytes())
+      version = data.get('version')
+      target = data['optimizer'].get('target') or {}
+      state = data['optimizer'].get('state') or {}
+      mutables = data['optimizer'].get('flax_mutables') or {}
+      stats = mutables.get(states.BATCH_STATS)
+    except Exception as error:  # msgpack raises many kinds on damaged bytes
+      raise errors.CheckpointError(
+        f'{file} looks like a T5X checkpoint but cannot be read '
+        f'({type(error).__name__}). It is damaged or was cut short; use an '
+        'earlier step or a copy.'
+      ) from error
+    if version != _VERSION:
+      raise errors.CheckpointError(
+        f'{file} has version {version}; version {_VERSION} is known. Load and '
+        'save it once with T5X.'
+      )
+    if not target:
+      raise errors.CheckpointError(
+        f'{file} holds optimizer state '
+        f'({", ".join(sorted(state)) or "nothing"}) but no parameters: its '
+        "'target' is empty."
+      )
+    self._entries: dict[typing.Path, Any] = {}
+    self._collect(target, '')
+    if stats:
+      self._collect(stats, states.BATCH_STATS)
+    left_out = ['state'] if state.get('param_states') else []
+    left_out += sorted(set(mutables) - {states.BATCH_STATS})
+    if left_out:
+      self.provenance['left_out'] = left_out
+    self._specs = {p: self._spec(p, e) for p, e in self._entries.items()}
+
+  def _collect(self, node, path):
+    if isinstance(node, dict) and not {'driver', 'kvstore'} <= set(node):
+      for name, child in node.items():
+        self._collect(child, f'{path}/{name}' if path else str(name))
+    else:
+      self._entries[path] = node
+
+  def _spec(self, path, entry):
+    if not isinstance(entry, dict):
+      return tree_lib.leaf_spec(np.asarray(entry))
+    try:
+      dtype = str(entry['dtype'])
+      shape = tuple(int(n) for n in entry['metadata']['shape'])
+    except (KeyError, TypeError, ValueError) as error:
+      raise errors.CheckpointError(
+        f'{self.name}: the entry of {path} is damaged ({error!r}).'
+      ) from error
+    if dtype == 'uint16':
+      raise errors.CheckpointError(
+        f'{self.name}: {path} is uint16, an encoding of bfloat16 that T5X has '
+        'given up. Save the model again with a current T5X.'
+      )
+    return typing.LeafSpec(shape, np.dtype(jax.numpy.dtype(dtype)))
+
+  def specs(self) -> typing.SpecTree:
+    return self._specs
+
+  def files(self):
+    # Files, not the folder: a run's folder holds other steps as well.
+    files = [self._folder / _FILE]
+    for entry in self._entries.values():
+      if isinstance(entry, dict):
+        files += [f for f in self._place(entry).rglob('*') if f.is_file()]
+    return sorted(f for f in files if f.exists())
+
+  def _place(self, entry) -> pathlib.Path:
+    """The zarr directory of an entry; never outside of the checkpoint."""
+    place = (self._folder / str(entry['kvstore']['path'])).resolve()
+    if not place.is_relative_to(self._folder.resolve()):
+      raise errors.CheckpointError(
+        f'{self.name} names an array outside of its folder: {place}.'
+      )
+    return place
+
+  def leaves(self, paths):
+    import tensorstore  # pylint: disable=import-outside-toplevel
+
+    waiting = {}
+    for path in paths:
+      entry = self._entries[path]
+      if isinstance(entry, dict):
+        place = self._place(entry)
+        if not place.is_dir():
+          raise errors.CheckpointError(
+            f'{self.name}: the array of {path} is missing ({place}). The copy '
+            'of this checkpoint is incomplete.'
+          )
+        spec = self._open_spec(place, entry, path)
+        waiting[path] = tensorstore.open(spec)
+    result = {}
+    for path in paths:
+      try:
+        result[path] = np.asarray(
+          waiting[path].result().read().result()
+          if path in waiting
+          else self._entries[path]
+        )
+      except Exception as error:  # tensorstore raises many kinds
+        raise errors.CheckpointError(
+          f'{self.name}: {path} cannot be read '
+          f'({str(error).splitlines()[0][:200]}).'
+        ) from error
+      if result[path].shape != self._specs[path].shape:
+        raise errors.CheckpointError(
+          f'{self.name}: {path} is {list(result[path].shape)} on disk but '
+          f'{list(self._specs[path].shape)} in the tree.'
+        )
+    return result
+
+  def _open_spec(self, place, entry, path):
+    """What is on disk decides how to read, except where `.zarray` was lost."""
+    spec = {
+      'driver': 'zarr',
+      'kvstore': {'driver': 'file', 'path': f'{place}/'},
+      'open': True,
+    }
+    if not (place / '.zarray').is_file():
+      dtype = self._specs[path].dtype
+      spec['assume_metadata'] = True
+      spec['metadata'] = _metadata(
+        self._specs[path].shape, dtype, entry['metadata']['chunks']
+      )
+    return spec
+
+
+def _metadata(shape, dtype, chunks) -> dict[str, Any]:
+  # Dtypes of ml_dtypes go by their names in tensorstore's zarr.
+  name = dtype.name if dtype.isbuiltin == 2 else dtype.str
+  return {
+    'zarr_format': 2,
+    'shape': list(shape),
+    'chunks': list(chunks),
+    'dtype': name,
+    'compressor': {'id': 'gzip', 'level': 1},
+    'fill_value': None,
+    'filters': None,
+    'order': 'C',
+  }
+
+
+def write(
+  path: pathlib.Path, leaves: Mapping[typing.Path, Any], step: int = 0
+) -> None:
+  """Writes `{path: array}` as a T5X checkpoint without optimizer state.
+
+  Args:
+    path: the directory to create; T5X expects it to be called
+      `checkpoint_STEP`.
+    leaves: the parameters.
+    step: the step that the checkpoint says it is of.
+  """
+  import flax.serialization  # pylint: disable=import-outside-toplevel
+  import tensorstore  # pylint: disable=import-outside-toplevel
+
+  base.check_zarr(tree_lib.specs(leaves))
+  path.mkdir()
+  target = {}
+  for name, leaf in leaves.items():
+    leaf = np.asarray(leaf)
+    folder = f'target.{name.replace("/", ".")}/'
+    metadata = _metadata(leaf.shape, leaf.dtype, leaf.shape)
+    store = tensorstore.open(
+      {
+        'driver': 'zarr',
+        'kvstore': {'driver': 'file', 'path': f'{path.absolute()}/{folder}'},
+        'metadata': metadata,
+      },
+      create=True,
+    ).result()
+    store.write(leaf).result()
+    target[name] = {
+      'driver': 'zarr',
+      'dtype': leaf.dtype.name,
+      'kvstore': {'driver': 'file', 'path': folder},
+      'metadata': {k: metadata[k] for k in ('chunks', 'compressor', 'shape')},
+    }
+  data = {
+    'version': _VERSION,
+    'optimizer': {
+      'target': tree_lib.unflatten(target),
+      'state': {'step': np.int32(step), 'param_states': {}},
+    },
+  }
+  (path / _FILE).write_bytes(flax.serialization.msgpack_serialize(data))

@@ -1,0 +1,135 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""`mergejax evaluate MODEL...`: a table of models by tasks or domains."""
+
+from collections.abc import Sequence
+import json
+import pathlib
+import tempfile
+from typing import Any
+
+import flax.linen as nn
+
+from mergejax import models
+from mergejax.cli import common
+from mergejax.core import errors
+from mergejax.core import typing
+from mergejax.data import corpora
+from mergejax.data import features
+from mergejax.data import tasks
+from mergejax.evaluation import bits
+from mergejax.evaluation import plots
+from mergejax.evaluation import report
+from mergejax.evaluation import scores
+from mergejax.evaluation import suite as suite_lib
+from mergejax.merging.disk import executor
+from mergejax.merging.disk import planner
+from mergejax.merging.recipes import recipe as recipe_lib
+from mergejax.nn import lm
+
+
+def main(arguments: Sequence[str]) -> None:
+  """Prints a table of models by the tasks of a suite, or by domains."""
+  parser = common.parser('evaluate', 'Score models on tasks or corpora.')
+  parser.add_argument(
+    'checkpoints', nargs='*', help='checkpoints, and merge recipes (.yaml)'
+  )
+  source = parser.add_mutually_exclusive_group(required=True)
+  source.add_argument('--corpora', help='one domain an entry')
+  source.add_argument('--suite', help='a YAML file of tasks')
+  parser.add_argument('--vocabulary', default='bytes', help='or a .model file')
+  parser.add_argument('--split', default='test', choices=corpora.SPLITS)
+  parser.add_argument('--length', type=int, default=64, help='tokens a row')
+  parser.add_argument('--batch_size', type=int, default=32)
+  parser.add_argument(
+    '--max_sequences', type=int, default=256, help='rows a domain'
+  )
+  parser.add_argument('--json', help='also write the table to this file')
+  parser.add_argument('--plot', help='also draw the table into this PNG')
+  parser.add_argument(
+    '--plot_kind', default='heatmap', choices=('heatmap', 'bar', 'radar')
+  )
+  options = parser.parse_args(arguments)
+  table = _on_suite(options) if options.suite else _on_corpora(options)
+  if options.json:
+    text = json.dumps(table, indent=2)
+    pathlib.Path(options.json).write_text(text + '\n')
+
+
+def merged(recipe: Any) -> tuple[nn.Module, typing.Tree]:
+  """Module and parameters of a merge that a recipe describes.
+
+  The merge is made on disk, in a temporary folder, as `mergejax merge` does.
+  """
+  if not isinstance(recipe, dict):
+    parsed = recipe_lib.load_recipe(recipe)
+  else:
+    parsed = recipe_lib.parse_recipe(recipe)
+  with tempfile.TemporaryDirectory() as folder:
+    out = pathlib.Path(folder) / 'merged'
+    executor.execute(planner.plan(parsed), out)
+    return models.load_model(out)
+
+
+def _on_suite(options):
+  suite = suite_lib.load(options.suite)
+  experts = {n: t.expert for n, t in suite.tasks.items() if t.expert}
+  first = [suite.base] if suite.base else []
+  paths = list(dict.fromkeys([*first, *experts.values(), *options.checkpoints]))
+  if not paths:
+    raise errors.ConfigError(
+      'Nothing to evaluate: name checkpoints or recipes, or give the suite a '
+      '`base` or an `expert`.'
+    )
+
+  def rows():
+    for path in paths:
+      recipe = pathlib.Path(path).suffix in ('.yaml', '.yml')
+      yield path, *(merged(path) if recipe else models.load_model(path))
+
+  table = suite.table(rows(), options.split)
+  # Accuracies and losses have no mean.
+  alike = len({task.metric for task in suite.tasks.values()}) == 1
+  print(suite.describe_metrics())
+  print(scores.to_text(scores.values(table, with_mean=alike)))
+  result = {'raw': scores.to_json(table, with_mean=alike)}
+  if experts:
+    over = scores.normalised(table, experts, suite.lower_is_better())
+    print("\nover the score of each task's own expert; more is better")
+    print(scores.to_text(scores.values(over)))
+    result['normalised'] = scores.to_json(over)
+  if options.plot:
+    plots.table(table, options.plot, options.plot_kind)
+  return result
+
+
+def _on_corpora(options):
+  if not options.checkpoints:
+    raise errors.ConfigError('Nothing to evaluate: name checkpoints.')
+  loaded = {}
+  for path in options.checkpoints:
+    loaded[path] = models.load_model(path)
+    if not isinstance(loaded[path][0], lm.LanguageModel):
+      raise errors.ConfigError(f'{path} is not a language model.')
+  vocabulary = features.vocabulary(options.vocabulary)
+  with tempfile.TemporaryDirectory() as folder:
+    sizes = corpora.write_splits(
+      corpora.read_folder(tasks.locate(options.corpora)), pathlib.Path(folder)
+    )
+    corpora.check_sizes(sizes, {options.split: 1})
+    test_sets = bits.load_test_sets(
+      tasks.add_corpora(folder, vocabulary),
+      split=options.split,
+      length=options.length,
+      batch_size=options.batch_size,
+      max_sequences=options.max_sequences,
+    )
+  table = {}
+  for path, (module, params) in loaded.items():
+    scorer = bits.make_scorer(module)
+    table[path] = {
+      domain: bits.score(scorer(params, test_set), test_set.num_bytes)
+      for domain, test_set in test_sets.items()
+    }
+  print(report.to_text(table))
+  return report.to_json(table)

@@ -1,0 +1,88 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: `mergejax COMMAND`, the same as `python -m mergejax`."""
+
+from collections.abc import Sequence
+import importlib
+import os
+import sys
+
+from mergejax.cli import common
+from mergejax.core import errors
+
+# command -> what it does; the module of the same name has `main(arguments)`.
+COMMANDS = {
+  'quickstart': 'Branch-Train-Merge on text this machine has, in minutes',
+  'train': 'train what a gin file describes',
+  'merge': 'merge checkpoints as a recipe says: RECIPE OUT',
+  'stats': 'Gram matrices, Fishers, or a survey of models, before merging',
+  'search': 'coefficients of a merge, chosen on held-out data: RECIPE OUT',
+  'align': 'permute the units of one model to match another: A B OUT',
+  'rank': 'which model for which task, without training',
+  'evaluate': 'a table of models and recipes by tasks or domains',
+  'inspect': 'list the parameters of a checkpoint',
+  'convert': 'copy a checkpoint into another format: SRC DST',
+  'extract-lora': 'the best adapter for a difference: MODEL BASE OUT',
+  'methods': 'the merge methods and their options',
+}
+
+_READS_TEXT = ('quickstart', 'train', 'evaluate', 'search', 'rank')
+# These read text only if they are given a suite of tasks.
+_MAY_READ_TEXT = ('stats', 'align')
+
+
+def _import_tensorflow() -> None:
+  """Imports TensorFlow without the start-up lines that C++ writes to standard error.
+
+  TensorFlow only reads text here; what it says of oneDNN and CUDA would hide
+  our own messages.
+  """
+  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+  saved = os.dup(2)
+  sink = os.open(os.devnull, os.O_WRONLY)
+  try:
+    os.dup2(sink, 2)
+    tensorflow = importlib.import_module('tensorflow')
+    # Accelerators belong to JAX; TensorFlow would take all of their memory.
+    tensorflow.config.set_visible_devices([], 'GPU')
+    importlib.import_module('tensorflow_text')
+  except ImportError as error:
+    raise errors.ConfigError(
+      f'This command reads text through seqio, and {error.name} is not '
+      "installed: pip install 'mergejax[data,plots]'."
+    ) from error
+  finally:
+    os.dup2(saved, 2)
+    os.close(saved)
+    os.close(sink)
+
+
+def _usage() -> str:
+  width = max(map(len, COMMANDS)) + 2
+  lines = [f'  {name:<{width}}{text}' for name, text in COMMANDS.items()]
+  return 'usage: mergejax COMMAND [--help] ...\n\ncommands:\n' + '\n'.join(
+    lines
+  )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+  """Runs one command and returns its exit code."""
+  arguments = list(sys.argv[1:] if arguments is None else arguments)
+  if not arguments or arguments[0] in ('-h', '--help', 'help'):
+    code = common.run_reporting_mistakes(lambda: print(_usage()))
+    return code if arguments else 2
+  command, *rest = arguments
+  if command not in COMMANDS:
+    text = errors.near(command, COMMANDS, 'command')
+    print(f'mergejax: {text}', file=sys.stderr)
+    return 2
+
+  def run():
+    with_suite = any(one.startswith('--suite') for one in rest)
+    if command in _READS_TEXT or (command in _MAY_READ_TEXT and with_suite):
+      _import_tensorflow()
+    module = command.replace('-', '_')
+    importlib.import_module(f'mergejax.cli.{module}').main(rest)
+
+  trains = command in ('quickstart', 'train')
+  return common.run_reporting_mistakes(run, 0 if trains else 143)

@@ -1,0 +1,119 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""`mergejax merge RECIPE OUT`: merges checkpoints without loading them."""
+
+from collections.abc import Iterator, Sequence
+import importlib
+import pathlib
+import sys
+from typing import Any
+
+import yaml
+
+from mergejax.checkpoints import shards
+from mergejax.cli import common
+from mergejax.core import checksums
+from mergejax.core import errors
+
+
+def main(arguments: Sequence[str]) -> None:
+  """Plans, prints the plan, and runs it; continues what was interrupted."""
+  parser = common.parser('merge', 'Merge checkpoints as a recipe says.')
+  parser.add_argument('recipe', help='a YAML file; mergekit files work')
+  parser.add_argument('out', help='what to create')
+  parser.add_argument(
+    '--dry_run', action='store_true', help='check and print, merge nothing'
+  )
+  parser.add_argument(
+    '--format', help='of the result: safetensors, orbax, t5x or npz'
+  )
+  parser.add_argument(
+    '--max_shard_size', type=float, default=5.0, metavar='GB',
+    help='of the files of a safetensors directory',
+  )  # fmt: skip
+  parser.add_argument(
+    '--sandbox', metavar='DIR', help='refuse recipes that name paths outside'
+  )
+  parser.add_argument(
+    '--restart', action='store_true',
+    help='start afresh instead of continuing an interrupted merge',
+  )  # fmt: skip
+  options = parser.parse_args(arguments)
+  if not options.dry_run and options.sandbox is None:
+    checksums.SUMS.start(_likely_sources(options.recipe))
+  # These import JAX, meanwhile.
+  recipe_lib = importlib.import_module('mergejax.merging.recipes.recipe')
+  planner = importlib.import_module('mergejax.merging.disk.planner')
+  executor = importlib.import_module('mergejax.merging.disk.executor')
+  recipe = recipe_lib.load_recipe(options.recipe)
+  plan = planner.plan(recipe, sandbox=options.sandbox)
+  print(plan.describe(), flush=True)
+  form = executor.result_format(plan, pathlib.Path(options.out), options.format)
+  if form != 'safetensors':
+    print(
+      f'note      {form} is written from memory at the end, which holds '
+      f'another {plan.write_bytes / 1e6:,.1f} MB'
+    )
+  if options.dry_run:
+    return
+  try:
+    report = executor.execute(
+      plan,
+      options.out,
+      format=options.format,
+      resume=not options.restart,
+      max_shard_bytes=int(options.max_shard_size * 1e9),
+      progress=_Progress(),
+    )
+  except (errors.Stopped, KeyboardInterrupt) as stop:
+    print(
+      f'mergejax: stopped; {options.out} is not complete. The same command '
+      'continues.',
+      file=sys.stderr,
+    )
+    signal_number = 2 if isinstance(stop, KeyboardInterrupt) else 15
+    sys.exit(128 + signal_number)
+  print(report.describe())
+
+
+class _Progress:
+  """A line that renews itself on a terminal, one line a tenth elsewhere."""
+
+  def __init__(self):
+    self._tenth = 0
+
+  def __call__(self, done: int, total: int) -> None:
+    share = done / max(total, 1)
+    if sys.stderr.isatty():
+      end = '\n' if done == total else ''
+      print(f'\rmerged {share:6.1%}', end=end, file=sys.stderr, flush=True)
+    elif int(share * 10) > self._tenth:
+      self._tenth = int(share * 10)
+      print(f'merged {share:.0%}', file=sys.stderr, flush=True)
+
+
+def _likely_sources(recipe: str) -> list[pathlib.Path]:
+  """Files of the models that a recipe names, as far as a glance tells.
+
+  Only a head start: the plan decides, and says what is wrong.
+  """
+  try:
+    data = yaml.safe_load(pathlib.Path(recipe).read_text(encoding='utf-8'))
+    folders = dict.fromkeys(pathlib.Path(n).expanduser() for n in _names(data))
+    folders = [folder for folder in folders if shards.is_here(folder)]
+    return [file for folder in folders for file in shards.choose(folder).files]
+  except (OSError, ValueError, yaml.YAMLError, RecursionError):
+    return []
+
+
+def _names(node: Any) -> Iterator[str]:
+  """Every text below `model`, `models` or `base_model`."""
+  if isinstance(node, list):
+    for one in node:
+      yield from [one] if isinstance(one, str) else _names(one)
+  elif isinstance(node, dict):
+    for key in ('base_model', 'model', 'models', 'slices', 'sources'):
+      if isinstance(node.get(key), str):
+        yield node[key]
+      else:
+        yield from _names(node.get(key))

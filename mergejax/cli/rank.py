@@ -1,0 +1,43 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""`mergejax rank MODEL... --suite FILE`: which model for which task."""
+
+from collections.abc import Sequence
+import json
+import pathlib
+
+from mergejax import models
+from mergejax.cli import common
+from mergejax.evaluation import scores
+from mergejax.evaluation import suite as suite_lib
+from mergejax.select import ranking
+
+
+def main(arguments: Sequence[str]) -> None:
+  """Prints scores of models by tasks, and the order for each task."""
+  parser = common.parser('rank', 'Rank models for tasks without training.')
+  parser.add_argument('checkpoints', nargs='+')
+  parser.add_argument('--suite', required=True, help='a YAML file of tasks')
+  parser.add_argument('--task', action='append', help='by default all of them')
+  parser.add_argument('--score', default='logme', choices=ranking.SCORES)
+  parser.add_argument('--split', default='train')
+  parser.add_argument('--max_examples', type=int, default=512, help='of a task')
+  parser.add_argument('--json', help='also write the table to this file')
+  options = parser.parse_args(arguments)
+  suite = suite_lib.load(options.suite)
+  tasks = {
+    name: suite.batches(name, options.split, options.max_examples)
+    for name in options.task or suite.tasks
+  }
+  table = ranking.rank(
+    ((path, *models.load_model(path)) for path in options.checkpoints),
+    tasks,
+    score=options.score,
+  )
+  print(scores.to_text(table))
+  for task in tasks:
+    order = sorted(table, key=lambda model: -table[model][task])
+    print(f'{task}: {" > ".join(order)}')
+  if options.json:
+    text = json.dumps(table, indent=2) + '\n'
+    pathlib.Path(options.json).write_text(text)

@@ -1,0 +1,312 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""`mergejax search RECIPE OUT`: coefficients of a merge, chosen on held-out data.
+
+    merge:                             # a merge recipe; what varies is left out
+      merge_method: task_arithmetic
+      base_model: path/to/base
+      models: [path/to/a, path/to/b]
+    suite: suite.yaml                  # or the suite itself
+    split: validation                  # of the suite
+    tasks: [books, news]               # all of them by default
+    strategy: grid                     # see below
+    rank: {pick: 2, score: logme}      # first choose among the models
+    evaluate: test                     # last, a table of base, models, winner
+    seed: 0
+
+and, by strategy:
+
+    grid       vary: scale             # weights, weight, or an option
+               low: 0.0
+               high: 1.0
+               granularity: model      # or block: coefficients for each layer
+               points: 11              # in each direction
+    simplex    points: 51              # weights that sum to 1: for two models
+                                       # even steps, for more random draws
+    random, one_plus_one, cmaes
+               as grid, with budget: 40 (evaluations) and start instead of points
+    gradient   granularity: model      # or block, or leaf
+               loss: cross_entropy     # or entropy: AdaMerging, without labels
+               budget: 100             # updates
+               learning_rate: 0.05
+    greedy     accept: ge              # or gt
+
+OUT gets `recipe.yaml`, which `mergejax merge` takes, every candidate in
+`candidates.jsonl`, and a plot.
+"""
+
+from collections.abc import Sequence
+import json
+import pathlib
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import yaml
+
+from mergejax import models as models_lib
+from mergejax.checkpoints import base as store_base
+from mergejax.checkpoints import checkpoint
+from mergejax.cli import common
+from mergejax.cli import evaluate as evaluate_command
+from mergejax.cli import search_request
+from mergejax.core import tree as tree_lib
+from mergejax.evaluation import plots
+from mergejax.evaluation import scores
+from mergejax.search import base as base_lib
+from mergejax.search import evolve
+from mergejax.search import gradient
+from mergejax.search import greedy
+from mergejax.search import grid
+from mergejax.select import ranking
+from mergejax.statistics import saved
+from mergejax.training import losses
+
+# Options whose numbers must be known when a merge is compiled.
+_NOT_TRACED = ('density', 'select_topk', 'gamma', 'epsilon')
+
+
+def main(arguments: Sequence[str]) -> None:
+  """Reads the recipe, searches, writes what it found."""
+  parser = common.parser('search', 'Search coefficients of a merge.')
+  parser.add_argument('recipe', help='a YAML file')
+  parser.add_argument('out', help='a folder; the same command continues in it')
+  parser.add_argument('--dry_run', action='store_true', help='check only')
+  options = parser.parse_args(arguments)
+  request = search_request.load(options.recipe)
+  print(request.describe(), flush=True)
+  if not options.dry_run:
+    _Search(request, pathlib.Path(options.out)).run()
+
+
+class _Search:
+  """One search, from a checked request to its results."""
+
+  def __init__(self, request: search_request.Request, out: pathlib.Path):
+    self._request, self._out = request, out
+
+  def run(self) -> None:
+    """Loads, ranks, searches, writes."""
+    module, params, base = self._load()
+    if 'rank' in self._request.data:
+      params = self._pick(module, params)
+    request = self._request
+    evaluate = request.suite.evaluator(module, request.split, request.tasks)
+    self._out.mkdir(parents=True, exist_ok=True)
+    if request.strategy == 'greedy':
+      recipe, log, names = self._greedy(params, evaluate)
+    elif request.strategy == 'gradient':
+      recipe, log, names = self._gradient(module, params, base)
+    else:
+      recipe, log, names = self._search(params, base, evaluate)
+    _write(self._out / 'recipe.yaml', yaml.safe_dump(recipe, sort_keys=False))
+    if log.candidates and names:
+      plots.search(log, names, self._out / 'scores.png')
+      best = log.best()
+      print(f'best      {best.objective:.4f} at {np.round(best.point, 4).tolist()}')  # fmt: skip
+    print(f'recipe    {self._out / "recipe.yaml"}')
+    if 'evaluate' in request.data:
+      self._table(module, params, base, recipe)
+
+  def _load(self):
+    request = self._request
+    loaded = [models_lib.load_model(path) for path in request.paths]
+    base = None
+    if request.recipe.base:
+      _, base = models_lib.load_model(request.recipe.base)
+    return loaded[0][0], [params for _, params in loaded], base
+
+  def _pick(self, module, params):
+    """The models that rank first, by their mean place over the tasks."""
+    request = self._request
+    rank = {'pick': 2, 'score': 'logme', **(request.data['rank'] or {})}
+    tasks = {n: request.suite.batches(n, 'train') for n in request.tasks}
+    table = ranking.rank(
+      ((p, module, t) for p, t in zip(request.paths, params)), tasks,
+      score=rank['score'],
+    )  # fmt: skip
+    print(scores.to_text(table))
+    places = dict.fromkeys(table, 0)
+    for task in tasks:
+      for place, path in enumerate(
+        sorted(table, key=lambda p: -table[p][task])
+      ):
+        places[path] += place
+    chosen = sorted(places, key=places.get)[: rank['pick']]
+    print(f'picked    {", ".join(chosen)}')
+    kept = [t for p, t in zip(request.paths, params) if p in chosen]
+    self._request = request.picked(chosen)
+    return kept
+
+  def _settings(self):
+    """All that scores depend on: files by what they hold, not by name."""
+    request = self._request
+    return {
+      'recipe': request.data,
+      'models': request.fingerprints,
+      'picked': request.paths,
+      'data': {
+        n: request.suite.content(n, request.split) for n in request.tasks
+      },
+      'stats': [
+        saved.fingerprint(checkpoint.open_checkpoint(path))
+        for path in request.recipe.stats
+      ],
+    }
+
+  def _log(self):
+    return base_lib.Log(self._out / 'candidates.jsonl', self._settings())
+
+  def _search(self, params, base, evaluate):
+    request, log = self._request, self._log()
+    space = request.space()
+    if request.data.get('granularity') == 'block':
+      space = request.space(base_lib.blocks_of(list(tree_lib.flatten(base or params[0]))))  # fmt: skip
+    recipe = request.recipe
+    stats = [dict(saved.load(path)) for path in recipe.stats] or None
+
+    def merge(models, point):
+      return space.merge(
+        models['params'], point, base=models.get('base'),
+        stats=models.get('stats'), dtype=recipe.dtype, seed=recipe.seed,
+      )  # fmt: skip
+
+    models = {'params': params, 'base': base, 'stats': stats}
+    models = {name: one for name, one in models.items() if one is not None}
+    if request.strategy in ('grid', 'simplex'):
+      points = _points(request, space)
+      if space.vary in _NOT_TRACED:
+        evaluate = _plain(evaluate)
+      grid.grid(merge, models, evaluate, points, log=log, progress=_progress)
+    else:
+      score = _plain(evaluate)
+      evolve.evolve(
+        space, lambda point: score(merge(models, jnp.asarray(point, jnp.float32))),
+        budget=request.number('budget', 40), strategy=request.strategy,
+        seed=request.seed, log=log, progress=_progress,
+      )  # fmt: skip
+    return request.to_recipe(space, log.best().point), log, space.names
+
+  def _greedy(self, params, evaluate):
+    request, log = self._request, self._log()
+    soup = greedy.greedy(
+      params, _plain(evaluate), accept=request.data.get('accept', 'ge'), log=log
+    )
+    print(f'soup      of {len(soup.ingredients)} models, {soup.score:.4f}')
+    models = [{'model': request.paths[k]} for k in sorted(soup.ingredients)]
+    recipe = {'merge_method': 'linear', 'models': models, **request.kept()}
+    return recipe, log, ()
+
+  def _gradient(self, module, params, base):
+    request = self._request
+    entropy = request.data.get('loss') == 'entropy'
+    batches = {
+      n: request.suite.batches(n, request.split) for n in request.tasks
+    }
+    rate = request.number('learning_rate', 1e-3 if entropy else 0.05)
+    total = sum(map(len, batches.values()))
+    steps = request.number('budget', 1000 if entropy else 5 * total)
+    # AdaMerging looks at every task in each update, a soup at one batch.
+    rng = np.random.default_rng(request.seed)
+    groups = batches.values() if entropy else [sum(batches.values(), [])]
+    rounds = zip(*(_shuffled(some, steps, rng) for some in groups))
+    one_loss = _entropy if entropy else _cross_entropy
+
+    def loss(params, several, heat):
+      found = [one_loss(module, params, batch, heat) for batch in several]
+      metrics = [own for _, own in found]
+      worst = {n: jnp.max(jnp.stack([m[n] for m in metrics])) for n in metrics[0]}  # fmt: skip
+      return sum(value for value, _ in found), worst
+
+    learned = gradient.learn(
+      params, loss, rounds, granularity=request.data.get('granularity', 'model'),
+      base_model=base, constraint='softmax' if base is None else 'none',
+      temperature=not entropy,
+      optimizer=optax.adam(rate) if entropy else optax.adamw(rate, weight_decay=0.0),
+      journal=self._out / 'journal.json', settings=self._settings(),
+      progress=lambda step, loss: _progress(step, steps),
+    )  # fmt: skip
+    lines = [
+      json.dumps({'step': i, 'loss': x, **own})
+      for i, (x, own) in enumerate(zip(learned.losses, learned.metrics))
+    ]
+    _write(self._out / 'candidates.jsonl', '\n'.join(lines) + '\n')
+    print(f'loss      {learned.losses[0]:.4f} to {learned.losses[-1]:.4f}')
+    space, point = base_lib.learned_space(
+      request.recipe.method, learned.coefficients
+    )
+    return request.to_recipe(space, point), base_lib.Log(), ()
+
+  def _table(self, module, params, base, recipe):
+    request = self._request
+    rows = list(zip(request.paths, params))
+    if base is not None:
+      rows.insert(0, (request.recipe.base, base))
+    _, merged = evaluate_command.merged(recipe)
+    table = request.suite.table(
+      [*((name, module, tree) for name, tree in rows),
+       ('the merge', module, merged)],
+      request.data['evaluate'], request.tasks,
+    )  # fmt: skip
+    print(scores.to_text(scores.values(table)))
+    _write(
+      self._out / 'table.json',
+      json.dumps(scores.to_json(table), indent=2) + '\n',
+    )
+
+
+def _points(request, space):
+  """The points of a grid or simplex, `<float64>[points, coefficients]`."""
+  if request.strategy == 'simplex':
+    count = request.number('points', 51)
+    if space.count == 2:
+      return grid.pairs(count)
+    return grid.dirichlet(space.count, count, request.seed)
+  count = request.number('points', 11)
+  if len(space.names) == 1:
+    return grid.line(space, count)
+  return grid.lattice(space, count)
+
+
+def _shuffled(batches, steps, rng):
+  """`steps` batches, each epoch in an order of its own."""
+  order = []
+  while len(order) < steps:
+    order.extend(rng.permutation(len(batches)).tolist())
+  return [batches[i] for i in order[:steps]]
+
+
+def _cross_entropy(module, params, batch, heat):
+  logits = heat * models_lib.logits(module, params, batch)
+  value, _ = losses.token_cross_entropy(logits, models_lib.targets(batch))
+  weights = models_lib.target_weights(batch)
+  return losses.weighted_mean(value, weights), {}
+
+
+def _entropy(module, params, batch, heat):
+  """Of classes, or of the first word of an answer, which no label precedes."""
+  logits = heat * models_lib.logits(module, params, batch)
+  weights = models_lib.target_weights(batch)
+  if logits.ndim == 3:
+    logits, weights = logits[:, 0], weights[:, 0]
+  return gradient.entropy(logits, weights)
+
+
+def _plain(evaluate: base_lib.Evaluator):
+  """An evaluation compiled once, apart from the merge."""
+  compiled = jax.jit(evaluate.score)
+  return lambda params: jax.device_get(compiled(params, evaluate.data))
+
+
+def _progress(done: int, total: int) -> None:
+  if sys.stderr.isatty():
+    end = '\n' if done == total else ''
+    print(f'\r{done} of {total}', end=end, file=sys.stderr, flush=True)
+
+
+def _write(path: pathlib.Path, text: Any) -> None:
+  with store_base.atomic_path(path, overwrite=True) as temporary:
+    temporary.write_text(text, encoding='utf-8')

@@ -1,0 +1,125 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""`mj.merge`: methods and stores joined, for people."""
+
+from collections.abc import Sequence
+import logging
+import os
+from typing import Any
+
+import jax
+
+from mergejax import architectures
+from mergejax.checkpoints import base as store_base
+from mergejax.checkpoints import checkpoint
+from mergejax.checkpoints import quantised
+from mergejax.checkpoints.peft import fold
+from mergejax.core import axes as axes_lib
+from mergejax.core import errors
+from mergejax.core import typing
+from mergejax.merging import in_memory
+from mergejax.methods import base as merge_base
+from mergejax.methods import named
+from mergejax.statistics import saved
+
+
+def merge(
+  models: Sequence[Any],
+  method: str | merge_base.Merge,
+  *,
+  base: Any = None,
+  weights: Sequence[Any] | None = None,
+  stats: Sequence[Any] | None = None,
+  axes: axes_lib.Rules = (),
+  rules: Sequence[tuple[str, str | merge_base.Merge]] = (),
+  dtype: Any = None,
+  seed: int = 0,
+  **options: Any,
+) -> typing.Tree:
+  """Merges models given as trees, stores or paths.
+
+  Args:
+    models: pytrees of arrays, stores from `open_checkpoint`, or paths.
+    method: a name of the menu (`'linear'`, `'task_arithmetic'`, ...) or a
+      `Merge` built from one: `mj.task_arithmetic(scale=0.4)`.
+    base: the common ancestor, where the method needs one.
+    weights: one coefficient a model; see the method for the default.
+    stats: statistics of each model for `fisher` and `regmean`: what
+      `mj.stats.collect` returns, a path where it was saved, or
+      `{path: {name: array}}`.
+    axes: `(regular expression, logical axes)` of leaves whose layout their
+      path does not tell, or that are stacks of layers.
+    rules: `(regular expression, method)` for leaves that are to be merged
+      otherwise: the name of a method, one built from options, or `'copy'`.
+    dtype: dtype of the result's floating leaves; by default as stored.
+    seed: seeds random methods.
+    **options: options of the named method.
+
+  Returns:
+    The merged tree; see `merging.driver.merge` for precision, sharding and jit.
+
+  Raises:
+    UserError: unknown method or option, a missing base, differing trees,
+      `config.json` of different functions, a quantised model, weights that do
+      not fit, statistics of another model.
+
+  Example:
+    >>> merge([{'w': np.zeros(2)}, {'w': np.ones(2)}], 'linear')
+    {'w': Array([0.5, 0.5], dtype=float32)}
+  """
+  models = [_opened(model) for model in models]
+  _check_configs([_opened(base), *models])
+  if stats is not None:
+    stats = [
+      saved.load(own) if isinstance(own, (str, os.PathLike)) else own
+      for own in stats
+    ]
+    for i, (model, own) in enumerate(zip(models, stats)):
+      leaves = jax.tree.leaves(model)
+      if not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        saved.check_fingerprint(
+          getattr(model, 'name', f'model {i}'), model,
+          f'statistics {i}', getattr(own, 'fingerprint', None),
+        )  # fmt: skip
+  return in_memory.merge(
+    models,
+    named.resolve(method, **options),
+    base=_opened(base),
+    weights=weights,
+    stats=stats,
+    axes=axes,
+    rules=[
+      (pattern, own if own == in_memory.COPY else named.resolve(own))
+      for pattern, own in rules
+    ],
+    dtype=dtype,
+    seed=seed,
+  )
+
+
+def _check_configs(models):
+  """Checkpoints with a `config.json` describe one function."""
+  paths = [
+    model.name for model in models if isinstance(model, store_base.ParamStore)
+  ]
+  remarks = architectures.check_checkpoints(
+    paths,
+    'If the difference changes nothing, merge what they hold: '
+    '`mj.open_checkpoint(PATH).read()`.',
+  )
+  if remarks:
+    logging.warning(
+      'These settings differ between the models; the weights are merged all '
+      'the same:\n%s', errors.listed(remarks),
+    )  # fmt: skip
+
+
+def _opened(model):
+  fold.check_model(model)
+  if isinstance(model, (str, os.PathLike)):
+    return checkpoint.open_weights(model)
+  if isinstance(model, store_base.ParamStore):
+    quantised.check(model)
+  elif model is not None:
+    quantised.check(store_base.MemoryStore(model))
+  return model

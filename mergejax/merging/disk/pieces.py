@@ -1,0 +1,452 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Merging one leaf piece by piece: looks that add up, then one compiled call.
+
+A leaf never has to be in memory whole. Looks without ranks are sums over
+pieces; exact ranks come from a bracket around the wanted one: a sample says
+roughly where it lies, one pass counts what is above and keeps the few scores
+inside. Then the whole method runs on each piece in one compiled program.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+import math
+import threading
+import time
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from mergejax.core import errors
+from mergejax.core import numerics
+from mergejax.merging import finite
+from mergejax.merging import given
+from mergejax.merging import in_memory
+from mergejax.merging import parts
+from mergejax.merging.disk import plans
+from mergejax.merging.disk import programs
+from mergejax.merging.disk import ranks as ranks_lib
+from mergejax.methods import base as base_lib
+from mergejax.methods import masks
+
+# One element in so many is sampled to find a bracket around a rank.
+_SAMPLE = 32
+# Pieces are padded to one of these sizes, so that few programs do.
+_SIZES = (65536, plans.PIECE)
+
+
+class Piece(NamedTuple):
+  """`count` elements of a leaf from flat position `start`, as `shape`."""
+
+  number: int
+  start: int
+  count: int
+  shape: tuple[int, ...]
+
+
+class Timers:
+  """Seconds spent reading, computing and writing, over all threads."""
+
+  def __init__(self):
+    self.seconds = {'read': 0.0, 'compute': 0.0, 'write': 0.0}
+    self._lock = threading.Lock()
+
+  def timed(self, phase: str, call: Callable, *args):
+    started = time.perf_counter()
+    result = call(*args)
+    with self._lock:
+      self.seconds[phase] += time.perf_counter() - started
+    return result
+
+
+class Leaf:
+  """One parameter of the result while it is merged; belongs to one thread."""
+
+  def __init__(
+    self,
+    plan: plans.Plan,
+    task: plans.Task,
+    buffers: dict[Any, Any],
+    timers: Timers,
+  ):
+    self._plan = plan
+    self._task = task
+    self._buffers = buffers
+    self._timers = timers
+    self._checked: set[int] = set()
+    self.size = task.spec.size
+    self._resident = self.size <= plans.RESIDENT * plans.PIECE
+    if task.method is None:
+      return
+    self.method = task.build()
+    if len(self.method.first_passes) == 0:
+      self._resident = False  # one pass is all there is
+    self._static, self._numbers = programs.split_options(task.options)
+    self._weights = np.asarray(task.weights, np.float32)
+    self._keys = np.stack(
+      [
+        masks.mask_key(plan.recipe.seed, task.path, k)
+        for k in range(len(task.inputs))
+      ]
+    )
+    self.contexts = [
+      base_lib.LeafContext(k, {}, key) for k, key in enumerate(self._keys)
+    ]
+
+  # Pieces -------------------------------------------------------------------
+
+  def pieces(self) -> Iterator[Piece]:
+    """The pieces of the leaf, in order."""
+    size, shape = self.size, self._task.spec.shape
+    if self._task.method and self.method.view == 'unit':
+      # Whole units; a vector is one.
+      width = size // shape[0] if len(shape) > 1 else size
+      count = size // width
+      rows = max(1, min(count, plans.PIECE // width))
+      for number, row in enumerate(range(0, count, rows)):
+        own = min(rows, count - row) * width
+        yield Piece(number, row * width, own, (rows, width))
+      return
+    for number, start in enumerate(range(0, size, plans.PIECE)):
+      count = min(plans.PIECE, size - start)
+      padded = next(s for s in _SIZES if s >= count)
+      yield Piece(number, start, count, (padded,))
+
+  def _load(self, piece: Piece):
+    """`(leaves, base, stats)` of a piece, padded with zeros."""
+    # What the buffers hold is written beside them: leaves of a thread share
+    # them.
+    owner, held = self._buffers.get('held', (None, None))
+    if owner is not self:
+      held = {}
+      self._buffers['held'] = (self, held)
+    if piece.start not in held:
+      if not self._resident:
+        held.clear()
+      held[piece.start] = self._timers.timed('read', self._read, piece)
+    return held[piece.start]
+
+  def _sources(self):
+    """`(store, path)` of the models, then the base, then statistics."""
+    task, stores = self._task, self._plan.stores
+    refs = [(stores[name], path) for name, path in task.inputs]
+    if task.base is not None:
+      refs.append((stores[task.base[0]], task.base[1]))
+    for store, own in zip(self._plan.stats, task.stats):
+      refs += [(store, path) for path in own.values()]
+    return refs
+
+  def _roles(self, arrays):
+    """`(leaves, base, stats)` from arrays in the order of `_sources`."""
+    task, count = self._task, len(self._task.inputs)
+    rest = iter(arrays[count:])
+    base = next(rest) if task.base is not None else None
+    stats = [None] * count
+    for k, own in enumerate(task.stats):
+      stats[k] = {name: next(rest) for name in own}
+    return arrays[:count], base, stats
+
+  def _read(self, piece):
+    arrays = []
+    for slot, (store, path) in enumerate(self._sources()):
+      array = self._buffer(slot, store.specs()[path].dtype, piece)
+      store.read_into(path, piece.start, array[: piece.count])
+      array[piece.count :] = 0
+      if piece.start not in self._checked:
+        self._check(store, path, array[: piece.count])
+      arrays.append(array.reshape(piece.shape))
+    self._checked.add(piece.start)
+    return self._roles(arrays)
+
+  def _buffer(self, slot, dtype, piece):
+    """Memory of this thread, aligned so that JAX uses it where it is."""
+    size = math.prod(piece.shape)
+    begin = piece.number * plans.PIECE if self._resident else 0
+    whole = self._buffers.get((slot, dtype.str))
+    if whole is None or whole.size < begin + size:
+      # Pages that are never touched cost nothing.
+      room = max(begin + size, plans.RESIDENT * plans.PIECE) * dtype.itemsize
+      raw = np.empty(room + 64, np.uint8)
+      shift = -raw.ctypes.data % 64
+      whole = raw[shift : room + shift].view(dtype)
+      self._buffers[(slot, dtype.str)] = whole
+    return whole[begin : begin + size]
+
+  def _check(self, store, path, array):
+    """Raises if a source has a number that is not finite."""
+    if finite.all_finite(array):
+      return
+    bad = 0
+    room = np.empty(plans.PIECE, array.dtype)
+    for start in range(0, self.size, plans.PIECE):
+      part = room[: min(plans.PIECE, self.size - start)]
+      store.read_into(path, start, part)
+      bad += int(np.count_nonzero(~np.isfinite(part.astype(np.float32))))
+    raise errors.CheckpointError(
+      finite.of_input(store.name, path, bad, self.size)
+    )
+
+  # Stages -------------------------------------------------------------------
+
+  def _call(self, stage, number, arrays, offset=0, brackets=None):
+    leaves, base, stats = arrays
+    program = programs.program(self._task.method, self._static, stage, number)
+    return self._timers.timed(
+      'compute',
+      lambda: jax.tree.map(
+        np.asarray,
+        program(
+          leaves, base, self._weights, self._keys,
+          [m.note for m in self.contexts], stats, self._numbers,
+          # Methods that number elements have no leaf that wraps around.
+          np.uint32(offset % 2**32), brackets,
+        ),
+      ),
+    )  # fmt: skip
+
+  def scores(self, i: int, piece: Piece) -> list[np.ndarray]:
+    """The scores that look `i` gives the elements of a piece."""
+    found = self._call('look', i, self._load(piece), piece.start)
+    return [score.reshape(-1)[: piece.count] for score in found]
+
+  def _scores_of(self, i, arrays):
+    """Scores of elements that were picked out of pieces: no unit is whole."""
+    count = arrays[0].size
+    padded = next((n for n in _SIZES if n >= count), count)
+    room = [np.zeros(padded, array.dtype) for array in arrays]
+    for target, array in zip(room, arrays):
+      target[:count] = array
+    return [s[:count] for s in self._call('look', i, self._roles(room))]
+
+  def place(self, i: int, piece: Piece, brackets) -> tuple[Any, Any, Any]:
+    """Where the scores of a piece lie to brackets, and those inside.
+
+    Returns:
+      `(places, index, values)`: `places[score][bracket]` <uint8>[n]; the
+      positions that are inside any bracket; for each score its values there.
+    """
+    arrays = self._load(piece)
+    if self.method.view == 'element':
+      places = self._call('place', i, arrays, piece.start, brackets)
+    else:
+      places = [
+        [ranks_lib.places(score, *bracket) for bracket in own]
+        for score, own in zip(self.scores(i, piece), brackets)
+      ]
+    places = [[p.reshape(-1)[: piece.count] for p in own] for own in places]
+    union = np.zeros(piece.count, bool)
+    for own in places:
+      for one in own:
+        union |= one == ranks_lib.INSIDE
+    index = np.flatnonzero(union)
+    if self.method.view == 'element':
+      leaves, base, stats = arrays
+      flat = [*leaves, *([] if base is None else [base])]
+      flat += [leaf for own in stats if own for leaf in own.values()]
+      values = self._scores_of(i, [array.reshape(-1)[index] for array in flat])
+    else:
+      values = [score[index] for score in self.scores(i, piece)]
+    return places, index, values
+
+  def sample(self, i: int) -> list[np.ndarray]:
+    """Some of the scores of look `i`, spread over the leaf."""
+    found = []
+    for piece in self.pieces():
+      if self.method.view != 'element':
+        own = [score[::_SAMPLE] for score in self.scores(i, piece)]
+      elif self._resident:
+        leaves, base, stats = self._load(piece)
+        flat = [*leaves, *([] if base is None else [base])]
+        flat += [leaf for one in stats if one for leaf in one.values()]
+        # An odd stride, so that the sample is not of a few columns.
+        step = _SAMPLE + 1 if piece.count > 4096 else 1
+        own = self._scores_of(
+          i, [array.reshape(-1)[: piece.count : step] for array in flat]
+        )
+      else:
+        own = self._scores_of(i, self._stretches(piece))
+      found.append(own)
+    return [np.concatenate(own) for own in zip(*found)]
+
+  def _stretches(self, piece):
+    """Eight short stretches of a piece of every source."""
+    length = max(1, piece.count // (8 * 2 * _SAMPLE))
+    starts = np.linspace(0, piece.count - length, 8).astype(int)
+    arrays = []
+    for store, path in self._sources():
+      room = np.empty((8, length), store.specs()[path].dtype)
+      for row, start in zip(room, starts):
+        store.read_into(path, piece.start + int(start), row)
+      arrays.append(room.reshape(-1))
+    return arrays
+
+  def total(self, i: int) -> Any:
+    """What look `i` finds, added up in float64 over the pieces."""
+    first_pass = self.method.first_passes[i]
+    combine = np.maximum if first_pass.combine == 'max' else np.add
+    total = None
+    for piece in self.pieces():
+      found = self._call('look', i, self._load(piece), piece.start)
+      found = jax.tree.map(_widest, found)
+      total = found if total is None else jax.tree.map(combine, total, found)
+    return total
+
+  def note(self, i: int, found: Any) -> None:
+    """Adds what look `i` concludes to the marks."""
+    first_pass = self.method.first_passes[i]
+    found = jax.tree.map(_narrow, found)
+    if first_pass.ranks is None:
+      conclude = programs.conclusion(self._task.method, self._static, i)
+      earlier = [context.note for context in self.contexts]
+      notes = conclude(found, self._weights, self._numbers, earlier)
+    else:
+      notes = first_pass.conclude(found, self.contexts, list(self._weights))
+    notes = jax.tree.map(np.asarray, list(notes))
+    self.contexts = parts.with_notes(self.contexts, notes)
+
+  def first_pass(self) -> None:
+    """Runs every look whose scope is this leaf."""
+    for i, first_pass in enumerate(self.method.first_passes):
+      if first_pass.scope == 'leaf':
+        if first_pass.ranks is None:
+          self.note(i, self.total(i))
+        else:
+          (found,) = rank(i, [self])
+          self.note(i, found)
+
+  def merge(self, write: Callable[[int, np.ndarray], None]) -> None:
+    """Merges every piece and hands it over: `write(start, array)`."""
+    task = self._task
+    for piece in self.pieces():
+      if task.method is None:
+        merged = self._load(piece)[0][0]
+      else:
+        merged = self._call(
+          'merge', task.spec.dtype.name, self._load(piece), piece.start
+        )
+      with np.errstate(over='ignore'):  # checked below
+        merged = merged.reshape(-1)[: piece.count].astype(
+          task.spec.dtype, copy=False
+        )
+      self._check_result(merged)
+      self._timers.timed('write', write, piece.start, merged)
+
+  def _check_result(self, merged):
+    if not finite.all_finite(merged):
+      bad = int(np.count_nonzero(~np.isfinite(merged.astype(np.float32))))
+      raise errors.CheckpointError(
+        finite.of_result(self._task.path, bad, merged.dtype)
+      )
+
+
+def merge_whole(
+  plan: plans.Plan,
+  task: plans.Task,
+  write: Callable[[int, np.ndarray], None],
+  timers: Timers,
+) -> None:
+  """Merges a leaf that must be seen at once: stacks, columns, matrices."""
+
+  def read(store, path):
+    leaf = np.asarray(store.leaves([path])[path])
+    finite.check_inputs(path, [leaf], [store.name])
+    return leaf
+
+  stores = plan.stores
+  leaves = [
+    timers.timed('read', read, stores[name], path) for name, path in task.inputs
+  ]
+  base = None
+  if task.base is not None:
+    base = timers.timed('read', read, stores[task.base[0]], task.base[1])
+  stats = [
+    {name: read(store, path) for name, path in own.items()}
+    for store, own in zip(plan.stats, task.stats)
+  ] or [{} for _ in leaves]
+  for store, own in zip(plan.stats, stats):
+    if 'gram' in own and not given.symmetric(own['gram']):
+      raise errors.CheckpointError(
+        f'{store.name}: the gram of {task.path} is not symmetric, as X^T X is.'
+      )
+
+  def compute():
+    method, path, spec = task.build(), task.path, task.spec
+    run = in_memory.Run(method, task.weights, {path: spec}, plan.recipe.seed)
+    own = run.look_at_leaf(run.parts(path, leaves, base, stats))
+    merged = run.finish({path: own})[path]
+    merged = finite.stored(path, merged, spec.dtype, method.needs)
+    return np.asarray(merged).reshape(-1)
+
+  timers.timed('write', write, 0, timers.timed('compute', compute))
+
+
+def rank(i: int, leaves: Sequence[Leaf]) -> list[list[list[numerics.Cut]]]:
+  """Exact ranks of look `i` over leaves together: `[leaf][score][rank]` cuts."""
+  starts = np.cumsum([0] + [leaf.size for leaf in leaves])
+  size = int(starts[-1])
+  sample = [
+    np.concatenate(own) for own in zip(*(leaf.sample(i) for leaf in leaves))
+  ]
+  wanted = leaves[0].method.first_passes[i].ranks(size, leaves[0].contexts)
+  rankers = [
+    [ranks_lib.Ranker(size, r, one) for r in ranks]
+    for ranks, one in zip(wanted, sample)
+  ]
+
+  def places_at(s, j):
+    def run(start):
+      if start in kept:
+        return kept[start][s][j]
+      # Empty leaves share their start with the next one.
+      number = int(np.searchsorted(starts, start, side='right')) - 1
+      piece = next(
+        p for p in leaves[number].pieces() if p.start + starts[number] == start
+      )
+      return leaves[number].place(i, piece, brackets)[0][s][j]
+
+    return run
+
+  waiting = [
+    (s, j, ranker)
+    for s, own in enumerate(rankers)
+    for j, ranker in enumerate(own)
+    if ranker.done is None
+  ]
+  while waiting:
+    brackets = np.asarray([[(r.low, r.high) for r in own] for own in rankers])
+    kept = {}
+    for number, leaf in enumerate(leaves):
+      for piece in leaf.pieces():
+        places, index, values = leaf.place(i, piece, brackets)
+        start = piece.start + int(starts[number])
+        if size <= plans.RESIDENT * plans.PIECE:
+          kept[start] = places
+        for s, j, ranker in waiting:
+          ranker.add(places[s][j], index, values[s], start)
+    waiting = [
+      (s, j, ranker)
+      for s, j, ranker in waiting
+      if not ranker.conclude(places_at(s, j))
+    ]
+  return [
+    [[_local(r.done, starts[n], leaf.size) for r in own] for own in rankers]
+    for n, leaf in enumerate(leaves)
+  ]
+
+
+def _local(cut, start, size):
+  """A cut over several leaves, as one of them sees it."""
+  end = min(max(int(cut.end) - int(start), 0), size)
+  return numerics.Cut(np.float32(cut.threshold), np.uint32(end))
+
+
+def _widest(leaf):
+  wide = np.float64 if np.issubdtype(leaf.dtype, np.floating) else np.int64
+  return leaf.astype(wide)
+
+
+def _narrow(leaf):
+  leaf = np.asarray(leaf)
+  if leaf.dtype == np.float64:
+    return leaf.astype(np.float32)
+  return leaf.astype(np.uint32) if leaf.dtype == np.int64 else leaf

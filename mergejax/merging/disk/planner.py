@@ -1,0 +1,338 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Makes plans of recipes, from headers alone.
+
+Everything that names, shapes, dtypes, tied parameters, vocabularies and
+options can tell is checked here, and everything found wrong is reported at
+once, before the first weight is read.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+import math
+import os
+import re
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from mergejax.checkpoints import buffers
+from mergejax.core import axes as axes_lib
+from mergejax.core import errors
+from mergejax.core import numerics
+from mergejax.core import registry
+from mergejax.core import stacks
+from mergejax.core import typing
+from mergejax.merging.disk import inputs as inputs_lib
+from mergejax.merging.disk import layouts
+from mergejax.merging.disk import plans
+from mergejax.merging.recipes import chat_templates
+from mergejax.merging.recipes import recipe as recipe_lib
+from mergejax.merging.recipes import settings
+from mergejax.methods import base as merge_base
+from mergejax.methods import mean
+from mergejax.methods import named
+
+# Methods that divide by the sum of the weights.
+_AVERAGES = ('linear', 'task_arithmetic', 'dare_linear', 'della_linear', 'breadcrumbs')  # fmt: skip
+
+
+def plan(
+  recipe: recipe_lib.Recipe | os.PathLike | str | Mapping[str, Any],
+  *,
+  sandbox: os.PathLike | str | None = None,
+) -> plans.Plan:
+  """Works out what a recipe will do, reading headers only.
+
+  Args:
+    recipe: from `load_recipe`, the path of a recipe, or its data.
+    sandbox: if given, every path of the recipe must lie in this directory.
+
+  Returns:
+    A plan; `print(plan.describe())` shows it, `execute` runs it.
+
+  Raises:
+    UserError: with everything that is wrong.
+  """
+  if isinstance(recipe, Mapping):
+    recipe = recipe_lib.parse_recipe(recipe)
+  elif not isinstance(recipe, recipe_lib.Recipe):
+    recipe = recipe_lib.load_recipe(recipe)
+  return _Planner(recipe, inputs_lib.Inputs(recipe, sandbox)).plan()
+
+
+class _Planner:
+  """Works out what happens to each parameter; collects every problem."""
+
+  def __init__(self, recipe, inputs):
+    self._recipe = recipe
+    self._inputs = inputs
+    self._problems = inputs.problems
+    self._remarks = inputs.remarks
+    self._stores = inputs.stores
+    self._stats = inputs.stats
+    self._reference = inputs.reference
+    self._unknown_stacks = {}
+
+  def plan(self) -> plans.Plan:
+    tasks = self._tasks()
+    self._inputs.raise_problems()
+    self._defaults_remark()
+    inputs, recipe = self._inputs, self._recipe
+    chosen, said = chat_templates.chosen(recipe.chat_template, recipe.models())
+    self._remarks += said
+    return plans.Plan(
+      dataclasses.replace(recipe, chat_template=chosen), inputs.stores, tuple(inputs.stats), tuple(tasks),
+      inputs.reference, inputs.tied, inputs.repeated, inputs.config,
+      inputs.tokenizer, tuple(inputs.remarks),
+    )  # fmt: skip
+
+  def _defaults_remark(self):
+    self._remarks += self._recipe.notes
+    chosen = recipe_lib.MERGEKIT_DEFAULTS.get(self._recipe.method, {})
+    chosen = {
+      k: v for k, v in chosen.items() if k not in self._recipe.parameters
+    }
+    if chosen:
+      words = ', '.join(f'{k}={v}' for k, v in chosen.items())
+      self._remarks.append(
+        f"mergekit's defaults where the recipe is silent: {words} "
+        f"(`mergejax methods {self._recipe.method}` tells the paper's)"
+      )
+
+  # Tasks ---------------------------------------------------------------------
+
+  def _tasks(self) -> list[plans.Task]:
+    recipe = self._recipe
+    entries = layouts.lay_out(recipe, self._inputs)
+    if self._problems:
+      return []
+    tasks = []
+    used_rules: set[int] = set()
+    counts = layouts.layer_counts(entry.path for entry in entries)
+    for entry in entries:
+      if entry.depth is None:
+        entry = entry._replace(depth=_depth(entry.path, counts))
+      task = self._inputs.attempt(self._task, entry, used_rules)
+      if task is not None:
+        tasks.append(task)
+    if not counts and any(map(settings.is_gradient, recipe.settings())):
+      self._problems.append(
+        'a gradient gives every layer a value of its own, but no parameter is '
+        f'in a numbered layer (first: {entries[0].path}): give one value '
+        'instead. Layers that are stacked in one array cannot have several.'
+      )
+    if self._unknown_stacks:
+      self._problems.append(stacks.message(self._unknown_stacks))
+    for i, rule in enumerate(recipe.rules):
+      if i not in used_rules:
+        self._problems.append(
+          f'rule {i} ({rule.match!r}) is the first match of no parameter.'
+        )
+    if self._stats and not any(any(task.stats) for task in tasks):
+      self._problems.append(
+        'these statistics are of no parameter of the models: are they of '
+        f'another model? {self._stats[0].name} begins with:\n'
+        f'{errors.listed(list(self._stats[0].specs()), 3)}'
+      )
+    if self._stats and len(self._stats) != len(recipe.slices[0].inputs):
+      self._problems.append(
+        f"{len(self._stats)} 'stats' for {len(recipe.slices[0].inputs)} "
+        'models: give one for each, in their order.'
+      )
+    return tasks
+
+  def _task(self, entry, used_rules) -> plans.Task:
+    recipe = self._recipe
+    path, depth, one, refs, base, copied = entry
+    rule = None
+    for i, candidate in enumerate(recipe.rules):
+      if re.fullmatch(candidate.match, path):
+        used_rules.add(i)
+        rule = candidate
+        break
+    spec = self._spec(refs[0] if base is None else base)
+    stored = spec
+    if recipe.dtype and numerics.is_averaged(spec.dtype):
+      stored = typing.LeafSpec(
+        spec.shape, np.dtype(jnp.dtype(recipe.dtype)), spec.axes
+      )
+    elif spec.dtype != (lead := self._lead_dtype(refs, base)):
+      stored = typing.LeafSpec(spec.shape, lead, spec.axes)
+    stored = axes_lib.with_axes({path: stored}, [
+      one_rule for one_rule in recipe.axes if re.fullmatch(one_rule[0], path)
+    ])[path]  # fmt: skip
+    copy = None
+    if rule is not None and rule.copy is not None:
+      if rule.copy == 'base' and not recipe.base:
+        raise errors.RecipeError(
+          f'{path}: a rule copies the base; none is given.'
+        )
+      copy = (recipe.base if rule.copy == 'base' else rule.copy, path)
+    elif (
+      copied
+      or buffers.is_buffer(path, spec)
+      or not numerics.is_averaged(spec.dtype)
+      or not spec.size
+    ):
+      copy = refs[0] if base is None else base
+    if copy is not None:
+      found = self._stores[copy[0]].specs().get(copy[1])
+      if found is None or found.shape != spec.shape:
+        raise errors.RecipeError(
+          f'{path} cannot be copied from {copy[0]}: it '
+          + ('lacks it.' if found is None else f'is {list(found.shape)} there.')
+        )
+      return plans.Task(path, stored, None, {}, (), (copy,), None)
+    method = (rule and rule.method) or recipe.method
+    return self._merge_task(path, depth, one, refs, base, stored, method, rule)
+
+  def _merge_task(self, path, depth, one, refs, base, spec, method, rule):
+    wanted = named.base_policy(method)
+    if wanted == 'ignored':
+      base = None
+    else:
+      refs_and_sources = [
+        (ref, source)
+        for ref, source in zip(refs, one.inputs)
+        if not (base and source.model == base[0])
+      ]
+      refs = [ref for ref, _ in refs_and_sources]
+    sources = (
+      one.inputs if wanted == 'ignored' else [s for _, s in refs_and_sources]
+    )
+    if wanted == 'required' and base is None:
+      self._problems.append(
+        f'{method} works on differences from a base model: give `base_model:`.'
+      )
+    layers = [dict(rule.parameters)] if rule else [{}]
+    shared = [*layers, one.parameters, one.outer, self._recipe.parameters]
+    values: dict[str, list] = {}
+    known = named.METHODS.options(method)
+    for name in sorted({*known, 'weight'}):
+      # A filter of what models differ in means their names, before stacking.
+      own = name == 'weight' or method == 'passthrough' or known[name].per_model
+      values[name] = [
+        _first(
+          name,
+          [*layers, source.parameters, *shared[1:]],
+          ref[1] if own else path,
+          depth,
+        )
+        for source, ref in zip(sources, refs)
+      ] or [_first(name, shared, path, depth)]
+    weights = values.pop('weight')
+    options = dict(recipe_lib.MERGEKIT_DEFAULTS.get(method, {}))
+    for name, own in values.items():
+      given = [value for value in own if value is not None]
+      if not given:
+        continue
+      default = options.get(name, known[name].default)
+      if all(value == own[0] for value in own):
+        options[name] = own[0]
+      elif len(given) < len(own) and default is registry.Option.empty:
+        raise errors.RecipeError(
+          f'{path}: {name} is given for some models and not for others.'
+        )
+      else:
+        options[name] = [default if v is None else v for v in own]
+    try:
+      built = named.resolve(method, **options)
+      plain = None if all(w is None for w in weights) else [
+        1.0 if w is None else w for w in weights
+      ]  # fmt: skip
+      if built.default_weights is not None:
+        plain = None
+      checked = merge_base.check_weights(built, plain, len(refs))
+      if method in _AVERAGES and options.get('normalize', method == 'linear'):
+        if abs(sum(checked)) < mean.TINY_WEIGHT:
+          raise errors.RecipeError(
+            f'the weights of {path} sum to zero, so their average is not '
+            'defined; give others, or `normalize: false`.'
+          )
+    except errors.UserError as error:
+      raise errors.RecipeError(f'{method}: {error.message}') from error
+    self._check_shapes(path, spec, refs, base)
+    if built.numbers_elements:
+      numerics.check_countable(path, axes_lib.slice_size(spec))
+    if built.of_whole_leaves and stacks.may_be_stack(path, spec):
+      self._unknown_stacks[path] = spec
+      return None
+    if built.view != 'element':
+      axes_lib.view(path, spec)
+    return plans.Task(
+      path, spec, method, options, tuple(float(w) for w in checked),
+      tuple(refs), base, self._stats_of(path, spec, built, refs),
+    )  # fmt: skip
+
+  def _stats_of(self, path, spec, method, refs):
+    if not method.needs:
+      return ()
+    kind = method.needs[0]
+    if len(self._stats) != len(refs):
+      raise errors.RecipeError(
+        f'this method needs `stats:`, one path for each of the {len(refs)} '
+        f'models, {len(self._stats)} given. `mergejax stats` collects them.'
+      )
+    own = [f'{path}/{kind}' for _ in self._stats]
+    have = [name in store.specs() for name, store in zip(own, self._stats)]
+    if not any(have) and kind == 'gram':
+      return tuple({} for _ in own)
+    for name, store, there in zip(own, self._stats, have):
+      if not there:
+        raise errors.RecipeError(f'{store.name} lacks {name}.')
+      shape = store.specs()[name].shape
+      fits = shape == spec.shape
+      if kind == 'gram':
+        view = axes_lib.view(path, spec)
+        width = math.prod(spec.shape[i] for i in view.inputs)
+        stack = tuple(spec.shape[i] for i in view.stack)
+        fits = shape == stack + (width, width)
+      if not fits:
+        raise errors.RecipeError(
+          f'{store.name}: {name} is {list(shape)}, which does not fit {path} '
+          f'{list(spec.shape)}. Are these the statistics of another model?'
+        )
+    return tuple({n: f'{path}/{n}' for n in method.needs} for _ in own)
+
+  def _spec(self, ref):
+    model, path = ref
+    found = self._stores[model].specs().get(path)
+    if found is None:
+      raise errors.RecipeError(f'{model} lacks {path}.')
+    return found
+
+  def _lead_dtype(self, refs, base):
+    """dtype of the base, or of the first model, as stored, adapters aside."""
+    model, path = refs[0] if base is None else base
+    return self._stores[model].stored_dtype(path)
+
+  def _check_shapes(self, path, spec, refs, base):
+    for ref in [*refs, *([base] if base else [])]:
+      own = self._spec(ref)
+      if own.shape != spec.shape or not numerics.is_averaged(own.dtype):
+        raise errors.RecipeError(
+          f'{path}: {ref[1]} of {ref[0]} is {own.dtype.name} '
+          f'{list(own.shape)}, expected {spec.dtype.name} {list(spec.shape)}.'
+        )
+
+
+def _first(name, places, path, depth):
+  """The value of a setting in the first place that has one."""
+  for place in places:
+    if name in place:
+      value = settings.evaluate(place[name], path, depth)
+      if value is not None:
+        return value
+  return None
+
+
+def _depth(path, counts) -> float:
+  """0 at the first layer, 1 at the last; 0 outside of the layers."""
+  match = layouts.LAYER.fullmatch(path)
+  if match:
+    count = counts[match['stem']]
+    return int(match['index']) / (count - 1) if count > 1 else 1.0
+  # As mergekit: a head is no part of the last layer.
+  return 0.0

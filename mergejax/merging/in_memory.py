@@ -1,0 +1,397 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Runs a merge method over trees and stores: looks first, then the triple."""
+
+from collections.abc import Mapping, Sequence
+import functools
+import logging
+import math
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mergejax.core import axes as axes_lib
+from mergejax.core import errors
+from mergejax.core import numerics
+from mergejax.core import stacks
+from mergejax.core import tree as tree_lib
+from mergejax.core import typing
+from mergejax.merging import finite
+from mergejax.merging import given
+from mergejax.merging import parts as parts_lib
+from mergejax.methods import base as base_lib
+from mergejax.methods import masks
+
+# What a rule says for leaves that are not merged.
+COPY = 'copy'
+
+
+class Source:
+  """One input of a merge, a tree or a store, seen leaf by leaf."""
+
+  def __init__(self, source, name: str):
+    self._store = source if hasattr(source, 'read') else None
+    self.name = name if self._store is None else source.name
+    if self._store is None:
+      self._leaves = tree_lib.flatten(source)
+      self.specs = tree_lib.specs(self._leaves)
+      self.structure = jax.tree.structure(source)
+    else:
+      self.specs = source.specs()
+      self.structure = None
+
+  def leaf(self, path):
+    if self._store is None:
+      return self._leaves[path]
+    return tree_lib.flatten(self._store.read([path]))[path]
+
+  def layout(self, path):
+    """The sharding of a leaf of a tree; stores have none."""
+    leaf = None if self._store is not None else self._leaves[path]
+    return getattr(leaf, 'sharding', None)
+
+
+def merge(
+  models: Sequence[Any],
+  method: base_lib.Merge,
+  *,
+  base: Any = None,
+  weights: Sequence[Any] | None = None,
+  stats: Sequence[Mapping[typing.Path, Mapping[str, typing.Array]]]
+  | None = None,
+  axes: axes_lib.Rules = (),
+  rules: Sequence[tuple[str, base_lib.Merge | str]] = (),
+  dtype: Any = None,
+  seed: int = 0,
+) -> typing.Tree:
+  """Merges models into one tree.
+
+  A separable method runs leaf by leaf: of stores, only one leaf of each model
+  is in memory at a time, beside the result. On sharded trees every leaf keeps
+  its sharding; numbers of a whole leaf are sums over devices, nothing is
+  gathered. Works under `jit`; weights may be traced, and gradients reach them.
+
+  Args:
+    models: trees or stores, all of one structure, except in leaves that a rule
+      copies.
+    method: what to do.
+    base: the common ancestor, for methods that need one; a tree or store.
+    weights: one coefficient a model; all 1 by default (or as the method says).
+    stats: for each model `{path: {name: array}}`, for methods that need
+      statistics.
+    axes: `(regular expression, logical axes)` of leaves whose layout their
+      path does not tell, or that are stacks of layers: each layer is then a
+      leaf of its own. Methods that are the same for a stack and its layers
+      need none; random masks are then drawn for the stack as one leaf.
+    rules: `(regular expression, method)` for leaves that are to be merged
+      otherwise, or `'copy'` to take them from the base or the first model; the
+      first full match of a path decides.
+    dtype: dtype of floating leaves of the result; by default as in the base,
+      else as in the first model.
+    seed: seeds random methods; keys are made of seed, path and model.
+
+  Returns:
+    A tree of the structure of the first model. Floating leaves are accumulated
+    in float32 (float64 if stored so) and cast once. Other leaves (step
+    counters, ids) are copied from the base or the first model.
+
+  Raises:
+    UserError: no model, no base where one is needed, differing trees (listed),
+      weights or statistics that do not fit; parameters that may be stacks of
+      layers under a method that looks at whole parameters (see `stacks`); a
+      model, a statistic or a result that is not finite, or that the dtype of
+      the result cannot hold. Arrays that JAX traces cannot be looked at: under
+      `jit` such numbers go through.
+  """
+  if not models:
+    raise errors.StructureError(
+      'A merge needs at least one model; none was given.'
+    )
+  inputs = [Source(m, f'model {i}') for i, m in enumerate(models)]
+  base_input = None if base is None else Source(base, 'the base')
+  check_call(method, weights, len(inputs), base_input)
+  reference = base_input or inputs[0]
+  _check_trees(rules, reference, inputs)
+  specs = axes_lib.with_axes(reference.specs, axes)
+  groups = _by_rule(rules, method, merged_paths(specs))
+  _check_stacks(groups, specs)
+  result = {}
+  for own, paths in groups:
+    if own == COPY:
+      for path in paths:
+        leaf = reference.leaf(path)
+        finite.check_inputs(path, [leaf], [reference.name])
+        result[path] = finite.stored(path, leaf, dtype) if dtype else leaf
+      continue
+    merged = _merge_leaves(
+        own, paths, specs, inputs, base_input, weights, stats, seed,
+    )  # fmt: skip
+    for path, leaf in merged:
+      kind = dtype or specs[path].dtype
+      result[path] = finite.stored(path, leaf, kind, own.needs)
+      layout = inputs[0].layout(path)
+      if isinstance(layout, jax.sharding.NamedSharding):
+        if not isinstance(leaf, jax.core.Tracer):
+          result[path] = jax.device_put(result[path], layout)
+  for path, spec in reference.specs.items():
+    if path not in result:
+      result[path] = copied(path, reference, inputs)
+      if dtype and numerics.is_averaged(spec.dtype):  # empty
+        result[path] = finite.stored(path, result[path], dtype)
+  alike = inputs[0].specs.keys() == reference.specs.keys()
+  if inputs[0].structure is not None and alike:
+    return jax.tree.unflatten(
+      inputs[0].structure, [result[path] for path in inputs[0].specs]
+    )
+  return tree_lib.unflatten({path: result[path] for path in reference.specs})
+
+
+def merged_paths(specs: typing.SpecTree) -> list[typing.Path]:
+  """The leaves that are merged: others hold no floating numbers, or none."""
+  return [
+    path
+    for path, spec in specs.items()
+    if numerics.is_averaged(spec.dtype) and spec.size
+  ]
+
+
+def _check_stacks(groups, specs):
+  """Raises if a method is to look at leaves whose layout is not known."""
+  whole = [
+    (own, path)
+    for own, paths in groups
+    if own != COPY and own.of_whole_leaves
+    for path in paths
+  ]
+  stacks.check_known(specs, [path for _, path in whole])
+  for own, path in whole:
+    if own.view != 'element':
+      axes_lib.view(path, specs[path])
+
+
+def _check_trees(rules, reference, inputs):
+  """Raises if models differ elsewhere than in leaves that a rule copies."""
+
+  def compared(specs):
+    rule_of = lambda path: next(
+      (own for pattern, own in rules if re.fullmatch(pattern, path)), None
+    )
+    return {p: spec for p, spec in specs.items() if rule_of(p) != COPY}
+
+  for one in inputs:
+    try:
+      tree_lib.check_same(
+        compared(reference.specs), compared(one.specs),
+        expected_name=reference.name, given_name=one.name,
+      )  # fmt: skip
+    except errors.UserError as error:
+      raise errors.StructureError(
+        f'{error.message} Leaves that need not agree, such as heads of other '
+        f"sizes, can be those of {reference.name}: `rules=[('PATH', 'copy')]`."
+      ) from error
+
+
+def check_call(method, weights, count, base_input):
+  """The weights, if method, models and base fit together.
+
+  Raises:
+    UserError: they do not; see `merge`.
+  """
+  weights = base_lib.check_weights(method, weights, count)
+  if method.base == 'required' and base_input is None:
+    raise errors.StructureError(
+      'This method works on differences from a common ancestor: give it with '
+      '`base=` (in a recipe: `base_model:`).'
+    )
+  return weights
+
+
+def _by_rule(rules, method, paths):
+  """`[(method, paths)]`: the leaves of each rule, then those of none."""
+  for pattern, own in rules:
+    if isinstance(own, str) and own != COPY:
+      raise errors.StructureError(
+        f'The rule {pattern!r} should give a method, such as mj.linear(), or '
+        f'{COPY!r}, not {own!r}.'
+      )
+  table = [*rules, ('.*', method)]
+  chosen = {}
+  for path in paths:
+    chosen[path] = next(
+      i for i, (pattern, _) in enumerate(table) if re.fullmatch(pattern, path)
+    )
+  unused = [table[i][0] for i in range(len(rules)) if i not in chosen.values()]
+  if unused:
+    raise errors.StructureError(
+      f'These rules are the first match of no leaf:\n{errors.listed(unused)}'
+    )
+  groups = [
+    (own, [path for path in paths if chosen[path] == i])
+    for i, (_, own) in enumerate(table)
+  ]
+  return [(own, some) for own, some in groups if some]
+
+
+def _merge_leaves(
+  method, paths, specs, inputs, base_input, weights, stats, seed
+):
+  """Yields `(path, merged leaf)` for leaves that one method merges."""
+  weights = check_call(method, weights, len(inputs), base_input)
+  stats = given.check(method, stats, [one.name for one in inputs], paths, specs)
+  if method.base == 'ignored':
+    base_input = None
+  run = Run(method, weights, specs, seed)
+
+  def parts_of(path):
+    leaves = [one.leaf(path) for one in inputs]
+    origin = None if base_input is None else base_input.leaf(path)
+    known = [*leaves, *([] if origin is None else [origin])]
+    names = [one.name for one in (*inputs, base_input) if one is not None]
+    finite.check_inputs(path, known, names)
+    return run.parts(path, leaves, origin, [one.get(path) for one in stats])
+
+  whole_tree = {p: parts_of(p) for p in paths if run.looks_at_trees}
+  whole_tree = run.look_at_tree(whole_tree)
+  for group in [[p] for p in paths] if method.separable else [paths]:
+    parts = {p: whole_tree.get(p) or parts_of(p) for p in group}
+    merged = run.finish({p: run.look_at_leaf(q) for p, q in parts.items()})
+    yield from merged.items()
+
+
+class Run:
+  """One method over the leaves of one set of models."""
+
+  def __init__(self, method, weights, specs, seed):
+    self._method = method
+    self._weights = list(weights)
+    self._specs = specs
+    self._seed = seed
+    self.looks_at_trees = any(
+      first_pass.scope == 'tree' for first_pass in method.first_passes
+    )
+
+  def parts(self, path, leaves, base, stats) -> list[parts_lib.Part]:
+    """The slices of one leaf, laid for the method, with their marks."""
+    method = self._method
+    wide = [numerics.widen(leaf) for leaf in leaves]
+    base = None if base is None else numerics.widen(base)
+    result = []
+    for name, at in self.slices(path):
+      cut = functools.partial(self.cut, path, at=at)
+      first = cut(wide[0])
+      contexts = []
+      for k, own in enumerate(stats):
+        own = own and {
+          n: own[n][at] if n in given.STACK_FIRST else cut(own[n])
+          for n in method.needs
+        }
+        key = masks.mask_key(self._seed, name, k)
+        contexts.append(base_lib.LeafContext(k, {}, key, stats=own))
+      result.append(
+        parts_lib.Part(
+          [first, *(cut(leaf) for leaf in wide[1:])],
+          None if base is None else cut(base),
+          contexts,
+        )
+      )
+    return result
+
+  def slices(self, path: str) -> list[tuple[str, tuple[int, ...]]]:
+    """`(name, position in the stack)` of every slice of a leaf."""
+    spec = self._specs[path]
+    if self._method.numbers_elements:
+      numerics.check_countable(path, axes_lib.slice_size(spec))
+    shape = spec.shape
+    stack = np.ndindex(*(shape[i] for i in self._view(path).stack))
+    return [(path + ''.join(f'[{i}]' for i in at), at) for at in stack]
+
+  def cut(self, path: str, leaf: typing.Array, at: tuple[int, ...]):
+    """A slice of a leaf, laid before the method; `join` takes it back."""
+    return parts_lib.lay_slice(leaf, self._view(path), at, self._method.view)
+
+  def look_at_leaf(self, parts: list[parts_lib.Part]) -> list[parts_lib.Part]:
+    """Runs the looks of scope 'leaf', each slice by itself."""
+    for i, first_pass in enumerate(self._method.first_passes):
+      if first_pass.scope == 'leaf':
+        parts = [self._look(i, [part])[0] for part in parts]
+    return parts
+
+  def look_at_tree(
+    self, parts: dict[str, list[parts_lib.Part]]
+  ) -> dict[str, list[parts_lib.Part]]:
+    """Runs the looks of scope 'tree', over all leaves together."""
+    flat = [part for several in parts.values() for part in several]
+    for i, first_pass in enumerate(self._method.first_passes):
+      if first_pass.scope == 'tree' and flat:
+        flat = self._look(i, flat)
+    flat = iter(flat)
+    return {p: [next(flat) for _ in several] for p, several in parts.items()}
+
+  def _look(self, i, parts):
+    first_pass = self._method.first_passes[i]
+    if first_pass.ranks is None:
+      found = parts_lib.measure(first_pass, parts, self._weights)
+    else:
+      size = sum(math.prod(part.leaves[0].shape) for part in parts)
+      ranks = first_pass.ranks(size, parts[0].contexts)
+      found = parts_lib.rank(first_pass, parts, self._weights, ranks)
+    result = []
+    for part, own in zip(parts, found):
+      notes = first_pass.conclude(own, part.contexts, self._weights_of(part))
+      contexts = parts_lib.with_notes(part.contexts, notes)
+      result.append(part._replace(contexts=contexts))
+    return result
+
+  def _weights_of(self, part):
+    return [jnp.asarray(w, part.leaves[0].dtype) for w in self._weights]
+
+  def finish(
+    self, parts: dict[str, list[parts_lib.Part]]
+  ) -> dict[str, typing.Array]:
+    """Merges laid slices and puts the leaves together again."""
+    merged = parts_lib.run_triple(self._method, parts, self._weights)
+    return {path: self.join(path, outs) for path, outs in merged.items()}
+
+  def _view(self, path):
+    """The view of a leaf, as far as the method must know it."""
+    spec = self._specs[path]
+    if self._method.view != 'element':
+      return axes_lib.view(path, spec)
+    stack = axes_lib.stacked(spec) if self._method.of_slices else ()
+    return axes_lib.View(stack, (), ())
+
+  def join(self, path: str, outs: list[typing.Array]) -> typing.Array:
+    """A leaf from its merged slices, in the order of `slices`."""
+    spec, view = self._specs[path], self._view(path)
+    kind = self._method.view
+    stack_shape = tuple(spec.shape[i] for i in view.stack)
+    rest = tuple(n for i, n in enumerate(spec.shape) if i not in view.stack)
+    one = parts_lib.unstacked(view)
+    laid = [axes_lib.unlay(out, rest, one, kind) for out in outs]
+    if not view.stack:
+      return laid[0]
+    whole = jnp.stack(laid).reshape(stack_shape + rest)
+    return jnp.moveaxis(whole, range(len(view.stack)), view.stack)
+
+
+def copied(
+  path: typing.Path, reference: Source, inputs: Sequence[Source]
+) -> typing.Array:
+  """A leaf that is not averaged: the reference's; says if a model differs."""
+  leaf = reference.leaf(path)
+  for model in inputs:
+    if path not in model.specs:
+      continue
+    other = model.leaf(path)
+    if isinstance(leaf, jax.core.Tracer) or isinstance(other, jax.core.Tracer):
+      continue
+    if not np.array_equal(np.asarray(leaf), np.asarray(other)):
+      logging.warning(
+          '%s is not a floating array and is not averaged; %s and %s differ '
+          'in it, the former is kept.', path, reference.name, model.name,
+      )  # fmt: skip
+      break
+  return leaf

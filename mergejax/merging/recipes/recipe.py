@@ -1,0 +1,447 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Recipes: which models, which weights, which method, as data.
+
+A mergekit YAML file is a recipe, unchanged (`modules:` are read by
+`recipes.modules`). A recipe may further hold `rules`, `stats`, `axes`, `seed`,
+`format`, `untie`, `vocab` and `ignore_config`:
+
+    merge_method: ties
+    base_model: path/to/base
+    models:
+      - model: path/to/a
+        parameters: {weight: 1.0, density: 0.5}
+      - model: path/to/b+path/to/lora
+        parameters: {weight: [0, 0.5, 1]}   # along the layers
+    parameters:
+      lambda: 0.9
+      density:
+        - {filter: norm, value: 1.0}        # names that contain 'norm'
+        - value: 0.3
+    dtype: bfloat16
+    rules:                                   # first full match of a path wins
+      - {match: '.*lm_head.*', copy: base}
+      - {match: '.*mlp.*', method: linear, parameters: {weight: 1}}
+"""
+
+from collections.abc import Mapping
+import dataclasses
+import os
+import pathlib
+import re
+from typing import Any
+
+import yaml
+
+from mergejax.core import errors
+from mergejax.merging.recipes import mergekit_words
+from mergejax.merging.recipes import model_names
+from mergejax.merging.recipes import modules as recipe_modules
+from mergejax.merging.recipes import parameters as parameters_lib
+from mergejax.merging.recipes import tokenizer_words
+from mergejax.merging.recipes import values
+from mergejax.methods import named
+
+_TOP = (
+  'merge_method', 'models', 'slices', 'modules', 'base_model', 'parameters', 'dtype',
+  'out_dtype', 'tokenizer_source', 'tokenizer', 'chat_template',
+  'rules', 'stats', 'axes', 'seed', 'format', 'untie', 'vocab', 'name',
+  'ignore_config',
+)  # fmt: skip
+FORMATS = ('safetensors', 'orbax', 't5x', 'npz')
+VOCAB_POLICIES = ('base', 'union', 'pad')
+# Where mergekit's default is not the paper's, a recipe gets mergekit's.
+MERGEKIT_DEFAULTS = {
+  'ties': {'density': 1.0, 'trim_scope': 'tensor'},
+  'dare_linear': {'density': 1.0, 'rescale': 'l1'},
+  'dare_ties': {'density': 1.0, 'rescale': 'l1'},
+  'della': {'density': 1.0, 'rescale': 'l1'},
+  'della_linear': {'density': 1.0, 'rescale': 'l1'},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Input:
+  """One model of a merge, or some of its layers.
+
+  Attributes:
+    model: path, or `path+adapter`.
+    parameters: its own settings.
+    layers: half-open range of its layers, None for all.
+  """
+
+  model: str
+  parameters: Mapping[str, Any]
+  layers: tuple[int, int] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+  """Some layers of the result, and the inputs they are merged from."""
+
+  inputs: tuple[Input, ...]
+  base: str | None
+  parameters: Mapping[str, Any]
+  # Settings of the module that it belongs to.
+  outer: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+  """Another treatment for the parameters whose path matches.
+
+  Attributes:
+    match: regular expression of the full path.
+    copy: 'base', or the path of the model to copy from; None merges.
+    method: another method, or None.
+    parameters: settings that come before all others.
+  """
+
+  match: str
+  copy: str | None = None
+  method: str | None = None
+  parameters: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+  """A recipe whose words are known; no checkpoint has been looked at.
+
+  Attributes:
+    method: name on the menu.
+    slices: what the result is stacked from; one slice for `models`; those of
+      all modules, if there are any.
+    sliced: the recipe chose layers or modules itself.
+    modules: parts of the model that are merged in ways of their own.
+    base: path of the base model, or None.
+    parameters: settings for all models.
+    rules: exceptions by path.
+    stats: statistics of the models, in their order.
+    axes: logical axes by path, see `axes`.
+    dtype: dtype of the result, or None to keep that of the base or first model.
+    seed: seed of random methods.
+    format: format of the result, or None for what the name of OUT says.
+    untie: give tied models a head of their own.
+    vocab: what to do where vocabularies differ, or None: an error.
+    ignore_config: fields of `config.json` that may differ between the models
+      although they change the function; see `architectures`.
+    tokenizer: 'base', 'union' or a path to take the tokenizer from; None: that
+      of the base or first model, and embeddings as they are.
+    tokens: where the embedding rows of some tokens come from.
+    row_multiple: embeddings get rows up to a multiple of this, or None.
+    chat_template: text to put into the tokenizer's settings, 'auto' for the
+      one that most models have, or None to keep what the tokenizer has.
+    notes: what of the recipe does not count, in words.
+    data: the recipe as it was read.
+  """
+
+  method: str
+  slices: tuple[Slice, ...]
+  sliced: bool = False
+  modules: tuple[recipe_modules.Module, ...] = ()
+  base: str | None = None
+  parameters: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  rules: tuple[Rule, ...] = ()
+  stats: tuple[str, ...] = ()
+  axes: tuple[tuple[str, tuple[str, ...]], ...] = ()
+  dtype: str | None = None
+  seed: int = 0
+  format: str | None = None
+  untie: bool = False
+  vocab: str | None = None
+  ignore_config: tuple[str, ...] = ()
+  tokenizer: str | None = None
+  tokens: Mapping[str, tokenizer_words.TokenSource] = dataclasses.field(
+    default_factory=dict
+  )
+  row_multiple: int | None = None
+  chat_template: str | None = None
+  notes: tuple[str, ...] = ()
+  data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+  def models(self) -> list[str]:
+    """Every model that is named, once, the base first."""
+    names = [self.base] if self.base else []
+    for one in self.slices:
+      names += [one.base] if one.base else []
+      names += [source.model for source in one.inputs]
+    names += [r.copy for r in self.rules if r.copy not in (None, 'base')]
+    return list(dict.fromkeys(names))
+
+  def settings(self) -> list[Any]:
+    """Every value that is given to an option or a weight, wherever it stands."""
+    places = [self.parameters, *(rule.parameters for rule in self.rules)]
+    for one in self.slices:
+      places += [one.parameters, one.outer]
+      places += [source.parameters for source in one.inputs]
+    return [value for place in places for value in place.values()]
+
+
+def load_recipe(path: os.PathLike | str) -> Recipe:
+  """Reads and checks a recipe file.
+
+  Args:
+    path: a YAML file; see the module for an example.
+
+  Returns:
+    The recipe. Methods and options exist; no checkpoint has been looked at.
+
+  Raises:
+    UserError: the file is missing or not YAML, or with everything in it that
+      is not known (near names are offered).
+  """
+  path = pathlib.Path(path)
+  if not path.is_file():
+    raise errors.RecipeError(f'There is no recipe at {path}.')
+  try:
+    data = yaml.safe_load(path.read_text(encoding='utf-8'))
+  except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    raise errors.RecipeError(f'{path} is not YAML: {error}') from error
+  try:
+    return parse_recipe(data)
+  except errors.UserError as error:
+    raise errors.RecipeError(f'{path}: {error.message}') from error
+
+
+def parse_recipe(data: Any) -> Recipe:
+  """Checks a recipe given as nested dicts and lists; see `load_recipe`."""
+  reader = _Reader()
+  recipe = reader.recipe(data)
+  if reader.problems:
+    lines = list(dict.fromkeys(reader.problems))
+    if len(lines) == 1:
+      raise errors.RecipeError(lines[0])
+    raise errors.RecipeError(
+      f'the recipe has {len(lines)} mistakes:\n{errors.listed(lines, 20)}'
+    )
+  return recipe
+
+
+class _Reader:
+  """Collects every mistake before any is reported."""
+
+  def __init__(self):
+    self._report = parameters_lib.Report()
+    self.problems = self._report.problems
+
+  def recipe(self, data) -> Recipe | None:
+    if not self._mapping(data, _TOP, 'recipe'):
+      return None
+    report = self._report
+    method = self._method(data.get('merge_method'))
+    base = self._name(data.get('base_model'), 'base_model')
+    parameters = self._parameters(data.get('parameters'), method, 'parameters')
+    modules = self._modules(data, method, base, parameters)
+    if 'modules' in data:
+      slices, sliced = sum((one.slices for one in modules), ()), True
+    else:
+      slices, sliced = self._sources(data, method, base, parameters)
+    tokenizer = self._name(data.get('tokenizer_source'), 'tokenizer_source')
+    tokens, multiple = {}, None
+    if data.get('tokenizer') is not None:
+      if tokenizer is not None:
+        self.problems.append(
+          "give 'tokenizer' or 'tokenizer_source', not both."
+        )
+      tokenizer, tokens, multiple = tokenizer_words.read(
+        data['tokenizer'], report
+      )
+    return Recipe(
+      method=method or '',
+      slices=slices,
+      sliced=sliced,
+      modules=modules,
+      base=base,
+      parameters=parameters,
+      rules=self._rules(data.get('rules'), method),
+      stats=tuple(
+        map(
+          str,
+          values.entries(data.get('stats'), 'stats', 'paths', report),
+        )
+      ),
+      axes=values.axes(data.get('axes'), report),
+      dtype=values.dtype(data.get('dtype'), data.get('out_dtype'), report),
+      seed=values.whole_number(data.get('seed', 0), 'seed', report),
+      format=values.choice(data.get('format'), FORMATS, 'format', report),
+      untie=values.flag(data.get('untie', False), 'untie', report),
+      vocab=values.choice(
+        data.get('vocab'), VOCAB_POLICIES, 'vocab policy', report
+      ),
+      ignore_config=tuple(
+        map(
+          str,
+          values.entries(
+            data.get('ignore_config'), 'ignore_config', 'names', report
+          ),
+        )
+      ),
+      tokenizer=tokenizer,
+      tokens=tokens,
+      row_multiple=multiple,
+      chat_template=values.chat_template(data.get('chat_template'), report),
+      notes=report.notes(),
+      data=data,
+    )
+
+  def _method(self, name):
+    if name is None:
+      self.problems.append("the recipe lacks 'merge_method'.")
+      return None
+    name = mergekit_words.METHOD_ALIASES.get(str(name), str(name))
+    if name not in set(named.METHODS):
+      # dare-ties is a common way to write dare_ties.
+      self.problems.append(errors.near(name, named.METHODS, 'merge method'))
+      return None
+    return name
+
+  def _modules(self, data, method, base, parameters):
+    if 'modules' not in data:
+      return ()
+    if 'models' in data or 'slices' in data:
+      self.problems.append("give one of 'models', 'slices' and 'modules'.")
+    return recipe_modules.read(
+      data['modules'],
+      mapping=self._mapping,
+      slices=lambda entry: self._sources(entry, method, base, parameters),
+      parameters=lambda own, what: self._parameters(own, method, what),
+    )
+
+  def _sources(self, data, method, base, parameters):
+    """`(slices, whether layers were chosen)` of a recipe or a module."""
+    slices, sliced = self._slices(data, method, base)
+    if not sliced and slices:
+      slices = self._with_base(slices[0], method, base, parameters)
+    return slices, sliced
+
+  def _slices(self, data, method, base):
+    entries = data.get('models')
+    if (entries is None) == (data.get('slices') is None):
+      self.problems.append("give either 'models' or 'slices', and not both.")
+      return (), False
+    if entries is not None:
+      inputs = self._inputs(entries, method, 'models', False)
+      return (Slice(inputs, base, {}),), False
+    slices = []
+    if not isinstance(data['slices'], list) or not data['slices']:
+      self.problems.append("'slices' must be a list of `- sources: [...]`.")
+      return (), True
+    for i, entry in enumerate(data['slices']):
+      what = f'slice {i}'
+      if not self._mapping(
+        entry, ('sources', 'base_model', 'parameters'), what
+      ):
+        continue
+      inputs = self._inputs(entry.get('sources'), method, what, True)
+      lengths = {b - a for a, b in (x.layers for x in inputs if x.layers)}
+      if len(lengths) > 1:
+        self.problems.append(
+          f'{what}: its sources have {sorted(lengths)} layers; they must have '
+          'the same number.'
+        )
+      slices.append(
+        Slice(
+          inputs,
+          self._name(entry.get('base_model'), 'base_model') or base,
+          self._parameters(entry.get('parameters'), method, what),
+        )
+      )
+    return tuple(slices), True
+
+  def _inputs(self, entries, method, what, with_layers):
+    if not isinstance(entries, list) or not entries:
+      self.problems.append(f'{what} must be a list of `- model: PATH`.')
+      return ()
+    inputs = []
+    for i, entry in enumerate(entries):
+      entry = {'model': entry} if isinstance(entry, str) else entry
+      known = ('model', 'parameters') + (
+        ('layer_range',) if with_layers else ()
+      )
+      where = f'entry {i} of {what}'
+      if not self._mapping(entry, known, where):
+        continue
+      if not isinstance(entry.get('model'), (str, dict)):
+        self.problems.append(f"{where} lacks 'model'.")
+        continue
+      layers = None
+      if with_layers:
+        layers = values.layers(entry.get('layer_range'), where, self._report)
+      inputs.append(
+        Input(
+          self._name(entry['model'], 'model'),
+          self._parameters(
+            entry.get('parameters'),
+            method,
+            f'parameters of {entry["model"]}',
+            of_model=True,
+          ),
+          layers,
+        )
+      )
+    return tuple(inputs)
+
+  def _with_base(self, one, method, base, parameters):
+    """The only slice of `models:`, with a base that counts as a model."""
+    if base is None or base in [source.model for source in one.inputs]:
+      return (one,)
+    if method not in mergekit_words.READS or not method:
+      return (one,)
+    if named.base_policy(method) != 'ignored':
+      return (one,)
+    counts = method == 'karcher' or 'weight' in parameters
+    if method in mergekit_words.TAKES_BASE_AS_MODEL and counts:
+      self._report.remark(
+        f'{method} takes {base}, the base, as one more model, as in mergekit'
+      )
+      inputs = (*one.inputs, Input(base, {}))
+      return (dataclasses.replace(one, inputs=inputs),)
+    self._report.remark(
+      f'{method} has no use for a base: {base} gives its configuration and '
+      'tokenizer, and is not merged'
+    )
+    return (one,)
+
+  def _parameters(self, data, method, what, of_model=False):
+    return parameters_lib.read(
+      data, method, what, self._report, of_model=of_model
+    )
+
+  def _rules(self, data, method):
+    rules = []
+    form = '`{match: ..., ...}`'
+    entries = values.entries(data, 'rules', form, self._report)
+    for i, entry in enumerate(entries):
+      what = f'rule {i}'
+      known = ('match', 'copy', 'method', 'parameters')
+      if not self._mapping(entry, known, what):
+        continue
+      try:
+        re.compile(str(entry.get('match')))
+      except re.error as error:
+        self.problems.append(f'{what}: match is not a regular expression: {error}.')  # fmt: skip
+      if 'match' not in entry:
+        self.problems.append(f"{what} lacks 'match'.")
+      own = self._method(entry['method']) if 'method' in entry else None
+      rules.append(
+        Rule(
+          str(entry.get('match')),
+          self._name(entry.get('copy'), 'copy'),
+          own,
+          self._parameters(entry.get('parameters'), own or method, what),
+        )
+      )
+    return tuple(rules)
+
+  def _name(self, value, what):
+    return model_names.read(value, what, self._report)
+
+  def _mapping(self, data, known, what):
+    if not isinstance(data, dict):
+      self.problems.append(f'the {what} must be `key: value` lines.')
+      return False
+    if known is not None:
+      parameters_lib.check_keys(
+        data, known, what, self._report, mergekit_words.OPTIONS
+      )
+    return True

@@ -1,0 +1,22 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Statistics that merges look at: Gram matrices, Fisher information, survey.
+
+statistics = mj.stats.collect(mj.stats.gram(), module, params, batches)
+merged = mj.merge([a, b], 'regmean', stats=[statistics_of_a, statistics_of_b])
+"""
+
+from mergejax.statistics.base import Statistic
+from mergejax.statistics.base import collect
+from mergejax.statistics.fishers import fisher
+from mergejax.statistics.grams import gram
+from mergejax.statistics.saved import Statistics
+from mergejax.statistics.saved import combine
+from mergejax.statistics.saved import fingerprint
+from mergejax.statistics.saved import load
+from mergejax.statistics.surveys import survey
+
+__all__ = [
+  'Statistic', 'Statistics', 'collect', 'combine', 'fingerprint', 'fisher',
+  'gram', 'load', 'survey',
+]  # fmt: skip

@@ -1,0 +1,204 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Statistics as files, and the fingerprint that ties them to their model."""
+
+from collections.abc import Mapping, Sequence
+import hashlib
+import json
+import os
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from mergejax.checkpoints import base as store_base
+from mergejax.checkpoints import checkpoint
+from mergejax.checkpoints import safetensors
+from mergejax.core import errors
+from mergejax.core import numerics
+from mergejax.core import tree as tree_lib
+from mergejax.core import typing
+
+_SIDE_CAR = 'statistics.json'
+_WEIGHTS = 'statistics.safetensors'
+# A fingerprint looks at this many numbers at each of so many places of a leaf.
+_SAMPLE, _PLACES = 64, 4
+
+
+class Statistics(dict):
+  """`{path: {kind: array, 'count': array}}` of one model.
+
+  Attributes:
+    kind: 'gram' or 'fisher'.
+    fingerprint: of the model they were collected with.
+    settings: how they were collected.
+  """
+
+  def __init__(
+    self,
+    means: Mapping[typing.Path, Mapping[str, typing.Array]],
+    kind: str,
+    fingerprint: str | None,
+    settings: Mapping[str, Any],
+  ):
+    super().__init__(means)
+    self.kind = kind
+    self.fingerprint = fingerprint
+    self.settings = dict(settings)
+
+  def save(self, path: os.PathLike | str) -> None:
+    """Writes a directory: a safetensors file, and what it is in JSON.
+
+    Raises:
+      UserError: the path exists, or the disk is full.
+    """
+    leaves = {
+      f'{path}/{name}': np.asarray(leaf)
+      for path, own in self.items()
+      for name, leaf in own.items()
+    }
+    about = {'fingerprint': self.fingerprint, **self.settings}
+    with store_base.atomic_path(path) as temporary:
+      temporary.mkdir()
+      safetensors.write(temporary / _WEIGHTS, leaves)
+      (temporary / _SIDE_CAR).write_text(json.dumps(about, indent=2) + '\n')
+
+
+def about(path: os.PathLike | str) -> dict[str, Any]:
+  """What a statistics directory says of itself; empty if it says nothing."""
+  file = pathlib.Path(path).expanduser() / _SIDE_CAR
+  return checkpoint.read_json(file) if file.is_file() else {}
+
+
+def load(path: os.PathLike | str) -> Statistics:
+  """Reads statistics that `collect` or `mergejax stats` saved.
+
+  Raises:
+    UserError: there are none, or they are of no known kind.
+  """
+  settings = about(path)
+  leaves = tree_lib.flatten(checkpoint.open_checkpoint(path).read())
+  means: dict[str, dict[str, Any]] = {}
+  for name, leaf in leaves.items():
+    parameter, _, what = name.rpartition('/')
+    means.setdefault(parameter, {})[what] = leaf
+  kinds = {k for own in means.values() for k in own} & {'gram', 'fisher'}
+  if len(kinds) != 1:
+    raise errors.DataError(
+      f'{path} does not hold statistics: its leaves should be called '
+      'PARAMETER/gram or PARAMETER/fisher. `mergejax stats` collects them.'
+    )
+  return Statistics(means, kinds.pop(), settings.get('fingerprint'), settings)
+
+
+def fingerprint(model: typing.Tree | store_base.ParamStore) -> str:
+  """A short name for a model's numbers: other weights, another fingerprint.
+
+  SHA-256 over path, shape and some numbers (as float32, spread over each leaf)
+  of all floating leaves; the format of the file and the order of the leaves do
+  not matter, the dtype does as far as it changes the numbers.
+
+  Args:
+    model: parameters, or a store; of files that lie flat little is read.
+
+  Returns:
+    32 hexadecimal digits.
+
+  Example:
+    >>> fingerprint({'w': np.zeros(3)})
+    '4de625968900d2aca493d874f50d8582'
+  """
+  store = model
+  if not isinstance(model, store_base.ParamStore):
+    store = store_base.MemoryStore(model)
+  specs = store.specs()
+  digest = hashlib.sha256()
+  for path in sorted(specs):
+    spec = specs[path]
+    if not numerics.is_averaged(spec.dtype):
+      continue
+    digest.update(f'{path}{list(spec.shape)}'.encode())
+    take = min(_SAMPLE, spec.size)
+    starts = {(spec.size - take) * i // (_PLACES - 1) for i in range(_PLACES)}
+    for start in sorted(starts):
+      numbers = np.empty(take, spec.dtype)
+      store.read_into(path, start, numbers)
+      digest.update(numbers.astype(np.float32).tobytes())
+  return digest.hexdigest()[:32]
+
+
+def check_fingerprint(
+  model_name: str,
+  model: typing.Tree | store_base.ParamStore,
+  stats_name: str,
+  expected: str | None,
+) -> None:
+  """Refuses statistics that were collected with another model.
+
+  Args:
+    model_name: how messages call the model.
+    model: the model.
+    stats_name: how messages call the statistics.
+    expected: the fingerprint they carry; None (made by other means) passes.
+
+  Raises:
+    UserError: the fingerprints differ.
+  """
+  if expected is None:
+    return
+  found = fingerprint(model)
+  if found != expected:
+    raise errors.DataError(
+      f'{stats_name} was collected with a model whose fingerprint is '
+      f'{expected}, but {model_name} has {found}: these are other weights. '
+      'Collect statistics of this model with `mergejax stats`, or, if the '
+      f'difference is meant, remove "fingerprint" from its {_SIDE_CAR}.'
+    )
+
+
+def combine(
+  parts: Sequence[Statistics],
+  merged: typing.Tree | store_base.ParamStore,
+  weights: Sequence[float] | None = None,
+) -> Statistics:
+  """Statistics of a merged model, so that one more model can be merged later.
+
+  `G = sum_k w_k G_k / sum_k w_k`: as `(sum_k w_k G_k) W` is `sum_k w_k G_k W_k`
+  for the merged kernel W, merging W (of weight `sum_k w_k`) with a further
+  model by the same alpha gives exactly the joint solution.
+
+  Args:
+    parts: Gram statistics of the models that were merged.
+    merged: the result, for its fingerprint.
+    weights: those of the merge; 1 each by default.
+
+  Returns:
+    Statistics for the merged model; use it with weight `sum_k w_k`.
+
+  Raises:
+    UserError: Fisher statistics (their scales are a matter of the merge), or
+      parts with different parameters.
+  """
+  if any(part.kind != 'gram' for part in parts):
+    raise errors.DataError(
+      'Only Gram statistics combine: a Fisher merge rescales each model.'
+    )
+  weights = [1.0] * len(parts) if weights is None else list(weights)
+  if len(weights) != len(parts):
+    raise errors.DataError(
+      f'{len(weights)} weight(s) for {len(parts)} statistics: one for each.'
+    )
+  paths = [set(part) for part in parts]
+  if any(one != paths[0] for one in paths):
+    lines = sorted(set.union(*paths) - set.intersection(*paths))
+    raise errors.DataError(
+      f'Some of these statistics lack parameters:\n{errors.listed(lines)}'
+    )
+  means = {}
+  for path in parts[0]:
+    wide = [np.asarray(part[path]['gram'], np.float64) for part in parts]
+    total = sum(w * gram for w, gram in zip(weights, wide)) / sum(weights)
+    count = sum(np.asarray(part[path]['count']) for part in parts)
+    means[path] = {'gram': total.astype(np.float32), 'count': count}
+  settings = {**parts[0].settings, 'combined': len(parts)}
+  return Statistics(means, 'gram', fingerprint(merged), settings)

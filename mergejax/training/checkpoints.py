@@ -1,0 +1,160 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints of a run: the training state and the position in the data.
+
+Orbax writes a step under a temporary name and renames it when all of it is on
+disk, so a run that is killed never leaves a half-written step that counts.
+"""
+
+import dataclasses
+import os
+import pathlib
+
+import jax
+import orbax.checkpoint as ocp
+
+from mergejax.checkpoints import base
+from mergejax.core import errors
+from mergejax.training import step as step_lib
+
+
+@dataclasses.dataclass
+class _BytesSave(ocp.args.CheckpointArgs):
+  content: bytes
+
+
+@dataclasses.dataclass
+class _BytesRestore(ocp.args.CheckpointArgs):
+  pass
+
+
+class _BytesHandler(ocp.CheckpointHandler):
+  """One file a process: where it is in its own data. All of them are read."""
+
+  def save(self, directory, args):
+    file = pathlib.Path(directory) / f'process_{jax.process_index()}'
+    file.write_bytes(args.content)
+
+  def restore(self, directory, args):
+    del args
+    files = pathlib.Path(directory).glob('process_*')
+    return [
+      file.read_bytes()
+      for file in sorted(files, key=lambda f: int(f.name.rpartition('_')[2]))
+    ]
+
+
+ocp.args.register_with_handler(_BytesHandler, for_save=True)(_BytesSave)
+ocp.args.register_with_handler(_BytesHandler, for_restore=True)(_BytesRestore)
+
+
+class Checkpoints:
+  """The checkpoints of one run, newest last."""
+
+  def __init__(self, directory: os.PathLike | str, *, keep: int = 2):
+    """Opens (and creates) a folder of checkpoints.
+
+    Args:
+      directory: holds one folder a step.
+      keep: how many of the newest steps stay on disk.
+    """
+    self._directory = pathlib.Path(directory).absolute()
+    self._manager = ocp.CheckpointManager(
+      self._directory,
+      options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
+      item_handlers={
+        'state': ocp.StandardCheckpointHandler(),
+        'data': _BytesHandler(),
+      },
+    )
+
+  def latest(self) -> int | None:
+    """The newest complete step, or None."""
+    return self._manager.latest_step()
+
+  def save(self, state: step_lib.TrainState, data: bytes) -> None:
+    """Saves a step; returns once the state may change, writes meanwhile.
+
+    Args:
+      state: saved under its own step number; a step already saved is left.
+      data: the position in the data, from `Stream.state()`.
+
+    Raises:
+      UserError: this or the previous write failed (a full disk, say). Earlier
+        steps are untouched.
+    """
+    step = step_lib.step_number(state)
+    if step == self.latest():
+      return
+    with self._writing():
+      self._manager.save(
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.StandardSave(state), data=_BytesSave(data)
+        ),
+      )
+
+  def restore(
+    self, like: step_lib.TrainState
+  ) -> tuple[step_lib.TrainState, list[bytes]]:
+    """Restores the newest step.
+
+    Args:
+      like: a state with the wanted structure, shapes and shardings.
+
+    Returns:
+      `(state, positions in the data)`, one of each process that saved.
+
+    Raises:
+      UserError: the step does not fit `like`: another model or optimizer.
+    """
+    step = self.latest()
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+    try:
+      restored = self._manager.restore(
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.StandardRestore(abstract), data=_BytesRestore()
+        ),
+      )
+    except (ValueError, KeyError, TypeError) as error:
+      raise errors.ConfigError(
+        f'Step {step} in {self._directory} does not fit this run '
+        f'({str(error).splitlines()[0][:200]}). It was made by another model, '
+        'optimizer or number of experts: choose another folder, or remove it.'
+      ) from error
+    return restored['state'], restored['data']
+
+  def wait(self) -> None:
+    """Returns when everything is on disk; raises if a write failed."""
+    with self._writing():
+      self._manager.wait_until_finished()
+      self._manager.check_for_errors()
+
+  def close(self) -> None:
+    """Waits and lets go of the folder."""
+    self.wait()
+    self._manager.close()
+
+  def _writing(self):
+    return _WriteErrors(self._directory)
+
+
+class _WriteErrors:
+  """Turns a failed write, whatever library wrapped it, into one message."""
+
+  def __init__(self, directory):
+    self._directory = directory
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, kind, error, trace):
+    if isinstance(error, Exception) and base.is_write_failure(error):
+      raise errors.ConfigError(
+        f'Could not save to {self._directory}: '
+        f'{base.write_failure_reason(error)}. Earlier checkpoints there are '
+        'untouched; free some space and run the same command to continue '
+        'from the newest.'
+      ) from error
+    return False

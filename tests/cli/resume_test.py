@@ -1,0 +1,260 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Branch-Train-Merge as a user runs it: whole, killed, stopped, continued."""
+
+import json
+import os
+import pathlib
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+from absl.testing import absltest
+import numpy as np
+import orbax.checkpoint as ocp
+
+import mergejax as mj
+from mergejax.core import tree
+from mergejax.data import mixtures
+from mergejax.data import stream
+from mergejax.data import tasks
+
+_GIN = """
+from __gin__ import dynamic_registration
+from mergejax.nn import lm
+from mergejax.cli import branch_train_merge
+
+include 'runs/branch_train_merge.gin'
+SEED_STEPS = 12
+BRANCH_STEPS = 12
+BATCH_SIZE = 4
+LENGTH = 16
+WARMUP_STEPS = 2
+branch_train_merge.Settings.save_every = 3
+branch_train_merge.Settings.validation_sequences = 8
+branch_train_merge.Settings.test_sequences = 8
+lm.LMConfig:
+  emb_dim = 16
+  num_heads = 2
+  head_dim = 8
+  num_layers = 1
+  mlp_dim = 32
+"""
+
+
+class ResumeTest(absltest.TestCase):
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    cls.folder = (
+      pathlib.Path(os.environ.get('PYTEST_TMP', '') or '/tmp')
+      / f'resume_{os.getpid()}'
+    )
+    cls.folder.mkdir()
+    rng = random.Random(0)
+    for domain, words in {
+      'colours': ['red', 'green', 'blue', 'grey'],
+      'numbers': ['one', 'two', 'three', 'four'],
+    }.items():
+      (cls.folder / 'text').mkdir(exist_ok=True)
+      rows = [' '.join(rng.choices(words, k=rng.randint(8, 30)))
+              for _ in range(200)]  # fmt: skip
+      (cls.folder / 'text' / f'{domain}.jsonl').write_text(
+        '\n'.join(json.dumps({'text': row}) for row in rows)
+      )
+    (cls.folder / 'small.gin').write_text(_GIN)
+    started = time.monotonic()
+    cls.out = cls('finish').finish('whole')
+    cls.took = time.monotonic() - started
+
+  @classmethod
+  def tearDownClass(cls):
+    import shutil
+
+    shutil.rmtree(cls.folder, ignore_errors=True)
+    super().tearDownClass()
+
+  def start(self, name, *flags, devices=1):
+    count = f'--xla_force_host_platform_device_count={devices}'
+    env = dict(os.environ, XLA_FLAGS=count)
+    return subprocess.Popen(
+        [
+            sys.executable, '-m', 'mergejax', 'train',
+            f'--gin_file={self.folder}/small.gin',
+            f'--gin.CORPORA={self.folder}/text',
+            f'--gin.MODEL_DIR={self.folder}/{name}',
+        *flags,
+        ],
+        env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+  def finish(self, name):
+    process = self.start(name)
+    out, err = process.communicate(timeout=600)
+    self.assertEqual(process.returncode, 0, err[-3000:])
+    return out
+
+  def final(self, name):
+    """Every phase's last state, and the batch its data would give next."""
+    task_of = tasks.add_corpora(self.folder / name / 'corpora')
+    mixtures.add_mixture('all', list(task_of.values()), rates='equal')
+    states = {}
+    for phase in ('seed', 'experts', 'dense'):
+      folder = self.folder / name / 'train' / phase / 'checkpoints'
+      step = max(int(p.name) for p in folder.iterdir() if p.name.isdigit())
+      state = ocp.PyTreeCheckpointer().restore(folder / str(step) / 'state')
+      states[phase] = {'at': step, **tree.flatten(state)}
+    seed_stream = stream.SeqioStream(
+      'all', lengths={'targets': 16}, batch_size=4, pack=False, seed=0
+    )
+    position = (
+      self.folder / name / 'train/seed/checkpoints/12/data/process_0'
+    ).read_bytes()
+    seed_stream.restore(position)
+    states['data'] = {'position': seed_stream.position, **next(seed_stream)}
+    return states
+
+  def same(self, first, second):
+    for part, expected in first.items():
+      self.assertEqual(sorted(expected), sorted(second[part]))
+      for path, leaf in expected.items():
+        np.testing.assert_array_equal(
+          leaf, second[part][path], err_msg=f'{part} {path}'
+        )
+
+  def test_killed_stopped_and_continued_runs_end_with_the_same_bits(self):
+    self.assertRegex(self.out, r'ensemble +\d')
+    for name in (
+        'report.md', 'table.json', 'heatmap.png', 'checkpoints/seed',
+        'checkpoints/best_merge', 'checkpoints/experts/colours',
+        'train/experts/metrics.jsonl', 'train/experts/events',
+    ):  # fmt: skip
+      self.assertTrue((self.folder / 'whole' / name).exists(), name)
+    expected = self.final('whole')
+    self.assertEqual(expected['experts']['at'], 24)
+
+    # SIGKILL at random moments of what is left to do, then to the end.
+    rng = random.Random(time.time())
+    moments = []
+    for _ in range(5):
+      process = self.start('killed')
+      moments.append(rng.uniform(0.3, 0.95) * self.took)
+      try:
+        process.communicate(timeout=moments[-1])
+      except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    self.finish('killed')
+    self.same(expected, self.final('killed'))
+    tables = [
+      json.loads((self.folder / name / 'table.json').read_text())
+      for name in ('whole', 'killed')
+    ]
+    self.assertEqual(tables[0]['table'], tables[1]['table'], str(moments))
+    steps = [
+      json.loads(line)['step']
+      for line in (self.folder / 'killed/train/experts/metrics.jsonl')
+      .read_text()
+      .splitlines()
+    ]
+    self.assertEqual(steps, sorted(set(steps)))
+
+    # SIGTERM while training: everything is saved, exit code 0.
+    process = self.start('stopped')
+    checkpoints = self.folder / 'stopped' / 'train' / 'seed' / 'checkpoints'
+    while process.poll() is None and not list(checkpoints.glob('[0-9]*')):
+      time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=600)
+    self.assertEqual(process.returncode, 0, err[-2000:])
+    if not (self.folder / 'stopped' / 'table.json').exists():
+      self.assertRegex(err, r'Stopped (at step \d+ of|outside of) .*is saved')
+    self.finish('stopped')
+    self.same(expected, self.final('stopped'))
+
+    # A finished run is not computed again; other settings are refused.
+    self.assertIn('nothing was computed', self.finish('whole'))
+    gin_file = self.folder / 'small.gin'
+    gin_file.write_text(_GIN.replace('BATCH_SIZE = 4', 'BATCH_SIZE = 8'))
+    self.addCleanup(gin_file.write_text, _GIN)
+    process = self.start('whole')
+    _, err = process.communicate(timeout=600)
+    self.assertEqual(process.returncode, 2)
+    self.assertIn('batch_size: 4 there, 8 asked for', err)
+
+  def test_too_little_text_and_an_empty_folder(self):
+    text = self.folder / 'text' / 'tiny.txt'
+    text.write_text('Only one short sentence here.')
+    try:
+      process = self.start('refused')
+      _, err = process.communicate(timeout=600)
+    finally:
+      text.unlink()
+    self.assertEqual(process.returncode, 2, err[-2000:])
+    self.assertRegex(err, 'tiny: 0 bytes of train text, 64 needed')
+    self.assertNotIn('Traceback', err)
+    self.assertNotIn('In call to configurable', err)
+    self.assertFalse((self.folder / 'refused' / 'corpora').exists())
+
+  def losses(self, name):
+    rows = {}
+    for phase in ('seed', 'experts', 'dense'):
+      file = self.folder / name / 'train' / phase / 'metrics.jsonl'
+      for line in file.read_text().splitlines():
+        row = json.loads(line)
+        for key, value in row.items():
+          if key.startswith('loss'):
+            rows[f'{phase} {row["step"]} {key}'] = value
+    return rows
+
+  def test_eight_devices_and_two_processes_then_one_give_the_same_losses(self):
+    mesh = "--gin.MESH={'branch': 2, 'data': %d}"
+    eight = self.start('eight', mesh % 4, devices=8)
+    _, err = eight.communicate(timeout=600)
+    self.assertEqual(eight.returncode, 0, err[-3000:])
+    # Two processes are killed among their experts; one goes on with what each
+    # of them saved, then the table is that of a run which nobody touched.
+    with socket.socket() as probe:
+      probe.bind(('127.0.0.1', 0))
+      address = f'127.0.0.1:{probe.getsockname()[1]}'
+    join = [f'--coordinator_address={address}', '--process_count=2']
+    pair = [
+      self.start('pair', mesh % 1, *join, f'--process_index={i}')
+      for i in range(2)
+    ]
+    checkpoints = self.folder / 'pair' / 'train' / 'experts' / 'checkpoints'
+    while all(p.poll() is None for p in pair) and not list(
+      checkpoints.glob('[0-9]*/data/process_1')
+    ):
+      time.sleep(0.05)
+    for process in pair:
+      process.send_signal(signal.SIGKILL)
+    errors = [process.communicate(timeout=600)[1] for process in pair]
+    self.assertTrue(checkpoints.exists(), errors[0][-3000:])
+    one = self.start('pair', mesh % 1, devices=2)
+    _, err = one.communicate(timeout=600)
+    self.assertEqual(one.returncode, 0, err[-3000:])
+    self.assertIn('processes: 2 there, 1 asked for', err)
+    expected = self.losses('whole')
+    self.assertLen(expected, 2 + 2 * 2 + 2)
+    for name in ('eight', 'pair'):
+      found = self.losses(name)
+      self.assertEqual(sorted(found), sorted(expected))
+      for key, value in expected.items():
+        np.testing.assert_allclose(found[key], value, rtol=1e-5, err_msg=key)
+
+  def test_the_best_merge_loads(self):
+    module, params = mj.load_model(self.folder / 'whole/checkpoints/best_merge')
+    seed = mj.open_checkpoint(self.folder / 'whole/checkpoints/seed').specs()
+    self.assertEqual(tree.specs(params), seed)
+    self.assertEqual(module.config.emb_dim, 16)
+    report = (self.folder / 'whole' / 'report.md').read_text()
+    self.assertLen(re.findall(r'- (?:held|did NOT hold):', report), 3)
+
+
+if __name__ == '__main__':
+  absltest.main()

@@ -1,0 +1,612 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Streamed merges: equal to merges in memory, resumable, whole or not there."""
+
+import fcntl
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+from unittest import mock
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import jax
+import laws_test
+import ml_dtypes
+import models_on_disk
+import numpy as np
+
+import mergejax as mj
+from mergejax import mesh as mesh_lib
+from mergejax.core import errors
+from mergejax.core import resume
+from mergejax.core import tree as tree_lib
+from mergejax.merging.disk import executor
+from mergejax.merging.disk import pieces
+from mergejax.merging.disk import plans
+from mergejax.merging.disk import work_folder
+from mergejax.methods import base as base_lib
+from mergejax.methods import named
+
+
+def small_pieces():
+  """Makes leaves of a few hundred numbers many pieces."""
+  return mock.patch.multiple(plans, PIECE=64), mock.patch.multiple(
+    pieces, _SIZES=(16, 64)
+  )
+
+
+def recipe_of(row, base, paths, stats=()):
+  options = {
+    'lambda' if name == 'scale' and row.name != 'passthrough' else name: value
+    for name, value in row.options.items()
+    if not isinstance(value, list)
+  }
+  # What a recipe would fill in with mergekit's defaults.
+  for name, parameter in named.METHODS.options(row.name).items():
+    if name not in row.options and name not in ('scale', 'normalize_weights'):
+      if parameter.default is not parameter.empty:
+        options.setdefault(name, parameter.default)
+  entries = []
+  for k, path in enumerate(paths):
+    own = {n: v[k] for n, v in row.options.items() if isinstance(v, list)}
+    if row.weights is not None:
+      own['weight'] = row.weights[k]
+    entries.append({'model': path, 'parameters': own})
+  recipe = {
+    'merge_method': row.name,
+    'models': entries,
+    'parameters': {
+      k: v for k, v in options.items() if not isinstance(v, (list, tuple))
+    },
+  }
+  if base is not None:
+    recipe['base_model'] = base
+  if stats:
+    recipe['stats'] = list(stats)
+  return recipe
+
+
+ODD_AXES = (('model.experts.kernel', ('embed', 'expert', 'mlp')),)
+
+
+def odd_leaves(rng, number):
+  """Stacks, scalars, float8, leaves of no numbers, and counters."""
+  return {
+    'model.experts.kernel': rng.normal(size=(12, 2, 12)).astype(np.float32),
+    'model.temperature': np.float32(rng.normal()).reshape(()),
+    'model.small.weight': rng.normal(size=(12, 12)).astype(
+      ml_dtypes.float8_e4m3fn
+    ),
+    'model.none.weight': np.zeros((0, 12), np.float32),
+    'model.none.bias': np.zeros((0,), ml_dtypes.bfloat16),
+    'model.ids': np.arange(3) + number,
+  }
+
+
+class EqualityTest(parameterized.TestCase):
+  @parameterized.named_parameters(laws_test.ALL)
+  def test_streamed_equals_in_memory_and_sharded(self, row):
+    rng = np.random.default_rng(0)
+    names = ['base', *'abc'[: row.models]]
+    folder = pathlib.Path(self.create_tempdir().full_path)
+    # Few shapes: most of the time goes into compiling for each.
+    models = {n: models_on_disk.llama(rng, vocab=25, layers=2) for n in names}
+    odd = any(row is one for _, one in laws_test.ONE)
+    for k, model in enumerate(models.values() if odd else ()):
+      model.update(odd_leaves(rng, k))
+    axes = ODD_AXES if odd else ()
+    for name, model in models.items():
+      models_on_disk.save(folder / name, model)
+    stats, stats_paths = None, []
+    if row.stats is not None:
+      stats = [
+        models_on_disk.statistics(row.stats, models[n], rng) for n in names[1:]
+      ]
+      for name, one in zip(names[1:], stats):
+        stats_paths.append(str(folder / f'{name}.stats.safetensors'))
+        flat = {
+          f'{p}/{kind}': leaf
+          for p, own in one.items()
+          for kind, leaf in own.items()
+        }
+        mj.save_checkpoint(stats_paths[-1], flat)
+    method = named.resolve(row.name, **row.options)
+    with_base = row.base or method.needs_base
+    recipe = recipe_of(
+      row,
+      str(folder / 'base') if with_base else None,
+      [str(folder / n) for n in names[1:]],
+      stats_paths,
+    )
+    recipe['axes'] = [[path, list(names)] for path, names in axes]
+    # Before the cast: of two roundings to float8, a last bit of float32 decides.
+    recipe['dtype'] = 'float32'
+    first, second = small_pieces()
+    with first, second:
+      mj.execute(mj.plan(recipe), folder / 'out')
+    streamed = tree_lib.flatten(mj.open_checkpoint(folder / 'out').read())
+    arguments = dict(
+      weights=row.weights, stats=stats, axes=axes, dtype=np.float32
+    )
+    plain = mj.merge(
+      [models[n] for n in names[1:]],
+      method,
+      base=models['base'] if with_base else None,
+      **arguments,
+    )
+    laws_test.assert_close(streamed, plain, max(row.tolerance, 2e-6))
+    lead = models['base' if with_base else 'a']
+    for path, leaf in lead.items():
+      ids = path == 'model.ids'
+      self.assertEqual(streamed[path].dtype, leaf.dtype if ids else np.float32)
+      self.assertEqual(streamed[path].shape, leaf.shape)
+    if odd:
+      np.testing.assert_array_equal(streamed['model.ids'], lead['model.ids'])
+    mesh = mesh_lib.make_mesh(data=2, model=4)
+
+    def put(model):
+      # Every leaf over the eight devices, in the way its sizes allow.
+      specs = {
+        3: ('layers', 'batch', 'mlp'), 2: ('batch', 'mlp'), 1: ('mlp',), 0: (),
+      }  # fmt: skip
+      return {
+        p: jax.device_put(
+          leaf, mesh_lib.sharding(mesh, specs[leaf.ndim], leaf.shape)
+        )
+        for p, leaf in model.items()
+      }
+
+    sharded = mj.merge(
+      [put(models[n]) for n in names[1:]],
+      method,
+      base=put(models['base']) if with_base else None,
+      **arguments,
+    )
+    laws_test.assert_close(streamed, sharded, max(row.tolerance, 2e-6))
+
+  def test_bfloat16_bit_for_bit(self):
+    """Random and trimming methods pick the same entries in both worlds."""
+    rng = np.random.default_rng(0)
+    folder = pathlib.Path(self.create_tempdir().full_path)
+    base = models_on_disk.llama(rng, ml_dtypes.bfloat16)
+    models = [
+      {
+        # Few distinct differences: many ties in magnitude.
+        p: (leaf + rng.integers(-2, 3, leaf.shape) * leaf * 2.0**-7).astype(
+          leaf.dtype
+        )
+        for p, leaf in base.items()
+      }
+      for _ in range(3)
+    ]
+    paths = [str(folder / n) for n in ('base', 'a', 'b', 'c')]
+    for path, model in zip(paths, [base, *models]):
+      models_on_disk.save(pathlib.Path(path), model)
+    for method, options in (
+      ('ties', dict(density=0.3, trim_scope='tensor')),
+      ('ties', dict(density=0.3, trim_scope='global')),
+      ('breadcrumbs', dict(density=0.5, gamma=0.1)),
+      ('dare_ties', dict(density=0.4, rescale='paper')),
+    ):
+      out = folder / f'{method}-{options.get("trim_scope")}'
+      recipe = {
+        'merge_method': method,
+        'base_model': paths[0],
+        'models': paths[1:],
+        'parameters': options,
+      }
+      first, second = small_pieces()
+      with first, second:
+        mj.execute(mj.plan(recipe), out)
+      streamed = tree_lib.flatten(mj.open_checkpoint(out).read())
+      plain = mj.merge(models, method, base=base, **options)
+      for path, leaf in plain.items():
+        np.testing.assert_array_equal(
+          np.asarray(leaf).view(np.uint16), streamed[path].view(np.uint16), path
+        )
+
+
+class StatisticsTest(absltest.TestCase):
+  def test_two_statistics_of_the_shape_of_the_leaf(self):
+    """Each model is given its own of each."""
+
+    def first_less_second():
+      return base_lib.leafwise(
+        lambda zeros: zeros,
+        lambda state, leaf, base, weight, context: (
+          state + leaf * (context.stats['first'] - 2 * context.stats['second'])
+        ),
+        lambda state, base: state,
+        needs=('first', 'second'),
+      )
+
+    named.METHODS.register('first_less_second')(first_less_second)
+    self.addCleanup(named.METHODS._entries.pop, 'first_less_second')
+    rng = np.random.default_rng(0)
+    folder = pathlib.Path(self.create_tempdir().full_path)
+    draw = lambda: rng.normal(size=(5, 7)).astype(np.float32)
+    models = [{'a/kernel': draw(), 'b/kernel': draw()} for _ in range(3)]
+    stats = [
+      {p: {'first': draw(), 'second': draw()} for p in model}
+      for model in models
+    ]
+    for k, (model, own) in enumerate(zip(models, stats)):
+      mj.save_checkpoint(folder / f'{k}.safetensors', model)
+      flat = {f'{p}/{n}': x for p, s in own.items() for n, x in s.items()}
+      mj.save_checkpoint(folder / f'{k}.stats.safetensors', flat)
+    recipe = {
+      'merge_method': 'first_less_second',
+      'models': [str(folder / f'{k}.safetensors') for k in range(3)],
+      'stats': [str(folder / f'{k}.stats.safetensors') for k in range(3)],
+    }
+    mj.execute(mj.plan(recipe), folder / 'out.safetensors')
+    found = tree_lib.flatten(
+      mj.open_checkpoint(folder / 'out.safetensors').read()
+    )
+    plain = mj.merge(models, 'first_less_second', stats=stats)
+    for path in models[0]:
+      expected = sum(
+        np.float64(m[path]) * (np.float64(s[path]['first']) - 2 * np.float64(s[path]['second']))
+        for m, s in zip(models, stats)
+      )  # fmt: skip
+      np.testing.assert_allclose(found[path], expected, rtol=1e-5, atol=1e-5)
+      np.testing.assert_allclose(found[path], plain[path], atol=1e-6)
+
+
+class WholeOrNothingTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.folder = pathlib.Path(self.create_tempdir().full_path)
+    rng = np.random.default_rng(0)
+    for name in ('base', 'a', 'b'):
+      models_on_disk.save(
+        self.folder / name, models_on_disk.llama(rng, ml_dtypes.bfloat16)
+      )
+    # Several options: their order must not count.
+    self.recipe = {
+      'merge_method': 'della',
+      'base_model': str(self.folder / 'base'),
+      'models': [str(self.folder / 'a'), str(self.folder / 'b')],
+      'parameters': {'density': 0.5, 'epsilon': 0.1, 'lambda': 0.9},
+    }
+
+  def files(self, out):
+    return {
+      f.name: f.read_bytes() for f in sorted(out.iterdir()) if f.is_file()
+    }
+
+  def test_result_is_complete_with_its_papers(self):
+    out = self.folder / 'out'
+    report = mj.execute(mj.plan(self.recipe), out)
+    self.assertGreater(report.computed, 0)
+    self.assertCountEqual(
+      [f.name for f in out.iterdir()],
+      ['model.safetensors', 'config.json', 'recipe.yaml', 'manifest.json',
+       'README.md', 'tokenizer.json', 'generation_config.json'],
+    )  # fmt: skip
+    manifest = json.loads((out / 'manifest.json').read_text())
+    sums = manifest['sources']
+    self.assertLen(sums, 3)
+    for file, digest in sums.items():
+      import hashlib
+
+      self.assertEqual(
+        hashlib.sha256(pathlib.Path(file).read_bytes()).hexdigest(), digest
+      )
+    self.assertFalse(list(self.folder.glob('.*')))
+    again = mj.load_recipe(out / 'recipe.yaml')
+    self.assertEqual(again.method, 'della')
+
+  def test_a_finished_result_is_not_computed_again(self):
+    out = self.folder / 'out'
+    mj.execute(mj.plan(self.recipe), out)
+    before = (out / 'model.safetensors').stat().st_mtime_ns
+    report = mj.execute(mj.plan(self.recipe), out)
+    self.assertEqual(report.computed, 0)
+    self.assertEqual((out / 'model.safetensors').stat().st_mtime_ns, before)
+    other = dict(self.recipe, parameters={'density': 0.6})
+    with self.assertRaisesRegex(mj.UserError, 'already exists and is not'):
+      mj.execute(mj.plan(other), out)
+
+  def test_interrupted_after_any_leaf_gives_the_same_bytes(self):
+    mj.execute(mj.plan(self.recipe), self.folder / 'whole')
+    whole = self.files(self.folder / 'whole')
+
+    class Killed(BaseException):
+      pass
+
+    for stop_after in (1, 3, 7):
+      out = self.folder / f'out{stop_after}'
+      calls = []
+
+      def kill(done, total, calls=calls, limit=stop_after):
+        calls.append(done)
+        if len(calls) == limit:
+          raise Killed
+
+      with self.assertRaises(Killed):
+        mj.execute(mj.plan(self.recipe), out, progress=kill)
+      self.assertFalse(out.exists())
+      report = mj.execute(mj.plan(self.recipe), out)
+      self.assertLess(report.computed, len(mj.plan(self.recipe).tasks))
+      self.assertEqual(self.files(out), whole)
+
+  def test_a_file_that_lost_its_size_is_written_again(self):
+    def stop(done, total):
+      if done > total // 2:
+        raise KeyboardInterrupt
+
+    mj.execute(mj.plan(self.recipe), self.folder / 'whole')
+    with self.assertRaises(KeyboardInterrupt):
+      mj.execute(mj.plan(self.recipe), self.folder / 'out', progress=stop)
+    file = self.folder / '.out.partial' / 'result' / 'model.safetensors'
+    os.truncate(file, 100)
+    mj.execute(mj.plan(self.recipe), self.folder / 'out')
+    self.assertEqual(
+      self.files(self.folder / 'out'), self.files(self.folder / 'whole')
+    )
+
+  def test_a_changed_source_starts_afresh(self):
+    out = self.folder / 'out'
+
+    def kill(done, total):
+      raise KeyboardInterrupt
+
+    with self.assertRaises(KeyboardInterrupt):
+      mj.execute(mj.plan(self.recipe), out, progress=kill)
+    rng = np.random.default_rng(5)
+    models_on_disk.save(
+      self.folder / 'a', models_on_disk.llama(rng, ml_dtypes.bfloat16)
+    )
+    report = mj.execute(mj.plan(self.recipe), out)
+    self.assertLen(mj.plan(self.recipe).tasks, report.computed)
+
+  def test_not_finite_source_names_tensor_and_leaves_nothing(self):
+    rng = np.random.default_rng(0)
+    model = models_on_disk.llama(rng, ml_dtypes.bfloat16)
+    model['model.layers.1.mlp.up_proj.weight'][3, 2:5] = np.nan
+    models_on_disk.save(self.folder / 'b', model)
+    with self.assertRaisesRegex(
+      mj.UserError,
+      r'b: model.layers.1.mlp.up_proj.weight has 3 number.*not finite',
+    ):
+      mj.execute(mj.plan(self.recipe), self.folder / 'out')
+    self.assertFalse((self.folder / 'out').exists())
+    self.assertFalse(list(self.folder.glob('.out*')))
+
+  def test_full_disk_keeps_what_is_done_and_continues(self):
+    out = self.folder / 'out'
+    real = os.pwrite
+    left = [4]
+
+    def pwrite(file, data, position):
+      if left[0] == 0:
+        raise OSError(28, 'No space left on device')
+      left[0] -= 1
+      return real(file, data, position)
+
+    with mock.patch.object(executor.os, 'pwrite', pwrite):
+      with self.assertRaisesRegex(mj.UserError, 'No space left.*same command'):
+        mj.execute(mj.plan(self.recipe), out)
+    self.assertFalse(out.exists())
+    mj.execute(mj.plan(self.recipe), out)
+    mj.execute(mj.plan(self.recipe), self.folder / 'whole')
+    self.assertEqual(self.files(out), self.files(self.folder / 'whole'))
+
+  def test_a_disk_that_fails_behind_the_merge_is_told(self):
+    failing = mock.Mock(side_effect=OSError(5, 'Input/output error'))
+    with mock.patch.object(work_folder.os, 'fdatasync', failing):
+      with self.assertRaisesRegex(OSError, 'Input/output'):
+        with work_folder.writing_behind([0]):
+          while not failing.called:
+            time.sleep(0.01)
+    self.assertEqual(failing.call_count, 1)
+
+  def test_too_small_a_disk_is_known_before(self):
+    usage = mock.Mock(free=100)
+    with mock.patch.object(
+      work_folder.shutil, 'disk_usage', return_value=usage
+    ):
+      with self.assertRaisesRegex(mj.UserError, 'more and the disk has'):
+        mj.execute(mj.plan(self.recipe), self.folder / 'out')
+    self.assertFalse(list(self.folder.glob('.out*')))
+
+  def test_two_merges_of_one_output_do_not_mix(self):
+    out = self.folder / 'out'
+    inner = []
+
+    def second(done, total):
+      if not inner:
+        inner.append(1)
+        with self.assertRaisesRegex(errors.UserError, 'Another merge'):
+          mj.execute(mj.plan(self.recipe), out)
+
+    mj.execute(mj.plan(self.recipe), out, progress=second)
+    self.assertTrue(out.exists())
+
+  def test_a_failed_merge_cleans_up_before_it_lets_go(self):
+    """Another process that waits for the lock must not lose its files."""
+    models_on_disk.save(
+      self.folder / 'b',
+      {
+        path: np.full_like(leaf, np.nan)
+        for path, leaf in models_on_disk.llama(
+          np.random.default_rng(0), ml_dtypes.bfloat16
+        ).items()
+      },
+    )
+    locked = []
+    real = work_folder.shutil.rmtree
+
+    def rmtree(path, **options):
+      with open(path / 'lock', 'rb') as file:
+        try:
+          fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+          locked.append(False)
+        except BlockingIOError:
+          locked.append(True)
+      real(path, **options)
+
+    with mock.patch.object(work_folder.shutil, 'rmtree', rmtree):
+      with self.assertRaisesRegex(mj.UserError, 'not finite'):
+        mj.execute(mj.plan(self.recipe), self.folder / 'out')
+    self.assertEqual(locked, [True])
+
+  def test_a_lock_on_a_removed_file_is_no_lock(self):
+    folder = work_folder.WorkFolder(self.folder / 'out')
+    real = work_folder.fcntl.flock
+    removed = []
+
+    def flock(file, operation):
+      if not removed:
+        removed.append(True)
+        folder.remove()  # as another process does when it has finished
+      real(file, operation)
+
+    with mock.patch.object(work_folder.fcntl, 'flock', flock):
+      with folder.locked():
+        self.assertTrue((folder.path / 'lock').exists())
+
+  def test_results_of_other_code_are_told_apart(self):
+    out = self.folder / 'out'
+    mj.execute(mj.plan(self.recipe), out)
+    code = {**resume.code(), 'mergejax': 'other'}
+    with mock.patch.object(resume, 'code', lambda: code):
+      with self.assertRaisesRegex(
+        mj.UserError,
+        r'by another version of the code.*\n  mergejax: \w+\.\.\. there, other asked',
+      ):
+        mj.execute(mj.plan(self.recipe), out)
+
+  def test_what_has_its_name_is_on_the_disk(self):
+    synced = []
+    real_sync, real_rename = os.fsync, os.rename
+
+    def fsync(file):
+      synced.append(os.readlink(f'/proc/self/fd/{file}'))
+      real_sync(file)
+
+    def rename(source, target):
+      if target == self.folder / 'out':
+        files = {str(f) for f in source.rglob('*')} | {str(source)}
+        self.assertContainsSubset(files, synced)
+        self.assertIn(str(source / 'model.safetensors'), files)
+      real_rename(source, target)
+
+    with mock.patch.multiple(os, fsync=fsync, rename=rename):
+      mj.execute(mj.plan(self.recipe), self.folder / 'out')
+    self.assertEqual(synced[-1], str(self.folder))
+
+  @parameterized.parameters('orbax', 't5x', 'npz', 'safetensors')
+  def test_every_format_holds_the_same_numbers(self, form):
+    mj.execute(mj.plan(self.recipe), self.folder / 'whole')
+    name = {'npz': 'o.npz', 't5x': 'checkpoint_0'}.get(form, 'o')
+    out = self.folder / name
+    mj.execute(mj.plan(self.recipe), out, format=form)
+    expected = tree_lib.flatten(
+      mj.open_checkpoint(self.folder / 'whole').read()
+    )
+    found = tree_lib.flatten(mj.open_checkpoint(out).read())
+    self.assertEqual(mj.open_checkpoint(out).provenance['format'], form)
+    for path, leaf in expected.items():
+      np.testing.assert_array_equal(
+        np.asarray(leaf).view(np.uint16),
+        np.asarray(found[path]).view(np.uint16),
+      )
+
+  def test_shards_of_a_chosen_size(self):
+    mj.execute(mj.plan(self.recipe), self.folder / 'whole')
+    out = self.folder / 'out'
+    mj.execute(mj.plan(self.recipe), out, max_shard_bytes=1000)
+    files = list(out.glob('*.safetensors'))
+    self.assertGreater(len(files), 2)
+    a = tree_lib.flatten(mj.open_checkpoint(self.folder / 'whole').read())
+    b = tree_lib.flatten(mj.open_checkpoint(out).read())
+    for path, leaf in a.items():
+      self.assertEqual(leaf.tobytes(), b[path].tobytes())
+
+  def test_holds_no_more_than_the_plan_says(self):
+    """In a process of its own, beyond what a small merge has loaded."""
+    rng = np.random.default_rng(0)
+    for size, rows in (('small', 8), ('large', 6000)):
+      for name in ('base', 'a', 'b'):
+        leaf = rng.integers(0, 9, size=(rows, 1024)).astype(ml_dtypes.bfloat16)
+        mj.save_checkpoint(
+          self.folder / f'{size}-{name}.safetensors', {'w.weight': leaf}
+        )
+    code = (
+      'import resource, sys\n'
+      'import mergejax as mj\n'
+      'rss = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n'
+      'folder, method = sys.argv[1:]\n'
+      'def run(size):\n'
+      '  path = lambda n: f"{folder}/{size}-{n}.safetensors"\n'
+      '  plan = mj.plan({"merge_method": method, "base_model": path("base"),\n'
+      '      "models": [path("a"), path("b")], "parameters": {"density": 0.5}})\n'
+      '  mj.execute(plan, f"{folder}/{method}-{size}.safetensors")\n'
+      '  return plan.peak_bytes\n'
+      'run("small")\n'
+      'before = rss()\n'
+      'allowed = run("large")\n'
+      'print(rss() - before, allowed)\n'
+    )
+    for method in ('ties', 'dare_ties', 'della'):
+      done = subprocess.run(
+        [sys.executable, '-c', code, str(self.folder), method],
+        check=True, capture_output=True, text=True,
+        env={**os.environ, 'XLA_FLAGS': ''},
+      )  # fmt: skip
+      used, allowed = map(int, done.stdout.split()[-2:])
+      self.assertLess(used, allowed, method)
+
+  def test_sigkill_then_the_same_command(self):
+    """The real thing, on a merge slow enough to be hit."""
+    recipe = self.folder / 'recipe.json'  # JSON is YAML
+    recipe.write_text(json.dumps(self.recipe))
+    command = lambda out: [
+      sys.executable, '-c',
+      'import sys, time\n'
+      'from mergejax.merging.disk import pieces\n'
+      'merge = pieces.Leaf.merge\n'
+      'def slow(self, write):\n'
+      '  time.sleep(0.05)\n'
+      '  merge(self, write)\n'
+      'pieces.Leaf.merge = slow\n'
+      'from mergejax.cli import main\n'
+      f'sys.exit(main.main(["merge", {str(recipe)!r}, {str(out)!r}]))',
+    ]  # fmt: skip
+    run = lambda out: subprocess.run(
+      command(out), check=True, capture_output=True
+    )
+    run(self.folder / 'whole')
+    out = self.folder / 'killed'
+    rng = np.random.default_rng(0)
+    work = self.folder / '.killed.partial' / 'journal'
+    for _ in range(3):
+      process = subprocess.Popen(
+        command(out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+      )
+      before = work.stat().st_size if work.exists() else 0
+      while process.poll() is None:
+        if work.exists() and work.stat().st_size > before:
+          time.sleep(rng.uniform(0, 0.1))
+          process.send_signal(signal.SIGKILL)
+          break
+        time.sleep(0.005)
+      process.wait()
+    # What was done counts, though every process hashes in another order.
+    done = set(work.read_text().split('\n')[:-1])
+    self.assertNotEmpty(done)
+    left = len(mj.plan(self.recipe).tasks) - len(done)
+    self.assertIn(f'{left} parameters', run(out).stdout.decode())
+    self.assertIn('nothing was computed', run(out).stdout.decode())
+    self.assertEqual(self.files(out), self.files(self.folder / 'whole'))
+
+
+if __name__ == '__main__':
+  absltest.main()

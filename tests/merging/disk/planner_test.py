@@ -1,0 +1,604 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Recipes and plans: mergekit's files work, mistakes are all told at once."""
+
+import json
+import pathlib
+from unittest import mock
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import ml_dtypes
+import models_on_disk
+import numpy as np
+import safetensors.numpy
+import yaml
+
+import mergejax as mj
+from mergejax.core import errors
+from mergejax.core import tree as tree_lib
+from mergejax.merging.recipes import recipe as recipe_lib
+from mergejax.merging.recipes import settings
+
+
+class RecipeTest(parameterized.TestCase):
+  def test_settings(self):
+    evaluate = settings.evaluate
+    self.assertEqual(evaluate(0.5, 'x', 0.3), 0.5)
+    self.assertEqual(evaluate([0, 1], 'x', 0.25), 0.25)
+    self.assertEqual(evaluate([1, 0, 4], 'x', 1.0), 4)
+    for depth, word in ((0.0, 'a'), (0.4, 'a'), (0.5, 'b'), (1.0, 'c')):
+      self.assertEqual(evaluate(['a', 'b', 'c'], 'x', depth), word)
+      self.assertIs(evaluate([True, False], 'x', depth), depth < 1)
+    filters = [
+      {'filter': 'mlp', 'value': [0, 1]},
+      {'filter': 'attn', 'value': 3},
+      {'value': 7},
+    ]
+    self.assertEqual(evaluate(filters, 'layers.0.mlp.up', 0.5), 0.5)
+    self.assertEqual(evaluate(filters, 'layers.0.attn.q', 0.5), 3)
+    self.assertEqual(evaluate(filters, 'norm', 0.5), 7)
+    self.assertIsNone(evaluate(filters[:1], 'norm', 0.5))
+
+  @parameterized.parameters(
+    ({'merge_method': 'dare-ties', 'models': ['a']}, "Did you mean 'dare_ties'"),
+    ({'merge_method': 'ties', 'models': ['a'], 'modls': 1}, "Did you mean 'models'"),
+    ({'merge_method': 'ties', 'models': ['a'], 'parameters': {'densty': 1}},
+     "Did you mean 'density'"),
+    ({'merge_method': 'linear', 'models': ['a'], 'slices': []}, 'and not both'),
+    ({'merge_method': 'linear'}, "either 'models' or 'slices'"),
+    ({'models': ['a']}, "lacks 'merge_method'"),
+    ({'merge_method': 'linear', 'models': [{'parameters': {}}]}, "lacks 'model'"),
+    ({'merge_method': 'linear', 'models': ['a'], 'dtype': 'bf16'}, 'dtype'),
+    ({'merge_method': 'linear', 'models': ['a'], 'seed': 'x'}, 'whole number'),
+    ({'merge_method': 'slerp', 'models': ['a'], 'parameters': {'t': ['x']}},
+     'list of numbers'),
+    ({'merge_method': 'slerp', 'models': ['a'],
+      'parameters': {'t': [{'flter': 'a', 'value': 1}]}}, 'filter: TEXT'),
+    ({'merge_method': 'linear', 'slices': [
+        {'sources': [{'model': 'a', 'layer_range': [2, 1]}]}]}, 'first < end'),
+    ({'merge_method': 'linear', 'slices': [{'sources': [
+        {'model': 'a', 'layer_range': [0, 2]},
+        {'model': 'b', 'layer_range': [0, 3]}]}]}, 'same number'),
+    ({'merge_method': 'linear', 'models': ['a'], 'rules': [{'match': '('}]},
+     'not a regular expression'),
+    ({'merge_method': 'linear', 'models': ['a'], 'chat_template': 'chatlm'},
+     "Did you mean 'chatml'"),
+    ('just text', '`key: value` lines'),
+  )  # fmt: skip
+  def test_mistakes_teach(self, data, message):
+    with self.assertRaisesRegex(mj.UserError, message):
+      recipe_lib.parse_recipe(data)
+
+  def test_all_mistakes_at_once(self):
+    data = {
+      'merge_method': 'dare-ties',
+      'models': [{'model': 'a', 'paramters': {}}],
+      'dtype': 'float23',
+      'seed': 1.5,
+    }
+    with self.assertRaises(mj.UserError) as caught:
+      recipe_lib.parse_recipe(data)
+    for word in (
+      'dare_ties',
+      'parameters',
+      'float32',
+      'whole number',
+      '4 mistakes',
+    ):
+      self.assertIn(word, caught.exception.message)
+
+
+class PlanTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.folder = pathlib.Path(self.create_tempdir().full_path)
+    rng = np.random.default_rng(0)
+    self.models = {}
+    for name in ('base', 'a', 'b'):
+      self.models[name] = models_on_disk.llama(rng)
+      models_on_disk.save(self.folder / name, self.models[name])
+
+  def path(self, name):
+    return str(self.folder / name)
+
+  def recipe(self, method='linear', names=('a', 'b'), base=None, **more):
+    recipe = {
+      'merge_method': method,
+      'models': [{'model': self.path(n)} for n in names],
+    }
+    if base:
+      recipe['base_model'] = self.path(base)
+    return {**recipe, **more}
+
+  def merged(self, recipe, name='out'):
+    mj.execute(mj.plan(recipe), self.folder / name)
+    return tree_lib.flatten(mj.open_checkpoint(self.folder / name).read())
+
+  def test_gradients_and_filters_along_the_layers(self):
+    recipe = self.recipe()
+    recipe['models'][0]['parameters'] = {'weight': [0.25, 1]}
+    recipe['models'][1]['parameters'] = {
+      'weight': [{'filter': 'mlp', 'value': 0}, {'value': 1}]
+    }
+    merged = self.merged(recipe)
+    a, b = self.models['a'], self.models['b']
+    for path, leaf in merged.items():
+      depth = 0.0  # as in mergekit, for the final norm and head too
+      if '.layers.' in path:
+        depth = int(path.split('.')[2]) / 2
+      w = [0.25 + 0.75 * depth, 0.0 if 'mlp' in path else 1.0]
+      expected = (w[0] * a[path] + w[1] * b[path]) / sum(w)
+      np.testing.assert_allclose(leaf, expected, atol=1e-6, err_msg=path)
+
+  def test_weights_that_cancel_are_told_with_the_parameter(self):
+    recipe = self.recipe()
+    for entry, w in zip(recipe['models'], (1, -1)):
+      entry['parameters'] = {'weight': [{'filter': 'mlp', 'value': w}, {'value': 1}]}  # fmt: skip
+    with self.assertRaisesRegex(mj.UserError, r'down_proj.*sum to zero'):
+      mj.plan(recipe)
+
+  def test_slices_stack_layers(self):
+    recipe = {
+      'merge_method': 'passthrough',
+      'slices': [
+        {'sources': [{'model': self.path('a'), 'layer_range': [0, 2]}]},
+        {'sources': [{'model': self.path('b'), 'layer_range': [1, 3]}]},
+      ],
+    }
+    merged = self.merged(recipe)
+    expected = {}
+    for out, (model, layer) in enumerate(
+      (('a', 0), ('a', 1), ('b', 1), ('b', 2))
+    ):
+      for path, leaf in self.models[model].items():
+        if path.startswith(f'model.layers.{layer}.'):
+          new = path.replace(f'.{layer}.', f'.{out}.', 1)
+          expected[new] = leaf
+    expected['model.embed_tokens.weight'] = self.models['a'][
+      'model.embed_tokens.weight'
+    ]
+    for path in ('model.norm.weight', 'lm_head.weight'):
+      expected[path] = self.models['b'][path]
+    self.assertCountEqual(merged, expected)
+    for path, leaf in expected.items():
+      np.testing.assert_array_equal(merged[path], leaf)
+    config = json.loads((self.folder / 'out' / 'config.json').read_text())
+    self.assertEqual(config['num_hidden_layers'], 4)
+
+  def test_slices_with_a_base_and_two_sources(self):
+    recipe = {
+      'merge_method': 'slerp',
+      'base_model': self.path('a'),
+      'slices': [{'sources': [
+        {'model': self.path('a'), 'layer_range': [0, 3]},
+        {'model': self.path('b'), 'layer_range': [0, 3]},
+      ]}],
+      'parameters': {'t': [{'filter': 'mlp', 'value': [0, 1]}, {'value': 0.5}]},
+    }  # fmt: skip
+    merged = self.merged(recipe)
+    for path, leaf in merged.items():
+      if '.mlp.' in path and '.layers.0.' in path:
+        np.testing.assert_array_equal(leaf, self.models['a'][path])
+      if '.mlp.' in path and '.layers.2.' in path:
+        np.testing.assert_array_equal(leaf, self.models['b'][path])
+    expected = mj.merge(
+      [self.models['b']], 'slerp', base=self.models['a'], t=0.5
+    )
+    np.testing.assert_allclose(
+      merged['model.norm.weight'], expected['model.norm.weight'], rtol=1e-5
+    )
+
+  def test_rules(self):
+    recipe = self.recipe(
+      'task_arithmetic',
+      base='base',
+      rules=[
+        {'match': r'.*norm.*', 'copy': 'base'},
+        {'match': r'lm_head.*', 'copy': self.path('b')},
+        {'match': r'.*up_proj.*', 'method': 'linear'},
+        {'match': r'.*down_proj.*', 'parameters': {'lambda': 0.5}},
+      ],
+    )
+    merged = self.merged(recipe)
+    m = self.models
+    for path, leaf in merged.items():
+      delta = m['a'][path] + m['b'][path] - 2 * m['base'][path]
+      if 'norm' in path:
+        expected = m['base'][path]
+      elif 'lm_head' in path:
+        expected = m['b'][path]
+      elif 'up_proj' in path:
+        expected = (m['a'][path] + m['b'][path]) / 2
+      else:
+        expected = m['base'][path] + (0.5 if 'down' in path else 1) * delta
+      np.testing.assert_allclose(leaf, expected, atol=1e-5, err_msg=path)
+    recipe['rules'].append({'match': 'nothing'})
+    with self.assertRaisesRegex(
+      mj.UserError, "rule 4 .'nothing'. is the first"
+    ):
+      mj.plan(recipe)
+
+  def test_sixteen_bit_integers_are_copied(self):
+    ids = np.array([0x7FFF, -1, 0x7F80], np.int16)
+    for name in ('a', 'b'):
+      models_on_disk.save(self.folder / name, {**self.models[name], 'ids': ids})
+    np.testing.assert_array_equal(self.merged(self.recipe())['ids'], ids)
+
+  def test_a_copy_that_does_not_exist(self):
+    recipe = {
+      'merge_method': 'passthrough',
+      'slices': [
+        {'sources': [{'model': self.path('a'), 'layer_range': [0, 3]}]},
+        {'sources': [{'model': self.path('a'), 'layer_range': [0, 3]}]},
+      ],
+      'rules': [{'match': '.*layers.5.*', 'copy': self.path('b')}],
+    }
+    with self.assertRaisesRegex(
+      mj.UserError, 'cannot be copied from .*lacks it'
+    ):
+      mj.plan(recipe)
+
+  def test_chat_template(self):
+    settings_file = self.folder / 'a' / 'tokenizer_config.json'
+    settings_file.write_text('{"chat_template": "{{ a }}", "bos": 1}')
+    for given, expected in (('auto', '{{ a }}'), ('{{ b }}', '{{ b }}')):
+      out = f'out-{len(given)}'
+      self.merged(self.recipe(chat_template=given), out)
+      saved = json.loads(
+        (self.folder / out / 'tokenizer_config.json').read_text()
+      )
+      self.assertEqual(saved, {'chat_template': expected, 'bos': 1})
+
+  def test_the_base_may_be_listed_among_the_models(self):
+    with_it = self.recipe('ties', ('base', 'a', 'b'), base='base')
+    without = self.recipe('ties', ('a', 'b'), base='base')
+    a, b = self.merged(with_it, 'x'), self.merged(without, 'y')
+    for path, leaf in a.items():
+      np.testing.assert_array_equal(leaf, b[path])
+
+  def test_mergekit_defaults_are_printed(self):
+    text = mj.plan(self.recipe('ties', base='base')).describe()
+    self.assertIn('density=1.0', text)
+    self.assertIn('trim_scope=tensor', text)
+
+  def test_peak_memory_does_not_grow_with_the_number_of_layers(self):
+    rng = np.random.default_rng(0)
+    peaks = []
+    for layers in (2, 20):
+      for name in 'xyz':
+        models_on_disk.save(
+          self.folder / name, models_on_disk.llama(rng, layers=layers)
+        )
+      plan = mj.plan(self.recipe('ties', ('x', 'y'), base='z'))
+      peaks.append(plan.peak_bytes)
+    self.assertEqual(*peaks)
+
+  # Mistakes -------------------------------------------------------------------
+
+  def test_missing_base(self):
+    with self.assertRaisesRegex(mj.UserError, 'give `base_model:`'):
+      mj.plan(self.recipe('ties'))
+
+  def test_missing_checkpoints_are_all_named(self):
+    with self.assertRaises(mj.UserError) as caught:
+      mj.plan(self.recipe(names=('a', 'nowhere', 'elsewhere')))
+    for name in ('nowhere', 'elsewhere'):
+      self.assertIn(name, caught.exception.message)
+
+  def test_wrong_layer_range(self):
+    recipe = {
+      'merge_method': 'passthrough',
+      'slices': [
+        {'sources': [{'model': self.path('a'), 'layer_range': [0, 5]}]}
+      ],
+    }
+    with self.assertRaisesRegex(mj.UserError, 'has layers 0 to 2'):
+      mj.plan(recipe)
+
+  def test_shape_missing_and_extra_in_one_message(self):
+    other = dict(self.models['b'])
+    del other['model.norm.weight']
+    other['extra.weight'] = np.zeros(3, np.float32)
+    other['model.layers.0.mlp.up_proj.weight'] = np.zeros((5, 12), np.float32)
+    models_on_disk.save(self.folder / 'b', {'model.norm.weight': np.ones(1, np.float32), **other})  # fmt: skip
+    with self.assertRaises(mj.UserError) as caught:
+      mj.plan(self.recipe())
+    for line in ('! model.norm.weight', '+ extra.weight', 'up_proj.weight [25, 12] expected, [5, 12]'):  # fmt: skip
+      self.assertIn(line, caught.exception.message)
+
+  def test_vocabulary_sizes(self):
+    rng = np.random.default_rng(1)
+    model = models_on_disk.llama(rng, vocab=44)
+    models_on_disk.save(self.folder / 'b', model)
+    with self.assertRaisesRegex(mj.UserError, 'vocabularies differ.*union'):
+      mj.plan(self.recipe())
+    for policy, rows in (('base', 40), ('union', 44), ('pad', 44)):
+      merged = self.merged(self.recipe(vocab=policy), f'out-{policy}')
+      leaf = merged['lm_head.weight']
+      self.assertEqual(leaf.shape, (rows, 12))
+      a, b = self.models['a']['lm_head.weight'], model['lm_head.weight']
+      np.testing.assert_allclose(leaf[:40], (a + b[:40]) / 2, atol=1e-6)
+      if policy == 'union':
+        np.testing.assert_allclose(leaf[40:], b[40:], atol=1e-6)
+      elif policy == 'pad':
+        np.testing.assert_allclose(leaf[40:], b[40:] / 2, atol=1e-6)
+
+  @parameterized.parameters('base', 'union')
+  def test_rows_are_matched_by_token(self, source):
+    rng = np.random.default_rng(1)
+    # The same tokens in another order, and two that only b has.
+    order = rng.permutation(40)
+    tokens = {f't{t}': row for row, t in enumerate(order)} | {
+      'new': 40,
+      'also': 41,
+    }
+    model = models_on_disk.llama(rng, vocab=42)
+    models_on_disk.save(self.folder / 'b', model, tokens)
+    recipe = self.recipe(tokenizer={'source': source})
+    merged = self.merged(recipe)['model.embed_tokens.weight']
+    a = self.models['a']['model.embed_tokens.weight']
+    b = model['model.embed_tokens.weight']
+    self.assertEqual(merged.shape[0], 40 if source == 'base' else 42)
+    for t in range(40):
+      np.testing.assert_allclose(
+        merged[t], (a[t] + b[tokens[f't{t}']]) / 2, atol=1e-6
+      )
+    if source == 'union':
+      np.testing.assert_allclose(merged[40:], b[40:], atol=1e-6)
+      saved = json.loads((self.folder / 'out' / 'tokenizer.json').read_text())
+      self.assertEqual(
+        [(e['id'], e['content']) for e in saved['added_tokens']],
+        [(40, 'new'), (41, 'also')],
+      )
+      config = json.loads((self.folder / 'out' / 'config.json').read_text())
+      self.assertEqual(config['vocab_size'], 42)
+
+  def test_a_token_that_a_model_never_saw_does_not_move(self):
+    rng = np.random.default_rng(1)
+    model = models_on_disk.llama(rng, vocab=39)
+    models_on_disk.save(self.folder / 'b', model)
+    recipe = self.recipe(
+      'task_arithmetic', base='base', tokenizer_source='base'
+    )
+    leaf = self.merged(recipe)['lm_head.weight']
+    base, a = (self.models[n]['lm_head.weight'] for n in ('base', 'a'))
+    np.testing.assert_allclose(leaf[39], a[39], atol=1e-6)
+    np.testing.assert_allclose(
+      leaf[0], a[0] + model['lm_head.weight'][0] - base[0], atol=1e-5
+    )
+
+  def test_tied_against_untied(self):
+    rng = np.random.default_rng(1)
+    tied = models_on_disk.llama(rng, tied=True)
+    models_on_disk.save(self.folder / 'b', tied)
+    with self.assertRaisesRegex(mj.UserError, 'untie: true'):
+      mj.plan(self.recipe())
+    merged = self.merged(self.recipe(untie=True))
+    np.testing.assert_allclose(
+      merged['lm_head.weight'],
+      (self.models['a']['lm_head.weight'] + tied['model.embed_tokens.weight'])
+      / 2,
+      atol=1e-6,
+    )
+    config = json.loads((self.folder / 'out' / 'config.json').read_text())
+    self.assertFalse(config['tie_word_embeddings'])
+
+  def test_tied_everywhere_stays_tied(self):
+    rng = np.random.default_rng(1)
+    for name in ('a', 'b'):
+      models_on_disk.save(
+        self.folder / name, models_on_disk.llama(rng, tied=True)
+      )
+    merged = self.merged(self.recipe('dare_linear', ('b',), base='a'))
+    self.assertNotIn('lm_head.weight', merged)
+    self.assertEqual(
+      mj.open_checkpoint(self.folder / 'out').tied,
+      {'lm_head.weight': 'model.embed_tokens.weight'},
+    )
+
+  def test_a_repeated_head_must_repeat(self):
+    for name in ('a', 'b'):
+      models_on_disk.save(
+        self.folder / name, self.models[name], tie_word_embeddings=True
+      )
+    plan = mj.plan(self.recipe())
+    with self.assertRaisesRegex(mj.UserError, 'lm_head.weight should repeat'):
+      mj.execute(plan, self.folder / 'out')
+    self.assertFalse(list(self.folder.glob('.out*')))
+    for name in ('a', 'b'):
+      model = dict(self.models[name])
+      model['lm_head.weight'] = model['model.embed_tokens.weight']
+      models_on_disk.save(self.folder / name, model, tie_word_embeddings=True)
+    self.assertNotIn('lm_head.weight', self.merged(self.recipe()))
+
+  def test_a_pickle_is_refused(self):
+    folder = self.folder / 'pickled'
+    folder.mkdir()
+    (folder / 'pytorch_model.bin').write_bytes(b'\x80\x04anything')
+    with self.assertRaisesRegex(mj.UserError, 'a pickle.*Convert it'):
+      mj.plan(self.recipe(names=('a', 'pickled')))
+
+  def test_sandbox(self):
+    inside = self.folder / 'inside'
+    models_on_disk.save(inside / 'a', self.models['a'])
+    recipe = {
+      'merge_method': 'linear',
+      'models': [str(inside / 'a'), str(inside / '..' / 'b')],
+    }
+    mj.plan(recipe)
+    with self.assertRaisesRegex(mj.UserError, 'outside the sandbox'):
+      mj.plan(recipe, sandbox=inside)
+
+  def test_command_line_exits_with_2_and_one_message(self):
+    from mergejax.cli import main
+
+    file = self.folder / 'r.yaml'
+    file.write_text(yaml.safe_dump(self.recipe('dare-ties')))
+    self.assertEqual(main.main(['merge', str(file), self.path('out')]), 2)
+    file.write_text(yaml.safe_dump(self.recipe()))
+    self.assertEqual(
+      main.main(['merge', str(file), self.path('out'), '--dry_run']), 0
+    )
+    self.assertFalse((self.folder / 'out').exists())
+    self.assertEqual(main.main(['merge', str(file), self.path('out')]), 0)
+    self.assertTrue((self.folder / 'out').exists())
+
+  @parameterized.parameters((errors.Stopped, 143), (KeyboardInterrupt, 130))
+  def test_a_stopped_merge_is_not_a_success(self, error, code):
+    from mergejax.cli import main
+    from mergejax.merging.disk import executor
+
+    file = self.folder / 'r.yaml'
+    file.write_text(yaml.safe_dump(self.recipe()))
+    command = ['merge', str(file), self.path('out')]
+    with mock.patch.object(executor.pieces.Leaf, 'merge', side_effect=error):
+      with self.assertRaises(SystemExit) as caught:
+        main.main(command)
+    self.assertEqual(caught.exception.code, code)
+    self.assertFalse((self.folder / 'out').exists())
+    self.assertEqual(main.main(command), 0)
+
+
+class AdapterTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.folder = pathlib.Path(self.create_tempdir().full_path)
+    rng = np.random.default_rng(0)
+    self.base = models_on_disk.llama(rng, ml_dtypes.bfloat16)
+    models_on_disk.save(self.folder / 'base', self.base)
+    self.rng = rng
+
+  def adapter(self, name, leaves, **config):
+    folder = self.folder / name
+    folder.mkdir()
+    (folder / 'adapter_config.json').write_text(json.dumps(config))
+    safetensors.numpy.save_file(leaves, folder / 'adapter_model.safetensors')
+    return str(folder)
+
+  def lora(self, name, modules, rank=2, **config):
+    leaves = {}
+    for module in modules:
+      rows, columns = self.base[f'{module}.weight'].shape
+      prefix = f'base_model.model.{module}'
+      leaves[f'{prefix}.lora_A.weight'] = self.rng.normal(size=(rank, columns)).astype(np.float32)  # fmt: skip
+      leaves[f'{prefix}.lora_B.weight'] = self.rng.normal(size=(rows, rank)).astype(np.float32)  # fmt: skip
+    path = self.adapter(
+      name, leaves, peft_type='LORA', r=rank, lora_alpha=3, **config
+    )
+    deltas = {
+      module: leaves[f'base_model.model.{module}.lora_B.weight']
+      @ leaves[f'base_model.model.{module}.lora_A.weight']
+      * (3 / (np.sqrt(rank) if config.get('use_rslora') else rank))
+      for module in modules
+    }
+    return path, deltas
+
+  @parameterized.parameters({}, {'use_rslora': True})
+  def test_lora_is_merged_in_delta_space(self, **config):
+    module = 'model.layers.1.mlp.up_proj'
+    one, deltas1 = self.lora('one', [module], **config)
+    two, deltas2 = self.lora('two', [module, 'model.layers.0.self_attn.q_proj'])
+    base = str(self.folder / 'base')
+    recipe = {
+      'merge_method': 'task_arithmetic',
+      'base_model': base,
+      'models': [one, f'{base}+{two}'],
+      'parameters': {'lambda': 0.5},
+    }
+    plan = mj.plan(recipe)
+    mj.execute(plan, self.folder / 'out')
+    merged = tree_lib.flatten(mj.open_checkpoint(self.folder / 'out').read())
+    for path, leaf in merged.items():
+      self.assertEqual(leaf.dtype, ml_dtypes.bfloat16)
+      expected = self.base[path].astype(np.float32)
+      name = path.removesuffix('.weight')
+      for deltas in (deltas1, deltas2):
+        if name in deltas:
+          expected = expected + 0.5 * deltas[name]
+      np.testing.assert_array_equal(
+        leaf, expected.astype(ml_dtypes.bfloat16), err_msg=path
+      )
+
+  def test_ia3(self):
+    down, q = 'model.layers.0.mlp.down_proj', 'model.layers.0.self_attn.q_proj'
+    inputs = self.rng.normal(size=(1, 25)).astype(np.float32)
+    outputs = self.rng.normal(size=(12, 1)).astype(np.float32)
+    path = self.adapter(
+      'ia3',
+      {
+        f'base_model.model.{down}.ia3_l': inputs,
+        f'base_model.model.{q}.ia3_l': outputs,
+      },
+      peft_type='IA3',
+      feedforward_modules=['down_proj'],
+    )
+    recipe = {
+      'merge_method': 'passthrough',
+      'base_model': str(self.folder / 'base'),
+      'models': [path],
+      'dtype': 'float32',
+    }
+    mj.execute(mj.plan(recipe), self.folder / 'out')
+    merged = tree_lib.flatten(mj.open_checkpoint(self.folder / 'out').read())
+    wide = {p: leaf.astype(np.float32) for p, leaf in self.base.items()}
+    np.testing.assert_array_equal(
+      merged[f'{down}.weight'], wide[f'{down}.weight'] * inputs
+    )
+    np.testing.assert_array_equal(
+      merged[f'{q}.weight'], wide[f'{q}.weight'] * outputs
+    )
+
+  def test_mistakes(self):
+    base = str(self.folder / 'base')
+    one, _ = self.lora('one', ['model.layers.0.mlp.up_proj'])
+    with self.assertRaisesRegex(mj.UserError, 'is an adapter'):
+      mj.plan({'merge_method': 'linear', 'models': [one]})
+    strange = self.adapter('p', {}, peft_type='PREFIX_TUNING')
+    with self.assertRaisesRegex(mj.UserError, 'PREFIX_TUNING'):
+      mj.plan({'merge_method': 'linear', 'models': [f'{base}+{strange}']})
+    other = self.adapter(
+      'o',
+      {'base_model.model.nowhere.lora_A.weight': np.zeros((1, 2), np.float32)},
+      peft_type='LORA',
+    )
+    with self.assertRaisesRegex(mj.UserError, 'belongs to no parameter'):
+      mj.plan({'merge_method': 'linear', 'models': [f'{base}+{other}']})
+
+  def test_extracted_lora_is_the_best_and_reports_what_it_misses(self):
+    from mergejax.cli import main
+
+    module = 'model.layers.1.mlp.up_proj'
+    tuned = {p: leaf.astype(np.float32) for p, leaf in self.base.items()}
+    delta = self.rng.normal(size=(25, 12)).astype(np.float32)
+    tuned[f'{module}.weight'] = tuned[f'{module}.weight'] + delta
+    tuned['model.norm.weight'] = tuned['model.norm.weight'] + 1
+    models_on_disk.save(self.folder / 'tuned', tuned)
+    base, model, out = (str(self.folder / n) for n in ('base', 'tuned', 'lora'))
+    from mergejax.checkpoints.peft import extract
+
+    residuals, missed = extract.extract_lora(model, base, out, rank=3)
+    self.assertEqual(missed, ['model.norm.weight'])
+    singular = np.linalg.svd(delta, compute_uv=False)
+    best = np.sqrt(np.sum(singular[3:] ** 2) / np.sum(singular**2))
+    shares = {r.path: r.share for r in residuals}
+    np.testing.assert_allclose(shares[f'{module}.weight'], best, rtol=1e-4)
+    self.assertEqual(sum(s > 0 for s in shares.values()), 1)
+    self.assertEqual(
+      main.main(['extract-lora', model, base, f'{out}12', '--rank', '12']), 0
+    )
+    mj.execute(
+      mj.plan({
+        'merge_method': 'passthrough', 'base_model': base,
+        'models': [f'{out}12'], 'dtype': 'float32',
+      }),
+      self.folder / 'again',
+    )  # fmt: skip
+    again = tree_lib.flatten(mj.open_checkpoint(self.folder / 'again').read())
+    np.testing.assert_allclose(
+      again[f'{module}.weight'], tuned[f'{module}.weight'], atol=1e-5
+    )
+
+
+if __name__ == '__main__':
+  absltest.main()
