@@ -65,9 +65,6 @@ from mergejax.select import ranking
 from mergejax.statistics import saved
 from mergejax.training import losses
 
-# Options whose numbers must be known when a merge is compiled.
-_NOT_TRACED = ('density', 'select_topk', 'gamma', 'epsilon')
-
 
 def main(arguments: Sequence[str]) -> None:
   """Reads the recipe, searches, writes what it found."""
@@ -178,7 +175,7 @@ class _Search:
     models = {name: one for name, one in models.items() if one is not None}
     if request.strategy in ('grid', 'simplex'):
       points = _points(request, space)
-      if space.vary in _NOT_TRACED:
+      if space.vary in request.recipe.entry.counted:
         evaluate = _plain(evaluate)
       grid.grid(merge, models, evaluate, points, log=log, progress=_progress)
     else:

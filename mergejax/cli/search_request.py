@@ -19,7 +19,6 @@ from mergejax.core import errors
 from mergejax.evaluation import suite as suite_lib
 from mergejax.merging.disk import planner
 from mergejax.merging.recipes import recipe as recipe_lib
-from mergejax.methods import named
 from mergejax.search import base as base_lib
 from mergejax.search import evolve
 from mergejax.select import ranking
@@ -128,16 +127,16 @@ class Request:
 
   def _settings(self, vary):
     """`{option: value, or a list of one a model}`, all but what varies."""
-    result = dict(recipe_lib.MERGEKIT_DEFAULTS.get(self.recipe.method, {}))
+    result = dict(self.recipe.entry.recipe_defaults)
     result.pop(vary, None)
-    for name in (*named.METHODS.options(self.recipe.method), 'weight'):
+    for name in (*self.recipe.entry.options, 'weight'):
       own = [
         one.parameters.get(name, self.recipe.parameters.get(name))
         for one in self.inputs
       ]
       if all(value is None for value in own):
         continue
-      shown = 'lambda' if name == 'scale' else name
+      shown = self.recipe.entry.recipe_name(name)
       if name == vary or (name == 'weight' and vary == 'weights'):
         raise errors.ConfigError(
           f'The merge gives {shown}, which is what this search varies. Leave '
@@ -222,7 +221,7 @@ def _checked(data):
         'models to checkpoints of one shape first.'
       )
   inputs = recipe.slices[0].inputs
-  if named.base_policy(recipe.method) != 'ignored':
+  if recipe.entry.base_policy != 'ignored':
     inputs = tuple(one for one in inputs if one.model != recipe.base)
   suite = suite_lib.load(data['suite'])
   for word in ('split', 'evaluate'):
