@@ -25,8 +25,8 @@ import jax
 from jax.experimental import multihost_utils
 import optax
 
-from mergejax import mesh as mesh_lib
 from mergejax import models
+from mergejax import partition
 from mergejax.checkpoints import base
 from mergejax.cli import same_run
 from mergejax.cli import train
@@ -232,11 +232,11 @@ def make_meshes(
   if sizes is None:
     branches = math.gcd(experts, count)
     sizes = dict(branch=branches, data=count // branches)
-  side_by_side = mesh_lib.make_mesh(**sizes)
+  side_by_side = partition.make_mesh(**sizes)
   branch.check_experts(experts, side_by_side)
   # Rows that do not divide over all devices are repeated on the rest.
   data = math.gcd(settings.batch_size, count)
-  single = mesh_lib.make_mesh(branch=count // data, data=data)
+  single = partition.make_mesh(branch=count // data, data=data)
   return side_by_side, single
 
 
@@ -283,7 +283,7 @@ def train_all(
     settings.seed_steps,
   )
   # Experts and dense model start from the very same host copy.
-  seed_state = mesh_lib.to_host(seed_state)
+  seed_state = partition.to_host(seed_state)
   expert_state = phase(
     'experts',
     branch.branch_state(seed_state, len(domains)),
@@ -308,8 +308,8 @@ def train_all(
   )
   trained = forest_table.Models(
     seed_state.params,
-    mesh_lib.to_host(expert_state.params),
-    mesh_lib.to_host(dense_state.params),
+    partition.to_host(expert_state.params),
+    partition.to_host(dense_state.params),
   )
   folder = settings.directory / 'checkpoints'
   train.save_model(folder / 'seed', settings.module, trained.seed)
