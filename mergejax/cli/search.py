@@ -54,8 +54,8 @@ from mergejax.cli import common
 from mergejax.cli import evaluate as evaluate_command
 from mergejax.cli import search_request
 from mergejax.core import tree as tree_lib
+from mergejax.evaluation import base as evaluation_base
 from mergejax.evaluation import plots
-from mergejax.evaluation import scores
 from mergejax.search import base as base_lib
 from mergejax.search import evolve
 from mergejax.search import gradient
@@ -125,7 +125,7 @@ class _Search:
       ((p, module, t) for p, t in zip(request.paths, params)), tasks,
       score=rank['score'],
     )  # fmt: skip
-    print(scores.to_text(table))
+    print(evaluation_base.to_text(table))
     places = dict.fromkeys(table, 0)
     for task in tasks:
       for place, path in enumerate(
@@ -248,10 +248,10 @@ class _Search:
        ('the merge', module, merged)],
       request.data['evaluate'], request.tasks,
     )  # fmt: skip
-    print(scores.to_text(scores.values(table)))
+    print(table.to_text())
     _write(
       self._out / 'table.json',
-      json.dumps(scores.to_json(table), indent=2) + '\n',
+      json.dumps(table.to_json(), indent=2) + '\n',
     )
 
 

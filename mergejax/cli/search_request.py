@@ -16,6 +16,7 @@ from mergejax import models as models_lib
 from mergejax.checkpoints import checkpoint
 from mergejax.checkpoints.peft import fold
 from mergejax.core import errors
+from mergejax.evaluation import scoring
 from mergejax.evaluation import suite as suite_lib
 from mergejax.merging.disk import planner
 from mergejax.merging.recipes import recipe as recipe_lib
@@ -62,7 +63,7 @@ class Request:
   strategy: str
   recipe: recipe_lib.Recipe
   inputs: tuple[recipe_lib.Input, ...]
-  suite: suite_lib.Suite
+  suite: scoring.Suite
   tasks: tuple[str, ...]
   split: str
   fingerprints: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -225,9 +226,9 @@ def _checked(data):
     inputs = tuple(one for one in inputs if one.model != recipe.base)
   suite = suite_lib.load(data['suite'])
   for word in ('split', 'evaluate'):
-    if word in data and data[word] not in suite_lib.SPLITS:
+    if word in data and data[word] not in scoring.SPLITS:
       raise errors.ConfigError(
-        errors.near(str(data[word]), suite_lib.SPLITS, f'{word}, a split,')
+        errors.near(str(data[word]), scoring.SPLITS, f'{word}, a split,')
       )
   tasks = data.get('tasks') or list(suite.tasks)
   if not isinstance(tasks, list):
