@@ -36,10 +36,11 @@ from mergejax.data import machine_text
 from mergejax.data import mixtures
 from mergejax.data import stream as stream_lib
 from mergejax.data import tasks
-from mergejax.evaluation import bits
-from mergejax.evaluation import forest_table
+from mergejax.evaluation import base as evaluation_base
+from mergejax.evaluation import expert_table
 from mergejax.evaluation import plots
 from mergejax.evaluation import report
+from mergejax.evaluation import scoring
 from mergejax.experts import branch
 from mergejax.training import checkpoints
 from mergejax.training import objective as objective_lib
@@ -139,18 +140,14 @@ def run(settings: Callable[[], Settings] | Settings) -> None:
   task_of, mixture = prepare_data(settings)
   trained = train_all(settings, task_of, mixture)
   say('evaluating')
-  load = lambda split, limit: bits.load_test_sets(
-    task_of,
-    split=split,
-    length=settings.length,
-    batch_size=settings.batch_size,
-    max_sequences=limit,
+  suite = scoring.of_corpora(
+    task_of, length=settings.length, batch_size=settings.batch_size
   )
-  table, roles, chosen, best_merge = forest_table.evaluate(
+  table, roles, chosen, best_merge = expert_table.evaluate(
     settings.module,
     trained,
-    validation=load('validation', settings.validation_sequences),
-    test=load('test', settings.test_sequences),
+    validation=suite.read('validation', limit=settings.validation_sequences),
+    test=suite.read('test', limit=settings.test_sequences),
     scales=settings.scales,
     batch_size=settings.batch_size,
   )
@@ -266,7 +263,7 @@ def make_meshes(
 
 def train_all(
   settings: Settings, task_of: Mapping[str, str], mixture: str
-) -> forest_table.Models:
+) -> expert_table.Models:
   """Seed, experts and dense model; every phase continues where it stopped."""
   domains = list(task_of)
   side_by_side, single = make_meshes(settings, len(domains))
@@ -338,7 +335,7 @@ def train_all(
     total,
     seed,
   )
-  trained = forest_table.Models(
+  trained = expert_table.Models(
     seed.params,
     partition.to_host(experts.params),
     partition.to_host(dense.params),
@@ -357,7 +354,7 @@ def train_all(
 
 def write_report(
   settings: Settings,
-  table: Mapping[str, Mapping[str, bits.Score]],
+  table: evaluation_base.Table,
   roles: report.Roles,
   chosen: Mapping[str, Any],
   seconds: float,
@@ -384,7 +381,7 @@ def write_report(
     f'{settings.test_sequences} sequences at most; the mean is over domains. '
     'The posterior average has its own weights for every domain.',
     '',
-    report.to_markdown(table),
+    table.to_markdown(),
     '',
     '![heat map](heatmap.png)',
     '',
@@ -405,13 +402,13 @@ def write_report(
   train.save_json(
     directory / 'table.json',
     {
-      'table': report.to_json(table),
+      'table': table.to_json(tasks='domains', value='bits_per_byte'),
       'expected': held,
       'chosen': dict(chosen),
       'settings': describe(settings),
       'seconds': seconds,
     },
   )
-  print(report.to_text(table))
+  print(table.to_text())
   print('\n'.join(['', *verdicts, '', 'Which model to use:', *advice]))
   print(f'\n{directory / "report.md"}')

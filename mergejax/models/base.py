@@ -32,6 +32,7 @@ from mergejax.core import axes as axes_lib
 from mergejax.core import errors
 from mergejax.core import tree
 from mergejax.core import typing
+from mergejax.models import batch_norm
 
 Batch = Mapping[str, Any]
 
@@ -225,6 +226,11 @@ class ModelFamily:
     """`(logits, what changed)`: as `apply`, for batches without targets too."""
     positional, named = self.arguments(batch, train=train)
     wanted = [*mutable, *(self.collections if train else ())]
+    if batch_norm.COLLECTION in wanted:
+      return batch_norm.call(
+        self.module, variables, positional, named, batch.get('weights'),
+        rngs=rngs, mutable=wanted,
+      )  # fmt: skip
     found = self.module.apply(
       variables, *positional, **named, rngs=rngs, mutable=wanted or False
     )

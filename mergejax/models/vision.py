@@ -2,19 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Image classifiers: MLP, VGG, ResNet and a small ViT."""
 
-from collections.abc import Callable
-from typing import Any
-
-import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
-from mergejax.core import errors
 from mergejax.models import base
+from mergejax.models import batch_norm
 from mergejax.models import registry
 from mergejax.nn import vision
 
-BATCH_STATS = 'batch_stats'
+BATCH_STATS = batch_norm.COLLECTION
 
 
 class ImageFamily(base.ModelFamily):
@@ -56,56 +51,14 @@ class ImageFamily(base.ModelFamily):
     return ()
 
   def call(self, variables, batch, *, train=False, rngs=None, mutable=()):
-    """As every family; rows of weight 0 have no part in batch norms.
-
-    A batch of nothing else leaves the running statistics as they were.
-
-    Raises:
-      StructureError: a batch norm whose first axis is not that of the batch,
-        where some rows have no weight.
-    """
-    running = train and BATCH_STATS in variables
-    real = None
-    if running and 'weights' in batch:
-      real = jnp.asarray(batch['weights']) > 0
-    with nn.intercept_methods(_norms_of(real)):
-      logits, changed = super().call(
-        variables, batch, train=running, rngs=rngs, mutable=mutable
-      )
-    if real is not None:
-      keep = lambda new, old: jnp.where(jnp.any(real), new, old)
-      stats = jax.tree.map(keep, changed[BATCH_STATS], variables[BATCH_STATS])
-      changed = {**changed, BATCH_STATS: stats}
-    return logits, changed
+    # Only norms that keep running statistics differ in training.
+    train = train and BATCH_STATS in variables
+    return super().call(
+      variables, batch, train=train, rngs=rngs, mutable=mutable
+    )
 
   def features_layer(self, specs):
     return 'head/kernel'
-
-
-def _norms_of(real: jax.Array | None) -> Callable[..., Any]:
-  """An interceptor that shows batch norms the real rows, `<bool>[batch]`."""
-
-  def interceptor(call, positional, named, context):
-    if (
-      real is None
-      or not isinstance(context.module, nn.BatchNorm)
-      or context.method_name != '__call__'
-      or named.get('mask') is not None
-    ):
-      return call(*positional, **named)
-    inputs = positional[0] if positional else named['x']
-    if len(inputs) != len(real):
-      raise errors.StructureError(
-        f'The batch norm {"/".join(context.module.path)} sees {len(inputs)} '
-        f'rows, the batch has {len(real)}, some of no weight: which of them it '
-        'must leave out is not known. Give it its `mask`, or whole batches '
-        'without weights.'
-      )
-    # The mean of no row is NaN: where none is real, all are taken.
-    mask = (real | ~jnp.any(real)).reshape(-1, *(1,) * (inputs.ndim - 1))
-    return call(*positional, **named, mask=mask)
-
-  return interceptor
 
 
 @registry.register
