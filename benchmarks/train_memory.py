@@ -3,7 +3,7 @@
 """Memory of a large T5 in training: no device holds a whole copy of it.
 
 A T5 1.1 of a billion parameters is initialised and stepped on eight fake CPU
-devices, its parameters spread over them (`ShardingRules.fsdp`). Told are the
+devices, its parameters spread over them (`fsdp`). Told are the
 bytes that the compiled programs need on each device, those that the state
 really takes there, and the resident memory of the process, which holds all
 eight.
@@ -83,7 +83,7 @@ def main() -> None:
   mesh = partition.make_mesh(data=8)
   trainer = training.Trainer(
     t5.Transformer(config), training.optim.adafactor(1e-3), mesh=mesh,
-    rules=partition.ShardingRules.fsdp(),
+    rules=partition.fsdp(),
   )  # fmt: skip
   specs = trainer.family.specs()
   whole = sum(spec.nbytes for spec in specs.values())

@@ -55,7 +55,7 @@ class SpecTest(parameterized.TestCase):
 
   def test_every_axis_of_every_family_has_a_rule(self):
     mesh = partition.make_mesh(data=4, model=2)
-    rules = partition.ShardingRules.fsdp()
+    rules = partition.fsdp()
     for fields in (
       dict(model_type='t5x'), dict(model_type='lm'), dict(model_type='vit'),
       dict(model_type='resnet', norm='batch'), dict(model_type='vgg'),
@@ -80,7 +80,7 @@ class BornShardedTest(absltest.TestCase):
     layout = partition.shardings(
       mesh, tree.unflatten(specs),
       {path: spec.axes for path, spec in specs.items()},
-      partition.ShardingRules.fsdp(),
+      partition.fsdp(),
     )  # fmt: skip
     key = jax.random.key(3)
     born = partition.init_sharded(family.init, layout, key)

@@ -145,7 +145,7 @@ def train_model(
     objective: what is minimised, instead: a function of your own by its import
       path, `@my_file.objective`.
     mesh: sizes for `partition.make_mesh`.
-    rules: what lies where on it: `@partition.ShardingRules.fsdp()`.
+    rules: what lies where on it: `@partition.fsdp()`.
     transforms: for example `[@transforms.ema()]`.
     callbacks: for example `[@scoring.evaluate()]`.
     freeze: see `step.make_step`.

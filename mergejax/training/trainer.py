@@ -3,6 +3,7 @@
 """Training as a library: a model, an optimizer, batches; the rest has defaults."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+import functools
 import os
 import pathlib
 from typing import Any
@@ -175,6 +176,11 @@ class Trainer:
 
   # Its parts, for whoever runs a loop of their own ----------------------------
 
+  @functools.cached_property
+  def specs(self) -> typing.SpecTree:
+    """What the parameters are, found out once: it traces the model."""
+    return self.family.specs()
+
   def step(self, steps: int) -> step_lib.Step:
     """The step of one model in a run of `steps` steps."""
     optimizer = optim.of_run(self.optimizer, steps)
@@ -183,7 +189,7 @@ class Trainer:
   def layout(self, step: step_lib.Step) -> state_lib.TrainState:
     """Where every array of the state lies: a `TrainState` of shardings."""
     return state_lib.shardings(
-      self._abstract(step), self.family.specs(), self.mesh, self.rules,
+      self._abstract(step), self.specs, self.mesh, self.rules,
       lead=self.lead,
     )  # fmt: skip
 
@@ -202,7 +208,7 @@ class Trainer:
       fresh = lambda key: self.expand(step.init(self.family.init(key), key))
       return partition.init_sharded(fresh, layout, key)
     tree.check_same(
-      self.family.specs(), tree.specs(params),
+      self.specs, tree.specs(params),
       expected_name='the model', given_name='the given parameters',
     )  # fmt: skip
     params = self._put(params, self._single(step).params)
@@ -243,10 +249,13 @@ class Trainer:
 
   def _abstract(self, step):
     """Shapes of the state of one model."""
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    return jax.eval_shape(
-      lambda key: step.init(self.family.init(key), key), key
+    params = tree.unflatten(
+      {
+        path: jax.ShapeDtypeStruct(spec.shape, spec.dtype)
+        for path, spec in self.specs.items()
+      }
     )
+    return jax.eval_shape(step.init, params, jax.random.key(0))
 
   def _shapes(self, step, layout):
     """Shapes of the state of this run, each with its sharding."""
@@ -261,7 +270,7 @@ class Trainer:
   def _single(self, step):
     """Where the state of one model lies."""
     return state_lib.shardings(
-      self._abstract(step), self.family.specs(), self.mesh, self.rules
+      self._abstract(step), self.specs, self.mesh, self.rules
     )
 
   def _placed(self, step, state, layout):

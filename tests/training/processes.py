@@ -36,7 +36,7 @@ def main(folder, steps, model, *distributed):
     module,
     optax.sgd(0.3, momentum=0.9),
     mesh=partition.make_mesh(model=int(model)),
-    rules=partition.ShardingRules.fsdp(),
+    rules=partition.fsdp(),
     transforms=[training.ema(0.5)],
     callbacks=[
       training.callbacks.on_log(

@@ -83,7 +83,7 @@ class LayoutsTest(parameterized.TestCase):
       mesh=partition.make_mesh(**sizes), directory=folder / str(sizes),
     )  # fmt: skip
     replicated, _ = run(4, data=8)
-    _, state = run(2, partition.ShardingRules.fsdp(), data=2, model=4)
+    _, state = run(2, partition.fsdp(), data=2, model=4)
     kernel = state.params['encoder']['layers_0']['mlp']['wi_0']['kernel']
     self.assertEqual(kernel.addressable_shards[0].data.shape, (4, 4))
     moved = [
