@@ -20,6 +20,7 @@ from mergejax.data import images
 from mergejax.search import base as search_base
 from mergejax.training import arrays
 from mergejax.training import losses
+from mergejax.training import objective
 from mergejax.training import step as step_lib
 
 TASKS = ('mnist', 'notmnist', 'usps', 'omniglot_alphabets')
@@ -56,13 +57,11 @@ def train(
     optimizer = optax.multi_transform(
       {'free': optimizer, 'still': optax.set_to_zero()}, labels
     )
-  step = jax.jit(
-    step_lib.make_step(losses.make_loss(module, z_loss=0.0), optimizer),
-    donate_argnums=0,
+  made = step_lib.make_step(
+    module, optimizer, objective=objective.cross_entropy(z_loss=0.0)
   )
-  state = step_lib.create(
-    jax.tree.map(jnp.array, params), optimizer, jax.random.key(seed)
-  )
+  step = jax.jit(made.update, donate_argnums=0)
+  state = made.init(jax.tree.map(jnp.array, params), jax.random.key(seed))
   stream = arrays.ArrayStream(data, batch_size, seed=seed)
   rng = np.random.default_rng(seed)
   for _ in range(steps):

@@ -51,6 +51,7 @@ _PUBLIC = {
   'slerp': ('mergejax.methods.sphere', 'slerp'),
   'stats': ('mergejax.statistics', None),
   'task_arithmetic': ('mergejax.methods.arithmetic', 'task_arithmetic'),
+  'training': ('mergejax.training', None),
   'ties': ('mergejax.methods.ties', 'ties'),
 }
 
