@@ -87,7 +87,7 @@ def side_by_side(rounds: int, experts: int = 4) -> dict:
     module = lm.LanguageModel(lm.LMConfig(head_dim=64, **config))
     optimizer = optim.adafactor(0.01)
     key = jax.random.key(0)
-    seed = step_lib.create(models.init_params(module, key), optimizer, key)
+    seed = step_lib.create(models.family_of(module).init(key), optimizer, key)
     step_fn = step_lib.make_step(losses.make_loss(module), optimizer)
     tokens = np.random.default_rng(0).integers(
       3, 259, (experts, batch_size, length)
@@ -143,7 +143,7 @@ def t5_step():
   optimizer = optim.adafactor(0.01)
   key = jax.random.key(0)
   mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])
-  state = step_lib.create(models.init_params(module, key), optimizer, key)
+  state = step_lib.create(models.family_of(module).init(key), optimizer, key)
   state = branch.place_state(mesh, state, stacked=False)
   loss = losses.make_loss(module, normalizing_factor=None)
   step = branch.compile_step(

@@ -19,7 +19,6 @@ import optax
 import seqio
 
 import gin
-from mergejax import architectures
 from mergejax import mesh as mesh_lib
 from mergejax import models
 from mergejax.checkpoints import base
@@ -31,6 +30,7 @@ from mergejax.core import tree as tree_lib
 from mergejax.data import stream as stream_lib
 from mergejax.evaluation import summaries
 from mergejax.experts import branch
+from mergejax.models import architectures
 from mergejax.statistics import saved
 from mergejax.training import batches
 from mergejax.training import checkpoints as checkpoints_lib

@@ -19,12 +19,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mergejax.core import axes as axes_lib
 from mergejax.core import errors
 from mergejax.core import resume
 from mergejax.core import typing
 from mergejax.merging import in_memory
 from mergejax.merging.recipes import recipe as recipe_lib
 from mergejax.methods import named
+from mergejax.names import known
 
 # `{task: score}`, higher is better.
 Scores = Mapping[str, Any]
@@ -226,6 +228,7 @@ class Space:
     *,
     base: typing.Tree | None = None,
     stats: Sequence[Any] | None = None,
+    axes: axes_lib.Rules = (),
     dtype: Any = None,
     seed: int = 0,
   ) -> typing.Tree:
@@ -236,6 +239,8 @@ class Space:
       point: <float>[blocks * per_block].
       base: their ancestor, where the method needs one.
       stats: statistics of each model, where it needs them.
+      axes: logical axes of leaves, see `merge`; those of a checkpoint are
+        `open_checkpoint(path).axes()`.
       dtype: of the result; by default as the models'.
       seed: of random methods.
 
@@ -251,8 +256,8 @@ class Space:
       for block, method in zip(self.blocks[:-1], methods)
     ]
     return in_memory.merge(
-      models, methods[-1], base=base, rules=rules, stats=stats, dtype=dtype,
-      seed=seed,
+      models, methods[-1], base=base, rules=rules, stats=stats, axes=axes,
+      dtype=dtype, seed=seed,
     )  # fmt: skip
 
   def _method(self, values):
@@ -351,9 +356,7 @@ def blocks_of(paths: Sequence[typing.Path]) -> tuple[str, ...]:
   """
   found = {}
   for path in paths:
-    layer = re.match(
-      r'.*?(layers?|blocks?|h|stage)[._]\d+(_block_\d+)?[./]', path
-    )
-    if layer:
-      found[layer[0]] = None
+    block = known.block_of(path)
+    if block:
+      found[block] = None
   return (*found, '*')

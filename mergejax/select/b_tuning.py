@@ -5,6 +5,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -110,13 +111,12 @@ def loss(
   return losses.weighted_mean(apart, jnp.broadcast_to(rows, apart.shape))
 
 
-def _real_rows(batch):
+def _real_rows(module, batch):
   """`<bool>[batch]`, or None: a batch of other names does not tell."""
-  names = ('images', 'weights', 'decoder_loss_weights', 'decoder_target_tokens')
-  if not any(name in batch for name in names):
+  try:
+    return jnp.asarray(models.family_for(module, batch).real_rows(batch))
+  except errors.ConfigError:
     return None
-  weights = models.target_weights(batch)
-  return jnp.any(weights.reshape(len(weights), -1) > 0, axis=1)
 
 
 def with_teachers(
@@ -128,6 +128,7 @@ def with_teachers(
   *,
   trade_off: float = 100.0,
   temperature: float = 0.1,
+  model: nn.Module | models.ModelFamily | None = None,
 ) -> losses.LossFn:
   """A training loss with the B-Tuning term, for `train.step.make_step`.
 
@@ -143,6 +144,8 @@ def with_teachers(
     scores: LogME of each teacher.
     trade_off: lambda; 100 in the paper.
     temperature: of the teachers' weights; 0.1 in the paper.
+    model: whose family says which rows are real; by default the names of a
+      batch do, and in one of other names every row counts.
 
   Returns:
     A loss with the further metric `b_tuning`.
@@ -154,7 +157,7 @@ def with_teachers(
     value, metrics = loss_fn(params, batch, key)
     extra = loss(
       features(params, batch), means, [f(batch) for f, _ in teachers],
-      [m for _, m in teachers], weights, _real_rows(batch),
+      [m for _, m in teachers], weights, _real_rows(model, batch),
     )  # fmt: skip
     return value + trade_off * extra, dict(metrics, b_tuning=extra)
 

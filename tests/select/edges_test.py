@@ -45,7 +45,7 @@ class LogmeTest(parameterized.TestCase):
       dict(model_type='mlp', hidden=(4,), classes=3, image_shape=(2, 2, 1),
            norm='none')
     )  # fmt: skip
-    params = models.init_params(module, jax.random.key(0))
+    params = models.family_of(module).init(jax.random.key(0))
     dead = {**params, 'dense_0': jax.tree.map(
       lambda leaf: leaf * 0 - 100, params['dense_0']
     )}  # fmt: skip

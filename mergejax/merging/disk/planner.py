@@ -33,6 +33,7 @@ from mergejax.merging.recipes import settings
 from mergejax.methods import base as merge_base
 from mergejax.methods import mean
 from mergejax.methods import named
+from mergejax.names import known
 
 # Methods that divide by the sum of the weights.
 _AVERAGES = ('linear', 'task_arithmetic', 'dare_linear', 'della_linear', 'breadcrumbs')  # fmt: skip
@@ -152,7 +153,7 @@ class _Planner:
         used_rules.add(i)
         rule = candidate
         break
-    spec = self._spec(refs[0] if base is None else base)
+    spec = self._with_axes(path, refs, base)
     stored = spec
     if recipe.dtype and numerics.is_averaged(spec.dtype):
       stored = typing.LeafSpec(
@@ -160,9 +161,6 @@ class _Planner:
       )
     elif spec.dtype != (lead := self._lead_dtype(refs, base)):
       stored = typing.LeafSpec(spec.shape, lead, spec.axes)
-    stored = axes_lib.with_axes({path: stored}, [
-      one_rule for one_rule in recipe.axes if re.fullmatch(one_rule[0], path)
-    ])[path]  # fmt: skip
     copy = None
     if rule is not None and rule.copy is not None:
       if rule.copy == 'base' and not recipe.base:
@@ -296,6 +294,14 @@ class _Planner:
         )
     return tuple({n: f'{path}/{n}' for n in method.needs} for _ in own)
 
+  def _with_axes(self, path, refs, base):
+    """The spec of the base or first model, with axes: the recipe's come first."""
+    specs = [self._spec(ref) for ref in (base, *refs) if ref is not None]
+    rules = [rule for rule in self._recipe.axes if re.fullmatch(rule[0], path)]
+    if rules:
+      return axes_lib.with_axes({path: specs[0]}, rules)[path]
+    return axes_lib.agreed(path, specs)
+
   def _spec(self, ref):
     model, path = ref
     found = self._stores[model].specs().get(path)
@@ -330,7 +336,7 @@ def _first(name, places, path, depth):
 
 def _depth(path, counts) -> float:
   """0 at the first layer, 1 at the last; 0 outside of the layers."""
-  match = layouts.LAYER.fullmatch(path)
+  match = known.LAYER.fullmatch(path)
   if match:
     count = counts[match['stem']]
     return int(match['index']) / (count - 1) if count > 1 else 1.0
