@@ -10,8 +10,8 @@ import sys
 
 import numpy as np
 
-from mergejax import mesh as mesh_lib
 from mergejax import models
+from mergejax import partition
 from mergejax import statistics
 from mergejax.analysis import norms
 from mergejax.checkpoints import base as store_base
@@ -150,7 +150,7 @@ def _collect(options):
     )  # fmt: skip
   mesh = None
   if options.data * options.model_parallel > 1:
-    mesh = mesh_lib.make_mesh(data=options.data, model=options.model_parallel)
+    mesh = partition.make_mesh(data=options.data, model=options.model_parallel)
 
   def progress(done):
     if sys.stderr.isatty():

@@ -11,7 +11,7 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
-from mergejax import mesh as mesh_lib
+from mergejax import partition
 from mergejax.core import errors
 from mergejax.training import checkpoints as checkpoints_lib
 from mergejax.training import step as step_lib
@@ -129,7 +129,7 @@ def fit(
       if log:
         # Fetched by every process, whether it has hooks or not: the metrics of
         # experts are spread over all of them.
-        metrics = mesh_lib.to_host(metrics)
+        metrics = partition.to_host(metrics)
         for hook in hooks:
           hook(step, metrics)
       stopping = stop.agreed(may_wait=log)

@@ -93,6 +93,7 @@ class WorkFolder:
     shards: Sequence[safetensors.Shard],
     sizes: Mapping[typing.Path, int],
     resume: bool,
+    anonymous: bool = False,
   ) -> set[typing.Path]:
     """Finds what an interrupted call left, or lays the files out anew.
 
@@ -101,17 +102,26 @@ class WorkFolder:
       shards: the files of the result.
       sizes: bytes of each parameter of the result.
       resume: continue what is there, if it is the same merge.
+      anonymous: no two processes can know that theirs is the same merge.
 
     Returns:
       The parameters that are merged already.
 
     Raises:
-      UserError: the disk has no room for the others.
+      UserError: the disk has no room for the others; or an anonymous merge is
+        there that cannot be known to be this one.
     """
     state = self.path / 'state.json'
     wanted = {'identity': resume_lib.digest(identity), 'boot': _boot()}
     found = checkpoint.read_json(state) if state.is_file() else None
     done = set()
+    if resume and anonymous and found not in (None, wanted):
+      raise errors.CheckpointError(
+        f'{self.path} holds a merge that was interrupted, and whether it is '
+        'this one is not known: its method is a Merge without a name. Give '
+        '`plan` an `identity=` that changes whenever its numbers do, or '
+        'start afresh with `resume=False`.'
+      )
     if resume and found == wanted:
       if self._journal.is_file():
         # A line that was cut short has no newline and does not count.
