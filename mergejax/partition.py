@@ -223,8 +223,8 @@ def spec_for(
 
   Example:
     >>> mesh = make_mesh(devices=jax.devices()[:1])
-    >>> spec_for(('embed', 'mlp'), (8, 16), mesh, standard().params)
-    PartitionSpec(None, 'model')
+    >>> tuple(spec_for(('embed', 'mlp'), (8, 16), mesh, standard().params))
+    (None, 'model')
   """
   used, spec = set(), []
   for i, name in enumerate(axes or ()):
