@@ -101,14 +101,17 @@ def _match(options, spec, module, a, b):
 
 
 def random_batch(module: nn.Module, rows: int = 4) -> dict[str, typing.Array]:
-  """Random pixels or tokens that a module accepts, for checks of equality."""
+  """Random numbers or tokens that a model accepts, for checks of equality."""
   rng = np.random.default_rng(0)
-  batch = models.family_of(module).example_batch(rows, length=8)
-  batch.pop('labels', None)
-  vocabulary = getattr(module.config, 'vocab_size', 2)
+  family = models.family_of(module)
+  sizes = {
+    name: getattr(family.config, field, 2)
+    for field, names in family.sizes.items()
+    for name in names
+  }
   return {
     name: rng.random(leaf.shape).astype(np.float32)
-    if name == 'images'
-    else rng.integers(1, vocabulary, leaf.shape).astype(np.int32)
-    for name, leaf in batch.items()
+    if np.issubdtype(leaf.dtype, np.floating)
+    else rng.integers(1, sizes.get(name, 2), leaf.shape).astype(np.int32)
+    for name, leaf in family.example_batch(rows, length=8).items()
   }

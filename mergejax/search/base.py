@@ -298,17 +298,17 @@ class Space:
     parameters |= self.options
     entries = [{'model': model} for model in models]
     if self.vary in ('weights', 'weight'):
-      for k, entry in enumerate(entries):
-        entry['parameters'] = {'weight': setting(k)}
+      for k, item in enumerate(entries):
+        item['parameters'] = {'weight': setting(k)}
     else:
       parameters[self.vary] = setting(0)
-      for entry, weight in zip(entries, self.weights or ()):
-        entry['parameters'] = {'weight': weight}
+      for item, weight in zip(entries, self.weights or ()):
+        item['parameters'] = {'weight': weight}
     for name, value in list(parameters.items()):
       if isinstance(value, (list, tuple)) and name != self.vary:
         # One a model; in a recipe a list would run along the layers.
-        for entry, own in zip(entries, parameters.pop(name)):
-          entry.setdefault('parameters', {})[name] = own
+        for item, own in zip(entries, parameters.pop(name)):
+          item.setdefault('parameters', {})[name] = own
     parameters = {entry.recipe_name(n): v for n, v in parameters.items()}
     recipe = {'merge_method': self.method, 'models': entries}
     if base:

@@ -13,6 +13,7 @@ import numpy as np
 import mergejax as mj
 from mergejax import models
 from mergejax.cli import main as cli
+from mergejax.core import tree
 
 FAMILY = """
 import dataclasses
@@ -119,6 +120,24 @@ class FamiliesOutsideTest(absltest.TestCase):
     self.assertEqual(fisher['head/kernel']['count'], 5)
     found = mj.select.extract(family, params, [batch])
     self.assertEqual(found.shape, (5, 4))
+
+    # Its axes go with its checkpoints: a stack is merged layer by layer.
+    paths = []
+    for k in range(2):
+      paths.append(self.create_tempdir().full_path + '/model')
+      mj.save_checkpoint(
+        paths[-1],
+        family.init(jax.random.key(k)),
+        config=models.describe(module),
+      )
+    module, first = mj.load_model(paths[0])
+    self.assertEqual(models.family_of(module).model_type, 'toy')
+    merged = mj.merge(paths, 'karcher')['layers']['dense']['kernel']
+    kernel = lambda path: mj.load_model(path)[1]['layers']['dense']['kernel']
+    for i in range(2):
+      one = mj.merge([{'w': kernel(path)[i]} for path in paths], 'karcher')['w']
+      np.testing.assert_allclose(merged[i], one, rtol=1e-5, atol=1e-6)
+    self.assertEqual(tree.specs(first).keys(), tree.specs(params).keys())
 
   def test_an_import_path_is_known_once_it_is_imported(self):
     file = self.write('Path', 'path')
