@@ -50,7 +50,7 @@ def pair(name, seed):
     return vision_models.cached(
       f'rebasin_{_file_name(name)}_{steps}_{one}',
       lambda: vision_models.train(
-        module, models.init_params(module, jax.random.key(one)), data,
+        module, models.family_of(module).init(jax.random.key(one)), data,
         steps=steps, learning_rate=rate, seed=one, augment=True,
       ),
     )  # fmt: skip
@@ -64,7 +64,7 @@ def run(name, seed):
   module, a, b = pair(name, seed)
   data = vision_models.load(task, 'train')
   test = {n: x[:1000] for n, x in vision_models.load(task, 'test').items()}
-  apply = lambda params, batch: models.logits(module, params, batch)
+  apply = lambda params, batch: models.family_of(module).logits(params, batch)
   example = {'images': data['images'][:4]}
   spec = align.derive(apply, a, example)
   stream = arrays.ArrayStream(data, 250, seed=seed)

@@ -22,12 +22,14 @@ from mergejax.search import grid
 
 def main():
   module = models.build(dict(model_type='resnet'))
-  one = lambda seed: models.init_params(module, jax.random.key(seed))
+  one = lambda seed: models.family_of(module).init(jax.random.key(seed))
   data = jax.random.uniform(jax.random.key(9), (4, 128, 28, 28, 1))
   evaluate = search_base.Evaluator(
     lambda params, data: {
       'score': jax.lax.map(
-        lambda images: models.logits(module, params, {'images': images}).mean(),
+        lambda images: (
+          models.family_of(module).logits(params, {'images': images}).mean()
+        ),
         data,
       ).mean()
     },

@@ -39,7 +39,7 @@ def start():
   return vision_models.cached(
     f'vision_start_{START_STEPS}',
     lambda: vision_models.train(
-      module, models.init_params(module, jax.random.key(0)),
+      module, models.family_of(module).init(jax.random.key(0)),
       vision_models.load('cifar10', 'train'), steps=START_STEPS,
       learning_rate=2e-3, seed=0, augment=True,
     ),
@@ -47,7 +47,7 @@ def start():
 
 
 def with_new_head(task, seed):
-  fresh = models.init_params(module_of(task), jax.random.key(seed))
+  fresh = models.family_of(module_of(task)).init(jax.random.key(seed))
   return {**body(start()), 'head': fresh['head']}
 
 

@@ -247,7 +247,7 @@ def common_seed():
     print(f'training the common seed, {SEED_STEPS} steps', flush=True)
     the_module = module()
     # The embedding begins small: Adam moves every entry by the same amount.
-    params = models.init_params(the_module, jax.random.key(0))
+    params = models.family_of(the_module).init(jax.random.key(0))
     params['token_embedder']['embedding'] *= 0.1
     params = train(
         the_module, params, _seed_data(0), steps=SEED_STEPS,
@@ -286,7 +286,7 @@ def _scorer():
 
   @jax.jit
   def exact(params, batch):
-    logits = models.logits(the_module, params, batch)
+    logits = models.family_of(the_module).logits(params, batch)
     right = logits.argmax(-1) == batch['decoder_target_tokens']
     return (right | (batch['decoder_target_tokens'] == 0)).all(axis=1)
 

@@ -93,7 +93,7 @@ def evaluator(module, data, size=200) -> search_base.Evaluator:
 
   def score(params, data):
     def one(batch):
-      logits = models.logits(module, params, batch)
+      logits = models.family_of(module).logits(params, batch)
       loss, _ = losses.token_cross_entropy(logits, batch['labels'])
       right = logits.argmax(-1) == batch['labels']
       return loss.mean(), right.mean(dtype=jnp.float32)

@@ -35,6 +35,7 @@ _PUBLIC = {
   'make_mesh': ('mergejax.partition', 'make_mesh'),
   'merge': ('mergejax.merging.api', 'merge'),
   'model_stock': ('mergejax.methods.sphere', 'model_stock'),
+  'models': ('mergejax.models', None),
   'multislerp': ('mergejax.methods.sphere', 'multislerp'),
   'nearswap': ('mergejax.methods.swap', 'nearswap'),
   'negate': ('mergejax.methods.arithmetic', 'negate'),

@@ -16,10 +16,10 @@ PACKAGE = ROOT / 'mergejax'
 # know each other.
 FLOORS = {
     'core': 0,
-    'partition': 1,
+    'partition': 1, 'names': 1,
     'checkpoints': 2, 'nn': 2, 'methods': 2,
     'models': 3,
-    'intercept': 4, 'architectures': 4,
+    'intercept': 4,
     'data': 5, 'statistics': 5,
     'merging': 6, 'align': 6,
     'training': 7,

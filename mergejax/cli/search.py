@@ -164,11 +164,13 @@ class _Search:
       space = request.space(base_lib.blocks_of(list(tree_lib.flatten(base or params[0]))))  # fmt: skip
     recipe = request.recipe
     stats = [dict(saved.load(path)) for path in recipe.stats] or None
+    axes = models_lib.axes(request.paths[0])
 
     def merge(models, point):
       return space.merge(
         models['params'], point, base=models.get('base'),
-        stats=models.get('stats'), dtype=recipe.dtype, seed=recipe.seed,
+        stats=models.get('stats'), axes=axes, dtype=recipe.dtype,
+        seed=recipe.seed,
       )  # fmt: skip
 
     models = {'params': params, 'base': base, 'stats': stats}
@@ -277,16 +279,17 @@ def _shuffled(batches, steps, rng):
 
 
 def _cross_entropy(module, params, batch, heat):
-  logits = heat * models_lib.logits(module, params, batch)
-  value, _ = losses.token_cross_entropy(logits, models_lib.targets(batch))
-  weights = models_lib.target_weights(batch)
-  return losses.weighted_mean(value, weights), {}
+  family = models_lib.family_of(module)
+  found = family.apply(family.variables(params), batch)
+  value, _ = losses.token_cross_entropy(heat * found.logits, found.targets)
+  return losses.weighted_mean(value, found.weights), {}
 
 
 def _entropy(module, params, batch, heat):
   """Of classes, or of the first word of an answer, which no label precedes."""
-  logits = heat * models_lib.logits(module, params, batch)
-  weights = models_lib.target_weights(batch)
+  family = models_lib.family_of(module)
+  logits = heat * family.logits(params, batch)
+  weights = family.target_weights(batch)
   if logits.ndim == 3:
     logits, weights = logits[:, 0], weights[:, 0]
   return gradient.entropy(logits, weights)

@@ -8,7 +8,8 @@ import json
 import pathlib
 import sys
 
-from mergejax import architectures
+import numpy as np
+
 from mergejax import models
 from mergejax import partition
 from mergejax import statistics
@@ -17,6 +18,8 @@ from mergejax.checkpoints import base as store_base
 from mergejax.checkpoints import checkpoint
 from mergejax.cli import common
 from mergejax.core import errors
+from mergejax.models import architectures
+from mergejax.models import batch_norm
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -102,7 +105,7 @@ def _survey(options):
 def _norms(options):
   store_base.check_new(options.out)
   module, params = models.load_model(options.model)
-  if models.BATCH_STATS not in params:
+  if batch_norm.COLLECTION not in params:
     raise errors.ConfigError(
       f'{options.model} has no batch norms, so nothing has to be measured anew.'
     )
@@ -119,7 +122,7 @@ def _norms(options):
 
 
 def _collect(options):
-  if models.is_hugging_face(options.model):
+  if models.is_converted(options.model):
     # Statistics are named as the parameters they are of.
     raise errors.ConfigError(
       f'{options.model} has the names of Hugging Face, whose kernels lie '
@@ -139,7 +142,8 @@ def _collect(options):
       raise errors.ConfigError(
         '--exclude is for gram: a Fisher has every leaf.'
       )
-    default = 'exact' if 'images' in batches[0] else 'sampled'
+    classes = np.ndim(models.family_of(module).targets(batches[0])) == 1
+    default = 'exact' if classes else 'sampled'
     statistic = statistics.fisher(
       estimator=options.estimator or default, samples=options.samples,
       seed=options.seed,

@@ -19,7 +19,6 @@ import optax
 import seqio
 
 import gin
-from mergejax import architectures
 from mergejax import models
 from mergejax import partition
 from mergejax.checkpoints import base
@@ -29,6 +28,7 @@ from mergejax.cli import same_run
 from mergejax.core import errors
 from mergejax.core import tree as tree_lib
 from mergejax.data import stream as stream_lib
+from mergejax.models import architectures
 from mergejax.statistics import saved
 from mergejax.training import batches
 from mergejax.training import callbacks as callbacks_lib

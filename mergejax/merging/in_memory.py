@@ -115,7 +115,8 @@ def merge(
   check_call(method, weights, len(inputs), base_input)
   reference = base_input or inputs[0]
   _check_trees(rules, reference, inputs)
-  specs = axes_lib.with_axes(reference.specs, axes)
+  every = [one.specs for one in (reference, *inputs)]
+  specs = axes_lib.of_models(every, axes)
   groups = _by_rule(rules, method, merged_paths(specs))
   _check_stacks(groups, specs)
   result = {}

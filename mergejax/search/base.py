@@ -18,12 +18,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mergejax.core import axes as axes_lib
 from mergejax.core import errors
 from mergejax.core import registry
 from mergejax.core import resume
 from mergejax.core import typing
 from mergejax.merging import in_memory
 from mergejax.methods import named
+from mergejax.names import known
 
 # `{task: score}`, higher is better.
 Scores = Mapping[str, Any]
@@ -225,6 +227,7 @@ class Space:
     *,
     base: typing.Tree | None = None,
     stats: Sequence[Any] | None = None,
+    axes: axes_lib.Rules = (),
     dtype: Any = None,
     seed: int = 0,
   ) -> typing.Tree:
@@ -235,6 +238,8 @@ class Space:
       point: <float>[blocks * per_block].
       base: their ancestor, where the method needs one.
       stats: statistics of each model, where it needs them.
+      axes: logical axes of leaves, see `merge`; those of a checkpoint are
+        `open_checkpoint(path).axes()`.
       dtype: of the result; by default as the models'.
       seed: of random methods.
 
@@ -250,8 +255,8 @@ class Space:
       for block, method in zip(self.blocks[:-1], methods)
     ]
     return in_memory.merge(
-      models, methods[-1], base=base, rules=rules, stats=stats, dtype=dtype,
-      seed=seed,
+      models, methods[-1], base=base, rules=rules, stats=stats, axes=axes,
+      dtype=dtype, seed=seed,
     )  # fmt: skip
 
   def _method(self, values):
@@ -293,17 +298,17 @@ class Space:
     parameters |= self.options
     entries = [{'model': model} for model in models]
     if self.vary in ('weights', 'weight'):
-      for k, entry in enumerate(entries):
-        entry['parameters'] = {'weight': setting(k)}
+      for k, item in enumerate(entries):
+        item['parameters'] = {'weight': setting(k)}
     else:
       parameters[self.vary] = setting(0)
-      for entry, weight in zip(entries, self.weights or ()):
-        entry['parameters'] = {'weight': weight}
+      for item, weight in zip(entries, self.weights or ()):
+        item['parameters'] = {'weight': weight}
     for name, value in list(parameters.items()):
       if isinstance(value, (list, tuple)) and name != self.vary:
         # One a model; in a recipe a list would run along the layers.
-        for entry, own in zip(entries, parameters.pop(name)):
-          entry.setdefault('parameters', {})[name] = own
+        for item, own in zip(entries, parameters.pop(name)):
+          item.setdefault('parameters', {})[name] = own
     parameters = {entry.recipe_name(n): v for n, v in parameters.items()}
     recipe = {'merge_method': self.method, 'models': entries}
     if base:
@@ -349,9 +354,7 @@ def blocks_of(paths: Sequence[typing.Path]) -> tuple[str, ...]:
   """
   found = {}
   for path in paths:
-    layer = re.match(
-      r'.*?(layers?|blocks?|h|stage)[._]\d+(_block_\d+)?[./]', path
-    )
-    if layer:
-      found[layer[0]] = None
+    block = known.block_of(path)
+    if block:
+      found[block] = None
   return (*found, '*')

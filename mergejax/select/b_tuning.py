@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mergejax import models
 from mergejax.core import errors
 from mergejax.core import typing
 from mergejax.methods import base as merge_base
@@ -111,15 +110,6 @@ def loss(
   return losses.weighted_mean(apart, jnp.broadcast_to(rows, apart.shape))
 
 
-def _real_rows(batch):
-  """`<bool>[batch]`, or None: a batch of other names does not tell."""
-  names = ('images', 'weights', 'decoder_loss_weights', 'decoder_target_tokens')
-  if not any(name in batch for name in names):
-    return None
-  weights = models.target_weights(batch)
-  return jnp.any(weights.reshape(len(weights), -1) > 0, axis=1)
-
-
 def with_teachers(
   objective: objective_lib.Objective,
   features: Callable[[typing.Tree, Any], jax.Array],
@@ -153,9 +143,10 @@ def with_teachers(
 
   def combined(family, params, batch, rngs):
     value, outputs = objective(family, params, batch, rngs)
+    rows = outputs.weights.reshape(len(outputs.weights), -1)
     extra = loss(
       features(params, batch), means, [f(batch) for f, _ in teachers],
-      [m for _, m in teachers], weights, _real_rows(batch),
+      [m for _, m in teachers], weights, jnp.any(rows > 0, axis=1),
     )  # fmt: skip
     metrics = {**outputs.metrics, 'b_tuning': extra}
     return value + trade_off * extra, outputs._replace(metrics=metrics)

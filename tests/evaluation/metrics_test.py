@@ -29,7 +29,7 @@ def tiny_model():
       mlp_dim=16,
     )
   )  # fmt: skip
-  return module, models.init_params(module, jax.random.key(0))
+  return module, models.family_of(module).init(jax.random.key(0))
 
 
 class MetricsTest(absltest.TestCase):

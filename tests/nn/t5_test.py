@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from mergejax import models
-from mergejax.checkpoints.names import t5 as t5_names
 from mergejax.core import axes
 from mergejax.core import tree
+from mergejax.models import t5_hf as t5_names
 from mergejax.nn import layers
 from mergejax.nn import t5
 from mergejax.training import losses
@@ -77,7 +77,7 @@ class T5XTest(parameterized.TestCase):
     arrays = goldens.load(version)
     module, params = tiny(version), goldens.subtree(arrays, 'params/')
     batch = batch_of(arrays)
-    logits = models.logits(module, params, batch)
+    logits = models.family_of(module).logits(params, batch)
     np.testing.assert_allclose(logits, arrays['logits'], rtol=1e-4, atol=2e-5)
     encoded = module.apply(
       {'params': params}, batch['encoder_input_tokens'], method='encode'
@@ -87,10 +87,8 @@ class T5XTest(parameterized.TestCase):
   @parameterized.parameters(*VERSIONS)
   def test_packed_logits(self, version):
     arrays = goldens.load(version)
-    logits = models.logits(
-      tiny(version),
-      goldens.subtree(arrays, 'params/'),
-      batch_of(arrays, 'packed/'),
+    logits = models.family_of(tiny(version)).logits(
+      goldens.subtree(arrays, 'params/'), batch_of(arrays, 'packed/')
     )
     np.testing.assert_allclose(
       logits, arrays['packed/logits'], rtol=1e-4, atol=1e-5
@@ -101,7 +99,7 @@ class T5XTest(parameterized.TestCase):
     arrays = goldens.load(version)
     module, params = tiny(version), goldens.subtree(arrays, 'params/')
     packed = batch_of(arrays, 'packed/')
-    whole = models.logits(module, params, packed)
+    whole = models.family_of(module).logits(params, packed)
     checked = 0
     for row in range(3):
       for segment in range(
@@ -109,7 +107,7 @@ class T5XTest(parameterized.TestCase):
       ):
         inside = packed['encoder_segment_ids'][row] == segment
         targets = packed['decoder_segment_ids'][row] == segment
-        alone = models.logits(module, params, {
+        alone = models.family_of(module).logits(params, {
             'encoder_input_tokens':
                 packed['encoder_input_tokens'][row][inside][None],
             'decoder_input_tokens':
@@ -127,8 +125,8 @@ class T5XTest(parameterized.TestCase):
   def test_bfloat16_is_close(self, version):
     arrays = goldens.load(version)
     module = tiny(version, dtype='bfloat16')
-    logits = models.logits(
-      module, goldens.subtree(arrays, 'params/'), batch_of(arrays)
+    logits = models.family_of(module).logits(
+      goldens.subtree(arrays, 'params/'), batch_of(arrays)
     )
     self.assertEqual(logits.dtype, jnp.float32)
     real = arrays['batch/decoder_target_tokens'] > 0
