@@ -6,23 +6,17 @@ from collections.abc import Sequence
 import json
 import pathlib
 import tempfile
-from typing import Any
-
-import flax.linen as nn
 
 from mergejax import models
 from mergejax.cli import common
 from mergejax.core import errors
-from mergejax.core import typing
 from mergejax.data import corpora
 from mergejax.data import features
 from mergejax.data import tasks
 from mergejax.evaluation import plots
+from mergejax.evaluation import recipes
 from mergejax.evaluation import scoring
 from mergejax.evaluation import suite as suite_lib
-from mergejax.merging.disk import executor
-from mergejax.merging.disk import planner
-from mergejax.merging.recipes import recipe as recipe_lib
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -53,21 +47,6 @@ def main(arguments: Sequence[str]) -> None:
     pathlib.Path(options.json).write_text(text + '\n')
 
 
-def merged(recipe: Any) -> tuple[nn.Module, typing.Tree]:
-  """Module and parameters of a merge that a recipe describes.
-
-  The merge is made on disk, in a temporary folder, as `mergejax merge` does.
-  """
-  if not isinstance(recipe, dict):
-    parsed = recipe_lib.load_recipe(recipe)
-  else:
-    parsed = recipe_lib.parse_recipe(recipe)
-  with tempfile.TemporaryDirectory() as folder:
-    out = pathlib.Path(folder) / 'merged'
-    executor.execute(planner.plan(parsed), out)
-    return models.load_model(out)
-
-
 def _on_suite(options):
   suite = suite_lib.load(options.suite)
   experts = {n: t.expert for n, t in suite.tasks.items() if t.expert}
@@ -79,12 +58,8 @@ def _on_suite(options):
       '`base` or an `expert`.'
     )
 
-  def rows():
-    for path in paths:
-      recipe = pathlib.Path(path).suffix in ('.yaml', '.yml')
-      yield path, *(merged(path) if recipe else models.load_model(path))
-
-  table = suite.table(rows(), options.split)
+  rows = ((path, *recipes.load(path)) for path in paths)
+  table = suite.table(rows, options.split)
   print(suite.describe_metrics())
   print(table.to_text())
   result = {'raw': table.to_json()}

@@ -21,7 +21,6 @@ from mergejax.data import images
 from mergejax.data import stream
 from mergejax.evaluation import base as base_lib
 from mergejax.evaluation import metrics
-from mergejax.search import base as search_base
 
 SPLITS = ('train', 'validation', 'test')
 
@@ -162,7 +161,7 @@ class Suite:
     model: nn.Module | models.ModelFamily,
     split: str,
     names: Sequence[str] | None = None,
-  ) -> search_base.Evaluator:
+  ) -> base_lib.Evaluator:
     """Scores of parameters, compiled with a merge; higher is better.
 
     Losses and bits per byte are negated.
@@ -187,7 +186,7 @@ class Suite:
         result[name] = value if metric.higher_is_better else -value
       return result
 
-    return search_base.Evaluator(score, jax.device_put(data))
+    return base_lib.Evaluator(score, jax.device_put(data))
 
   def _check_known(self, family, name, batches):
     """Raises for classes and tokens that a model does not have."""
