@@ -13,9 +13,9 @@ from mergejax.core import errors
 from mergejax.data import corpora
 from mergejax.data import features
 from mergejax.data import tasks
+from mergejax.evaluation import decode
 from mergejax.evaluation import plots
 from mergejax.evaluation import recipes
-from mergejax.evaluation import scoring
 from mergejax.evaluation import suite as suite_lib
 
 
@@ -64,7 +64,7 @@ def _on_suite(options):
   print(table.to_text())
   result = {'raw': table.to_json()}
   if experts:
-    shares = table.normalised(experts)
+    shares = table.normalised(suite.experts(table))
     print("\nover the score of each task's own expert; more is better")
     print(shares.to_text())
     result['normalised'] = shares.to_json()
@@ -79,8 +79,7 @@ def _on_corpora(options):
   loaded = {}
   for path in options.checkpoints:
     loaded[path] = models.load_model(path)
-    needs = models.family_of(loaded[path][0]).example_batch()
-    if not set(needs) <= {'decoder_input_tokens', 'decoder_target_tokens'}:
+    if not decode.is_decoder_only(models.family_of(loaded[path][0])):
       raise errors.ConfigError(f'{path} is not a language model.')
   vocabulary = features.vocabulary(options.vocabulary)
   with tempfile.TemporaryDirectory() as folder:
@@ -88,7 +87,7 @@ def _on_corpora(options):
       corpora.read_folder(tasks.locate(options.corpora)), pathlib.Path(folder)
     )
     corpora.check_sizes(sizes, {options.split: 1})
-    suite = scoring.of_corpora(
+    suite = suite_lib.of_corpora(
       tasks.add_corpora(folder, vocabulary),
       length=options.length,
       batch_size=options.batch_size,
