@@ -91,7 +91,7 @@ def run(name, seed):
     line = barrier.line(
       a, moved, vision_models.evaluator(module, test), points=9
     )
-    lines[matching] = line
+    lines[matching] = line.lambdas, line.values['loss']
     result[matching] = {
       'loss barrier': line.barrier('loss'),
       'midpoint loss': float(line.values['loss'][4]),

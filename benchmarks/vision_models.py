@@ -17,7 +17,7 @@ from mergejax import models
 from mergejax.checkpoints import checkpoint
 from mergejax.core import tree as tree_lib
 from mergejax.data import images
-from mergejax.search import base as search_base
+from mergejax.evaluation import base as evaluation
 from mergejax.training import arrays
 from mergejax.training import losses
 from mergejax.training import objective
@@ -83,7 +83,7 @@ def cached(name: str, make):
   return params
 
 
-def evaluator(module, data, size=200) -> search_base.Evaluator:
+def evaluator(module, data, size=200) -> evaluation.Evaluator:
   """Loss and accuracy on a split, to be compiled with a merge."""
   count = len(data['labels']) // size * size
   stacked = {
@@ -101,7 +101,7 @@ def evaluator(module, data, size=200) -> search_base.Evaluator:
     loss, right = jax.lax.map(one, data)
     return {'loss': loss.mean(), 'accuracy': right.mean()}
 
-  return search_base.Evaluator(score, jax.device_put(stacked))
+  return evaluation.Evaluator(score, jax.device_put(stacked))
 
 
 def scorer(module, data, size=200):

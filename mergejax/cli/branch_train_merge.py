@@ -40,7 +40,7 @@ from mergejax.evaluation import base as evaluation_base
 from mergejax.evaluation import expert_table
 from mergejax.evaluation import plots
 from mergejax.evaluation import report
-from mergejax.evaluation import scoring
+from mergejax.evaluation import suite as suite_lib
 from mergejax.experts import branch
 from mergejax.training import checkpoints
 from mergejax.training import objective as objective_lib
@@ -140,7 +140,7 @@ def run(settings: Callable[[], Settings] | Settings) -> None:
   task_of, mixture = prepare_data(settings)
   trained = train_all(settings, task_of, mixture)
   say('evaluating')
-  suite = scoring.of_corpora(
+  suite = suite_lib.of_corpora(
     task_of, length=settings.length, batch_size=settings.batch_size
   )
   table, roles, chosen, best_merge = expert_table.evaluate(

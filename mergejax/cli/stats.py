@@ -99,7 +99,7 @@ def _survey(options):
     pathlib.Path(options.json).write_text(text)
   if options.plot:
     plots = importlib.import_module('mergejax.evaluation.plots')
-    plots.norms(found, options.plot)
+    plots.norms(found.to_rows()[:-1], options.plot)
 
 
 def _norms(options):

@@ -14,7 +14,7 @@ import math
 import os
 import pathlib
 import re
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -23,28 +23,10 @@ from mergejax.core import errors
 from mergejax.core import registry
 from mergejax.core import resume
 from mergejax.core import typing
+from mergejax.evaluation import base as evaluation
 from mergejax.merging import in_memory
 from mergejax.methods import named
 from mergejax.names import known
-
-# `{task: score}`, higher is better.
-Scores = Mapping[str, Any]
-
-
-class Evaluator(NamedTuple):
-  """How good parameters are, in a form that can be compiled with a merge.
-
-  Attributes:
-    score: `(params, data) -> {task: score}`, traceable; higher is better.
-    data: the arrays it reads, which stay on the device.
-  """
-
-  score: Callable[[typing.Tree, Any], Scores]
-  data: Any
-
-  def __call__(self, params: typing.Tree) -> Scores:
-    """`score(params, data)`, not compiled."""
-    return self.score(params, self.data)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +44,7 @@ class Candidate:
   objective: float
 
 
-def mean_score(scores: Scores) -> float:
+def mean_score(scores: evaluation.Scores) -> float:
   """The default objective: unweighted mean over tasks."""
   return float(np.mean([float(s) for s in scores.values()]))
 
@@ -84,7 +66,7 @@ class Log:
     self,
     path: os.PathLike | str | None = None,
     settings: Mapping[str, Any] | None = None,
-    objective: Callable[[Scores], float] = mean_score,
+    objective: Callable[[evaluation.Scores], float] = mean_score,
   ):
     self.candidates: list[Candidate] = []
     self._recorded: list[Candidate] = []
@@ -144,7 +126,7 @@ class Log:
     self.candidates.append(found)
     return found
 
-  def add(self, point: Sequence[float], scores: Scores) -> Candidate:
+  def add(self, point: Sequence[float], scores: evaluation.Scores) -> Candidate:
     """Writes down a candidate that has just been tried."""
     one = self._candidate(point, scores)
     self.candidates.append(one)
