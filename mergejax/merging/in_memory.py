@@ -132,7 +132,7 @@ def merge(
     )  # fmt: skip
     for path, leaf in merged:
       kind = dtype or specs[path].dtype
-      result[path] = finite.stored(path, leaf, kind, own.needs)
+      result[path] = finite.stored(path, leaf, kind, own.statistics)
       layout = inputs[0].layout(path)
       if isinstance(layout, jax.sharding.NamedSharding):
         if not isinstance(leaf, jax.core.Tracer):
@@ -286,8 +286,9 @@ class Run:
       contexts = []
       for k, own in enumerate(stats):
         own = own and {
-          n: own[n][at] if n in given.STACK_FIRST else cut(own[n])
-          for n in method.needs
+          need.name: cut(own[need.name]) if need.is_leaf else own[need.name][at]
+          for need in method.statistics
+          if need.name in own
         }
         key = masks.mask_key(self._seed, name, k)
         contexts.append(base_lib.LeafContext(k, {}, key, stats=own))

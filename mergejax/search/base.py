@@ -271,11 +271,11 @@ class Space:
       return [*named_blocks, {'value': values[-1]}]
 
     # What a recipe would otherwise take from mergekit is written out.
-    entry = named.entry_of(self.method)
+    known = named.entry_of(self.method)
     parameters = {
-      name: entry.options[name].default
-      for name in entry.recipe_defaults
-      if entry.options[name].default is not registry.Option.empty
+      name: known.options[name].default
+      for name in known.recipe_defaults
+      if known.options[name].default is not registry.Option.empty
     }
     parameters |= self.options
     entries = [{'model': model} for model in models]
@@ -291,7 +291,7 @@ class Space:
         # One a model; in a recipe a list would run along the layers.
         for item, own in zip(entries, parameters.pop(name)):
           item.setdefault('parameters', {})[name] = own
-    parameters = {entry.recipe_name(n): v for n, v in parameters.items()}
+    parameters = {known.recipe_name(n): v for n, v in parameters.items()}
     recipe = {'merge_method': self.method, 'models': entries}
     if base:
       recipe['base_model'] = base

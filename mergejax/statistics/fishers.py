@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from mergejax import models
 from mergejax.core import errors
+from mergejax.core import statistic_specs
 from mergejax.core import tree as tree_lib
 from mergejax.methods import base as merge_base
 from mergejax.statistics import base
@@ -118,7 +119,7 @@ def fisher(
     'estimator': estimator, 'samples': samples, 'per_token': per_token,
     'seed': seed,
   }  # fmt: skip
-  return base.Statistic('fisher', measure, settings=settings)
+  return base.Statistic(statistic_specs.FISHER, measure, settings=settings)
 
 
 def _check_packing(family, batch, estimator):
