@@ -10,10 +10,8 @@ questions again and finds the first answers in the log.
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import inspect
-import json
 import math
 import os
-import pathlib
 import re
 from typing import Any, NamedTuple
 
@@ -21,6 +19,7 @@ import numpy as np
 
 from mergejax.core import errors
 from mergejax.core import resume
+from mergejax.core import stop as stop_lib
 from mergejax.core import typing
 from mergejax.merging import in_memory
 from mergejax.merging.recipes import recipe as recipe_lib
@@ -69,6 +68,9 @@ def mean_score(scores: Scores) -> float:
 class Log:
   """The candidates of a search, in order, in a file of JSON lines or in memory.
 
+  Entered as a context, it hears SIGTERM: the search ends when what it is trying
+  is written down, and the same search continues from there.
+
   Args:
     path: the file; None keeps them in memory only.
     settings: of the search; a log begun with others is refused.
@@ -88,34 +90,27 @@ class Log:
     self.candidates: list[Candidate] = []
     self._recorded: list[Candidate] = []
     self._objective = objective
-    self._path = None if path is None else pathlib.Path(path)
-    if self._path is not None:
-      self._open(resume.record(settings or {}))
-
-  def _open(self, record):
-    first = json.dumps({'search': record})
-    if not self._path.exists():
-      self._path.parent.mkdir(parents=True, exist_ok=True)
-      self._append(first)
-      return
-    text = self._path.read_text(encoding='utf-8')
-    whole = text[: text.rfind('\n') + 1]
-    if whole != text:  # killed while writing a line
-      os.truncate(self._path, len(whole.encode()))
-    lines = whole.splitlines()
-    if not lines:
-      self._append(first)
-      return
-    resume.check_same(json.loads(lines[0]).get('search'), record, self._path)
-    for line in lines[1:]:
-      row = json.loads(line)
+    self._journal = resume.Journal(path, 'search', settings or {})
+    for row in self._journal.rows():
       self._recorded.append(self._candidate(row['point'], row['scores']))
+    self._journal.begin()
+    self._stop = stop_lib.StopRequest()
 
-  def _append(self, line):
-    with open(self._path, 'a', encoding='utf-8') as stream:
-      stream.write(line + '\n')
-      stream.flush()
-      os.fsync(stream.fileno())
+  def __enter__(self) -> 'Log':
+    self._stop.__enter__()
+    return self
+
+  def __exit__(self, *exception) -> None:
+    self._stop.__exit__(*exception)
+
+  def check_stop(self) -> None:
+    """Ends the search here if that was asked for.
+
+    Raises:
+      errors.Stopped: SIGTERM came since the log was entered.
+    """
+    done = len(self.candidates)
+    self._stop.check(f'Stopped after {done} candidates.')
 
   def _candidate(self, point, scores):
     scores = {name: float(score) for name, score in scores.items()}
@@ -136,7 +131,7 @@ class Log:
     found = self._recorded[at]
     if found.point != tuple(float(x) for x in point):
       raise errors.ConfigError(
-        f'{self._path}: candidate {at} of the log is {list(found.point)}, but '
+        f'{self._journal.path}: candidate {at} of the log is {list(found.point)}, but '
         f'this search asks for {list(map(float, point))}: the log is of '
         'another search.'
       )
@@ -147,8 +142,7 @@ class Log:
     """Writes down a candidate that has just been tried."""
     one = self._candidate(point, scores)
     self.candidates.append(one)
-    if self._path is not None:
-      self._append(json.dumps({'point': one.point, 'scores': one.scores}))
+    self._journal.append({'point': one.point, 'scores': one.scores})
     return one
 
   def best(self) -> Candidate:

@@ -92,6 +92,7 @@ def grid(
       log.add(point, evaluate(merge(models, jnp.asarray(point, jnp.float32))))
       done += 1
       progress(done, len(points))
+      log.check_stop()
     return log
 
   @jax.jit
@@ -112,4 +113,5 @@ def grid(
       log.add(point, {name: values[i] for name, values in found.items()})
     done += len(some)
     progress(done, len(points))
+    log.check_stop()
   return log

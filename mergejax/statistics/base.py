@@ -9,8 +9,6 @@ are kept in float64, so a long stream loses nothing.
 
 from collections.abc import Callable, Iterable, Mapping
 import os
-import signal
-import threading
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -22,8 +20,9 @@ import numpy as np
 
 from mergejax import mesh as mesh_lib
 from mergejax.core import errors
+from mergejax.core import stop as stop_lib
 from mergejax.core import typing
-from mergejax.statistics import journal as journal_lib
+from mergejax.statistics import progress as progress_lib
 from mergejax.statistics import saved
 
 
@@ -106,7 +105,7 @@ def collect(
   shards = mesh.shape['data']
   fingerprint = saved.fingerprint(params)
   settings = {'kind': statistic.kind, **statistic.settings}
-  journal = journal_lib.Journal(out, {**settings, 'model': fingerprint})
+  journal = progress_lib.Progress(out, {**settings, 'model': fingerprint})
   totals, done, aliases = journal.load()
   batches = journal.after(done, batches)
   params = jax.device_put(params, _param_layout(mesh, params))
@@ -123,7 +122,7 @@ def collect(
     return jax.tree.map(jnp.add, sums, measure(params, batch, number))
 
   sums, number = None, done
-  with _Stopping() as stopping:
+  with stop_lib.StopRequest() as stop:
     for number, batch in enumerate(batches, done + 1):
       batch = _placed(mesh, batch)
       index = np.uint32(number - 1)
@@ -142,10 +141,9 @@ def collect(
       if number % save_every == 0:
         totals, sums = _fetched(statistic, totals, sums), None
         journal.save(totals, number, aliases)
-      if stopping.received:
-        # What came after the last save is not kept: sums are added up in the
-        # same groups however often a collection is interrupted.
-        raise errors.Stopped(f'Stopped after {number} batches.')
+      # What came after the last save is not kept: sums are added up in the same
+      # groups however often a collection is interrupted.
+      stop.check(f'Stopped after {number} batches.')
   if sums is not None:
     totals = _fetched(statistic, totals, sums)
   if totals is None:
@@ -270,24 +268,3 @@ def _means(kind, totals, aliases, fingerprint, settings, batches):
   return saved.Statistics(
     result, kind, fingerprint, {**settings, 'batches': batches}
   )
-
-
-class _Stopping:
-  """Notes SIGTERM, so that a collection ends between two batches."""
-
-  def __init__(self):
-    self.received = False
-    self._main = threading.current_thread() is threading.main_thread()
-
-  def __enter__(self):
-    if self._main:
-      self._previous = signal.signal(signal.SIGTERM, self._note)
-    return self
-
-  def _note(self, number, frame):
-    del number, frame
-    self.received = True
-
-  def __exit__(self, *_):
-    if self._main:
-      signal.signal(signal.SIGTERM, self._previous)

@@ -8,7 +8,7 @@ from typing import Any
 
 from mergejax.checkpoints import base as store_base
 from mergejax.core import axes as axes_lib
-from mergejax.core import resume
+from mergejax.core import identity
 from mergejax.core import typing
 from mergejax.merging.disk import companions
 from mergejax.merging.recipes import recipe as recipe_lib
@@ -85,7 +85,7 @@ class Plan:
   @property
   def identity(self) -> str:
     """sha256 of what is asked for and computed, the same in every process."""
-    return resume.digest(
+    return identity.digest(
       {
         'recipe': self.recipe.data,
         'chat_template': self.recipe.chat_template,
