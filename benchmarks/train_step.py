@@ -26,8 +26,8 @@ import time
 import jax
 import numpy as np
 
-from mergejax import mesh as mesh_lib
 from mergejax import models
+from mergejax import partition
 from mergejax.experts import branch
 from mergejax.nn import lm
 from mergejax.nn import t5
@@ -76,7 +76,7 @@ def machine() -> dict:
 
 def side_by_side(rounds: int, experts: int = 4) -> dict:
   """Time per expert and step: one program of K, against one expert K times."""
-  mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])
+  mesh = partition.make_mesh(devices=jax.devices()[:1])
   results = {}
   for name, config, batch_size, length in (
       ('tiny, 0.4M', dict(emb_dim=128, num_heads=2, num_layers=2, mlp_dim=256),
@@ -142,7 +142,7 @@ def t5_step():
   module = t5.Transformer(t5.T5Config(**_T5))
   optimizer = optim.adafactor(0.01)
   key = jax.random.key(0)
-  mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])
+  mesh = partition.make_mesh(devices=jax.devices()[:1])
   state = step_lib.create(models.init_params(module, key), optimizer, key)
   state = branch.place_state(mesh, state, stacked=False)
   loss = losses.make_loss(module, normalizing_factor=None)

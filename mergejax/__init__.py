@@ -32,7 +32,7 @@ _PUBLIC = {
   'linear': ('mergejax.methods.mean', 'linear'),
   'load_model': ('mergejax.models', 'load_model'),
   'load_recipe': ('mergejax.merging.recipes.recipe', 'load_recipe'),
-  'make_mesh': ('mergejax.mesh', 'make_mesh'),
+  'make_mesh': ('mergejax.partition', 'make_mesh'),
   'merge': ('mergejax.merging.api', 'merge'),
   'model_stock': ('mergejax.methods.sphere', 'model_stock'),
   'multislerp': ('mergejax.methods.sphere', 'multislerp'),

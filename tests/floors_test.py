@@ -16,7 +16,7 @@ PACKAGE = ROOT / 'mergejax'
 # know each other.
 FLOORS = {
     'core': 0,
-    'mesh': 1,
+    'partition': 1,
     'checkpoints': 2, 'nn': 2, 'methods': 2,
     'models': 3,
     'intercept': 4, 'architectures': 4,
@@ -56,9 +56,9 @@ class FloorsTest(absltest.TestCase):
           self.assertGreaterEqual(FLOORS[here], LOWEST[top], f'{path}: {name}')
         self.assertNotIn(top, ('torch', 'transformers', 't5x'), str(path))
 
-  def test_only_mesh_builds_meshes(self):
+  def test_only_partition_builds_meshes(self):
     for path in PACKAGE.rglob('*.py'):
-      if path.name != 'mesh.py':
+      if path.name != 'partition.py':
         self.assertNotRegex(
           path.read_text(), r'jax\.make_mesh|sharding\.Mesh\('
         )

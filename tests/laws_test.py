@@ -13,7 +13,7 @@ import numpy as np
 from reference import merging as oracles
 
 import mergejax as mj
-from mergejax import mesh as mesh_lib
+from mergejax import partition
 from mergejax.core import tree as tree_lib
 from mergejax.experts import branch
 from mergejax.merging import in_memory
@@ -390,7 +390,7 @@ class LawsTest(parameterized.TestCase):
 
   @parameterized.named_parameters(ALL)
   def test_sharded_equals_unsharded_and_keeps_the_sharding(self, row):
-    mesh = mesh_lib.make_mesh(data=2, model=4)
+    mesh = partition.make_mesh(data=2, model=4)
     rng = np.random.default_rng(2)
     base, *models = [
       {'mlp/wi/kernel': rng.normal(size=(6, 24)).astype(np.float32)}
@@ -406,7 +406,7 @@ class LawsTest(parameterized.TestCase):
       stats = [
         {p: {'gram': leaf @ leaf.T} for p, leaf in m.items()} for m in models
       ]
-    layout = mesh_lib.sharding(mesh, ('batch', 'mlp'))
+    layout = partition.sharding(mesh, ('batch', 'mlp'))
     put = lambda tree: jax.device_put(tree, layout)
     plain = run(row, models, base, stats=stats)
     sharded = run(row, [put(m) for m in models], put(base), stats=stats)

@@ -25,8 +25,8 @@ import jax
 from jax.experimental import multihost_utils
 import optax
 
-from mergejax import mesh as mesh_lib
 from mergejax import models
+from mergejax import partition
 from mergejax.checkpoints import base
 from mergejax.cli import same_run
 from mergejax.cli import train
@@ -36,10 +36,11 @@ from mergejax.data import machine_text
 from mergejax.data import mixtures
 from mergejax.data import stream as stream_lib
 from mergejax.data import tasks
-from mergejax.evaluation import bits
-from mergejax.evaluation import forest_table
+from mergejax.evaluation import base as evaluation_base
+from mergejax.evaluation import expert_table
 from mergejax.evaluation import plots
 from mergejax.evaluation import report
+from mergejax.evaluation import scoring
 from mergejax.experts import branch
 from mergejax.training import optim
 from mergejax.training import step as step_lib
@@ -124,18 +125,14 @@ def run(settings: Callable[[], Settings] | Settings) -> None:
   task_of, mixture = prepare_data(settings)
   trained = train_all(settings, task_of, mixture)
   say('evaluating')
-  load = lambda split, limit: bits.load_test_sets(
-    task_of,
-    split=split,
-    length=settings.length,
-    batch_size=settings.batch_size,
-    max_sequences=limit,
+  suite = scoring.of_corpora(
+    task_of, length=settings.length, batch_size=settings.batch_size
   )
-  table, roles, chosen, best_merge = forest_table.evaluate(
+  table, roles, chosen, best_merge = expert_table.evaluate(
     settings.module,
     trained,
-    validation=load('validation', settings.validation_sequences),
-    test=load('test', settings.test_sequences),
+    validation=suite.read('validation', limit=settings.validation_sequences),
+    test=suite.read('test', limit=settings.test_sequences),
     scales=settings.scales,
     batch_size=settings.batch_size,
   )
@@ -232,17 +229,17 @@ def make_meshes(
   if sizes is None:
     branches = math.gcd(experts, count)
     sizes = dict(branch=branches, data=count // branches)
-  side_by_side = mesh_lib.make_mesh(**sizes)
+  side_by_side = partition.make_mesh(**sizes)
   branch.check_experts(experts, side_by_side)
   # Rows that do not divide over all devices are repeated on the rest.
   data = math.gcd(settings.batch_size, count)
-  single = mesh_lib.make_mesh(branch=count // data, data=data)
+  single = partition.make_mesh(branch=count // data, data=data)
   return side_by_side, single
 
 
 def train_all(
   settings: Settings, task_of: Mapping[str, str], mixture: str
-) -> forest_table.Models:
+) -> expert_table.Models:
   """Seed, experts and dense model; every phase continues where it stopped."""
   domains = list(task_of)
   side_by_side, single = make_meshes(settings, len(domains))
@@ -283,7 +280,7 @@ def train_all(
     settings.seed_steps,
   )
   # Experts and dense model start from the very same host copy.
-  seed_state = mesh_lib.to_host(seed_state)
+  seed_state = partition.to_host(seed_state)
   expert_state = phase(
     'experts',
     branch.branch_state(seed_state, len(domains)),
@@ -306,10 +303,10 @@ def train_all(
     single,
     total,
   )
-  trained = forest_table.Models(
+  trained = expert_table.Models(
     seed_state.params,
-    mesh_lib.to_host(expert_state.params),
-    mesh_lib.to_host(dense_state.params),
+    partition.to_host(expert_state.params),
+    partition.to_host(dense_state.params),
   )
   folder = settings.directory / 'checkpoints'
   train.save_model(folder / 'seed', settings.module, trained.seed)
@@ -325,7 +322,7 @@ def train_all(
 
 def write_report(
   settings: Settings,
-  table: Mapping[str, Mapping[str, bits.Score]],
+  table: evaluation_base.Table,
   roles: report.Roles,
   chosen: Mapping[str, Any],
   seconds: float,
@@ -352,7 +349,7 @@ def write_report(
     f'{settings.test_sequences} sequences at most; the mean is over domains. '
     'The posterior average has its own weights for every domain.',
     '',
-    report.to_markdown(table),
+    table.to_markdown(),
     '',
     '![heat map](heatmap.png)',
     '',
@@ -373,13 +370,13 @@ def write_report(
   train.save_json(
     directory / 'table.json',
     {
-      'table': report.to_json(table),
+      'table': table.to_json(tasks='domains', value='bits_per_byte'),
       'expected': held,
       'chosen': dict(chosen),
       'settings': describe(settings),
       'seconds': seconds,
     },
   )
-  print(report.to_text(table))
+  print(table.to_text())
   print('\n'.join(['', *verdicts, '', 'Which model to use:', *advice]))
   print(f'\n{directory / "report.md"}')

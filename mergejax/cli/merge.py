@@ -45,7 +45,9 @@ def main(arguments: Sequence[str]) -> None:
   recipe_lib = importlib.import_module('mergejax.merging.recipes.recipe')
   planner = importlib.import_module('mergejax.merging.disk.planner')
   executor = importlib.import_module('mergejax.merging.disk.executor')
-  recipe = recipe_lib.load_recipe(options.recipe)
+  recipe = recipe_lib.load_recipe(
+    options.recipe, imports=options.sandbox is None
+  )
   plan = planner.plan(recipe, sandbox=options.sandbox)
   print(plan.describe(), flush=True)
   form = executor.result_format(plan, pathlib.Path(options.out), options.format)

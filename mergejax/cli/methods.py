@@ -6,7 +6,6 @@ from collections.abc import Sequence
 import inspect
 
 from mergejax.cli import common
-from mergejax.merging.recipes import recipe
 from mergejax.methods import named
 
 
@@ -29,7 +28,7 @@ def main(arguments: Sequence[str]) -> None:
     first = inspect.getdoc(named.METHODS[name]).splitlines()[0]
     settings = ', '.join(map(str, named.METHODS.options(name).values()))
     print(f'{name:<16} {first}\n{"":<16} {settings}')
-    other = recipe.MERGEKIT_DEFAULTS.get(name)
+    other = named.METHODS.entry(name).recipe_defaults
     if other:
       words = ', '.join(f'{k}={v}' for k, v in other.items())
       print(f'{"":<16} recipe: {words}')

@@ -54,8 +54,8 @@ from mergejax.cli import common
 from mergejax.cli import evaluate as evaluate_command
 from mergejax.cli import search_request
 from mergejax.core import tree as tree_lib
+from mergejax.evaluation import base as evaluation_base
 from mergejax.evaluation import plots
-from mergejax.evaluation import scores
 from mergejax.search import base as base_lib
 from mergejax.search import evolve
 from mergejax.search import gradient
@@ -64,9 +64,6 @@ from mergejax.search import grid
 from mergejax.select import ranking
 from mergejax.statistics import saved
 from mergejax.training import losses
-
-# Options whose numbers must be known when a merge is compiled.
-_NOT_TRACED = ('density', 'select_topk', 'gamma', 'epsilon')
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -128,7 +125,7 @@ class _Search:
       ((p, module, t) for p, t in zip(request.paths, params)), tasks,
       score=rank['score'],
     )  # fmt: skip
-    print(scores.to_text(table))
+    print(evaluation_base.to_text(table))
     places = dict.fromkeys(table, 0)
     for task in tasks:
       for place, path in enumerate(
@@ -179,7 +176,7 @@ class _Search:
     with log:
       if request.strategy in ('grid', 'simplex'):
         points = _points(request, space)
-        if space.vary in _NOT_TRACED:
+        if space.vary in request.recipe.entry.counted:
           evaluate = _plain(evaluate)
         grid.grid(merge, models, evaluate, points, log=log, progress=_progress)
       else:
@@ -256,10 +253,10 @@ class _Search:
        ('the merge', module, merged)],
       request.data['evaluate'], request.tasks,
     )  # fmt: skip
-    print(scores.to_text(scores.values(table)))
+    print(table.to_text())
     _write(
       self._out / 'table.json',
-      json.dumps(scores.to_json(table), indent=2) + '\n',
+      json.dumps(table.to_json(), indent=2) + '\n',
     )
 
 

@@ -16,10 +16,10 @@ from mergejax import models as models_lib
 from mergejax.checkpoints import checkpoint
 from mergejax.checkpoints.peft import fold
 from mergejax.core import errors
+from mergejax.evaluation import scoring
 from mergejax.evaluation import suite as suite_lib
 from mergejax.merging.disk import planner
 from mergejax.merging.recipes import recipe as recipe_lib
-from mergejax.methods import named
 from mergejax.search import base as base_lib
 from mergejax.search import evolve
 from mergejax.select import ranking
@@ -63,7 +63,7 @@ class Request:
   strategy: str
   recipe: recipe_lib.Recipe
   inputs: tuple[recipe_lib.Input, ...]
-  suite: suite_lib.Suite
+  suite: scoring.Suite
   tasks: tuple[str, ...]
   split: str
   fingerprints: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -128,16 +128,16 @@ class Request:
 
   def _settings(self, vary):
     """`{option: value, or a list of one a model}`, all but what varies."""
-    result = dict(recipe_lib.MERGEKIT_DEFAULTS.get(self.recipe.method, {}))
+    result = dict(self.recipe.entry.recipe_defaults)
     result.pop(vary, None)
-    for name in (*named.METHODS.options(self.recipe.method), 'weight'):
+    for name in (*self.recipe.entry.options, 'weight'):
       own = [
         one.parameters.get(name, self.recipe.parameters.get(name))
         for one in self.inputs
       ]
       if all(value is None for value in own):
         continue
-      shown = 'lambda' if name == 'scale' else name
+      shown = self.recipe.entry.recipe_name(name)
       if name == vary or (name == 'weight' and vary == 'weights'):
         raise errors.ConfigError(
           f'The merge gives {shown}, which is what this search varies. Leave '
@@ -222,13 +222,13 @@ def _checked(data):
         'models to checkpoints of one shape first.'
       )
   inputs = recipe.slices[0].inputs
-  if named.base_policy(recipe.method) != 'ignored':
+  if recipe.entry.base_policy != 'ignored':
     inputs = tuple(one for one in inputs if one.model != recipe.base)
   suite = suite_lib.load(data['suite'])
   for word in ('split', 'evaluate'):
-    if word in data and data[word] not in suite_lib.SPLITS:
+    if word in data and data[word] not in scoring.SPLITS:
       raise errors.ConfigError(
-        errors.near(str(data[word]), suite_lib.SPLITS, f'{word}, a split,')
+        errors.near(str(data[word]), scoring.SPLITS, f'{word}, a split,')
       )
   tasks = data.get('tasks') or list(suite.tasks)
   if not isinstance(tasks, list):

@@ -9,8 +9,8 @@ import pathlib
 import sys
 
 from mergejax import architectures
-from mergejax import mesh as mesh_lib
 from mergejax import models
+from mergejax import partition
 from mergejax import statistics
 from mergejax.analysis import norms
 from mergejax.checkpoints import base as store_base
@@ -146,7 +146,7 @@ def _collect(options):
     )  # fmt: skip
   mesh = None
   if options.data * options.model_parallel > 1:
-    mesh = mesh_lib.make_mesh(data=options.data, model=options.model_parallel)
+    mesh = partition.make_mesh(data=options.data, model=options.model_parallel)
 
   def progress(done):
     if sys.stderr.isatty():

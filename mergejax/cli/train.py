@@ -20,8 +20,8 @@ import seqio
 
 import gin
 from mergejax import architectures
-from mergejax import mesh as mesh_lib
 from mergejax import models
+from mergejax import partition
 from mergejax.checkpoints import base
 from mergejax.checkpoints import checkpoint
 from mergejax.cli import common
@@ -80,7 +80,7 @@ def main(arguments: Sequence[str]) -> None:
     print(gin.config_str())
     return
   if options.multiprocess or options.coordinator_address:
-    mesh_lib.join_processes(
+    partition.join_processes(
       options.coordinator_address, options.process_count, options.process_index
     )
   gin.get_configurable(run)()
@@ -194,14 +194,14 @@ def train_model(
     initial_checkpoint: parameters to start from; fresh ones by default.
     log_every: steps between logged metrics.
     loss: options of `losses.make_loss`.
-    mesh: sizes for `mesh.make_mesh`.
+    mesh: sizes for `partition.make_mesh`.
   """
   directory = pathlib.Path(model_dir)
   record = directory / 'run.json'
   if initial_checkpoint is not None:
     _check_initial(module, initial_checkpoint)
   optimizer = optimizer_of(optimizer, steps)
-  the_mesh = mesh_lib.make_mesh(**(mesh or {}))
+  the_mesh = partition.make_mesh(**(mesh or {}))
   stream_lib.check_positive('batch size', batch_size)
   if batch_size % the_mesh.shape['data']:
     raise errors.ConfigError(
@@ -356,7 +356,7 @@ def optimizer_of(
 
 def save_model(path: pathlib.Path, module: nn.Module, params: Any) -> None:
   """Saves parameters with the module's `config.json`, replacing older ones."""
-  params = mesh_lib.to_host(params)
+  params = partition.to_host(params)
   if jax.process_index() == 0:
     checkpoint.save_checkpoint(
       path, params, config=models.describe(module), overwrite=True

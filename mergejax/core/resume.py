@@ -77,13 +77,13 @@ class Journal:
     identity.check_same(self._stated(lines[0]), self.record, self.path)
     return lines[1:]
 
-  def is_same(self) -> bool:
-    """True if the file holds lines of this work; False as well if none is."""
+  def stated(self) -> dict[str, Any] | None:
+    """The work that the lines are of: `record` if this one; None without any."""
     try:
       lines = self._lines()
     except errors.DataError:
-      return False
-    return bool(lines) and self._stated(lines[0]) == self.record
+      return {}
+    return (self._stated(lines[0]) or {}) if lines else None
 
   def append(self, row: Any, *, sync: bool = True) -> None:
     """Notes one more line; thread-safe. The first one states the work.

@@ -20,6 +20,11 @@ def _key_name(key) -> str:
   return str(key)
 
 
+def path_name(key) -> typing.Path:
+  """The '/'-joined path of a key path of `jax.tree_util`."""
+  return '/'.join(map(_key_name, key))
+
+
 def flatten(tree: typing.Tree) -> dict[typing.Path, Any]:
   """Lists the leaves of a pytree by '/'-joined path.
 
@@ -34,7 +39,7 @@ def flatten(tree: typing.Tree) -> dict[typing.Path, Any]:
     {'mlp/wi': 1, 'mlp/wo': 2}
   """
   leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-  return {'/'.join(map(_key_name, path)): leaf for path, leaf in leaves}
+  return {path_name(path): leaf for path, leaf in leaves}
 
 
 def unflatten(leaves: Mapping[typing.Path, Any]) -> typing.Tree:
@@ -65,7 +70,7 @@ def map_paths(
 ) -> typing.Tree:
   """`jax.tree.map` whose function also gets the path: `fn(path, leaf, ...)`."""
   return jax.tree_util.tree_map_with_path(
-    lambda path, *leaves: fn('/'.join(map(_key_name, path)), *leaves),
+    lambda path, *leaves: fn(path_name(path), *leaves),
     tree,
     *rest,
   )

@@ -413,7 +413,7 @@ def _reporting_bad_rows():
   try:
     yield
   except tf.errors.OpError as error:
-    found = re.search(r'UserError: (.*?)\n\s*\n?Traceback', str(error), re.S)
+    found = re.search(r'DataError: (.*?)\n\s*\n?Traceback', str(error), re.S)
     if not found:
       raise
     raise errors.DataError(found[1].strip()) from error

@@ -10,15 +10,12 @@ from matplotlib import figure as figures
 import numpy as np
 
 from mergejax.analysis import barrier
-from mergejax.evaluation import report
-from mergejax.evaluation import scores as scores_lib
+from mergejax.evaluation import base
 from mergejax.search import base as search_base
 from mergejax.statistics import surveys
 
 
-def heatmap(
-  table: report.Table, reference: str, path: os.PathLike | str
-) -> None:
+def heatmap(table: base.Table, reference: str, path: os.PathLike | str) -> None:
   """Writes a heat map: bits per byte saved against a reference model.
 
   Args:
@@ -30,9 +27,7 @@ def heatmap(
   from matplotlib import pyplot  # after the backend is chosen
 
   models, domains = list(table), list(table[reference])
-  values = np.array(
-    [[table[m][d].bits_per_byte for d in domains] for m in models]
-  )
+  values = np.array([[table[m][d].value for d in domains] for m in models])
   saved = values[models.index(reference)] - values
   limit = np.abs(saved).max() or 1.0
   figure, axes = pyplot.subplots(
@@ -127,7 +122,7 @@ def norms(found: surveys.Survey, path: os.PathLike | str) -> None:
 
 
 def table(
-  scores: scores_lib.Table, path: os.PathLike | str, kind: str = 'heatmap'
+  scores: base.Table, path: os.PathLike | str, kind: str = 'heatmap'
 ) -> None:
   """Writes a table of models by tasks as a PNG.
 

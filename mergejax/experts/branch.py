@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mergejax import mesh as mesh_lib
+from mergejax import partition
 from mergejax.core import axes as axes_lib
 from mergejax.core import errors
 from mergejax.core import numerics
@@ -114,7 +114,7 @@ def state_shardings(
   """Shardings of a training state: parameters and moments by logical axes.
 
   Args:
-    mesh: from `mesh.make_mesh`.
+    mesh: from `partition.make_mesh`.
     state: a `TrainState` of arrays or shapes.
     stacked: leaves have a leading axis of experts.
 
@@ -128,7 +128,7 @@ def state_shardings(
     path: typing.LeafSpec(spec.shape[len(lead) :], spec.dtype)
     for path, spec in tree_lib.specs(state.params).items()
   }
-  logical = mesh_lib.axes_lib.logical_axes(params)
+  logical = axes_lib.logical_axes(params)
 
   def one(path, leaf):
     shape = tuple(leaf.shape)
@@ -136,9 +136,9 @@ def state_shardings(
     for i in range(len(parts)):
       name = '/'.join(parts[i:])
       if name in params and params[name].shape == shape[len(lead) :]:
-        return mesh_lib.sharding(mesh, lead + logical[name], shape)
+        return partition.sharding(mesh, lead + logical[name], shape)
     names = lead + (None,) * (len(shape) - len(lead))
-    return mesh_lib.sharding(mesh, names, shape)
+    return partition.sharding(mesh, names, shape)
 
   return tree_lib.map_paths(one, state)
 
@@ -173,7 +173,7 @@ def compile_step(
   """
   shardings = state_shardings(mesh, state, stacked=stacked)
   mapped = map_experts(step_fn, mesh, batched=batched) if stacked else step_fn
-  metrics = mesh_lib.sharding(mesh, ('branch',) if stacked else ())
+  metrics = partition.sharding(mesh, ('branch',) if stacked else ())
   return jax.jit(
     mapped, donate_argnums=(0,), out_shardings=(shardings, metrics)
   )
@@ -185,7 +185,7 @@ def batch_placer(
   """Puts host batches on the mesh: experts on `branch`, rows on `data`.
 
   Args:
-    mesh: from `mesh.make_mesh`.
+    mesh: from `partition.make_mesh`.
     stacked: batches have a leading axis of this process's experts (see
       `local_experts`), each with all its rows.
     local_rows: of one model's batch this process holds only its own rows (see
@@ -198,7 +198,7 @@ def batch_placer(
     placed = {}
     for name, leaf in batch.items():
       names = lead + ('batch',) + (None,) * (leaf.ndim - len(lead) - 1)
-      target = mesh_lib.sharding(mesh, names)
+      target = partition.sharding(mesh, names)
       if local_rows:
         placed[name] = jax.make_array_from_process_local_data(target, leaf)
         continue

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from mergejax.core import typing
 from mergejax.methods import base as base_lib
+from mergejax.methods import entries
 from mergejax.methods import mean
 
 
@@ -89,6 +90,7 @@ def on_deltas(
   )
 
 
+@entries.register('task_arithmetic', base='required', averages='normalize')
 def task_arithmetic(
   *, scale: float = 1.0, normalize: bool = False
 ) -> base_lib.Merge:
@@ -118,6 +120,7 @@ def task_arithmetic(
   return on_deltas(mean.linear(normalize=normalize), scale=scale)
 
 
+@entries.register('negate', base='required')
 def negate(*, scale: float = 1.0) -> base_lib.Merge:
   """Subtracts a task vector: forgets what fine-tuning taught.
 
@@ -141,6 +144,7 @@ def negate(*, scale: float = 1.0) -> base_lib.Merge:
   )
 
 
+@entries.register('analogy', base='required')
 def analogy(*, scale: float = 1.0) -> base_lib.Merge:
   """A is to B as C is to D: a model for D from three others.
 

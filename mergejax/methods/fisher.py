@@ -5,8 +5,10 @@
 import jax.numpy as jnp
 
 from mergejax.methods import base as base_lib
+from mergejax.methods import entries
 
 
+@entries.register('fisher', base='ignored')
 def fisher(
   *,
   normalize_fishers: str = 'model',

@@ -2,17 +2,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weighted means of models."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from mergejax.core import errors
 from mergejax.core import typing
 from mergejax.methods import base as base_lib
+from mergejax.methods import entries
 
 # Below this a sum of weights counts as zero, as in mergekit.
 TINY_WEIGHT = 1e-8
 
 
+@entries.register('linear', base='ignored', averages='normalize')
 def linear(*, normalize: bool = True) -> base_lib.Merge:
   """Weighted average of models, leaf by leaf.
 
@@ -95,6 +99,7 @@ def combination(**fields) -> base_lib.Merge:
   return base_lib.leafwise(lambda zeros: zeros, update, finish, **fields)
 
 
+@entries.register('interpolate', base='required', averages=True)
 def interpolate(*, alpha: float) -> base_lib.Merge:
   """Moves from the base towards a model (PAINT, WiSE-FT).
 
@@ -132,13 +137,14 @@ def interpolate(*, alpha: float) -> base_lib.Merge:
   return average._replace(finish=finish, base='required')
 
 
-def passthrough(*, scale: float = 1.0) -> base_lib.Merge:
+@entries.register('passthrough', base='ignored', recipe_names={})
+def passthrough(*, scale: Any = 1.0) -> base_lib.Merge:
   """Copies one model; the building block of layer stacking.
 
   `scale * theta`.
 
   Args:
-    scale: a factor; 1 by default, a copy.
+    scale: a factor, or a list of one; 1 by default, a copy.
 
   Returns:
     A method over exactly one model.
@@ -147,14 +153,14 @@ def passthrough(*, scale: float = 1.0) -> base_lib.Merge:
     >>> merge([{'w': jnp.ones(1)}], passthrough(scale=0.5))
     {'w': Array([0.5], dtype=float32)}
 
-  Source: mergekit `passthrough`. Which layers come from where is said by the
-  `slices` of a recipe.
+  Source: mergekit `passthrough`. The `slices` of a recipe say which layers come
+  from which model.
   """
   base_lib.check_finite('scale', scale)
   return base_lib.leafwise(
     lambda zeros: zeros,
     lambda state, leaf, base, weight, context: (
-      state + jnp.asarray(scale, leaf.dtype) * leaf
+      state + base_lib.of_model(scale, context, leaf.dtype) * leaf
     ),
     lambda state, base: state,
     counts=(1, 1),

@@ -1,73 +1,82 @@
 # Copyright 2026 The mergejax Authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The menu: merge methods by the names that recipes use."""
+"""The menu: merge methods by the names that recipes use.
 
+Every module of this folder is imported, so that what it defines is on it.
+"""
+
+import dataclasses
+import functools
+import importlib
+import pkgutil
+from typing import Any
+
+from mergejax import methods
 from mergejax.core import errors
 from mergejax.core import registry
-from mergejax.methods import arithmetic
 from mergejax.methods import base
-from mergejax.methods import fisher
-from mergejax.methods import mean
-from mergejax.methods import ram
-from mergejax.methods import regmean
-from mergejax.methods import select_erase
-from mergejax.methods import sphere
-from mergejax.methods import swap
-from mergejax.methods import ties
+from mergejax.methods import entries
 
-METHODS = registry.Registry('merge method')
-for _name, _constructor in {
-  'analogy': arithmetic.analogy,
-  'arcee_fusion': swap.arcee_fusion,
-  'breadcrumbs': ties.breadcrumbs,
-  'breadcrumbs_ties': ties.breadcrumbs_ties,
-  'dare_linear': ties.dare_linear,
-  'dare_ties': ties.dare_ties,
-  'della': ties.della,
-  'della_linear': ties.della_linear,
-  'fisher': fisher.fisher,
-  'interpolate': mean.interpolate,
-  'karcher': sphere.karcher,
-  'linear': mean.linear,
-  'model_stock': sphere.model_stock,
-  'multislerp': sphere.multislerp,
-  'nearswap': swap.nearswap,
-  'negate': arithmetic.negate,
-  'nuslerp': sphere.nuslerp,
-  'passthrough': mean.passthrough,
-  'ram': ram.ram,
-  'ram_plus': ram.ram_plus,
-  'regmean': regmean.regmean,
-  'sce': select_erase.sce,
-  'slerp': sphere.slerp,
-  'task_arithmetic': arithmetic.task_arithmetic,
-  'ties': ties.ties,
-}.items():
-  METHODS.register(_name)(_constructor)
+for _module in pkgutil.iter_modules(methods.__path__):
+  if _module.name != 'named':
+    importlib.import_module(f'{methods.__name__}.{_module.name}')
+
+METHODS = entries.METHODS
 
 
-def base_policy(method: str) -> str:
-  """'required', 'optional' or 'ignored': what a method wants of a base."""
-  needed = {
-    name: 0.5
-    for name, parameter in METHODS.options(method).items()
-    if parameter.default is parameter.empty
-  }
-  return resolve(method, **needed).base
+@functools.cache
+def _imported(name: str) -> entries.MethodEntry:
+  constructor = registry.imported(name, entries.WHAT)
+  source = registry.source_digest(constructor)
+  for known in map(METHODS.entry, METHODS):
+    if known.constructor is constructor:
+      return dataclasses.replace(known, name=name, source=source)
+  try:
+    registry.options_of(constructor, f'the {entries.WHAT} {name!r}')
+  except ValueError as error:
+    raise errors.ConfigError(str(error)) from error
+  return entries.MethodEntry(name, constructor, entries.WHAT, source=source)
 
 
-def resolve(method: str | base.Merge, **options) -> base.Merge:
-  """A method from its name and options, or the method itself.
+def entry_of(method: Any) -> entries.MethodEntry:
+  """The entry of a method.
+
+  Args:
+    method: a name of the menu; `package.module:function`, a constructor like
+      those of the menu whose module is then imported; a built `Merge`; or an
+      entry.
 
   Raises:
-    UserError: unknown name or option (near ones are offered), a missing
+    ConfigError: no such name (near ones are offered), module or function.
+
+  Example:
+    >>> entry_of('mergejax.methods.mean:linear').options['normalize'].kind
+    'flag'
+  """
+  if isinstance(method, entries.MethodEntry):
+    return method
+  if isinstance(method, base.Merge):
+    return entries.MethodEntry(
+      entries.VALUE,
+      lambda: method,
+      entries.WHAT,
+      base=method.base,
+      value=method,
+    )
+  if method not in METHODS and registry.is_import_path(method):
+    return _imported(method)
+  return METHODS.entry(method)
+
+
+def resolve(method: str | base.Merge, **options: Any) -> base.Merge:
+  """A method from its name and options, or the method itself.
+
+  Args:
+    method: a name of the menu, `package.module:function`, or a `Merge`.
+    **options: of its constructor.
+
+  Raises:
+    ConfigError: unknown name or option (near ones are offered), a missing
       option, or options given beside a method that is already built.
   """
-  if isinstance(method, base.Merge):
-    if options:
-      raise errors.ConfigError(
-        f'{sorted(options)} belong to the constructor of the method: build '
-        'it with them, or pass the name of the method.'
-      )
-    return method
-  return METHODS.build(method, **options)
+  return entry_of(method).build(**options)

@@ -5,6 +5,7 @@
 import jax.numpy as jnp
 
 from mergejax.methods import base as base_lib
+from mergejax.methods import entries
 
 
 def _active(delta, epsilon):
@@ -45,6 +46,7 @@ def _method(epsilon, factor, first_passes=()):
   )
 
 
+@entries.register('ram', base='required')
 def ram(*, epsilon: float = 1e-5) -> base_lib.Merge:
   """Adds changes that one model made, averages those that several made.
 
@@ -67,6 +69,7 @@ def ram(*, epsilon: float = 1e-5) -> base_lib.Merge:
   return _method(epsilon, lambda context, dtype: jnp.ones((), dtype))
 
 
+@entries.register('ram_plus', base='required')
 def ram_plus(
   *, r: float = 0.1, alpha: float = 0.2, epsilon: float = 1e-5
 ) -> base_lib.Merge:

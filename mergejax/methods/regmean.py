@@ -9,12 +9,14 @@ import jax.numpy as jnp
 from jax.scipy import linalg
 
 from mergejax.methods import base as base_lib
+from mergejax.methods import entries
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 # Condition number from which float32 leaves few digits.
 _ILL = 1e6
 
 
+@entries.register('regmean', base='ignored')
 def regmean(
   *, alpha: float = 0.9, ridge: float = 0.0, weighting: str = 'models'
 ) -> base_lib.Merge:

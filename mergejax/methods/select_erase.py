@@ -9,8 +9,10 @@ import jax.numpy as jnp
 
 from mergejax.core import numerics
 from mergejax.methods import base as base_lib
+from mergejax.methods import entries
 
 
+@entries.register('sce', base='required', counted=('select_topk',))
 def sce(*, select_topk: float = 1.0) -> base_lib.Merge:
   """SCE: keep where models vary most, weigh by energy, erase minorities.
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from mergejax.core import typing
 from mergejax.methods import base as base_lib
+from mergejax.methods import entries
 from mergejax.methods import mean
 
 # Beyond this cosine, or its negative, SLERP is a straight line.
@@ -63,6 +64,7 @@ def _cosine(products: typing.Array, i: int, j: int) -> typing.Array:
   return jnp.clip(products[i, j] / (norms[0] * norms[1]), -1.0, 1.0)
 
 
+@entries.register('slerp', base='required')
 def slerp(*, t: float) -> base_lib.Merge:
   """Spherical interpolation from the base to one model, leaf by leaf.
 
@@ -119,6 +121,7 @@ def slerp(*, t: float) -> base_lib.Merge:
   )
 
 
+@entries.register('nuslerp', base='optional')
 def nuslerp(
   *, flatten: bool = True, axis: str = 'output_unit'
 ) -> base_lib.Merge:
@@ -177,6 +180,7 @@ def nuslerp(
   return base_lib.gathered(combine, view=view, **fields)
 
 
+@entries.register('multislerp', base='optional', averages='normalize_weights')
 def multislerp(
   *, normalize_weights: bool = True, eps: float = 1e-8
 ) -> base_lib.Merge:
@@ -219,6 +223,7 @@ def multislerp(
   )
 
 
+@entries.register('karcher', base='ignored')
 def karcher(*, max_iter: int = 10, tol: float = 1e-5) -> base_lib.Merge:
   """The mean on the sphere (Karcher mean), times the mean norm.
 
@@ -281,6 +286,7 @@ def karcher(*, max_iter: int = 10, tol: float = 1e-5) -> base_lib.Merge:
   )
 
 
+@entries.register('model_stock', base='required')
 def model_stock(
   *, filter_wise: bool = False, clamp_t: bool = False
 ) -> base_lib.Merge:

@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from mergejax.methods import base as base_lib
+from mergejax.methods import entries
 
 
+@entries.register('nearswap', base='required')
 def nearswap(*, t: float) -> base_lib.Merge:
   """Moves each entry of the base towards the model by at most `t`.
 
@@ -49,6 +51,7 @@ def nearswap(*, t: float) -> base_lib.Merge:
   )
 
 
+@entries.register('arcee_fusion', base='required')
 def arcee_fusion() -> base_lib.Merge:
   """Takes from the model only entries of outlying importance.
 

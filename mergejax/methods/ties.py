@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from mergejax.methods import arithmetic
 from mergejax.methods import base as base_lib
 from mergejax.methods import edits
+from mergejax.methods import entries
 from mergejax.methods import mean
 
 # What `rescale` may be where trimming is not random.
@@ -91,6 +92,12 @@ def elect_sign(
   return base_lib.leafwise(init, update, finish, additive=aggregate == 'sum')
 
 
+@entries.register(
+  'ties',
+  base='required',
+  counted=('density',),
+  recipe_defaults={'density': 1.0, 'trim_scope': 'tensor'},
+)
 def ties(
   *,
   density: Any = 0.2,
@@ -144,6 +151,12 @@ def ties(
   )
 
 
+@entries.register(
+  'dare_linear',
+  base='required',
+  averages='normalize',
+  recipe_defaults={'density': 1.0, 'rescale': 'l1'},
+)
 def dare_linear(
   *,
   density: Any,
@@ -186,6 +199,11 @@ def dare_linear(
   )
 
 
+@entries.register(
+  'dare_ties',
+  base='required',
+  recipe_defaults={'density': 1.0, 'rescale': 'l1'},
+)
 def dare_ties(
   *,
   density: Any,
@@ -227,6 +245,12 @@ def dare_ties(
   )
 
 
+@entries.register(
+  'della_linear',
+  base='required',
+  averages='normalize',
+  recipe_defaults={'density': 1.0, 'rescale': 'l1'},
+)
 def della_linear(
   *,
   density: Any,
@@ -269,6 +293,9 @@ def della_linear(
   )
 
 
+@entries.register(
+  'della', base='required', recipe_defaults={'density': 1.0, 'rescale': 'l1'}
+)
 def della(
   *,
   density: Any,
@@ -310,6 +337,12 @@ def della(
   )
 
 
+@entries.register(
+  'breadcrumbs',
+  base='required',
+  averages='normalize',
+  counted=('density', 'gamma'),
+)
 def breadcrumbs(
   *,
   density: Any = 1.0,
@@ -353,6 +386,9 @@ def breadcrumbs(
   )
 
 
+@entries.register(
+  'breadcrumbs_ties', base='required', counted=('density', 'gamma')
+)
 def breadcrumbs_ties(
   *,
   density: Any = 1.0,

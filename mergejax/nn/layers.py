@@ -19,6 +19,7 @@ from jax.nn import initializers
 import jax.numpy as jnp
 import numpy as np
 
+from mergejax import partition
 from mergejax.core import errors
 from mergejax.core import typing
 
@@ -217,9 +218,10 @@ class Attention(nn.Module):
     def project(name, inputs, scale=1.0):
       init = initializers.variance_scaling(scale, 'fan_in', 'normal')
       # [batch, length, embed] -> [batch, length, heads, head_dim]
-      return dense(joined, self.dtype, init, name)(inputs).reshape(
+      projected = dense(joined, self.dtype, init, name)(inputs).reshape(
         *inputs.shape[:-1], self.num_heads, self.head_dim
       )
+      return partition.constrain(projected, ('batch', 'length', 'heads', 'kv'))
 
     query = project('query', queries, 1.0 / self.head_dim)
     key = project('key', keys_values)
@@ -325,6 +327,7 @@ class Mlp(nn.Module):
         dense(self.hidden, self.dtype, mlp_init, name)(inputs)
       )
       hidden = branch if hidden is None else hidden * branch
+    hidden = partition.constrain(hidden, ('batch', 'length', 'mlp'))
     hidden = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))(
       hidden, deterministic=deterministic
     )

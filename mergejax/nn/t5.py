@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
+from mergejax import partition
 from mergejax.core import errors
 from mergejax.core import tree
 from mergejax.core import typing
@@ -69,6 +70,11 @@ class T5Config(StackConfig):
   num_decoder_layers: int = 8
 
 
+def residual(x: typing.Array) -> typing.Array:
+  """The stream between layers, `[batch, length, embed]`, where it is split."""
+  return partition.constrain(x, ('batch', 'length', 'embed'))
+
+
 class DecoderLayer(nn.Module):
   """Causal self-attention, cross-attention if there is an encoder, MLP.
 
@@ -86,14 +92,14 @@ class DecoderLayer(nn.Module):
     y = block.attention('self_attention')(
       y, y, self_bias, deterministic=deterministic, decode=decode
     )
-    x = x + block.dropout(y)
+    x = residual(x + block.dropout(y))
     if encoded is not None:
       y = block.norm('pre_cross_attention_layer_norm')(x)
       y = block.attention('encoder_decoder_attention')(
         y, encoded, cross_bias, deterministic=deterministic
       )
-      x = x + block.dropout(y)
-    return x + block.mlp(x)
+      x = residual(x + block.dropout(y))
+    return residual(x + block.mlp(x))
 
 
 class EncoderLayer(nn.Module):
@@ -106,8 +112,8 @@ class EncoderLayer(nn.Module):
     block = _Block(self.config, deterministic)
     y = block.norm('pre_attention_layer_norm')(x)
     y = block.attention('attention')(y, y, bias, deterministic=deterministic)
-    x = x + block.dropout(y)
-    return x + block.mlp(x)
+    x = residual(x + block.dropout(y))
+    return residual(x + block.mlp(x))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,7 +200,7 @@ class Encoder(nn.Module):
     block = _Block(config, deterministic)
     length = embedded.shape[1]
     bias = relative_bias(config, bidirectional=True)(length, length) + mask_bias
-    x = block.dropout(embedded)
+    x = residual(block.dropout(embedded))
     for i in range(config.num_encoder_layers):
       x = EncoderLayer(config, name=f'layers_{i}')(
         x, bias, deterministic=deterministic
@@ -243,7 +249,7 @@ class Decoder(nn.Module):
     bias = relative_bias(config, bidirectional=False)(length, length)
     if mask_bias is not None:
       bias = bias + mask_bias
-    x = block.dropout(embedder(tokens))
+    x = residual(block.dropout(embedder(tokens)))
     for i in range(self.num_layers):
       x = DecoderLayer(config, name=f'layers_{i}')(
         x,

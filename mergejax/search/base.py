@@ -9,7 +9,6 @@ questions again and finds the first answers in the log.
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
-import inspect
 import math
 import os
 import re
@@ -18,11 +17,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mergejax.core import errors
+from mergejax.core import registry
 from mergejax.core import resume
 from mergejax.core import stop as stop_lib
 from mergejax.core import typing
 from mergejax.merging import in_memory
-from mergejax.merging.recipes import recipe as recipe_lib
 from mergejax.methods import named
 
 # `{task: score}`, higher is better.
@@ -187,7 +186,7 @@ class Space:
   blocks: tuple[str, ...] = ('*',)
 
   def __post_init__(self):
-    known = ('weights', 'weight', *named.METHODS.options(self.method))
+    known = ('weights', 'weight', *named.entry_of(self.method).options)
     if self.vary not in known:
       raise errors.ConfigError(
         errors.near(self.vary, known, f'argument of {self.method} to vary,')
@@ -279,11 +278,11 @@ class Space:
       return [*named_blocks, {'value': values[-1]}]
 
     # What a recipe would otherwise take from mergekit is written out.
-    given = named.METHODS.options(self.method)
+    entry = named.entry_of(self.method)
     parameters = {
-      name: given[name].default
-      for name in recipe_lib.MERGEKIT_DEFAULTS.get(self.method, ())
-      if given[name].default is not inspect.Parameter.empty
+      name: entry.options[name].default
+      for name in entry.recipe_defaults
+      if entry.options[name].default is not registry.Option.empty
     }
     parameters |= self.options
     entries = [{'model': model} for model in models]
@@ -299,8 +298,7 @@ class Space:
         # One a model; in a recipe a list would run along the layers.
         for entry, own in zip(entries, parameters.pop(name)):
           entry.setdefault('parameters', {})[name] = own
-    if 'scale' in parameters and self.method != 'passthrough':
-      parameters['lambda'] = parameters.pop('scale')
+    parameters = {entry.recipe_name(n): v for n, v in parameters.items()}
     recipe = {'merge_method': self.method, 'models': entries}
     if base:
       recipe['base_model'] = base

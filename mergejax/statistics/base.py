@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 import numpy as np
 
-from mergejax import mesh as mesh_lib
+from mergejax import partition
 from mergejax.core import errors
 from mergejax.core import stop as stop_lib
 from mergejax.core import typing
@@ -101,7 +101,7 @@ def collect(
     >>> means['kernel']['gram'].tolist()
     [[1.0, 2.0], [2.0, 4.0]]
   """
-  mesh = mesh or mesh_lib.make_mesh(devices=jax.devices()[:1])
+  mesh = mesh or partition.make_mesh(devices=jax.devices()[:1])
   shards = mesh.shape['data']
   fingerprint = saved.fingerprint(params)
   settings = {'kind': statistic.kind, **statistic.settings}
@@ -189,7 +189,7 @@ def _param_layout(mesh, params):
     layout = getattr(leaf, 'sharding', None)
     if isinstance(layout, NamedSharding) and layout.mesh == mesh:
       return layout
-    return mesh_lib.replicated(mesh)
+    return partition.replicated(mesh)
 
   return jax.tree.map(of, params)
 
@@ -207,7 +207,7 @@ def _placed(mesh, batch):
         f'{shards} data slices of the mesh.'
       )
     result[name] = jax.device_put(
-      leaf, rows if leaf.ndim else mesh_lib.replicated(mesh)
+      leaf, rows if leaf.ndim else partition.replicated(mesh)
     )
   return result
 
@@ -231,7 +231,7 @@ def _fetched(statistic, totals, sums):
     lambda tree: jax.tree.map(lambda x: jnp.sum(x, axis=0), tree)
   )(sums)
   host = {}
-  for path, own in mesh_lib.to_host(joined).items():
+  for path, own in partition.to_host(joined).items():
     host[f'{path}/sum'] = statistic.whole(own['sum']).astype(np.float64)
     host[f'{path}/count'] = own['count'].astype(np.float64)
   if totals is None:

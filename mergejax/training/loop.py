@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from mergejax import mesh as mesh_lib
+from mergejax import partition
 from mergejax.core import errors
 from mergejax.core import stop as stop_lib
 from mergejax.training import checkpoints as checkpoints_lib
@@ -91,7 +91,7 @@ def fit(
       if log:
         # Fetched by every process, whether it has hooks or not: the metrics of
         # experts are spread over all of them.
-        metrics = mesh_lib.to_host(metrics)
+        metrics = partition.to_host(metrics)
         for hook in hooks:
           hook(step, metrics)
       stopping = stop.agreed(may_wait=log)

@@ -15,8 +15,8 @@ import numpy as np
 
 import mergejax as mj
 from mergejax import align
-from mergejax import mesh as mesh_lib
 from mergejax import models
+from mergejax import partition
 from mergejax.align import activations
 from mergejax.align import pairs as pairs_lib
 from mergejax.align import spec as spec_lib
@@ -302,14 +302,14 @@ class MatchTest(parameterized.TestCase):
     _, apply, params, batch = built(BUILT[0][1])
     spec = align.derive(apply, params, batch)
     other = shaken(params, 5, 1.0)
-    mesh = mesh_lib.make_mesh(data=8)
+    mesh = partition.make_mesh(data=8)
     layout = jax.sharding.NamedSharding(
       mesh, jax.sharding.PartitionSpec('data')
     )
     spread = lambda tree_: tree.map_paths(
       lambda path, leaf: jax.device_put(
         leaf,
-        layout if leaf.shape[0] % 8 == 0 else mesh_lib.replicated(mesh),
+        layout if leaf.shape[0] % 8 == 0 else partition.replicated(mesh),
       ),
       tree_,
     )

@@ -18,8 +18,8 @@ import yaml
 
 import gin
 import mergejax as mj
-from mergejax import mesh as mesh_lib
 from mergejax import models
+from mergejax import partition
 from mergejax.checkpoints.names import t5 as t5_names
 from mergejax.cli import common
 from mergejax.cli import main
@@ -346,7 +346,7 @@ class GinTest(parameterized.TestCase):
         batch_size=12, length=8, max_train_bytes=None, seed=0,
     )  # fmt: skip
     side_by_side, single = branch_train_merge.make_meshes(settings, 4)
-    self.assertEqual(mesh_lib.AXES, side_by_side.axis_names)
+    self.assertEqual(partition.AXES, side_by_side.axis_names)
     self.assertEqual(dict(side_by_side.shape)['branch'], 4)
     self.assertEqual(dict(single.shape)['data'], 4)
 

@@ -33,7 +33,7 @@ class LinesTest(parameterized.TestCase):
 
   def test_nothing_is_there_at_first(self):
     self.assertEqual(self.journal.rows(), [])
-    self.assertFalse(self.journal.is_same())
+    self.assertIsNone(self.journal.stated())
     self.assertFalse(self.path.parent.exists())
 
   def test_rows_come_back_in_order(self):
@@ -41,14 +41,14 @@ class LinesTest(parameterized.TestCase):
     for row in rows:
       self.journal.append(row)
     self.assertEqual(self.again().rows(), rows)
-    self.assertTrue(self.again().is_same())
+    self.assertEqual(self.again().stated(), identity.record(WORK))
     header = json.loads(self.path.read_text().splitlines()[0])
     self.assertEqual(header, {'search': identity.record(WORK)})
 
   def test_begun_is_the_same_without_a_row(self):
     self.journal.begin()
     self.journal.begin()
-    self.assertTrue(self.again().is_same())
+    self.assertEqual(self.again().stated(), identity.record(WORK))
     self.assertEqual(self.again().rows(), [])
 
   def test_every_cut_leaves_whole_lines(self):
@@ -64,7 +64,7 @@ class LinesTest(parameterized.TestCase):
 
   def test_other_work_is_refused(self):
     self.journal.append(1)
-    self.assertFalse(self.again(OTHER).is_same())
+    self.assertNotEqual(self.again().stated(), self.again(OTHER).record)
     with self.assertRaisesRegex(
       errors.ConfigError, 'options/gamma: 0.1 there, 0.2 asked for'
     ):
@@ -78,7 +78,7 @@ class LinesTest(parameterized.TestCase):
   def test_what_is_no_journal_is_refused(self):
     self.journal.begin()
     self.path.write_text('{"search": 1}\nnot json\n')
-    self.assertFalse(self.again().is_same())
+    self.assertEqual(self.again().stated(), {})
     with self.assertRaisesRegex(errors.DataError, 'cannot be read'):
       self.again().rows()
 
@@ -108,7 +108,7 @@ class LinesTest(parameterized.TestCase):
     journal.forget()
     self.assertEqual(journal.rows(), [])
     self.assertIsNone(journal.load())
-    self.assertFalse(journal.is_same())
+    self.assertIsNone(journal.stated())
 
 
 class StateTest(parameterized.TestCase):

@@ -63,24 +63,24 @@ def build(mesh, optimizer=None, batched=None):
 def main(branches, data, *distributed):
   if distributed:
     coordinator, processes, index = distributed
-    from mergejax import mesh as first
+    from mergejax import partition as first
 
     first.join_processes(coordinator, int(processes), int(index))
-  from mergejax import mesh as mesh_lib
+  from mergejax import partition
   from mergejax.experts import branch
   from mergejax.methods import mean
 
-  mesh = mesh_lib.make_mesh(branch=int(branches), data=int(data))
+  mesh = partition.make_mesh(branch=int(branches), data=int(data))
   step, state, stream, place, _ = build(mesh)
   losses = []
   for _ in range(10):
     state, metrics = step(state, place(next(stream)))
-    losses.append(mesh_lib.to_host(metrics['loss']).tolist())
+    losses.append(partition.to_host(metrics['loss']).tolist())
   merged = jax.jit(lambda p: branch.merge_experts(p, mean.linear()))(
     state.params
   )
   norm = jnp.sqrt(sum(jnp.sum(x**2) for x in jax.tree.leaves(merged)))
-  norm = float(mesh_lib.to_host(norm))
+  norm = float(partition.to_host(norm))
   if jax.process_index() == 0:
     print(json.dumps({'losses': losses, 'merged_norm': norm}))
 

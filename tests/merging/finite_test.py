@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 
 import mergejax as mj
-from mergejax import mesh as mesh_lib
+from mergejax import partition
 from mergejax.checkpoints import base as store_base
 from mergejax.experts import branch
 from mergejax.merging import finite
@@ -98,8 +98,8 @@ class InputsTest(parameterized.TestCase):
         mj.merge(trees, method, stats=stats)
 
   def test_sharded_leaves_are_not_gathered(self):
-    mesh = mesh_lib.make_mesh(data=8)
-    layout = mesh_lib.sharding(mesh, ('batch', None))
+    mesh = partition.make_mesh(data=8)
+    layout = partition.sharding(mesh, ('batch', None))
     array = np.ones((16, 4), np.float32)
     array[3, 2] = np.nan
     placed = jax.device_put(array, layout)

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 import mergejax as mj
-from mergejax import mesh as mesh_lib
+from mergejax import partition
 from mergejax.core import errors
 from mergejax.merging.recipes import recipe as recipe_lib
 from mergejax.search import base
@@ -453,7 +453,7 @@ class GradientTest(parameterized.TestCase):
     self.assertLess(learned.losses[-1], learned.losses[0])
 
   def test_sharded_equals_unsharded(self):
-    mesh = mesh_lib.make_mesh(data=2, model=4)
+    mesh = partition.make_mesh(data=2, model=4)
     layout = jax.sharding.NamedSharding(
       mesh, jax.sharding.PartitionSpec('model', 'data')
     )

@@ -12,6 +12,7 @@ import numpy as np
 from mergejax import models
 from mergejax import select
 from mergejax.core import errors
+from mergejax.core import labels as labels_lib
 from mergejax.select import b_tuning
 from mergejax.select import bayes
 from mergejax.select import features as features_lib
@@ -138,7 +139,7 @@ class LogmeTest(parameterized.TestCase):
       with self.assertRaisesRegex(errors.UserError, message):
         select.logme(features, labels)
     with self.assertRaisesRegex(errors.UserError, 'outside the range'):
-      bayes.check_classes(np.array([0, 7]), 3)
+      labels_lib.check_classes(np.array([0, 7]), 3)
 
 
 class TransferTest(absltest.TestCase):

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import mergejax as mj
-from mergejax import mesh as mesh_lib
 from mergejax import models
+from mergejax import partition
 from mergejax import statistics
 from mergejax.core import errors
 from mergejax.core import tree
@@ -396,7 +396,7 @@ class ShardedTest(parameterized.TestCase):
     (dict(data=4, model=2), 'gram'), (dict(data=8), 'fisher')
   )
   def test_sharded_equals_unsharded(self, sizes, kind):
-    mesh = mesh_lib.make_mesh(**sizes)
+    mesh = partition.make_mesh(**sizes)
     if kind == 'gram':
       statistic = statistics.gram(tied_head=True)
       module, batches = models.build(SMALL), text_batches()
@@ -415,10 +415,10 @@ class ShardedTest(parameterized.TestCase):
   def test_no_device_waits_for_another_before_the_end(self):
     module = models.build(dict(model_type='mlp', hidden=(8,)))
     params = models.init_params(module, jax.random.key(0))
-    mesh = mesh_lib.make_mesh(data=8)
+    mesh = partition.make_mesh(data=8)
     rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('data'))
     batch = jax.device_put(models.example_batch(module, 8), rows)
-    params = jax.device_put(params, mesh_lib.replicated(mesh))
+    params = jax.device_put(params, partition.replicated(mesh))
     for statistic in (statistics.gram(), statistics.fisher()):
       measure = jax.jit(
         lambda p, b, s=statistic: s.measure(module, p, b, jnp.uint32(0), 8)
@@ -589,7 +589,7 @@ class SavedTest(parameterized.TestCase):
         self.collect(self.folder / 'out', save_every=2)
     # On another mesh it continues, as positions are those of whole batches.
     self.batches = right
-    mesh = mesh_lib.make_mesh(data=8)
+    mesh = partition.make_mesh(data=8)
     found = self.collect(self.folder / 'out', save_every=2, mesh=mesh)
     for path, own in self.collect().items():
       self.assertEqual(found[path]['count'], own['count'])

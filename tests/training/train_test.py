@@ -232,7 +232,7 @@ class LoopTest(parameterized.TestCase):
       f'sys.path.insert(0, {str(pathlib.Path(__file__).parent)!r})\n'
       f'sys.path.insert(0, {str(pathlib.Path(__file__).parents[1])!r})\n'
       'import train_test\n'
-      'from mergejax import errors\n'
+      'from mergejax.core import errors\n'
       'resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300))\n'
       'test = train_test.LoopTest("fit")\n'
       'try:\n'

@@ -34,6 +34,7 @@ from mergejax.core import identity as identity_lib
 from mergejax.core import stop as stop_lib
 from mergejax.merging.disk import pieces
 from mergejax.merging.disk import plans
+from mergejax.merging.disk import programs
 from mergejax.merging.disk import side_cars
 from mergejax.merging.disk import work_folder
 
@@ -166,7 +167,9 @@ class _Execution:
   def _run(self, resume, progress, identity, started):
     sizes = {path: spec.nbytes for path, spec in self._specs.items()}
     try:
-      done = self._work.prepare(identity, self._shards, sizes, resume)
+      done = self._work.prepare(
+        identity, self._shards, sizes, resume, anonymous=self._plan.anonymous
+      )
       left = [t for t in self._plan.tasks if t.path not in done]
       sources = [pathlib.Path(name) for name in identity['work']['sources']]
       checksums.SUMS.start(sources)
@@ -224,6 +227,11 @@ class _Execution:
       raise errors.CheckpointError(
         f'{self._out} already exists and is not the result of this recipe on '
         'these sources. Choose another name, or remove it.'
+        + (
+          ' (A Merge from Python is known again by the `identity=` of `plan`.)'
+          if self._plan.anonymous
+          else ''
+        )
       )
     lines = errors.differences(found.get('code') or {}, identity['code'])
     if lines:
@@ -290,7 +298,7 @@ class _Execution:
           if not hasattr(local, 'buffers'):
             local.buffers = {}
           leaf = pieces.Leaf(self._plan, task, local.buffers, self._timers)
-          if task.method is not None:
+          if task.settings is not None:
             if task.path in notes:
               leaf.contexts = notes[task.path]
             leaf.first_pass()
@@ -319,14 +327,13 @@ class _Execution:
     """Marks of parameters after the looks that take in the whole model."""
     if not left:
       return {}
-    tasks = [t for t in self._plan.tasks if t.method is not None]
-    groups: dict[str, list] = {}
+    tasks = [t for t in self._plan.tasks if t.settings is not None]
+    groups: dict[programs.Settings, list] = {}
     for task in tasks:
-      key = repr((task.method, sorted(task.options.items())))
-      groups.setdefault(key, []).append(task)
+      groups.setdefault(task.settings, []).append(task)
     notes = {}
     for group in groups.values():
-      first_passes = group[0].build().first_passes
+      first_passes = group[0].settings.method.first_passes
       if not any(first_pass.scope == 'tree' for first_pass in first_passes):
         continue
       buffers: dict = {}
@@ -360,7 +367,7 @@ class _Execution:
       'identity': identity_lib.digest(identity['work']),
       'code': identity['code'],
       'mergejax': mergejax.__version__,
-      'method': self._plan.recipe.method,
+      'method': self._plan.recipe.entry.name,
       'recipe': self._plan.recipe.data,
       'seed': self._plan.recipe.seed,
       'format': self._format,
@@ -370,7 +377,7 @@ class _Execution:
         {
           'parameters': [t.path for t in group],
           'method': group[0].method,
-          'options': {k: v for k, v in group[0].options.items()},
+          'options': dict(group[0].options),
           'weights': list(group[0].weights),
         }
         for group in self._groups()
@@ -412,9 +419,9 @@ class _Execution:
     return out / MANIFEST
 
   def _groups(self):
-    groups: dict[str, list] = {}
+    groups: dict[tuple, list] = {}
     for task in self._plan.tasks:
-      key = repr((task.method, sorted(task.options.items()), task.weights))
+      key = (task.settings, task.weights)
       groups.setdefault(key, []).append(task)
     return groups.values()
 

@@ -18,7 +18,6 @@ from mergejax.core import typing
 from mergejax.merging.disk import inputs as inputs_lib
 from mergejax.merging.disk import layer_configs
 from mergejax.merging.recipes import recipe as recipe_lib
-from mergejax.methods import named
 
 Ref = tuple[str, typing.Path]
 
@@ -310,7 +309,7 @@ class _Layout:
     if lacking:
       return None
     # A module of the base alone: there is nothing to merge into it.
-    uses_base = named.base_policy(self._recipe.method) != 'ignored'
+    uses_base = self._recipe.entry.base_policy != 'ignored'
     alone = uses_base and all(ref == base for ref in refs)
     copied = bool(self._recipe.modules) and alone
     return Entry(path, depth, one, refs, base, copied)

@@ -24,7 +24,6 @@ from mergejax.merging import given
 from mergejax.merging import in_memory
 from mergejax.merging import parts
 from mergejax.merging.disk import plans
-from mergejax.merging.disk import programs
 from mergejax.merging.disk import ranks as ranks_lib
 from mergejax.methods import base as base_lib
 from mergejax.methods import masks
@@ -76,12 +75,11 @@ class Leaf:
     self._checked: set[int] = set()
     self.size = task.spec.size
     self._resident = self.size <= plans.RESIDENT * plans.PIECE
-    if task.method is None:
+    if task.settings is None:
       return
-    self.method = task.build()
+    self.method = task.settings.method
     if len(self.method.first_passes) == 0:
       self._resident = False  # one pass is all there is
-    self._static, self._numbers = programs.split_options(task.options)
     self._weights = np.asarray(task.weights, np.float32)
     self._keys = np.stack(
       [
@@ -98,7 +96,7 @@ class Leaf:
   def pieces(self) -> Iterator[Piece]:
     """The pieces of the leaf, in order."""
     size, shape = self.size, self._task.spec.shape
-    if self._task.method and self.method.view == 'unit':
+    if self._task.settings and self.method.view == 'unit':
       # Whole units; a vector is one.
       width = size // shape[0] if len(shape) > 1 else size
       count = size // width
@@ -190,14 +188,15 @@ class Leaf:
 
   def _call(self, stage, number, arrays, offset=0, brackets=None):
     leaves, base, stats = arrays
-    program = programs.program(self._task.method, self._static, stage, number)
+    settings = self._task.settings
+    program = settings.program(stage, number)
     return self._timers.timed(
       'compute',
       lambda: jax.tree.map(
         np.asarray,
         program(
           leaves, base, self._weights, self._keys,
-          [m.note for m in self.contexts], stats, self._numbers,
+          [m.note for m in self.contexts], stats, settings.numbers,
           # Methods that number elements have no leaf that wraps around.
           np.uint32(offset % 2**32), brackets,
         ),
@@ -206,7 +205,7 @@ class Leaf:
 
   def scores(self, i: int, piece: Piece) -> list[np.ndarray]:
     """The scores that look `i` gives the elements of a piece."""
-    found = self._call('look', i, self._load(piece), piece.start)
+    found = self._call('measure', i, self._load(piece), piece.start)
     return [score.reshape(-1)[: piece.count] for score in found]
 
   def _scores_of(self, i, arrays):
@@ -216,7 +215,7 @@ class Leaf:
     room = [np.zeros(padded, array.dtype) for array in arrays]
     for target, array in zip(room, arrays):
       target[:count] = array
-    return [s[:count] for s in self._call('look', i, self._roles(room))]
+    return [s[:count] for s in self._call('measure', i, self._roles(room))]
 
   def place(self, i: int, piece: Piece, brackets) -> tuple[Any, Any, Any]:
     """Where the scores of a piece lie to brackets, and those inside.
@@ -227,7 +226,7 @@ class Leaf:
     """
     arrays = self._load(piece)
     if self.method.view == 'element':
-      places = self._call('place', i, arrays, piece.start, brackets)
+      places = self._call('bracket', i, arrays, piece.start, brackets)
     else:
       places = [
         [ranks_lib.places(score, *bracket) for bracket in own]
@@ -286,7 +285,7 @@ class Leaf:
     combine = np.maximum if first_pass.combine == 'max' else np.add
     total = None
     for piece in self.pieces():
-      found = self._call('look', i, self._load(piece), piece.start)
+      found = self._call('measure', i, self._load(piece), piece.start)
       found = jax.tree.map(_widest, found)
       total = found if total is None else jax.tree.map(combine, total, found)
     return total
@@ -296,9 +295,10 @@ class Leaf:
     first_pass = self.method.first_passes[i]
     found = jax.tree.map(_narrow, found)
     if first_pass.ranks is None:
-      conclude = programs.conclusion(self._task.method, self._static, i)
+      settings = self._task.settings
+      conclude = settings.conclusion(i)
       earlier = [context.note for context in self.contexts]
-      notes = conclude(found, self._weights, self._numbers, earlier)
+      notes = conclude(found, self._weights, settings.numbers, earlier)
     else:
       notes = first_pass.conclude(found, self.contexts, list(self._weights))
     notes = jax.tree.map(np.asarray, list(notes))
@@ -318,7 +318,7 @@ class Leaf:
     """Merges every piece and hands it over: `write(start, array)`."""
     task = self._task
     for piece in self.pieces():
-      if task.method is None:
+      if task.settings is None:
         merged = self._load(piece)[0][0]
       else:
         merged = self._call(
@@ -370,7 +370,7 @@ def merge_whole(
       )
 
   def compute():
-    method, path, spec = task.build(), task.path, task.spec
+    method, path, spec = task.settings.method, task.path, task.spec
     run = in_memory.Run(method, task.weights, {path: spec}, plan.recipe.seed)
     own = run.look_at_leaf(run.parts(path, leaves, base, stats))
     merged = run.finish({path: own})[path]

@@ -13,6 +13,7 @@ import math
 import os
 import re
 from typing import Any
+import uuid
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,33 +22,34 @@ from mergejax.checkpoints import buffers
 from mergejax.core import axes as axes_lib
 from mergejax.core import errors
 from mergejax.core import numerics
-from mergejax.core import registry
 from mergejax.core import stacks
 from mergejax.core import typing
+from mergejax.merging.disk import choices
 from mergejax.merging.disk import inputs as inputs_lib
 from mergejax.merging.disk import layouts
 from mergejax.merging.disk import plans
 from mergejax.merging.recipes import chat_templates
 from mergejax.merging.recipes import recipe as recipe_lib
 from mergejax.merging.recipes import settings
-from mergejax.methods import base as merge_base
-from mergejax.methods import mean
 from mergejax.methods import named
-
-# Methods that divide by the sum of the weights.
-_AVERAGES = ('linear', 'task_arithmetic', 'dare_linear', 'della_linear', 'breadcrumbs')  # fmt: skip
 
 
 def plan(
   recipe: recipe_lib.Recipe | os.PathLike | str | Mapping[str, Any],
   *,
   sandbox: os.PathLike | str | None = None,
+  identity: str | None = None,
 ) -> plans.Plan:
   """Works out what a recipe will do, reading headers only.
 
   Args:
-    recipe: from `load_recipe`, the path of a recipe, or its data.
-    sandbox: if given, every path of the recipe must lie in this directory.
+    recipe: from `load_recipe`, the path of a recipe, or its data. In data, a
+      method may be a value: `{'merge_method': mj.ties(density=0.3), ...}`.
+    sandbox: if given, every path of the recipe must lie in this directory, and
+      no method may be named by `package.module:function`.
+    identity: what methods that are given as values are known by: a text that
+      changes whenever their numbers do. Without it the plan cannot be
+      continued by another process, nor its result recognised.
 
   Returns:
     A plan; `print(plan.describe())` shows it, `execute` runs it.
@@ -55,11 +57,20 @@ def plan(
   Raises:
     UserError: with everything that is wrong.
   """
+  imports = sandbox is None
   if isinstance(recipe, Mapping):
-    recipe = recipe_lib.parse_recipe(recipe)
+    recipe = recipe_lib.parse_recipe(recipe, imports=imports)
   elif not isinstance(recipe, recipe_lib.Recipe):
-    recipe = recipe_lib.load_recipe(recipe)
-  return _Planner(recipe, inputs_lib.Inputs(recipe, sandbox)).plan()
+    recipe = recipe_lib.load_recipe(recipe, imports=imports)
+  if not imports and any(
+    named.entry_of(method).source is not None for method in recipe.methods()
+  ):
+    raise errors.RecipeError(
+      'a recipe in a sandbox runs nothing: it cannot name a method by '
+      '`package.module:function`.'
+    )
+  inputs = inputs_lib.Inputs(recipe, sandbox)
+  return _Planner(recipe, inputs).plan(identity)
 
 
 class _Planner:
@@ -74,8 +85,9 @@ class _Planner:
     self._stats = inputs.stats
     self._reference = inputs.reference
     self._unknown_stacks = {}
+    self._choices = choices.Choices(recipe)
 
-  def plan(self) -> plans.Plan:
+  def plan(self, identity=None) -> plans.Plan:
     tasks = self._tasks()
     self._inputs.raise_problems()
     self._defaults_remark()
@@ -86,19 +98,23 @@ class _Planner:
       dataclasses.replace(recipe, chat_template=chosen), inputs.stores, tuple(inputs.stats), tuple(tasks),
       inputs.reference, inputs.tied, inputs.repeated, inputs.config,
       inputs.tokenizer, tuple(inputs.remarks),
+      self._choices.foreign(identity or uuid.uuid4().hex),
+      self._choices.has_values and identity is None,
     )  # fmt: skip
 
   def _defaults_remark(self):
     self._remarks += self._recipe.notes
-    chosen = recipe_lib.MERGEKIT_DEFAULTS.get(self._recipe.method, {})
+    entry = self._recipe.entry
     chosen = {
-      k: v for k, v in chosen.items() if k not in self._recipe.parameters
+      name: value
+      for name, value in entry.recipe_defaults.items()
+      if name not in self._recipe.parameters
     }
     if chosen:
       words = ', '.join(f'{k}={v}' for k, v in chosen.items())
       self._remarks.append(
         f"mergekit's defaults where the recipe is silent: {words} "
-        f"(`mergejax methods {self._recipe.method}` tells the paper's)"
+        f"(`mergejax methods {entry.name}` tells the paper's)"
       )
 
   # Tasks ---------------------------------------------------------------------
@@ -145,13 +161,16 @@ class _Planner:
 
   def _task(self, entry, used_rules) -> plans.Task:
     recipe = self._recipe
-    path, depth, one, refs, base, copied = entry
-    rule = None
-    for i, candidate in enumerate(recipe.rules):
-      if re.fullmatch(candidate.match, path):
-        used_rules.add(i)
-        rule = candidate
-        break
+    path, depth, _, refs, base, copied = entry
+    number, rule = next(
+      (
+        (i, rule)
+        for i, rule in enumerate(recipe.rules)
+        if re.fullmatch(rule.match, path)
+      ),
+      (None, None),
+    )
+    used_rules.add(number)
     spec = self._spec(refs[0] if base is None else base)
     stored = spec
     if recipe.dtype and numerics.is_averaged(spec.dtype):
@@ -184,75 +203,27 @@ class _Planner:
           f'{path} cannot be copied from {copy[0]}: it '
           + ('lacks it.' if found is None else f'is {list(found.shape)} there.')
         )
-      return plans.Task(path, stored, None, {}, (), (copy,), None)
-    method = (rule and rule.method) or recipe.method
-    return self._merge_task(path, depth, one, refs, base, stored, method, rule)
+      return plans.Task(path, stored, None, (), (copy,), None)
+    method = self._choices.entry(number)
+    return self._merge_task(entry, depth, stored, method, rule)
 
-  def _merge_task(self, path, depth, one, refs, base, spec, method, rule):
-    wanted = named.base_policy(method)
-    if wanted == 'ignored':
+  def _merge_task(self, entry, depth, spec, method, rule):
+    refs, sources, base = entry.refs, entry.slice.inputs, entry.base
+    if method.base_policy == 'ignored':
       base = None
-    else:
-      refs_and_sources = [
-        (ref, source)
-        for ref, source in zip(refs, one.inputs)
-        if not (base and source.model == base[0])
-      ]
-      refs = [ref for ref, _ in refs_and_sources]
-    sources = (
-      one.inputs if wanted == 'ignored' else [s for _, s in refs_and_sources]
-    )
-    if wanted == 'required' and base is None:
+    elif base is not None:
+      kept = [k for k, source in enumerate(sources) if source.model != base[0]]
+      kept = [k for k in kept if k < len(refs)]
+      refs, sources = [refs[k] for k in kept], [sources[k] for k in kept]
+    elif method.base_policy == 'required':
       self._problems.append(
-        f'{method} works on differences from a base model: give `base_model:`.'
+        f'{method.name} works on differences from a base model: give '
+        '`base_model:`.'
       )
-    layers = [dict(rule.parameters)] if rule else [{}]
-    shared = [*layers, one.parameters, one.outer, self._recipe.parameters]
-    values: dict[str, list] = {}
-    known = named.METHODS.options(method)
-    for name in sorted({*known, 'weight'}):
-      # A filter of what models differ in means their names, before stacking.
-      own = name == 'weight' or method == 'passthrough' or known[name].per_model
-      values[name] = [
-        _first(
-          name,
-          [*layers, source.parameters, *shared[1:]],
-          ref[1] if own else path,
-          depth,
-        )
-        for source, ref in zip(sources, refs)
-      ] or [_first(name, shared, path, depth)]
-    weights = values.pop('weight')
-    options = dict(recipe_lib.MERGEKIT_DEFAULTS.get(method, {}))
-    for name, own in values.items():
-      given = [value for value in own if value is not None]
-      if not given:
-        continue
-      default = options.get(name, known[name].default)
-      if all(value == own[0] for value in own):
-        options[name] = own[0]
-      elif len(given) < len(own) and default is registry.Option.empty:
-        raise errors.RecipeError(
-          f'{path}: {name} is given for some models and not for others.'
-        )
-      else:
-        options[name] = [default if v is None else v for v in own]
-    try:
-      built = named.resolve(method, **options)
-      plain = None if all(w is None for w in weights) else [
-        1.0 if w is None else w for w in weights
-      ]  # fmt: skip
-      if built.default_weights is not None:
-        plain = None
-      checked = merge_base.check_weights(built, plain, len(refs))
-      if method in _AVERAGES and options.get('normalize', method == 'linear'):
-        if abs(sum(checked)) < mean.TINY_WEIGHT:
-          raise errors.RecipeError(
-            f'the weights of {path} sum to zero, so their average is not '
-            'defined; give others, or `normalize: false`.'
-          )
-    except errors.UserError as error:
-      raise errors.RecipeError(f'{method}: {error.message}') from error
+    settings, weights = self._choices.choose(
+      method, rule, entry, depth, sources, refs
+    )
+    built, path = settings.method, entry.path
     self._check_shapes(path, spec, refs, base)
     if built.numbers_elements:
       numerics.check_countable(path, axes_lib.slice_size(spec))
@@ -261,10 +232,8 @@ class _Planner:
       return None
     if built.view != 'element':
       axes_lib.view(path, spec)
-    return plans.Task(
-      path, spec, method, options, tuple(float(w) for w in checked),
-      tuple(refs), base, self._stats_of(path, spec, built, refs),
-    )  # fmt: skip
+    stats = self._stats_of(path, spec, built, refs)
+    return plans.Task(path, spec, settings, weights, tuple(refs), base, stats)
 
   def _stats_of(self, path, spec, method, refs):
     if not method.needs:
@@ -316,16 +285,6 @@ class _Planner:
           f'{path}: {ref[1]} of {ref[0]} is {own.dtype.name} '
           f'{list(own.shape)}, expected {spec.dtype.name} {list(spec.shape)}.'
         )
-
-
-def _first(name, places, path, depth):
-  """The value of a setting in the first place that has one."""
-  for place in places:
-    if name in place:
-      value = settings.evaluate(place[name], path, depth)
-      if value is not None:
-        return value
-  return None
 
 
 def _depth(path, counts) -> float:

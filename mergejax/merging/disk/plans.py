@@ -11,9 +11,8 @@ from mergejax.core import axes as axes_lib
 from mergejax.core import identity
 from mergejax.core import typing
 from mergejax.merging.disk import companions
+from mergejax.merging.disk import programs
 from mergejax.merging.recipes import recipe as recipe_lib
-from mergejax.methods import base as merge_base
-from mergejax.methods import named
 
 # Elements of a leaf that are merged at a time.
 PIECE = 1 << 20
@@ -32,8 +31,7 @@ class Task:
   Attributes:
     path: its name there.
     spec: its shape and dtype there, and its logical axes.
-    method: name of the method, or None to copy the only input.
-    options: of the method, by their Python names.
+    settings: the method and its options, or None to copy the only input.
     weights: one a model.
     inputs: where the models' versions lie.
     base: where the base's lies, or None.
@@ -42,16 +40,34 @@ class Task:
 
   path: typing.Path
   spec: typing.LeafSpec
-  method: str | None
-  options: Mapping[str, Any]
+  settings: programs.Settings | None
   weights: tuple[float, ...]
   inputs: tuple[tuple[str, typing.Path], ...]
   base: tuple[str, typing.Path] | None
   stats: tuple[Mapping[str, typing.Path], ...] = ()
 
-  def build(self) -> merge_base.Merge:
-    """The method with the options of this parameter."""
-    return named.resolve(self.method, **self.options)
+  @property
+  def method(self) -> str | None:
+    """Name of the method, None for a copy."""
+    return None if self.settings is None else self.settings.entry.name
+
+  @property
+  def options(self) -> Mapping[str, Any]:
+    """Options of the method, by their Python names."""
+    return {} if self.settings is None else self.settings.options
+
+  def record(self) -> dict[str, Any]:
+    """What is computed, as plain data."""
+    return {
+      'path': self.path,
+      'spec': self.spec,
+      'method': self.method,
+      'options': self.options,
+      'weights': self.weights,
+      'inputs': self.inputs,
+      'base': self.base,
+      'stats': self.stats,
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +85,10 @@ class Plan:
     config: changes to the reference's `config.json`; dots lead into sections.
     tokenizer: of the result.
     remarks: what a reader should know: choices made, files left alone.
+    methods: what names do not say of methods from outside the package: the
+      sha256 of their source, or who vouches for a `Merge` from Python.
+    anonymous: nobody vouches for a `Merge` from Python, so that another
+      process cannot know it again.
   """
 
   recipe: recipe_lib.Recipe
@@ -81,19 +101,22 @@ class Plan:
   config: Mapping[str, Any]
   tokenizer: companions.Tokenizer
   remarks: tuple[str, ...]
+  methods: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  anonymous: bool = False
 
   @property
   def identity(self) -> str:
     """sha256 of what is asked for and computed, the same in every process."""
-    return identity.digest(
-      {
-        'recipe': self.recipe.data,
-        'chat_template': self.recipe.chat_template,
-        'tasks': self.tasks,
-        'config': self.config,
-        'tokenizer': self.tokenizer,
-      }
-    )
+    work = {
+      'recipe': self.recipe.data,
+      'chat_template': self.recipe.chat_template,
+      'tasks': [task.record() for task in self.tasks],
+      'config': self.config,
+      'tokenizer': self.tokenizer,
+    }
+    if self.methods:
+      work['methods'] = self.methods
+    return identity.digest(work)
 
   @property
   def read_bytes(self) -> int:
@@ -119,14 +142,14 @@ class Plan:
     )
     stored = sum(spec.dtype.itemsize for spec in specs)
     wide = 4 if task.spec.dtype.itemsize < 8 else 8
-    if task.method is None:
+    if task.settings is None:
       return whole + PIECE * stored
     size = task.spec.size
     if not self.in_pieces(task):
       # The leaves as stored, widened, laid for the method, and the result.
       return whole + size * (stored + wide * (2 * len(refs) + 2))
     piece = min(size, PIECE)
-    first_passes = task.build().first_passes
+    first_passes = task.settings.method.first_passes
     held = min(size, RESIDENT * PIECE) if first_passes else piece
     held *= stored + sum(d.itemsize for d in self._stat_dtypes(task))
     if any(first_pass.ranks for first_pass in first_passes):
@@ -143,9 +166,9 @@ class Plan:
 
   def in_pieces(self, task: Task) -> bool:
     """True if a parameter is merged piece by piece rather than whole."""
-    if task.method is None:
+    if task.settings is None:
       return True
-    method = task.build()
+    method = task.settings.method
     stack = axes_lib.stacked(task.spec) and method.of_slices
     if stack or 'gram' in method.needs:
       return False
@@ -166,22 +189,21 @@ class Plan:
   def describe(self) -> str:
     """The plan in words."""
     recipe = self.recipe
-    lines = [f'method    {recipe.method}']
+    lines = [f'method    {recipe.entry.name}']
     if recipe.base:
       lines.append(f'base      {recipe.base}')
     lines += [f'model     {m}' for m in recipe.models() if m != recipe.base]
     groups: dict[tuple, list[Task]] = {}
     for task in self.tasks:
-      key = (task.method, tuple(sorted((k, str(v)) for k, v in task.options.items())), task.weights)  # fmt: skip
-      groups.setdefault(key, []).append(task)
-    for (method, options, weights), tasks in list(groups.items())[:12]:
-      what = 'copied' if method is None else method
-      settings = ''.join(f', {name}={value}' for name, value in options)
-      if method is not None:
-        settings += f', weights {list(weights)}'
-      lines.append(
-        f'  {len(tasks):>5} x {what}{settings}   (first: {tasks[0].path})'
-      )
+      groups.setdefault((task.settings, task.weights), []).append(task)
+    for (settings, weights), (first, *others) in list(groups.items())[:12]:
+      what = 'copied'
+      if settings is not None:
+        options = sorted(settings.options.items())
+        words = [f'{name}={value}' for name, value in options]
+        words.append(f'weights {list(weights)}')
+        what = ', '.join([settings.entry.name, *words])
+      lines.append(f'  {1 + len(others):>5} x {what}   (first: {first.path})')
     if len(groups) > 12:
       lines.append(f'  ... and {len(groups) - 12} more groups of settings')
     whole = [t for t in self.tasks if not self.in_pieces(t)]

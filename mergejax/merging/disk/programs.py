@@ -1,12 +1,14 @@
 # Copyright 2026 The mergejax Authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A merge method on a piece of a leaf, as compiled programs.
+"""A merge method with its options, and its stages as compiled programs.
 
-Numbers of a recipe are arguments, so that weights which change from layer to
-layer compile nothing anew; words and flags are what a program is made for.
+Numbers of a recipe are arguments of a program, so that weights which change
+from layer to layer compile nothing anew; a program is made for the words and
+flags.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+import dataclasses
 import functools
 from typing import Any
 
@@ -17,19 +19,56 @@ import numpy as np
 from mergejax.core import numerics
 from mergejax.merging import parts
 from mergejax.methods import base as base_lib
-from mergejax.methods import named
+from mergejax.methods import entries
 
 
-@functools.cache
-def program(method: str, static: tuple, stage: str, number: Any):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Settings:
+  """A method with its options: parameters of equal settings share one.
+
+  Attributes:
+    entry: what is known of the method.
+    options: by their names in Python.
+    method: the method, built once.
+  """
+
+  entry: entries.MethodEntry
+  options: Mapping[str, Any]
+  method: base_lib.Merge
+
+  @functools.cached_property
+  def _split(self):
+    static, numbers = self.entry.split(self.options)
+    arrays = {n: np.asarray(x, np.float32) for n, x in numbers.items()}
+    return static, arrays
+
+  @property
+  def numbers(self) -> dict[str, np.ndarray]:
+    """The options that programs are given: <float32>[] or [models]."""
+    return self._split[1]
+
+  def program(self, stage: str, number: Any) -> Callable[..., Any]:
+    """A compiled stage, for whatever numbers; see `_program`."""
+    return _program(self.entry, self._split[0], stage, number)
+
+  def conclusion(self, number: int) -> Callable[..., Any]:
+    """What first pass `number` concludes, compiled; see `_conclusion`."""
+    return _conclusion(self.entry, self._split[0], number)
+
+
+# Of the menu there are few; methods given as values come and go.
+@functools.lru_cache(1024)
+def _program(
+  entry: entries.MethodEntry, static: tuple, stage: str, number: Any
+):
   """The compiled call of one stage of a method.
 
-  Stages: 'merge' to the dtype called `number`; 'look', what look `number`
-  measures; 'place', where its scores lie to brackets.
+  Stages: 'merge' to the dtype called `number`; 'measure', what first pass
+  `number` finds; 'bracket', where its scores lie to brackets.
   """
 
   def run(leaves, base, weights, keys, notes, stats, numbers, offset, brackets):
-    built = named.resolve(method, **dict(static), **numbers)
+    built = entry.build(**dict(static), **numbers)
     contexts = [
       base_lib.LeafContext(k, notes[k], keys[k], stats[k])
       for k in range(len(leaves))
@@ -47,7 +86,7 @@ def program(method: str, static: tuple, stage: str, number: Any):
     found = built.first_passes[number].measure(
       part.leaves, part.base, part.placed(), own
     )
-    if stage == 'look':
+    if stage == 'measure':
       return found
     small = lambda mask: mask.astype(jnp.uint8)
     return [
@@ -62,31 +101,16 @@ def program(method: str, static: tuple, stage: str, number: Any):
   return jax.jit(run)
 
 
-def split_options(options: Mapping[str, Any]) -> tuple[tuple, dict[str, Any]]:
-  """Options that a program is compiled for, and numbers that it is given."""
-  static, numbers = {}, {}
-  for name, value in options.items():
-    values = value if isinstance(value, (list, tuple)) else [value]
-    plain = all(
-      isinstance(v, (int, float)) and not isinstance(v, bool) for v in values
-    )
-    if plain and name != 'max_iter':
-      numbers[name] = np.asarray(value, np.float32)
-    else:
-      static[name] = tuple(value) if isinstance(value, list) else value
-  return tuple(sorted(static.items())), numbers
-
-
-@functools.cache
-def conclusion(method: str, static: tuple, number: int):
-  """`(found, weights, numbers, notes) -> notes` of look `number`, compiled.
+@functools.lru_cache(1024)
+def _conclusion(entry: entries.MethodEntry, static: tuple, number: int):
+  """`(found, weights, numbers, notes) -> notes` of one first pass, compiled.
 
   The geometry of spherical means is a few hundred operations on scalars: as
   many calls for every leaf if it is not one program.
   """
 
   def run(found, weights, numbers, notes):
-    built = named.resolve(method, **dict(static), **numbers)
+    built = entry.build(**dict(static), **numbers)
     contexts = [base_lib.LeafContext(k, note) for k, note in enumerate(notes)]
     return list(
       built.first_passes[number].conclude(found, contexts, list(weights))

@@ -135,7 +135,7 @@ def _card(plan):
   text = yaml.safe_dump(dict(recipe.data), sort_keys=False)
   return (
     '---\ntags:\n- merge\n- mergejax\n---\n\n'
-    f'# A merge by `{recipe.method}`\n\nMerged with mergejax '
+    f'# A merge by `{recipe.entry.name}`\n\nMerged with mergejax '
     f'{mergejax.__version__} from:\n\n{models}\n\n## Recipe\n\n'
     f'```yaml\n{text}```\n\n`manifest.json` lists the settings of every '
     'parameter and the sha256 of every source.\n'

@@ -89,6 +89,7 @@ class WorkFolder:
     shards: Sequence[safetensors.Shard],
     sizes: Mapping[typing.Path, int],
     resume: bool,
+    anonymous: bool = False,
   ) -> set[typing.Path]:
     """Finds what an interrupted call left, or lays the files out anew.
 
@@ -97,19 +98,29 @@ class WorkFolder:
       shards: the files of the result.
       sizes: bytes of each parameter of the result.
       resume: continue what is there, if it is the same merge.
+      anonymous: no two processes can know that theirs is the same merge.
 
     Returns:
       The parameters that are merged already.
 
     Raises:
-      UserError: the disk has no room for the others.
+      UserError: the disk has no room for the others; or an anonymous merge is
+        there that cannot be known to be this one.
     """
     # A crash of the machine may have lost what a line of the journal says.
     self._journal = resume_lib.Journal(
       self.path / 'journal', 'merge', {**identity['work'], 'boot': _boot()}
     )
     done = set()
-    if resume and self._journal.is_same():
+    found = self._journal.stated() if resume else None
+    if anonymous and found not in (None, self._journal.record):
+      raise errors.CheckpointError(
+        f'{self.path} holds a merge that was interrupted, and whether it is '
+        'this one is not known: its method is a Merge without a name. Give '
+        '`plan` an `identity=` that changes whenever its numbers do, or '
+        'start afresh with `resume=False`.'
+      )
+    if found == self._journal.record:
       done = set(self._journal.rows())
     else:
       for child in self.path.iterdir():

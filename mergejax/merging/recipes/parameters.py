@@ -9,6 +9,7 @@ from mergejax.core import errors
 from mergejax.merging.recipes import mergekit_words
 from mergejax.merging.recipes import settings
 from mergejax.methods import edits
+from mergejax.methods import entries as methods_lib
 from mergejax.methods import named
 
 
@@ -80,13 +81,18 @@ def check_keys(
 
 
 def read(
-  data: Any, method: str | None, where: str, report: Report, *, of_model: bool
+  data: Any,
+  method: methods_lib.MethodEntry | None,
+  where: str,
+  report: Report,
+  *,
+  of_model: bool,
 ) -> Mapping[str, Any]:
   """The `parameters:` of a recipe, a slice, a rule or a model.
 
   Args:
     data: as YAML gave it.
-    method: name on the menu, or None if it is not known.
+    method: what is known of the method, or None.
     where: what these are the parameters of, for messages.
     report: gets every problem, and what is ignored.
     of_model: they are those of one model.
@@ -121,9 +127,9 @@ def read(
 
 def _counts(key, value, method, where, report, of_model) -> bool:
   """True if a key is an option here; otherwise the report has heard of it."""
-  own = named.METHODS.options(method)
-  if method in mergekit_words.READS:
-    per_model, for_all = mergekit_words.READS[method]
+  own = method.options
+  if method.name in mergekit_words.READS:
+    per_model, for_all = mergekit_words.READS[method.name]
     # What is not in Python by this name, or is there and not in mergekit.
     known = key in (*per_model, *for_all) or (
       key in own and key not in mergekit_words.OPTIONS
@@ -138,19 +144,24 @@ def _counts(key, value, method, where, report, of_model) -> bool:
     why = 'an empty list gives nothing'
   elif key == 'scale' and key in own and not known:
     report.problems.append(
-      f'{where}: scale: mergekit ignores it under {method}. Write `lambda` if '
+      f'{where}: scale: mergekit ignores it under {method.name}. Write `lambda` if '
       'that is meant; otherwise take it out.'
     )
-  elif method == 'task_arithmetic' and key in mergekit_words.WHOLE_TASK_VECTORS:
+  elif (
+    method.name == 'task_arithmetic'
+    and key in mergekit_words.WHOLE_TASK_VECTORS
+  ):
     why = 'task_arithmetic keeps task vectors whole, as in mergekit'
   elif key in mergekit_words.WITHOUT_EFFECT:
     why = mergekit_words.WITHOUT_EFFECT[key]
   elif of_model and key in for_all:
-    why = f'{method} takes one for all models, from the common `parameters:`'
+    why = (
+      f'{method.name} takes one for all models, from the common `parameters:`'
+    )
   elif known:
     return True
-  elif key in mergekit_words.OPTIONS:
-    why = f'{method} does not read it, as in mergekit'
+  elif key in mergekit_words.OPTIONS and not (method.is_value or method.source):
+    why = f'{method.name} does not read it, as in mergekit'
   else:
     _unknown(key, method, where, report)
   if why:
@@ -160,14 +171,16 @@ def _counts(key, value, method, where, report, of_model) -> bool:
 
 def _unknown(key, method, where, report):
   """An option that neither this method nor mergekit knows."""
-  own = named.METHODS.options(method)
-  known = {*own, 'weight'}
-  if 'scale' in own and method != 'passthrough':
-    known = known - {'scale'} | {'lambda'}
+  known = {*map(method.recipe_name, method.options), 'weight'}
   ours = {o for other in named.METHODS for o in named.METHODS.options(other)}
-  if key in ours or mergekit_words.slip(key, known | mergekit_words.OPTIONS):
+  foreign = method.is_value or method.source is not None
+  if (
+    foreign
+    or key in ours
+    or mergekit_words.slip(key, known | mergekit_words.OPTIONS)
+  ):
     report.problems.append(
-      errors.near(str(key), known, f'option of {method} in {where},')
+      errors.near(str(key), known, f'option of {method.name} in {where},')
     )
   else:
     report.ignore(key, where, 'unknown, and mergekit ignores it')
@@ -186,7 +199,7 @@ def _meaning(key, method):
     return name, 'word', _rescale
   if name == 'weight':
     return name, 'number', None
-  return name, named.METHODS.options(method)[name].kind, None
+  return name, method.options[name].kind, None
 
 
 def _rescale(value):

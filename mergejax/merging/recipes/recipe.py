@@ -22,6 +22,9 @@ A mergekit YAML file is a recipe, unchanged (`modules:` are read by
     rules:                                   # first full match of a path wins
       - {match: '.*lm_head.*', copy: base}
       - {match: '.*mlp.*', method: linear, parameters: {weight: 1}}
+
+A method is a name of the menu, `package.module:function` for a constructor of
+your own (whose module is imported), or, in data from Python, a built `Merge`.
 """
 
 from collections.abc import Mapping
@@ -34,12 +37,15 @@ from typing import Any
 import yaml
 
 from mergejax.core import errors
+from mergejax.core import registry
 from mergejax.merging.recipes import mergekit_words
 from mergejax.merging.recipes import model_names
 from mergejax.merging.recipes import modules as recipe_modules
 from mergejax.merging.recipes import parameters as parameters_lib
 from mergejax.merging.recipes import tokenizer_words
 from mergejax.merging.recipes import values
+from mergejax.methods import base as merge_base
+from mergejax.methods import entries as methods_lib
 from mergejax.methods import named
 
 _TOP = (
@@ -50,14 +56,6 @@ _TOP = (
 )  # fmt: skip
 FORMATS = ('safetensors', 'orbax', 't5x', 'npz')
 VOCAB_POLICIES = ('base', 'union', 'pad')
-# Where mergekit's default is not the paper's, a recipe gets mergekit's.
-MERGEKIT_DEFAULTS = {
-  'ties': {'density': 1.0, 'trim_scope': 'tensor'},
-  'dare_linear': {'density': 1.0, 'rescale': 'l1'},
-  'dare_ties': {'density': 1.0, 'rescale': 'l1'},
-  'della': {'density': 1.0, 'rescale': 'l1'},
-  'della_linear': {'density': 1.0, 'rescale': 'l1'},
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,13 +91,13 @@ class Rule:
   Attributes:
     match: regular expression of the full path.
     copy: 'base', or the path of the model to copy from; None merges.
-    method: another method, or None.
+    method: another method, or None; see `Recipe.method`.
     parameters: settings that come before all others.
   """
 
   match: str
   copy: str | None = None
-  method: str | None = None
+  method: str | merge_base.Merge | None = None
   parameters: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -108,7 +106,8 @@ class Recipe:
   """A recipe whose words are known; no checkpoint has been looked at.
 
   Attributes:
-    method: name on the menu.
+    method: name on the menu, `package.module:function`, or a `Merge`; see
+      `methods.named.entry_of`.
     slices: what the result is stacked from; one slice for `models`; those of
       all modules, if there are any.
     sliced: the recipe chose layers or modules itself.
@@ -132,10 +131,10 @@ class Recipe:
     chat_template: text to put into the tokenizer's settings, 'auto' for the
       one that most models have, or None to keep what the tokenizer has.
     notes: what of the recipe does not count, in words.
-    data: the recipe as it was read.
+    data: the recipe as it was read; words stand in the place of a `Merge`.
   """
 
-  method: str
+  method: str | merge_base.Merge
   slices: tuple[Slice, ...]
   sliced: bool = False
   modules: tuple[recipe_modules.Module, ...] = ()
@@ -159,6 +158,16 @@ class Recipe:
   notes: tuple[str, ...] = ()
   data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
+  @property
+  def entry(self) -> methods_lib.MethodEntry:
+    """What is known of its method."""
+    return named.entry_of(self.method)
+
+  def methods(self) -> list[str | merge_base.Merge]:
+    """Its method, and those of its rules."""
+    others = [rule.method for rule in self.rules if rule.method is not None]
+    return [self.method, *others]
+
   def models(self) -> list[str]:
     """Every model that is named, once, the base first."""
     names = [self.base] if self.base else []
@@ -177,11 +186,13 @@ class Recipe:
     return [value for place in places for value in place.values()]
 
 
-def load_recipe(path: os.PathLike | str) -> Recipe:
+def load_recipe(path: os.PathLike | str, *, imports: bool = True) -> Recipe:
   """Reads and checks a recipe file.
 
   Args:
     path: a YAML file; see the module for an example.
+    imports: whether methods may be named by `package.module:function`. Their
+      modules are imported, which runs them: False for recipes of strangers.
 
   Returns:
     The recipe. Methods and options exist; no checkpoint has been looked at.
@@ -198,14 +209,18 @@ def load_recipe(path: os.PathLike | str) -> Recipe:
   except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
     raise errors.RecipeError(f'{path} is not YAML: {error}') from error
   try:
-    return parse_recipe(data)
+    return parse_recipe(data, imports=imports)
   except errors.UserError as error:
     raise errors.RecipeError(f'{path}: {error.message}') from error
 
 
-def parse_recipe(data: Any) -> Recipe:
-  """Checks a recipe given as nested dicts and lists; see `load_recipe`."""
-  reader = _Reader()
+def parse_recipe(data: Any, *, imports: bool = True) -> Recipe:
+  """Checks a recipe given as nested dicts and lists; see `load_recipe`.
+
+  Methods may be a `Merge` here: `{'merge_method': mj.ties(density=0.3), ...}`.
+  Its options are those that it was built with.
+  """
+  reader = _Reader(imports)
   recipe = reader.recipe(data)
   if reader.problems:
     lines = list(dict.fromkeys(reader.problems))
@@ -220,7 +235,8 @@ def parse_recipe(data: Any) -> Recipe:
 class _Reader:
   """Collects every mistake before any is reported."""
 
-  def __init__(self):
+  def __init__(self, imports=True):
+    self._imports = imports
     self._report = parameters_lib.Report()
     self.problems = self._report.problems
 
@@ -247,7 +263,7 @@ class _Reader:
         data['tokenizer'], report
       )
     return Recipe(
-      method=method or '',
+      method='' if method is None else method.value or method.name,
       slices=slices,
       sliced=sliced,
       modules=modules,
@@ -281,19 +297,34 @@ class _Reader:
       row_multiple=multiple,
       chat_template=values.chat_template(data.get('chat_template'), report),
       notes=report.notes(),
-      data=data,
+      data=_without_values(data),
     )
 
   def _method(self, name):
+    """The entry of a method, or None."""
     if name is None:
       self.problems.append("the recipe lacks 'merge_method'.")
       return None
+    if isinstance(name, merge_base.Merge):
+      return named.entry_of(name)
     name = mergekit_words.METHOD_ALIASES.get(str(name), str(name))
-    if name not in set(named.METHODS):
+    if name not in named.METHODS and registry.is_import_path(name):
+      if not self._imports:
+        self.problems.append(
+          f'the merge method {name!r} would import a module, and a recipe in a '
+          'sandbox runs nothing. Leave the sandbox, or take one of the menu.'
+        )
+        return None
+      try:
+        return named.entry_of(name)
+      except errors.UserError as error:
+        self.problems.append(error.message)
+        return None
+    if name not in named.METHODS:
       # dare-ties is a common way to write dare_ties.
       self.problems.append(errors.near(name, named.METHODS, 'merge method'))
       return None
-    return name
+    return named.entry_of(name)
 
   def _modules(self, data, method, base, parameters):
     if 'modules' not in data:
@@ -385,19 +416,19 @@ class _Reader:
     """The only slice of `models:`, with a base that counts as a model."""
     if base is None or base in [source.model for source in one.inputs]:
       return (one,)
-    if method not in mergekit_words.READS or not method:
+    if method is None or method.name not in mergekit_words.READS:
       return (one,)
-    if named.base_policy(method) != 'ignored':
+    if method.base_policy != 'ignored':
       return (one,)
-    counts = method == 'karcher' or 'weight' in parameters
-    if method in mergekit_words.TAKES_BASE_AS_MODEL and counts:
+    counts = method.name == 'karcher' or 'weight' in parameters
+    if method.name in mergekit_words.TAKES_BASE_AS_MODEL and counts:
       self._report.remark(
-        f'{method} takes {base}, the base, as one more model, as in mergekit'
+        f'{method.name} takes {base}, the base, as one more model, as in mergekit'
       )
       inputs = (*one.inputs, Input(base, {}))
       return (dataclasses.replace(one, inputs=inputs),)
     self._report.remark(
-      f'{method} has no use for a base: {base} gives its configuration and '
+      f'{method.name} has no use for a base: {base} gives its configuration and '
       'tokenizer, and is not merged'
     )
     return (one,)
@@ -427,7 +458,7 @@ class _Reader:
         Rule(
           str(entry.get('match')),
           self._name(entry.get('copy'), 'copy'),
-          own,
+          own and (own.value or own.name),
           self._parameters(entry.get('parameters'), own or method, what),
         )
       )
@@ -445,3 +476,14 @@ class _Reader:
         data, known, what, self._report, mergekit_words.OPTIONS
       )
     return True
+
+
+def _without_values(data):
+  """A recipe with words where it holds methods that were built in Python."""
+  if isinstance(data, merge_base.Merge):
+    return methods_lib.VALUE
+  if isinstance(data, dict):
+    return {key: _without_values(one) for key, one in data.items()}
+  if isinstance(data, list):
+    return [_without_values(one) for one in data]
+  return data

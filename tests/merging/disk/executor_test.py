@@ -21,7 +21,7 @@ import models_on_disk
 import numpy as np
 
 import mergejax as mj
-from mergejax import mesh as mesh_lib
+from mergejax import partition
 from mergejax.core import errors
 from mergejax.core import identity
 from mergejax.core import tree as tree_lib
@@ -147,7 +147,7 @@ class EqualityTest(parameterized.TestCase):
       self.assertEqual(streamed[path].shape, leaf.shape)
     if odd:
       np.testing.assert_array_equal(streamed['model.ids'], lead['model.ids'])
-    mesh = mesh_lib.make_mesh(data=2, model=4)
+    mesh = partition.make_mesh(data=2, model=4)
 
     def put(model):
       # Every leaf over the eight devices, in the way its sizes allow.
@@ -156,7 +156,7 @@ class EqualityTest(parameterized.TestCase):
       }  # fmt: skip
       return {
         p: jax.device_put(
-          leaf, mesh_lib.sharding(mesh, specs[leaf.ndim], leaf.shape)
+          leaf, partition.sharding(mesh, specs[leaf.ndim], leaf.shape)
         )
         for p, leaf in model.items()
       }

@@ -1,6 +1,6 @@
 # Copyright 2026 The mergejax Authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A forest of experts: which expert explains a text, and their ensemble.
+"""Mixing outputs of experts: which one explains a text, and their ensemble.
 
 Inputs are only `lp[K, batch, length]`, each expert's log-likelihood of the
 tokens that came; the full distributions are never gathered.
@@ -109,7 +109,7 @@ def _hold_last(values, mask):
   return jnp.take_along_axis(values, index[None], axis=-1)
 
 
-def ensemble(
+def log_likelihood(
   lp: typing.Array, mask: typing.Array, prior=None, **options
 ) -> jax.Array:
   """Log-likelihood of each token under the mixture of the experts.

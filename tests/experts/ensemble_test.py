@@ -9,10 +9,10 @@ import numpy as np
 
 import mergejax as mj
 from mergejax.core import errors
-from mergejax.experts import forest
+from mergejax.experts import ensemble
 
 
-class ForestTest(parameterized.TestCase):
+class EnsembleTest(parameterized.TestCase):
   def setUp(self):
     super().setUp()
     self.golden = goldens.load('btm')
@@ -22,11 +22,11 @@ class ForestTest(parameterized.TestCase):
   @parameterized.parameters('uniform', 'prior')
   def test_full_bayes(self, name):
     prior = None if name == 'uniform' else self.golden['prior']
-    found = np.exp(forest.log_posterior(self.lp, self.mask, prior))
+    found = np.exp(ensemble.log_posterior(self.lp, self.mask, prior))
     expected = self.golden[f'full_bayes/{name}/posterior']
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(
-      forest.ensemble(self.lp, self.mask, prior),
+      ensemble.log_likelihood(self.lp, self.mask, prior),
       self.golden[f'full_bayes/{name}/token_logprobs'],
       rtol=1e-4,
       atol=1e-5,
@@ -35,14 +35,14 @@ class ForestTest(parameterized.TestCase):
   @parameterized.parameters('uniform', 'prior')
   def test_one_step(self, name):
     prior = None if name == 'uniform' else self.golden['prior']
-    found = forest.ensemble(self.lp, self.mask, prior, kind='one_step')
+    found = ensemble.log_likelihood(self.lp, self.mask, prior, kind='one_step')
     np.testing.assert_allclose(
         found, self.golden[f'one_step/{name}/token_logprobs'], rtol=1e-4,
         atol=1e-5,
     )  # fmt: skip
     # The released code reports the weights of its last column.
     weights = np.exp(
-      forest.log_posterior(self.lp, self.mask, prior, kind='one_step')
+      ensemble.log_posterior(self.lp, self.mask, prior, kind='one_step')
     )
     np.testing.assert_allclose(
         weights[..., -2], self.golden[f'one_step/{name}/expert_probs'],
@@ -51,7 +51,7 @@ class ForestTest(parameterized.TestCase):
 
   def test_simple_average(self):
     np.testing.assert_allclose(
-      forest.ensemble(self.lp, self.mask, kind='simple_average'),
+      ensemble.log_likelihood(self.lp, self.mask, kind='simple_average'),
       self.golden['simple_average/token_logprobs'],
       rtol=1e-4,
       atol=1e-5,
@@ -62,7 +62,7 @@ class ForestTest(parameterized.TestCase):
     for posterior, expected in zip(
       self.golden['updating/posterior'], self.golden['updating/ema_prior']
     ):
-      prior = forest.update_prior(
+      prior = ensemble.update_prior(
         prior, posterior, decay=float(self.golden['updating/ema_alpha'])
       )
       np.testing.assert_allclose(prior, expected, rtol=1e-6)
@@ -70,7 +70,7 @@ class ForestTest(parameterized.TestCase):
   @parameterized.parameters(1, 2, 3, 4)
   def test_top_k(self, k):
     np.testing.assert_allclose(
-      forest.keep_top(self.golden['prior'], k),
+      ensemble.keep_top(self.golden['prior'], k),
       self.golden[f'topk/{k}'],
       rtol=1e-6,
     )
@@ -82,7 +82,7 @@ class ForestTest(parameterized.TestCase):
       {n: self.golden[f'avg/expert{j}/{n}'] for n in names} for j in range(4)
     ]
     prior = self.golden['avg/posterior/weights']
-    weights = forest.average_weights(prior, kind)
+    weights = ensemble.average_weights(prior, kind)
     np.testing.assert_allclose(
       weights, self.golden[f'avg/{kind}/weights'], rtol=1e-6
     )
@@ -102,47 +102,47 @@ class ForestTest(parameterized.TestCase):
       merged['w'], self.golden['avg/unnormalized/a.weight'], rtol=1e-5
     )
 
-  @parameterized.parameters(*forest.POSTERIORS)
+  @parameterized.parameters(*ensemble.POSTERIORS)
   def test_padding_changes_nothing(self, kind):
     pad = lambda x, value: np.pad(
       x, [(0, 0)] * (x.ndim - 1) + [(0, 3)], constant_values=value
     )
-    short = forest.log_posterior(self.lp, self.mask, kind=kind)
-    long = forest.log_posterior(
+    short = ensemble.log_posterior(self.lp, self.mask, kind=kind)
+    long = ensemble.log_posterior(
       pad(self.lp, -7.0), pad(self.mask, False), kind=kind
     )
     np.testing.assert_allclose(long[..., : short.shape[-1]], short, atol=1e-6)
     np.testing.assert_allclose(long[..., -1], short[..., -1], atol=1e-6)
 
   def test_weights_sum_to_one_and_follow_their_experts(self):
-    weights = np.exp(forest.log_posterior(self.lp, self.mask))
+    weights = np.exp(ensemble.log_posterior(self.lp, self.mask))
     np.testing.assert_allclose(weights.sum(axis=0), 1.0, rtol=1e-5)
-    turned = np.exp(forest.log_posterior(self.lp[::-1], self.mask))
+    turned = np.exp(ensemble.log_posterior(self.lp[::-1], self.mask))
     np.testing.assert_allclose(turned[::-1], weights, rtol=1e-5)
 
   def test_duplicates_share_their_weight(self):
-    weights = np.exp(forest.log_posterior(self.lp, self.mask))
+    weights = np.exp(ensemble.log_posterior(self.lp, self.mask))
     doubled = np.concatenate([self.lp, self.lp[:1]])
     prior = np.array([0.125, 0.25, 0.25, 0.25, 0.125])
-    found = np.exp(forest.log_posterior(doubled, self.mask, prior))
+    found = np.exp(ensemble.log_posterior(doubled, self.mask, prior))
     np.testing.assert_allclose(found[0] + found[-1], weights[0], rtol=1e-4)
 
   def test_a_prior_of_zero_removes_an_expert(self):
-    kept = forest.ensemble(self.lp[:2], self.mask)
+    kept = ensemble.log_likelihood(self.lp[:2], self.mask)
     prior = np.array([0.5, 0.5, 0.0, 0.0])
     np.testing.assert_allclose(
-      forest.ensemble(self.lp, self.mask, prior), kept, rtol=1e-5
+      ensemble.log_likelihood(self.lp, self.mask, prior), kept, rtol=1e-5
     )
 
   def test_cached_prior_finds_the_right_expert(self):
     batches = [(self.lp - np.arange(4)[:, None, None], self.mask)] * 3
-    prior = forest.cached_prior(batches)
+    prior = ensemble.cached_prior(batches)
     self.assertEqual(np.argmax(prior), 0)
     self.assertAlmostEqual(prior.sum(), 1.0)
     empty = np.zeros_like(self.mask)
     empty[0] = True
-    only = forest.batch_posterior(self.lp, empty)
-    row = forest.batch_posterior(self.lp[:, :1], self.mask[:1])
+    only = ensemble.batch_posterior(self.lp, empty)
+    row = ensemble.batch_posterior(self.lp[:, :1], self.mask[:1])
     np.testing.assert_allclose(only, row, rtol=1e-5)
 
   def test_mistakes(self):
@@ -151,13 +151,13 @@ class ForestTest(parameterized.TestCase):
       ([1.0, 1.0, 0.0, 0.0], 'not a distribution'),
     ):
       with self.assertRaisesRegex(errors.UserError, message):
-        forest.log_posterior(self.lp, self.mask, prior)
+        ensemble.log_posterior(self.lp, self.mask, prior)
     with self.assertRaisesRegex(errors.UserError, "Did you mean 'full_bayes'"):
-      forest.log_posterior(self.lp, self.mask, kind='fullbayes')
+      ensemble.log_posterior(self.lp, self.mask, kind='fullbayes')
     with self.assertRaisesRegex(errors.UserError, 'at least 1'):
-      forest.keep_top([1.0], 0)
+      ensemble.keep_top([1.0], 0)
     with self.assertRaisesRegex(errors.UserError, 'at least one batch'):
-      forest.cached_prior([])
+      ensemble.cached_prior([])
 
 
 if __name__ == '__main__':
