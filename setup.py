@@ -38,6 +38,7 @@ setuptools.setup(
   ],
   package_dir={'mergejax._gin': 'gin', 'mergejax._configs': 'configs'},
   package_data={
+    'mergejax': ['py.typed', '**/*.pyi'],
     'mergejax._gin': ['**/*.gin'],
     'mergejax._configs': ['**/*.yaml'],
   },
