@@ -69,7 +69,8 @@ setuptools.setup(
       'pytest>=8.3',
       'pytest-xdist>=3.6',
     ],
-    'dev': ['ruff>=0.12'],
+    # With node as a wheel: nothing is fetched when it first runs.
+    'dev': ['pyright[nodejs]>=1.1.400', 'ruff>=0.12'],
   },
   entry_points={'console_scripts': ['mergejax = mergejax.cli.main:main']},
 )

@@ -113,7 +113,7 @@ class ParamStore(abc.ABC):
       start: flat position of the first element.
       out: <dtype of the leaf>[n], contiguous; filled in place.
     """
-    kept = self.__dict__.setdefault('_last_leaf', threading.local())
+    kept = vars(self).setdefault('_last_leaf', threading.local())
     if getattr(kept, 'path', None) != path:
       kept.leaf = np.asarray(self.leaves([path])[path]).reshape(-1)
       kept.path = path

@@ -9,7 +9,7 @@ import pathlib
 import re
 import struct
 import sys
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -97,7 +97,7 @@ class SafetensorsStore(base.ParamStore):
       if spare != descriptor:
         os.close(descriptor)
         descriptor = spare
-    view = memoryview(out.view(np.uint8))
+    view = memoryview(out.view(np.uint8).data)
     position = self._offset[path] + start * out.itemsize
     while view:
       count = os.preadv(descriptor, [view], position)
@@ -217,7 +217,8 @@ def lay_out(
   shards = []
   for i, group in enumerate(groups, 1):
     # `format: pt` is what Hugging Face loaders ask for.
-    header, at = {'__metadata__': {'format': 'pt'}}, 0
+    header: dict[str, Any] = {'__metadata__': {'format': 'pt'}}
+    at = 0
     for name, spec in group.items():
       header[name] = {
         'dtype': names[spec.dtype],

@@ -72,7 +72,7 @@ class Journal:
       DataError: the file is no journal.
     """
     lines = self._lines()
-    if not lines:
+    if self.path is None or not lines:
       return []
     identity.check_same(self._stated(lines[0]), self.record, self.path)
     return lines[1:]
@@ -93,20 +93,19 @@ class Journal:
       sync: waits for the disk, so that the line outlives a crash of the machine
         and not only one of the process.
     """
-    if self.path is None:
-      return
-    self._write([row], sync)
+    if self.path is not None:
+      self._write(self.path, [row], sync)
 
   def begin(self) -> None:
     """States the work, if the file does not yet: `append` does so as well."""
     if self.path is not None:
-      self._write([], True)
+      self._write(self.path, [], True)
 
-  def _write(self, rows, sync):
+  def _write(self, path, rows, sync):
     with self._lock:
-      self.path.parent.mkdir(parents=True, exist_ok=True)
+      path.parent.mkdir(parents=True, exist_ok=True)
       flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
-      file = os.open(self.path, flags, 0o644)
+      file = os.open(path, flags, 0o644)
       try:
         if not os.fstat(file).st_size:
           rows = [{self._kind: self.record}, *rows]
@@ -164,11 +163,12 @@ class Journal:
     if self.path is None:
       return
     text = json.dumps({**about, self._kind: self.record})
-    entries = {_ARRAY + name: array for name, array in arrays.items()}
+    entries: dict[str, Any] = {_ABOUT: np.array(text)}
+    entries |= {_ARRAY + name: array for name, array in arrays.items()}
     self.path.parent.mkdir(parents=True, exist_ok=True)
     with files.atomic_path(self.path, overwrite=True) as temporary:
       with open(temporary, 'wb') as stream:
-        np.savez(stream, **{_ABOUT: np.array(text)}, **entries)
+        np.savez(stream, **entries)
 
   # Both ----------------------------------------------------------------------
 

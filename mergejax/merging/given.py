@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from mergejax.core import axes as axes_lib
 from mergejax.core import errors
+from mergejax.core import numerics
 from mergejax.core import typing
 from mergejax.merging import finite
 from mergejax.methods import base as base_lib
@@ -80,7 +81,7 @@ def _misfit(path, spec, name, kind, found):
       f'{path}: {name} has {kind} {list(found.shape)}, which does not fit '
       f'{list(spec.shape)}'
     ]
-  if kind not in ('fisher', 'gram') or isinstance(found, jax.core.Tracer):
+  if kind not in ('fisher', 'gram') or numerics.is_traced(found):
     return []
   if finite.first_bad([found]) is not None:
     return [f'{path}: the {kind} of {name} has numbers that are not finite']

@@ -12,7 +12,7 @@ import dataclasses
 import math
 import os
 import re
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -26,6 +26,14 @@ from mergejax.methods import named
 
 # `{task: score}`, higher is better.
 Scores = Mapping[str, Any]
+# Coefficients, <float>[n].
+Point = Sequence[float] | np.ndarray
+
+
+class ScoreFn(Protocol):
+  """Scores parameters on data, `{task: score}`, traceable; higher is better."""
+
+  def __call__(self, params: typing.Tree, data: Any, /) -> Scores: ...
 
 
 class Evaluator(NamedTuple):
@@ -36,7 +44,7 @@ class Evaluator(NamedTuple):
     data: the arrays it reads, which stay on the device.
   """
 
-  score: Callable[[typing.Tree, Any], Scores]
+  score: ScoreFn
   data: Any
 
   def __call__(self, params: typing.Tree) -> Scores:
@@ -118,7 +126,7 @@ class Log:
       objective = -math.inf
     return Candidate(tuple(float(x) for x in point), scores, objective)
 
-  def recorded(self, point: Sequence[float]) -> Candidate | None:
+  def recorded(self, point: Point) -> Candidate | None:
     """The next candidate of the log, if it was tried before.
 
     Raises:
@@ -137,7 +145,7 @@ class Log:
     self.candidates.append(found)
     return found
 
-  def add(self, point: Sequence[float], scores: Scores) -> Candidate:
+  def add(self, point: Point, scores: Scores) -> Candidate:
     """Writes down a candidate that has just been tried."""
     one = self._candidate(point, scores)
     self.candidates.append(one)
@@ -285,21 +293,21 @@ class Space:
       if entry.options[name].default is not registry.Option.empty
     }
     parameters |= self.options
-    entries = [{'model': model} for model in models]
+    entries: list[dict[str, Any]] = [{'model': name} for name in models]
     if self.vary in ('weights', 'weight'):
-      for k, entry in enumerate(entries):
-        entry['parameters'] = {'weight': setting(k)}
+      for k, model in enumerate(entries):
+        model['parameters'] = {'weight': setting(k)}
     else:
       parameters[self.vary] = setting(0)
-      for entry, weight in zip(entries, self.weights or ()):
-        entry['parameters'] = {'weight': weight}
+      for model, weight in zip(entries, self.weights or ()):
+        model['parameters'] = {'weight': weight}
     for name, value in list(parameters.items()):
       if isinstance(value, (list, tuple)) and name != self.vary:
         # One a model; in a recipe a list would run along the layers.
-        for entry, own in zip(entries, parameters.pop(name)):
-          entry.setdefault('parameters', {})[name] = own
+        for model, own in zip(entries, parameters.pop(name)):
+          model.setdefault('parameters', {})[name] = own
     parameters = {entry.recipe_name(n): v for n, v in parameters.items()}
-    recipe = {'merge_method': self.method, 'models': entries}
+    recipe: dict[str, Any] = {'merge_method': self.method, 'models': entries}
     if base:
       recipe['base_model'] = base
     if parameters:

@@ -9,7 +9,7 @@ are kept in float64, so a long stream loses nothing.
 
 from collections.abc import Callable, Iterable, Mapping
 import os
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import flax.linen as nn
 import jax
@@ -26,22 +26,37 @@ from mergejax.statistics import progress as progress_lib
 from mergejax.statistics import saved
 
 
+class MeasureFn(Protocol):
+  """Measures one batch: `{path: {'sum': arrays, 'count': array}}`.
+
+  Every array has a leading axis of `shards` parts of the batch, whose number in
+  the stream is `number`. It raises if something asked for was not seen.
+  """
+
+  def __call__(
+    self,
+    module: nn.Module,
+    params: typing.Tree,
+    batch: Mapping[str, Any],
+    number: Any,
+    shards: int,
+    /,
+  ) -> dict[typing.Path, dict[str, Any]]: ...
+
+
 class Statistic(NamedTuple):
   """A mean over examples of something a model does.
 
   Attributes:
     kind: its name in files and in `Merge.needs`: 'gram' or 'fisher'.
-    measure: `(module, params, batch, number, shards) -> {path: {'sum': arrays,
-      'count': array}}` of one batch, each with a leading axis of `shards`
-      parts; number is that of the batch. Raises if something asked for was
-      not seen.
+    measure: what one batch adds to the sums, see `MeasureFn`.
     whole: `sum -> array`, from what devices add up, without the axis of shards
       and fetched, to the sum itself.
     settings: what a reader of the file should know.
   """
 
   kind: str
-  measure: Callable[..., dict[typing.Path, dict[str, Any]]]
+  measure: MeasureFn
   whole: Callable[[Any], np.ndarray] = lambda total: total
   settings: Mapping[str, Any] = {}
 
@@ -109,7 +124,8 @@ def collect(
   totals, done, aliases = journal.load()
   batches = journal.after(done, batches)
   params = jax.device_put(params, _param_layout(mesh, params))
-  zeros = step = None
+  zeros: Callable[[], Any] = dict
+  step = None
 
   @jax.jit
   def measure(params, batch, number):

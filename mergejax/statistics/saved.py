@@ -197,7 +197,8 @@ def combine(
   means = {}
   for path in parts[0]:
     wide = [np.asarray(part[path]['gram'], np.float64) for part in parts]
-    total = sum(w * gram for w, gram in zip(weights, wide)) / sum(weights)
+    total = np.asarray(sum(w * gram for w, gram in zip(weights, wide)))
+    total = total / sum(weights)
     count = sum(np.asarray(part[path]['count']) for part in parts)
     means[path] = {'gram': total.astype(np.float32), 'count': count}
   settings = {**parts[0].settings, 'combined': len(parts)}

@@ -102,7 +102,7 @@ class ScannedTest(parameterized.TestCase):
       side_by_side = branch.merge_experts(
         jax.tree.map(lambda *leaves: np.stack(leaves), *scanned),
         method,
-        base=origin if row.base or method.needs_base else None,
+        base=origin if row.base or method.base == 'required' else None,
         weights=row.weights,
         axes=SCANNED_AXES,
       )

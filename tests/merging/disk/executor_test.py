@@ -116,7 +116,7 @@ class EqualityTest(parameterized.TestCase):
         }
         mj.save_checkpoint(stats_paths[-1], flat)
     method = named.resolve(row.name, **row.options)
-    with_base = row.base or method.needs_base
+    with_base = row.base or method.base == 'required'
     recipe = recipe_of(
       row,
       str(folder / 'base') if with_base else None,
