@@ -16,6 +16,7 @@ import contextlib
 import contextvars
 import dataclasses
 import math
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
@@ -154,7 +155,7 @@ def make_mesh(
   data: int = -1,
   expert: int = 1,
   model: int = 1,
-  devices: Sequence[jax.Device] | None = None,
+  devices: Sequence[Any] | None = None,
 ) -> jax.sharding.Mesh:
   """Builds the mesh `(branch, data, expert, model)`.
 

@@ -77,8 +77,10 @@ class FloorsTest(absltest.TestCase):
 
   def test_public_names_resolve(self):
     code = (
-      'import mergejax as mj\n'
-      'for name in mj.__all__: getattr(mj, name)\n'
+      'import types, mergejax as mj\n'
+      'for name in mj.__all__:\n'
+      '  value = getattr(mj, name)\n'
+      '  assert not isinstance(value, types.ModuleType) or value.__doc__, name\n'
       "import sys; print('tensorflow' in sys.modules)"
     )
     done = subprocess.run(

@@ -178,28 +178,30 @@ class _Search:
 
     models = {'params': params, 'base': base, 'stats': stats}
     models = {name: one for name, one in models.items() if one is not None}
-    if request.strategy in ('grid', 'simplex'):
-      points = _points(request, space)
-      if space.vary in request.recipe.entry.counted:
-        evaluate = evaluate.compiled()
-      grid.grid(merge, models, evaluate, points, log=log, progress=_progress)
-    else:
-      score = evaluate.compiled()
-      evolve.evolve(
-        space, lambda point: score(merge(models, jnp.asarray(point, jnp.float32))),
-        budget=request.number('budget', 40), strategy=request.strategy,
-        seed=request.seed, log=log, progress=_progress,
-      )  # fmt: skip
+    with log:
+      if request.strategy in ('grid', 'simplex'):
+        points = _points(request, space)
+        if space.vary in request.recipe.entry.counted:
+          evaluate = evaluate.compiled()
+        grid.grid(merge, models, evaluate, points, log=log, progress=_progress)
+      else:
+        score = evaluate.compiled()
+        evolve.evolve(
+          space, lambda point: score(merge(models, jnp.asarray(point, jnp.float32))),
+          budget=request.number('budget', 40), strategy=request.strategy,
+          seed=request.seed, log=log, progress=_progress,
+        )  # fmt: skip
     return request.to_recipe(space, log.best().point), log, space.names
 
   def _greedy(self, params, evaluate):
     request, log = self._request, self._log()
-    soup = greedy.greedy(
-      params,
-      evaluate.compiled(),
-      accept=request.data.get('accept', 'ge'),
-      log=log,
-    )
+    with log:
+      soup = greedy.greedy(
+        params,
+        evaluate.compiled(),
+        accept=request.data.get('accept', 'ge'),
+        log=log,
+      )
     print(f'soup      of {len(soup.ingredients)} models, {soup.score:.4f}')
     models = [{'model': request.paths[k]} for k in sorted(soup.ingredients)]
     recipe = {'merge_method': 'linear', 'models': models, **request.kept()}

@@ -321,8 +321,7 @@ def check_count(word: str, value: Any, optional: bool = False) -> Any:
   """
   if value is None and optional:
     return value
-  whole = isinstance(value, int) and not isinstance(value, bool)
-  if not whole or value < 1:
+  if not isinstance(value, int) or isinstance(value, bool) or value < 1:
     raise errors.ConfigError(f'{word} must be 1 or more, not {value!r}.')
   return value
 

@@ -21,6 +21,7 @@ import numpy as np
 
 from mergejax import partition
 from mergejax.core import errors
+from mergejax.core import numerics
 from mergejax.core import typing
 
 # Added to float32 logits where attention is not allowed. Large enough to
@@ -275,7 +276,7 @@ class Attention(nn.Module):
         f'The cache has {length} positions, but the bias of the attention is '
         f'for {list(bias.shape[2:])} queries and keys.'
       )
-    if not isinstance(at, jax.core.Tracer) and at >= length:
+    if not numerics.is_traced(at) and at >= length:
       raise errors.ConfigError(
         f'The cache has {length} positions and all of them are taken: create '
         'it with as many as are decoded.'

@@ -59,6 +59,7 @@ def evolve(
       found = log.add(point, evaluate(point))
     tell(point, found.objective)
     progress(done + 1, budget)
+    log.check_stop()
   return log
 
 

@@ -93,6 +93,7 @@ def grid(
       log.add(point, evaluate(merge(models, jnp.asarray(point, jnp.float32))))
       done += 1
       progress(done, len(points))
+      log.check_stop()
     return log
 
   @jax.jit
@@ -113,4 +114,5 @@ def grid(
       log.add(point, {name: values[i] for name, values in found.items()})
     done += len(some)
     progress(done, len(points))
+    log.check_stop()
   return log

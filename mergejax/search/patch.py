@@ -153,7 +153,8 @@ def at(base_model, tuned, alpha: float) -> typing.Tree:
 
 
 def _interpolated(models, point):
-  return at(*models, point[0])
+  base_model, tuned = models
+  return at(base_model, tuned, point[0])
 
 
 def _check_frozen(base_model, tuned, pattern):

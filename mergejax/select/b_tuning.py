@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mergejax.core import errors
+from mergejax.core import numerics
 from mergejax.core import typing
 from mergejax.methods import base as merge_base
 from mergejax.training import losses
@@ -35,7 +36,7 @@ def teacher_weights(
 def _check_finite(what, values):
   """Refuses undefined numbers, where they can be seen."""
   for i, value in enumerate(values):
-    if isinstance(value, jax.core.Tracer):
+    if numerics.is_traced(value):
       continue
     if not np.isfinite(np.asarray(value)).all():
       raise errors.DataError(f'The {what} of teacher {i} is not finite.')

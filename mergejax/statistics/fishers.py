@@ -3,6 +3,7 @@
 """The diagonal Fisher information of a model's parameters."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -236,7 +237,7 @@ def _square(gradient):
   return jax.tree.map(lambda g: jnp.square(g.astype(jnp.float32)), gradient)
 
 
-def _sum_up(total, own, by=1.0):
+def _sum_up(total: Any, own: Any, by: Any = 1.0) -> Any:
   return jax.tree.map(lambda t, o: t + by * o, total, own)
 
 

@@ -3,16 +3,14 @@
 """The training loop: steps, callbacks, checkpoints, exact resume, clean stop."""
 
 from collections.abc import Callable, Mapping, Sequence
-import signal
-import threading
 from typing import Any, Protocol
 
 import jax
-from jax.experimental import multihost_utils
 import numpy as np
 
 from mergejax import partition
 from mergejax.core import errors
+from mergejax.core import stop as stop_lib
 from mergejax.training import callbacks as callbacks_lib
 from mergejax.training import checkpoints as checkpoints_lib
 from mergejax.training import state as state_lib
@@ -31,41 +29,6 @@ class Stream(Protocol):
   def state(self) -> bytes: ...
 
   def restore(self, state: bytes) -> None: ...
-
-
-class _StopSignal:
-  """Notes SIGTERM while the loop runs, so that it can end between steps."""
-
-  def __init__(self):
-    self.received = False
-
-  def __enter__(self):
-    self._is_main = threading.current_thread() is threading.main_thread()
-    if self._is_main:  # Python delivers signals to the main thread only
-      self._previous = signal.signal(signal.SIGTERM, self._note)
-    return self
-
-  def _note(self, number, frame):
-    del number, frame
-    self.received = True
-
-  def agreed(self, *, may_wait: bool) -> bool:
-    """True if the run should end here, the same in every process.
-
-    Processes may get the signal between different steps; they ask each other
-    only where they wait for each other anyway.
-    """
-    if jax.process_count() == 1:
-      return self.received
-    if not may_wait:
-      return False
-    return bool(
-      multihost_utils.process_allgather(np.array(self.received)).any()
-    )
-
-  def __exit__(self, *_):
-    if self._is_main:
-      signal.signal(signal.SIGTERM, self._previous)
 
 
 def fit(
@@ -121,7 +84,7 @@ def fit(
       'for, and an earlier step is not kept: name another folder, or ask for '
       f'at least {step}.'
     )
-  with _StopSignal() as stop:
+  with stop_lib.StopRequest() as stop:
     while step < steps:
       state, metrics = step_fn(state, place(next(stream)))
       step += 1

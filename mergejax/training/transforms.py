@@ -238,7 +238,7 @@ def _check_merge(merge):
       ('looks at all models first', bool(merge.first_passes)),
       ('must see all models at once', not merge.additive),
       ('needs statistics', bool(merge.needs)),
-      ('needs a base', merge.needs_base),
+      ('needs a base', merge.base == 'required'),
       ('lays leaves out by their axes', merge.view != 'element'),
     )
     if there
