@@ -114,7 +114,9 @@ class ModelTest(absltest.TestCase):
     out = self.folder / 'out'
     mergejax('merge', str(recipe), str(out), '--import', 'toy_model')
     here = mj.merge(
-      [first, second], toy_method.even_norms(power=0.5), weights=[2.0, 1.0]
+      [mj.open_checkpoint(a), mj.open_checkpoint(b)],
+      toy_method.even_norms(power=0.5),
+      weights=[2.0, 1.0],
     )
     there = mj.open_checkpoint(out).read()
     for path, leaf in tree.flatten(there).items():
@@ -219,7 +221,7 @@ optim.adafactor.learning_rate = 0.1
     model = str(folder / 'run' / 'model')
     table = folder / 'table.json'
     mergejax('evaluate', model, '--suite', str(suite), '--json', str(table))
-    self.assertIn('share_even', table.read_text())
+    self.assertIn('share_even', table.read_text(), table.read_text())
 
 
 if __name__ == '__main__':
