@@ -1,6 +1,6 @@
 # Copyright 2026 The mergejax Authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What a merge method is: a pure triple whose state adds, and looks before it.
+"""What a merge method is: a pure triple whose state adds, after first passes.
 
 Like an optax transformation: `init` makes zeros from shapes, `update` takes
 one model in, `finish` gives the result. Models stream through one at a time,
@@ -9,8 +9,8 @@ checkpoints read from disk, averaging inside a train step, and experts on a
 mesh axis.
 
 Many methods need a few numbers of a whole leaf first: norms, a K x K matrix of
-inner products, the k-th largest magnitude. They say so with `Look`s. Once the
-numbers are known everything is element-wise again, so a leaf of any size can
+inner products, the k-th largest magnitude. They say so with `FirstPass`es. Once
+the numbers are known everything is element-wise again, so a leaf of any size can
 be merged in pieces, and a sharded one where it lies.
 """
 
@@ -32,11 +32,11 @@ Note = Mapping[str, Any]
 
 
 class LeafContext(NamedTuple):
-  """What a method may know of one leaf of one model, beside its numbers.
+  """What a method knows of one leaf of one model, beside the numbers in it.
 
   Attributes:
     model: which of the models this is, from 0; may be traced.
-    note: what the looks found, `{name: scalars}`.
+    note: what the first passes concluded, `{name: scalars}`.
     key: <uint32>[2], from seed, path and model alone; see `masks`.
     stats: statistics of this leaf that the model brings, `{name: array}`.
     place: shape of the piece at hand, and the flat position of its first
@@ -61,12 +61,12 @@ class FirstPass(NamedTuple):
   """A first pass over a leaf of all models that leaves a few numbers.
 
   Attributes:
-    measure: `(leaves, base, marks, weights) -> found`. Without `ranks`: a
+    measure: `(leaves, base, contexts, weights) -> found`. Without `ranks`: a
       pytree of small arrays, already reduced, that combine over pieces of a
       leaf. With `ranks`: a list of scores <float32>[...], one per element.
-    conclude: `(found, marks, weights) -> [note per model]`; the notes are
-      added to the marks that later looks and `update` get.
-    ranks: `(size, marks) -> [(rank, ...) per score]`. Asks for exact order
+    conclude: `(found, contexts, weights) -> [note per model]`; the notes are
+      added to the contexts that later passes and `update` get.
+    ranks: `(size, contexts) -> [(rank, ...) per score]`. Asks for exact order
       statistics of each score: `found` then holds for each score one
       `Cut(threshold, index)` a rank, see `numerics.Cut`.
     combine: how pieces combine, 'sum' or 'max'.
@@ -85,11 +85,11 @@ class Merge(NamedTuple):
 
   Attributes:
     init: `(specs) -> state`, zeros.
-    update: `(state, params, *, base=None, weight=1.0, marks=None) -> state`;
+    update: `(state, params, *, base=None, weight=1.0, contexts=None) -> state`;
       params and base are `{path: array}` of floating leaves, already in their
-      accumulation dtype; marks is `{path: Mark}`.
+      accumulation dtype; contexts is `{path: LeafContext}`.
     finish: `(state, *, base=None) -> {path: array}`, not yet cast.
-    looks: passes that must come first, in order.
+    first_passes: passes that must come first, in order.
     needs: statistics that every model brings, such as `(FISHER,)`; the name
       alone means one of the package, or one that lies like its leaf.
     base: 'required' for methods on differences from a common ancestor,
@@ -100,7 +100,7 @@ class Merge(NamedTuple):
       piece of it will do), 'unit' as `[units, inputs]` with one row for each
       output unit, 'input' as `[inputs, units]`, 'matrix' as `[inputs,
       outputs]` with nothing cut off; see `axes.View`.
-    separable: leaves do not look at each other, so the tree may be split.
+    separable: no leaf depends on another, so the tree may be split.
     additive: states add.
     numbered: numbers or counts elements in 32 bits, as random masks do.
   """
@@ -144,17 +144,17 @@ class Merge(NamedTuple):
   @property
   def of_whole_leaves(self) -> bool:
     """True if a stack of leaves has other numbers than its slices."""
-    leaf_looks = any(
+    over_leaves = any(
       first_pass.scope == 'leaf' for first_pass in self.first_passes
     )
-    return leaf_looks or self.view != 'element'
+    return over_leaves or self.view != 'element'
 
   @property
   def of_slices(self) -> bool:
     """True if a stack is merged slice by slice, as leaves of their own.
 
-    Looks at the whole model alone see the same numbers either way; without any
-    look random masks, which have a key for each slice, may.
+    First passes over the whole model find the same numbers either way. Without
+    any first pass random masks differ: they have a key for each slice.
     """
     return self.of_whole_leaves or not self.first_passes
 
@@ -170,7 +170,7 @@ def leafwise(
   Args:
     init: `(zeros) -> state` of a leaf; zeros have its shape and accumulation
       dtype.
-    update: `(state, leaf, base, weight, mark) -> state`; base is None where
+    update: `(state, leaf, base, weight, context) -> state`; base is None where
       there is none, weight a scalar of the leaf's dtype.
     finish: `(state, base) -> leaf`.
     **fields: the other fields of `Merge`.
@@ -213,7 +213,7 @@ def gathered(combine: Callable[..., typing.Array], **fields: Any) -> Merge:
   states do not add.
 
   Args:
-    combine: `(leaves, base, weights, marks) -> leaf`.
+    combine: `(leaves, base, weights, contexts) -> leaf`.
     **fields: fields of `Merge`.
 
   Returns:

@@ -12,7 +12,7 @@ import laws_test
 import numpy as np
 
 import mergejax as mj
-from mergejax.experts import branch
+from mergejax.merging import on_mesh
 from mergejax.methods import masks
 from mergejax.methods import named
 
@@ -99,7 +99,7 @@ class ScannedTest(parameterized.TestCase):
     laws_test.assert_close(merged, expected, 1e-7)
     if row.stats is None:
       method = named.resolve(row.name, **row.options)
-      side_by_side = branch.merge_experts(
+      side_by_side = on_mesh.merge_experts(
         jax.tree.map(lambda *leaves: np.stack(leaves), *scanned),
         method,
         base=origin if row.base or method.needs_base else None,
