@@ -13,11 +13,10 @@ import numpy as np
 from reference import merging as oracles
 
 import mergejax as mj
-from mergejax import mesh as mesh_lib
+from mergejax import partition
 from mergejax.core import tree as tree_lib
 from mergejax.merging import in_memory
 from mergejax.merging import on_mesh
-from mergejax.methods import base as merging
 from mergejax.methods import named
 
 
@@ -164,14 +163,47 @@ def run(row, models, base, weights=None, **kwargs):
   method = named.resolve(row.name, **row.options)
   weights = row.weights if weights is None else weights
   stats = None if 'stats' in kwargs else make_stats(row, models)
-  axes = [rule for rule in AXES if rule[0] in models[0]]
+  if 'axes' not in kwargs:
+    kwargs['axes'] = [rule for rule in AXES if rule[0] in models[0]]
   return in_memory.merge(
     models,
     method,
-    base=base if row.base or method.needs_base else None,
+    base=base if row.base or method.base == 'required' else None,
     weights=weights[: len(models)] if weights is not None else None,
-    **{'stats': stats, 'axes': axes, **kwargs},
+    **{'stats': stats, **kwargs},
   )
+
+
+def recipe_of(row, base, paths, stats=()):
+  """The recipe of a row over checkpoints."""
+  options = {
+    'lambda' if name == 'scale' and row.name != 'passthrough' else name: value
+    for name, value in row.options.items()
+    if not isinstance(value, list)
+  }
+  # What a recipe would fill in with mergekit's defaults.
+  for name, parameter in named.METHODS.options(row.name).items():
+    if name not in row.options and name not in ('scale', 'normalize_weights'):
+      if parameter.default is not parameter.empty:
+        options.setdefault(name, parameter.default)
+  entries = []
+  for k, path in enumerate(paths):
+    own = {n: v[k] for n, v in row.options.items() if isinstance(v, list)}
+    if row.weights is not None:
+      own['weight'] = row.weights[k]
+    entries.append({'model': path, 'parameters': own})
+  recipe = {
+    'merge_method': row.name,
+    'models': entries,
+    'parameters': {
+      k: v for k, v in options.items() if not isinstance(v, (list, tuple))
+    },
+  }
+  if base is not None:
+    recipe['base_model'] = base
+  if stats:
+    recipe['stats'] = list(stats)
+  return recipe
 
 
 def expected(row, models, base, weights=None):
@@ -200,7 +232,7 @@ def expected(row, models, base, weights=None):
   weights = weights or row.weights or (1.0,) * len(models)
   merged = row.oracle(
     [split(m) for m in models],
-    split(base) if row.base or method.needs_base else None,
+    split(base) if row.base or method.base == 'required' else None,
     weights[: len(models)],
     **options,
   )
@@ -310,7 +342,7 @@ class LawsTest(parameterized.TestCase):
     base, *models = make(row.models + 1)
     method = named.resolve(row.name, **row.options)
     self.assertTrue(method.separable)
-    given = base if row.base or method.needs_base else None
+    given = base if row.base or method.base == 'required' else None
     merge = lambda m: in_memory.merge(
       models, m, base=given, weights=row.weights, axes=AXES,
       stats=make_stats(row, models),
@@ -337,14 +369,14 @@ class LawsTest(parameterized.TestCase):
       del state
       total = states[0]
       for one in states[1:]:
-        total = merging.add_states(total, one)
+        total = jax.tree.map(jnp.add, total, one)
       states.clear()
       return method.finish(total, base=base)
 
     alone = method._replace(update=split, finish=finish)
     added = in_memory.merge(
       models, alone, weights=row.weights, axes=AXES,
-      base=base if row.base or method.needs_base else None,
+      base=base if row.base or method.base == 'required' else None,
       stats=make_stats(row, models),
     )  # fmt: skip
     assert_close(added, run(row, models, base), row.tolerance)
@@ -390,7 +422,7 @@ class LawsTest(parameterized.TestCase):
 
   @parameterized.named_parameters(ALL)
   def test_sharded_equals_unsharded_and_keeps_the_sharding(self, row):
-    mesh = mesh_lib.make_mesh(data=2, model=4)
+    mesh = partition.make_mesh(data=2, model=4)
     rng = np.random.default_rng(2)
     base, *models = [
       {'mlp/wi/kernel': rng.normal(size=(6, 24)).astype(np.float32)}
@@ -406,7 +438,7 @@ class LawsTest(parameterized.TestCase):
       stats = [
         {p: {'gram': leaf @ leaf.T} for p, leaf in m.items()} for m in models
       ]
-    layout = mesh_lib.sharding(mesh, ('batch', 'mlp'))
+    layout = partition.sharding(mesh, ('batch', 'mlp'))
     put = lambda tree: jax.device_put(tree, layout)
     plain = run(row, models, base, stats=stats)
     sharded = run(row, [put(m) for m in models], put(base), stats=stats)
@@ -423,7 +455,7 @@ class LawsTest(parameterized.TestCase):
       model['ids'] = np.arange(3, dtype=np.int32) + k
       model['none'] = np.zeros((0, 2), np.float32)
     method = named.resolve(row.name, **row.options)
-    with_base = row.base or method.needs_base
+    with_base = row.base or method.base == 'required'
     merged = on_mesh.merge_experts(
       jax.tree.map(lambda *leaves: np.stack(leaves), *models),
       method,
@@ -480,7 +512,7 @@ class LawsTest(parameterized.TestCase):
     merged = mj.merge(
       paths[1:],
       method,
-      base=paths[0] if row.base or method.needs_base else None,
+      base=paths[0] if row.base or method.base == 'required' else None,
       weights=row.weights,
       axes=AXES,
       stats=make_stats(row, models),

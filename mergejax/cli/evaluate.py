@@ -6,26 +6,17 @@ from collections.abc import Sequence
 import json
 import pathlib
 import tempfile
-from typing import Any
-
-import flax.linen as nn
 
 from mergejax import models
 from mergejax.cli import common
 from mergejax.core import errors
-from mergejax.core import typing
 from mergejax.data import corpora
 from mergejax.data import features
 from mergejax.data import tasks
-from mergejax.evaluation import bits
+from mergejax.evaluation import decode
 from mergejax.evaluation import plots
-from mergejax.evaluation import report
-from mergejax.evaluation import scores
+from mergejax.evaluation import recipes
 from mergejax.evaluation import suite as suite_lib
-from mergejax.merging.disk import executor
-from mergejax.merging.disk import planner
-from mergejax.merging.recipes import recipe as recipe_lib
-from mergejax.nn import lm
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -56,21 +47,6 @@ def main(arguments: Sequence[str]) -> None:
     pathlib.Path(options.json).write_text(text + '\n')
 
 
-def merged(recipe: Any) -> tuple[nn.Module, typing.Tree]:
-  """Module and parameters of a merge that a recipe describes.
-
-  The merge is made on disk, in a temporary folder, as `mergejax merge` does.
-  """
-  if not isinstance(recipe, dict):
-    parsed = recipe_lib.load_recipe(recipe)
-  else:
-    parsed = recipe_lib.parse_recipe(recipe)
-  with tempfile.TemporaryDirectory() as folder:
-    out = pathlib.Path(folder) / 'merged'
-    executor.execute(planner.plan(parsed), out)
-    return models.load_model(out)
-
-
 def _on_suite(options):
   suite = suite_lib.load(options.suite)
   experts = {n: t.expert for n, t in suite.tasks.items() if t.expert}
@@ -82,22 +58,16 @@ def _on_suite(options):
       '`base` or an `expert`.'
     )
 
-  def rows():
-    for path in paths:
-      recipe = pathlib.Path(path).suffix in ('.yaml', '.yml')
-      yield path, *(merged(path) if recipe else models.load_model(path))
-
-  table = suite.table(rows(), options.split)
-  # Accuracies and losses have no mean.
-  alike = len({task.metric for task in suite.tasks.values()}) == 1
+  rows = ((path, *recipes.load(path)) for path in paths)
+  table = suite.table(rows, options.split)
   print(suite.describe_metrics())
-  print(scores.to_text(scores.values(table, with_mean=alike)))
-  result = {'raw': scores.to_json(table, with_mean=alike)}
+  print(table.to_text())
+  result = {'raw': table.to_json()}
   if experts:
-    over = scores.normalised(table, experts, suite.lower_is_better())
+    shares = table.normalised(suite.experts(table))
     print("\nover the score of each task's own expert; more is better")
-    print(scores.to_text(scores.values(over)))
-    result['normalised'] = scores.to_json(over)
+    print(shares.to_text())
+    result['normalised'] = shares.to_json()
   if options.plot:
     plots.table(table, options.plot, options.plot_kind)
   return result
@@ -109,7 +79,7 @@ def _on_corpora(options):
   loaded = {}
   for path in options.checkpoints:
     loaded[path] = models.load_model(path)
-    if not isinstance(loaded[path][0], lm.LanguageModel):
+    if not decode.is_decoder_only(models.family_of(loaded[path][0])):
       raise errors.ConfigError(f'{path} is not a language model.')
   vocabulary = features.vocabulary(options.vocabulary)
   with tempfile.TemporaryDirectory() as folder:
@@ -117,19 +87,15 @@ def _on_corpora(options):
       corpora.read_folder(tasks.locate(options.corpora)), pathlib.Path(folder)
     )
     corpora.check_sizes(sizes, {options.split: 1})
-    test_sets = bits.load_test_sets(
+    suite = suite_lib.of_corpora(
       tasks.add_corpora(folder, vocabulary),
-      split=options.split,
       length=options.length,
       batch_size=options.batch_size,
       max_sequences=options.max_sequences,
+      vocabulary=vocabulary,
     )
-  table = {}
-  for path, (module, params) in loaded.items():
-    scorer = bits.make_scorer(module)
-    table[path] = {
-      domain: bits.score(scorer(params, test_set), test_set.num_bytes)
-      for domain, test_set in test_sets.items()
-    }
-  print(report.to_text(table))
-  return report.to_json(table)
+    table = suite.table(
+      ((path, *model) for path, model in loaded.items()), options.split
+    )
+  print(table.to_text())
+  return table.to_json(tasks='domains', value='bits_per_byte')

@@ -8,7 +8,7 @@ import pathlib
 
 from mergejax import models
 from mergejax.cli import common
-from mergejax.evaluation import scores
+from mergejax.evaluation import base
 from mergejax.evaluation import suite as suite_lib
 from mergejax.select import ranking
 
@@ -25,16 +25,13 @@ def main(arguments: Sequence[str]) -> None:
   parser.add_argument('--json', help='also write the table to this file')
   options = parser.parse_args(arguments)
   suite = suite_lib.load(options.suite)
-  tasks = {
-    name: suite.batches(name, options.split, options.max_examples)
-    for name in options.task or suite.tasks
-  }
+  tasks = suite.read(options.split, options.task, options.max_examples)
   table = ranking.rank(
     ((path, *models.load_model(path)) for path in options.checkpoints),
     tasks,
     score=options.score,
   )
-  print(scores.to_text(table))
+  print(base.to_text(table))
   for task in tasks:
     order = sorted(table, key=lambda model: -table[model][task])
     print(f'{task}: {" > ".join(order)}')

@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 import yaml
 
-from mergejax import architectures
 from mergejax import models as models_lib
 from mergejax.checkpoints import checkpoint
 from mergejax.checkpoints.peft import fold
 from mergejax.core import errors
+from mergejax.evaluation import scoring
 from mergejax.evaluation import suite as suite_lib
 from mergejax.merging.disk import planner
 from mergejax.merging.recipes import recipe as recipe_lib
+from mergejax.models import architectures
 from mergejax.search import base as base_lib
 from mergejax.search import evolve
 from mergejax.select import ranking
@@ -62,7 +63,7 @@ class Request:
   strategy: str
   recipe: recipe_lib.Recipe
   inputs: tuple[recipe_lib.Input, ...]
-  suite: suite_lib.Suite
+  suite: scoring.Suite
   tasks: tuple[str, ...]
   split: str
   fingerprints: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -225,9 +226,9 @@ def _checked(data):
     inputs = tuple(one for one in inputs if one.model != recipe.base)
   suite = suite_lib.load(data['suite'])
   for word in ('split', 'evaluate'):
-    if word in data and data[word] not in suite_lib.SPLITS:
+    if word in data and data[word] not in scoring.SPLITS:
       raise errors.ConfigError(
-        errors.near(str(data[word]), suite_lib.SPLITS, f'{word}, a split,')
+        errors.near(str(data[word]), scoring.SPLITS, f'{word}, a split,')
       )
   tasks = data.get('tasks') or list(suite.tasks)
   if not isinstance(tasks, list):
@@ -237,6 +238,7 @@ def _checked(data):
       raise errors.ConfigError(
         errors.near(str(name), suite.tasks, 'task of the suite')
       )
+    suite.check_compiles(name)
   request = Request(
     data, strategy, recipe, inputs, suite, tuple(tasks),
     data.get('split', 'validation'),
@@ -349,7 +351,7 @@ def _check_models(request):
   paths = list(dict.fromkeys([*([recipe.base] if recipe.base else []), *request.paths]))  # fmt: skip
   modules = {path: models_lib.load_module(path) for path in paths}
   for path in modules:
-    if models_lib.is_hugging_face(path) and request.data.get('granularity') not in (None, 'model'):  # fmt: skip
+    if models_lib.is_converted(path) and request.data.get('granularity') not in (None, 'model'):  # fmt: skip
       raise errors.ConfigError(
         f'{path} has the names of Hugging Face, which the layers of a search do '
         f'not match. Convert it first: `mergejax convert {path} DST`.'

@@ -12,9 +12,10 @@ import json
 import pathlib
 import sys
 
-from mergejax import architectures
-from mergejax import mesh as mesh_lib
+import numpy as np
+
 from mergejax import models
+from mergejax import partition
 from mergejax import statistics
 from mergejax.analysis import norms
 from mergejax.checkpoints import base as store_base
@@ -22,6 +23,8 @@ from mergejax.checkpoints import checkpoint
 from mergejax.cli import common
 from mergejax.core import errors
 from mergejax.core import registry
+from mergejax.models import architectures
+from mergejax.models import batch_norm
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -110,13 +113,13 @@ def _survey(options):
     pathlib.Path(options.json).write_text(text)
   if options.plot:
     plots = importlib.import_module('mergejax.evaluation.plots')
-    plots.norms(found, options.plot)
+    plots.norms(found.to_rows()[:-1], options.plot)
 
 
 def _norms(options):
   store_base.check_new(options.out)
   module, params = models.load_model(options.model)
-  if models.BATCH_STATS not in params:
+  if batch_norm.COLLECTION not in params:
     raise errors.ConfigError(
       f'{options.model} has no batch norms, so nothing has to be measured anew.'
     )
@@ -133,7 +136,7 @@ def _norms(options):
 
 
 def _collect(options):
-  if models.is_hugging_face(options.model):
+  if models.is_converted(options.model):
     # Statistics are named as the parameters they are of.
     raise errors.ConfigError(
       f'{options.model} has the names of Hugging Face, whose kernels lie '
@@ -155,14 +158,15 @@ def _collect(options):
       raise errors.ConfigError(
         '--exclude is for gram: a Fisher has every leaf.'
       )
-    default = 'exact' if 'images' in batches[0] else 'sampled'
+    classes = np.ndim(models.family_of(module).targets(batches[0])) == 1
+    default = 'exact' if classes else 'sampled'
     statistic = statistics.fisher(
       estimator=options.estimator or default, samples=options.samples,
       seed=options.seed,
     )  # fmt: skip
   mesh = None
   if options.data * options.model_parallel > 1:
-    mesh = mesh_lib.make_mesh(data=options.data, model=options.model_parallel)
+    mesh = partition.make_mesh(data=options.data, model=options.model_parallel)
 
   def progress(done):
     if sys.stderr.isatty():

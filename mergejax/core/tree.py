@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mergejax.core import errors
@@ -18,6 +19,11 @@ def _key_name(key) -> str:
     if hasattr(key, attribute):
       return str(getattr(key, attribute))
   return str(key)
+
+
+def path_name(key) -> typing.Path:
+  """The '/'-joined path of a key path of `jax.tree_util`."""
+  return '/'.join(map(_key_name, key))
 
 
 def flatten(tree: typing.Tree) -> dict[typing.Path, Any]:
@@ -34,7 +40,7 @@ def flatten(tree: typing.Tree) -> dict[typing.Path, Any]:
     {'mlp/wi': 1, 'mlp/wo': 2}
   """
   leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-  return {'/'.join(map(_key_name, path)): leaf for path, leaf in leaves}
+  return {path_name(path): leaf for path, leaf in leaves}
 
 
 def unflatten(leaves: Mapping[typing.Path, Any]) -> typing.Tree:
@@ -65,7 +71,7 @@ def map_paths(
 ) -> typing.Tree:
   """`jax.tree.map` whose function also gets the path: `fn(path, leaf, ...)`."""
   return jax.tree_util.tree_map_with_path(
-    lambda path, *leaves: fn('/'.join(map(_key_name, path)), *leaves),
+    lambda path, *leaves: fn(path_name(path), *leaves),
     tree,
     *rest,
   )
@@ -81,7 +87,7 @@ def leaf_spec(leaf: Any) -> typing.LeafSpec:
     return leaf
   if not hasattr(leaf, 'shape') or not hasattr(leaf, 'dtype'):
     leaf = np.asarray(leaf)
-  if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+  if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
     raise errors.StructureError(
       f'A random key ({leaf.dtype}) is not an array of numbers: leave it out, '
       'or put jax.random.key_data(key) in its place and make the key again '

@@ -55,8 +55,7 @@ def first_bad(arrays: Sequence[Any]) -> tuple[int, int] | None:
   known = [
     i
     for i, array in enumerate(arrays)
-    if not isinstance(array, jax.core.Tracer)
-    and numerics.is_averaged(array.dtype)
+    if not numerics.is_traced(array) and numerics.is_averaged(array.dtype)
   ]
   on_device = [i for i in known if isinstance(arrays[i], jax.Array)]
   bad = [

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from mergejax.core import errors
+from mergejax.core import numerics
 from mergejax.core import statistic_specs
 from mergejax.core import typing
 from mergejax.merging import finite
@@ -71,7 +72,7 @@ def _misfit(path, spec, name, need, shape, found):
       f'{path}: {name} has {need.name} {list(found.shape)}, which does not fit '
       f'{list(spec.shape)}'
     ]
-  if need.values == 'any' or isinstance(found, jax.core.Tracer):
+  if need.values == 'any' or numerics.is_traced(found):
     return []
   if finite.first_bad([found]) is not None:
     return [

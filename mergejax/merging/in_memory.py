@@ -57,7 +57,7 @@ def merge(
   method: base_lib.Merge,
   *,
   base: Any = None,
-  weights: Sequence[Any] | None = None,
+  weights: Sequence[Any] | typing.Array | None = None,
   stats: Sequence[Mapping[typing.Path, Mapping[str, typing.Array]]]
   | None = None,
   axes: axes_lib.Rules = (),
@@ -113,7 +113,8 @@ def merge(
   check_call(method, weights, len(inputs), base_input)
   reference = base_input or inputs[0]
   _check_trees(rules, reference, inputs)
-  specs = axes_lib.with_axes(reference.specs, axes)
+  every = [one.specs for one in (reference, *inputs)]
+  specs = axes_lib.of_models(every, axes)
   groups = _by_rule(rules, method, merged_paths(specs))
   _check_stacks(groups, specs)
   result = {}
@@ -132,7 +133,7 @@ def merge(
       result[path] = finite.stored(path, leaf, kind, own.statistics)
       layout = inputs[0].layout(path)
       if isinstance(layout, jax.sharding.NamedSharding):
-        if not isinstance(leaf, jax.core.Tracer):
+        if not numerics.is_traced(leaf):
           result[path] = jax.device_put(result[path], layout)
   for path, spec in reference.specs.items():
     if path not in result:
@@ -335,7 +336,7 @@ def copied(
     if path not in model.specs:
       continue
     other = model.leaf(path)
-    if isinstance(leaf, jax.core.Tracer) or isinstance(other, jax.core.Tracer):
+    if numerics.is_traced(leaf) or numerics.is_traced(other):
       continue
     if not np.array_equal(np.asarray(leaf), np.asarray(other)):
       logging.warning(

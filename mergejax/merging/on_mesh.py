@@ -25,7 +25,7 @@ def merge_experts(
   method: merging.Merge,
   *,
   base: typing.Tree | None = None,
-  weights: Sequence[float] | jax.Array | None = None,
+  weights: Sequence[float] | typing.Array | None = None,
   axes: axes_lib.Rules = (),
   seed: int = 0,
 ) -> typing.Tree:

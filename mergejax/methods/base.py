@@ -9,8 +9,8 @@ checkpoints read from disk, averaging inside a train step, and experts on a
 mesh axis.
 
 Many methods need a few numbers of a whole leaf first: norms, a K x K matrix of
-inner products, the k-th largest magnitude. They say so with `FirstPass`es. Once
-the numbers are known everything is element-wise again, so a leaf of any size can
+inner products, the k-th largest magnitude. They declare a `FirstPass`. Once the
+numbers are known everything is element-wise again, so a leaf of any size can
 be merged in pieces, and a sharded one where it lies.
 """
 
@@ -26,9 +26,10 @@ from mergejax.core import errors
 from mergejax.core import numerics
 from mergejax.core import statistic_specs
 from mergejax.core import typing
+from mergejax.methods import protocols
 
-State = Any
-Note = Mapping[str, Any]
+State = protocols.State
+Note = protocols.Note
 
 
 class LeafContext(NamedTuple):
@@ -36,7 +37,7 @@ class LeafContext(NamedTuple):
 
   Attributes:
     model: which of the models this is, from 0; may be traced.
-    note: what the first passes concluded, `{name: scalars}`.
+    note: what the first passes found, `{name: scalars}`.
     key: <uint32>[2], from seed, path and model alone; see `masks`.
     stats: statistics of this leaf that the model brings, `{name: array}`.
     place: shape of the piece at hand, and the flat position of its first
@@ -52,6 +53,8 @@ class LeafContext(NamedTuple):
   @property
   def index(self) -> typing.Array:
     """<uint32>[...], flat position of every element in the whole leaf."""
+    if self.place is None:
+      raise ValueError('Only a piece of a leaf has positions.')
     shape, offset = self.place
     flat = jax.lax.iota(jnp.uint32, math.prod(shape)).reshape(shape)
     return flat + jnp.asarray(offset, jnp.uint32)
@@ -64,8 +67,8 @@ class FirstPass(NamedTuple):
     measure: `(leaves, base, contexts, weights) -> found`. Without `ranks`: a
       pytree of small arrays, already reduced, that combine over pieces of a
       leaf. With `ranks`: a list of scores <float32>[...], one per element.
-    conclude: `(found, contexts, weights) -> [note per model]`; the notes are
-      added to the contexts that later passes and `update` get.
+    conclude: `(found, contexts, weights) -> [note per model]`; the notes
+      are added to the contexts that later passes and `update` get.
     ranks: `(size, contexts) -> [(rank, ...) per score]`. Asks for exact order
       statistics of each score: `found` then holds for each score one
       `Cut(threshold, index)` a rank, see `numerics.Cut`.
@@ -73,9 +76,9 @@ class FirstPass(NamedTuple):
     scope: 'leaf', or 'tree' for numbers of the whole model.
   """
 
-  measure: Callable[..., Any]
-  conclude: Callable[..., Sequence[Note]]
-  ranks: Callable[..., Sequence[Sequence[int]]] | None = None
+  measure: protocols.MeasureFn
+  conclude: protocols.ConcludeFn
+  ranks: protocols.RanksFn | None = None
   combine: str = 'sum'
   scope: str = 'leaf'
 
@@ -85,11 +88,11 @@ class Merge(NamedTuple):
 
   Attributes:
     init: `(specs) -> state`, zeros.
-    update: `(state, params, *, base=None, weight=1.0, contexts=None) -> state`;
-      params and base are `{path: array}` of floating leaves, already in their
-      accumulation dtype; contexts is `{path: LeafContext}`.
+    update: `(state, params, *, base=None, weight=1.0, contexts=None) ->
+      state`; params and base are `{path: array}` of floating leaves, already
+      in their accumulation dtype; contexts is `{path: LeafContext}`.
     finish: `(state, *, base=None) -> {path: array}`, not yet cast.
-    first_passes: passes that must come first, in order.
+    first_passes: what must be measured first, in order.
     needs: statistics that every model brings, such as `(FISHER,)`; the name
       alone means one of the package, or one that lies like its leaf.
     base: 'required' for methods on differences from a common ancestor,
@@ -105,9 +108,9 @@ class Merge(NamedTuple):
     numbered: numbers or counts elements in 32 bits, as random masks do.
   """
 
-  init: Callable[[typing.SpecTree], State]
-  update: Callable[..., State]
-  finish: Callable[..., dict[typing.Path, typing.Array]]
+  init: protocols.InitFn
+  update: protocols.UpdateFn
+  finish: protocols.FinishFn
   first_passes: tuple[FirstPass, ...] = ()
   needs: tuple[statistic_specs.StatisticSpec | str, ...] = ()
   base: str = 'ignored'
@@ -137,32 +140,27 @@ class Merge(NamedTuple):
     )
 
   @property
-  def needs_base(self) -> bool:
-    """True if the method cannot run without a base."""
-    return self.base == 'required'
-
-  @property
   def of_whole_leaves(self) -> bool:
     """True if a stack of leaves has other numbers than its slices."""
-    over_leaves = any(
+    of_leaves = any(
       first_pass.scope == 'leaf' for first_pass in self.first_passes
     )
-    return over_leaves or self.view != 'element'
+    return of_leaves or self.view != 'element'
 
   @property
   def of_slices(self) -> bool:
     """True if a stack is merged slice by slice, as leaves of their own.
 
-    First passes over the whole model find the same numbers either way. Without
-    any first pass random masks differ: they have a key for each slice.
+    Passes over the whole model alone see the same numbers either way; without
+    any pass random masks, which have a key for each slice, may not.
     """
     return self.of_whole_leaves or not self.first_passes
 
 
 def leafwise(
   init: Callable[[typing.Array], State],
-  update: Callable[..., State],
-  finish: Callable[..., typing.Array],
+  update: protocols.LeafUpdateFn,
+  finish: protocols.LeafFinishFn,
   **fields: Any,
 ) -> Merge:
   """A `Merge` from functions of one leaf.
@@ -206,7 +204,7 @@ def leafwise(
   return Merge(init_tree, update_tree, finish_tree, **fields)
 
 
-def gathered(combine: Callable[..., typing.Array], **fields: Any) -> Merge:
+def gathered(combine: protocols.CombineFn, **fields: Any) -> Merge:
   """A method that must see the K copies of a leaf at once.
 
   It holds K times the leaf (or the piece of it), which the plan counts; its
@@ -256,7 +254,7 @@ def check_option(
   """
   values = option if isinstance(option, (list, tuple, np.ndarray)) else [option]
   for value in values:
-    if isinstance(value, jax.core.Tracer):
+    if numerics.is_traced(value):
       continue
     plain = isinstance(value, (int, float, np.number, np.ndarray, jax.Array))
     if isinstance(value, bool) or not plain or not test(float(value)):
@@ -281,7 +279,7 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 
 
 def check_weights(
-  method: Merge, weights: Sequence[Any] | None, count: int
+  method: Merge, weights: Sequence[Any] | typing.Array | None, count: int
 ) -> list[Any]:
   """The coefficient of every model, checked as far as it is known.
 
@@ -313,13 +311,8 @@ def check_weights(
       f'{len(weights)} weight(s) for {count} model(s): give one for each.'
     )
   for weight in weights:
-    if not isinstance(weight, jax.core.Tracer) and not np.isfinite(weight):
+    if not numerics.is_traced(weight) and not np.isfinite(weight):
       raise errors.ConfigError(
         f'Weights must be finite numbers, not {weights}.'
       )
   return weights
-
-
-def add_states(first: State, second: State) -> State:
-  """Sum of two states of an additive method: one longer stream of models."""
-  return jax.tree.map(jnp.add, first, second)

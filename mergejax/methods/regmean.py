@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.scipy import linalg
 
+from mergejax.core import numerics
 from mergejax.core import statistic_specs
 from mergejax.methods import base as base_lib
 from mergejax.methods import entries
@@ -115,7 +116,7 @@ def regmean(
 
 def _warn_if_ill(path, factor, dead):
   """Warns of a badly conditioned system, where its numbers can be seen."""
-  if isinstance(factor, jax.core.Tracer):
+  if numerics.is_traced(factor):
     return
   pivots = jnp.where(dead, 1.0, jnp.square(jnp.diagonal(factor)))
   least = jnp.min(jnp.where(dead, jnp.inf, pivots))

@@ -4,7 +4,6 @@
 
 import math
 
-import jax
 import jax.numpy as jnp
 
 from mergejax.core import numerics
@@ -49,7 +48,7 @@ def sce(*, select_topk: float = 1.0) -> base_lib.Merge:
     if select_topk >= 1:
       return [(size,)]
     varying = contexts[0].note['varying']
-    if isinstance(varying, jax.core.Tracer):  # under the caller's jit
+    if numerics.is_traced(varying):  # under the caller's jit
       share = jnp.float32(select_topk) * varying.astype(jnp.float32)
       return [(jnp.floor(share).astype(jnp.uint32),)]
     return [(math.floor(select_topk * int(varying)),)]
@@ -68,7 +67,8 @@ def _deltas_of(leaves, base):
 
 def _variance(deltas):
   middle = sum(deltas) / len(deltas)
-  return sum(jnp.square(d - middle) for d in deltas) / len(deltas)
+  squares = sum(jnp.square(d - middle) for d in deltas)
+  return jnp.asarray(squares) / len(deltas)
 
 
 def _count(leaves, base, contexts, weights):

@@ -19,7 +19,9 @@ from jax.nn import initializers
 import jax.numpy as jnp
 import numpy as np
 
+from mergejax import partition
 from mergejax.core import errors
+from mergejax.core import numerics
 from mergejax.core import typing
 
 # Added to float32 logits where attention is not allowed. Large enough to
@@ -224,6 +226,9 @@ class Attention(nn.Module):
     query = project('query', queries, 1.0 / self.head_dim)
     key = project('key', keys_values)
     value = project('value', keys_values)
+    query, key, value = partition.constrain(
+      (query, key, value), ('batch', 'length', 'heads', 'kv')
+    )
     if decode:
       key, value, bias = self._update_cache(key, value, bias)
     if self.float32_logits:
@@ -271,7 +276,7 @@ class Attention(nn.Module):
         f'The cache has {length} positions, but the bias of the attention is '
         f'for {list(bias.shape[2:])} queries and keys.'
       )
-    if not isinstance(at, jax.core.Tracer) and at >= length:
+    if not numerics.is_traced(at) and at >= length:
       raise errors.ConfigError(
         f'The cache has {length} positions and all of them are taken: create '
         'it with as many as are decoded.'
@@ -325,6 +330,7 @@ class Mlp(nn.Module):
         dense(self.hidden, self.dtype, mlp_init, name)(inputs)
       )
       hidden = branch if hidden is None else hidden * branch
+    hidden = partition.constrain(hidden, ('batch', 'length', 'mlp'))
     hidden = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))(
       hidden, deterministic=deterministic
     )

@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
+from mergejax import partition
 from mergejax.core import errors
 from mergejax.core import tree
 from mergejax.core import typing
@@ -69,6 +70,10 @@ class T5Config(StackConfig):
   num_decoder_layers: int = 8
 
 
+# The residual stream, where layers meet.
+_STREAM = ('batch', 'length', 'embed')
+
+
 class DecoderLayer(nn.Module):
   """Causal self-attention, cross-attention if there is an encoder, MLP.
 
@@ -93,7 +98,7 @@ class DecoderLayer(nn.Module):
         y, encoded, cross_bias, deterministic=deterministic
       )
       x = x + block.dropout(y)
-    return x + block.mlp(x)
+    return partition.constrain(x + block.mlp(x), _STREAM)
 
 
 class EncoderLayer(nn.Module):
@@ -107,7 +112,7 @@ class EncoderLayer(nn.Module):
     y = block.norm('pre_attention_layer_norm')(x)
     y = block.attention('attention')(y, y, bias, deterministic=deterministic)
     x = x + block.dropout(y)
-    return x + block.mlp(x)
+    return partition.constrain(x + block.mlp(x), _STREAM)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,7 +199,7 @@ class Encoder(nn.Module):
     block = _Block(config, deterministic)
     length = embedded.shape[1]
     bias = relative_bias(config, bidirectional=True)(length, length) + mask_bias
-    x = block.dropout(embedded)
+    x = partition.constrain(block.dropout(embedded), _STREAM)
     for i in range(config.num_encoder_layers):
       x = EncoderLayer(config, name=f'layers_{i}')(
         x, bias, deterministic=deterministic
@@ -243,7 +248,7 @@ class Decoder(nn.Module):
     bias = relative_bias(config, bidirectional=False)(length, length)
     if mask_bias is not None:
       bias = bias + mask_bias
-    x = block.dropout(embedder(tokens))
+    x = partition.constrain(block.dropout(embedder(tokens)), _STREAM)
     for i in range(self.num_layers):
       x = DecoderLayer(config, name=f'layers_{i}')(
         x,

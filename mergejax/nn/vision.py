@@ -15,6 +15,7 @@ import dataclasses
 import flax.linen as nn
 import jax.numpy as jnp
 
+from mergejax import partition
 from mergejax.core import errors
 from mergejax.core import typing
 
@@ -268,7 +269,9 @@ class _EncoderLayer(nn.Module):
     )
     y = nn.LayerNorm(name='mlp_norm')(x)
     y = nn.gelu(nn.Dense(config.mlp_dim, name='wi')(y))
-    return x + nn.Dense(config.emb_dim, name='wo')(y)
+    y = partition.constrain(y, ('batch', 'length', 'mlp'))
+    x = x + nn.Dense(config.emb_dim, name='wo')(y)
+    return partition.constrain(x, ('batch', 'length', 'embed'))
 
 
 class ViT(nn.Module):

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mergejax.core import errors
+from mergejax.core import labels as labels_lib
 from mergejax.methods import base as merge_base
 
 VARIANTS = ('jmlr', 'icml')
@@ -209,7 +210,7 @@ def _checked(features, labels):
     targets = labels.astype(np.float64)
     _check_finite('targets', targets)
     return features, targets
-  labels = check_classes(labels)
+  labels = labels_lib.check_classes(labels)
   return features, np.eye(labels.max() + 1)[labels]
 
 
@@ -231,30 +232,6 @@ def _check_finite(what, *arrays):
       f'{bad} of the {what} are not finite: look for such numbers in the data '
       'and in the model, or for numbers too large to be squared.'
     )
-
-
-def check_classes(labels: Any, classes: int | None = None) -> np.ndarray:
-  """Labels as integers from 0, checked.
-
-  Raises:
-    UserError: labels that are no whole numbers, negative, or beyond `classes`.
-  """
-  labels = np.asarray(labels)
-  if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
-    raise errors.DataError(
-      f'Labels must be whole numbers, one a sample, not {labels.dtype} '
-      f'{list(labels.shape)}.'
-    )
-  if len(labels) and labels.min() < 0:
-    raise errors.DataError(
-      f'Labels are numbered from 0; {int(labels.min())} is not one.'
-    )
-  if classes is not None and len(labels) and labels.max() >= classes:
-    raise errors.DataError(
-      f'Label {int(labels.max())} is outside the range: there are {classes} '
-      f'classes, 0 to {classes - 1}.'
-    )
-  return labels
 
 
 def _jmlr(eigenvalues, projected, squares, shape, *, exact):

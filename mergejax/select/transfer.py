@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from mergejax.core import errors
-from mergejax.select import bayes
+from mergejax.core import labels as labels_lib
 
 
 def leep(probabilities: Any, labels: Any) -> float:
@@ -36,7 +36,7 @@ def leep(probabilities: Any, labels: Any) -> float:
   equation 2.
   """
   given = np.asarray(probabilities, np.float64)
-  labels = bayes.check_classes(labels)
+  labels = labels_lib.check_classes(labels)
   if given.ndim != 2 or len(given) != len(labels) or not len(labels):
     raise errors.DataError(
       f'{list(given.shape)} probabilities for {len(labels)} labels: one row '
@@ -76,8 +76,8 @@ def nce(source_labels: Any, labels: Any) -> float:
   Source: Tran et al., "Transferability and hardness of supervised
   classification tasks" (2019), https://arxiv.org/abs/1908.08142, equation 5.
   """
-  source = bayes.check_classes(source_labels)
-  labels = bayes.check_classes(labels)
+  source = labels_lib.check_classes(source_labels)
+  labels = labels_lib.check_classes(labels)
   if len(source) != len(labels) or not len(labels):
     raise errors.DataError(
       f'{len(source)} source labels for {len(labels)} labels: one for each.'
@@ -109,7 +109,7 @@ def h_score(features: Any, labels: Any, *, shrinkage: float = 0.0) -> float:
   https://arxiv.org/abs/2110.06893, for the shrinkage.
   """
   features = np.asarray(features, np.float64)
-  labels = bayes.check_classes(labels)
+  labels = labels_lib.check_classes(labels)
   fits = features.ndim == 2 and len(features) == len(labels)
   if not fits or len(labels) < 2 or not features.size:
     raise errors.DataError(

@@ -9,9 +9,7 @@ are kept in float64, so a long stream loses nothing.
 
 from collections.abc import Callable, Iterable, Mapping
 import os
-import signal
-import threading
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import flax.linen as nn
 import jax
@@ -20,12 +18,31 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 import numpy as np
 
-from mergejax import mesh as mesh_lib
+from mergejax import partition
 from mergejax.core import errors
 from mergejax.core import statistic_specs
+from mergejax.core import stop as stop_lib
 from mergejax.core import typing
-from mergejax.statistics import journal as journal_lib
+from mergejax.statistics import progress as progress_lib
 from mergejax.statistics import saved
+
+
+class MeasureFn(Protocol):
+  """Measures one batch: `{path: {'sum': arrays, 'count': array}}`.
+
+  Every array has a leading axis of `shards` parts of the batch, whose number in
+  the stream is `number`. It raises if something asked for was not seen.
+  """
+
+  def __call__(
+    self,
+    module: nn.Module,
+    params: typing.Tree,
+    batch: Mapping[str, Any],
+    number: Any,
+    shards: int,
+    /,
+  ) -> dict[typing.Path, dict[str, Any]]: ...
 
 
 class Statistic(NamedTuple):
@@ -33,17 +50,14 @@ class Statistic(NamedTuple):
 
   Attributes:
     spec: its name and shape, which methods list in `Merge.needs`.
-    measure: `(module, params, batch, number, shards) -> {path: {'sum': arrays,
-      'count': array}}` of one batch, each with a leading axis of `shards`
-      parts; number is that of the batch. Raises if something asked for was
-      not seen.
+    measure: what one batch adds to the sums, see `MeasureFn`.
     whole: `sum -> array`, from what devices add up, without the axis of shards
       and fetched, to the sum itself.
     settings: what a reader of the file should know.
   """
 
   spec: statistic_specs.StatisticSpec
-  measure: Callable[..., dict[typing.Path, dict[str, Any]]]
+  measure: MeasureFn
   whole: Callable[[Any], np.ndarray] = lambda total: total
   settings: Mapping[str, Any] = {}
 
@@ -103,15 +117,16 @@ def collect(
     >>> means['kernel']['gram'].tolist()
     [[1.0, 2.0], [2.0, 4.0]]
   """
-  mesh = mesh or mesh_lib.make_mesh(devices=jax.devices()[:1])
+  mesh = mesh or partition.make_mesh(devices=jax.devices()[:1])
   shards = mesh.shape['data']
   fingerprint = saved.fingerprint(params)
   settings = {'kind': statistic.spec.name, **statistic.settings}
-  journal = journal_lib.Journal(out, {**settings, 'model': fingerprint})
+  journal = progress_lib.Progress(out, {**settings, 'model': fingerprint})
   totals, done, aliases = journal.load()
   batches = journal.after(done, batches)
   params = jax.device_put(params, _param_layout(mesh, params))
-  zeros = step = None
+  zeros: Callable[[], Any] = dict
+  step = None
 
   @jax.jit
   def measure(params, batch, number):
@@ -124,7 +139,7 @@ def collect(
     return jax.tree.map(jnp.add, sums, measure(params, batch, number))
 
   sums, number = None, done
-  with _Stopping() as stopping:
+  with stop_lib.StopRequest() as stop:
     for number, batch in enumerate(batches, done + 1):
       batch = _placed(mesh, batch)
       index = np.uint32(number - 1)
@@ -143,10 +158,9 @@ def collect(
       if number % save_every == 0:
         totals, sums = _fetched(statistic, totals, sums), None
         journal.save(totals, number, aliases)
-      if stopping.received:
-        # What came after the last save is not kept: sums are added up in the
-        # same groups however often a collection is interrupted.
-        raise errors.Stopped(f'Stopped after {number} batches.')
+      # What came after the last save is not kept: sums are added up in the same
+      # groups however often a collection is interrupted.
+      stop.check(f'Stopped after {number} batches.')
   if sums is not None:
     totals = _fetched(statistic, totals, sums)
   if totals is None:
@@ -192,7 +206,7 @@ def _param_layout(mesh, params):
     layout = getattr(leaf, 'sharding', None)
     if isinstance(layout, NamedSharding) and layout.mesh == mesh:
       return layout
-    return mesh_lib.replicated(mesh)
+    return partition.replicated(mesh)
 
   return jax.tree.map(of, params)
 
@@ -210,7 +224,7 @@ def _placed(mesh, batch):
         f'{shards} data slices of the mesh.'
       )
     result[name] = jax.device_put(
-      leaf, rows if leaf.ndim else mesh_lib.replicated(mesh)
+      leaf, rows if leaf.ndim else partition.replicated(mesh)
     )
   return result
 
@@ -234,7 +248,7 @@ def _fetched(statistic, totals, sums):
     lambda tree: jax.tree.map(lambda x: jnp.sum(x, axis=0), tree)
   )(sums)
   host = {}
-  for path, own in mesh_lib.to_host(joined).items():
+  for path, own in partition.to_host(joined).items():
     host[f'{path}/sum'] = statistic.whole(own['sum']).astype(np.float64)
     host[f'{path}/count'] = own['count'].astype(np.float64)
   if totals is None:
@@ -271,24 +285,3 @@ def _means(spec, totals, aliases, fingerprint, settings, batches):
   return saved.Statistics(
     result, spec, fingerprint, {**settings, 'batches': batches}
   )
-
-
-class _Stopping:
-  """Notes SIGTERM, so that a collection ends between two batches."""
-
-  def __init__(self):
-    self.received = False
-    self._main = threading.current_thread() is threading.main_thread()
-
-  def __enter__(self):
-    if self._main:
-      self._previous = signal.signal(signal.SIGTERM, self._note)
-    return self
-
-  def _note(self, number, frame):
-    del number, frame
-    self.received = True
-
-  def __exit__(self, *_):
-    if self._main:
-      signal.signal(signal.SIGTERM, self._previous)

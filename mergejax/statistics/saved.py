@@ -223,7 +223,8 @@ def combine(
   means = {}
   for path in parts[0]:
     wide = [np.asarray(part[path][spec.name], np.float64) for part in parts]
-    total = sum(w * own for w, own in zip(weights, wide)) / sum(weights)
+    total = np.asarray(sum(w * each for w, each in zip(weights, wide)))
+    total = total / sum(weights)
     count = sum(np.asarray(part[path]['count']) for part in parts)
     means[path] = {spec.name: total.astype(np.float32), 'count': count}
   settings = {**parts[0].settings, 'combined': len(parts)}

@@ -15,8 +15,8 @@ import numpy as np
 
 import mergejax as mj
 from mergejax import align
-from mergejax import mesh as mesh_lib
 from mergejax import models
+from mergejax import partition
 from mergejax.align import activations
 from mergejax.align import pairs as pairs_lib
 from mergejax.align import spec as spec_lib
@@ -57,7 +57,7 @@ def shaken(params, seed, size=0.3):
 
 def random_batch(module, rows=3, length=5, seed=0):
   rng = np.random.default_rng(seed)
-  batch = models.example_batch(module, rows, length=length)
+  batch = models.family_of(module).example_batch(rows, length=length)
   batch.pop('labels', None)
   return {
     name: rng.random(x.shape).astype(np.float32)
@@ -70,14 +70,14 @@ def random_batch(module, rows=3, length=5, seed=0):
 @functools.cache
 def initial_params(fields, seed):
   module = models.build(json.loads(fields))
-  return models.init_params(module, jax.random.key(seed))
+  return models.family_of(module).init(jax.random.key(seed))
 
 
 def built(fields, seed=0):
   """`(module, apply, params, batch)`."""
   module = models.build(fields)
   params = shaken(initial_params(json.dumps(fields), seed), seed)
-  apply = lambda params, batch: models.logits(module, params, batch)
+  apply = lambda params, batch: models.family_of(module).logits(params, batch)
   return module, apply, params, random_batch(module)
 
 
@@ -302,14 +302,14 @@ class MatchTest(parameterized.TestCase):
     _, apply, params, batch = built(BUILT[0][1])
     spec = align.derive(apply, params, batch)
     other = shaken(params, 5, 1.0)
-    mesh = mesh_lib.make_mesh(data=8)
+    mesh = partition.make_mesh(data=8)
     layout = jax.sharding.NamedSharding(
       mesh, jax.sharding.PartitionSpec('data')
     )
     spread = lambda tree_: tree.map_paths(
       lambda path, leaf: jax.device_put(
         leaf,
-        layout if leaf.shape[0] % 8 == 0 else mesh_lib.replicated(mesh),
+        layout if leaf.shape[0] % 8 == 0 else partition.replicated(mesh),
       ),
       tree_,
     )

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mergejax import mesh as mesh_lib
+from mergejax import partition
 from mergejax.core import axes
 from mergejax.core import errors
 from mergejax.core import registry
@@ -74,17 +74,17 @@ class AxesTest(absltest.TestCase):
 
 class MeshTest(absltest.TestCase):
   def test_sizes(self):
-    mesh = mesh_lib.make_mesh(branch=4)
+    mesh = partition.make_mesh(branch=4)
     self.assertEqual(
       dict(mesh.shape), {'branch': 4, 'data': 2, 'expert': 1, 'model': 1}
     )
     for wrong in (dict(branch=3), dict(data=2), dict(branch=-1, data=-1)):
       with self.assertRaisesRegex(errors.UserError, '8 device'):
-        mesh_lib.make_mesh(**wrong)
+        partition.make_mesh(**wrong)
 
   def test_rules(self):
-    mesh = mesh_lib.make_mesh(data=2, model=4)
-    spec = lambda *args: mesh_lib.sharding(mesh, *args).spec
+    mesh = partition.make_mesh(data=2, model=4)
+    spec = lambda *args: partition.sharding(mesh, *args).spec
     self.assertEqual(tuple(spec(('embed', 'mlp'))), (None, 'model'))
     # A mesh axis is used once: the first array axis that asks gets it.
     self.assertEqual(tuple(spec(('vocab', 'mlp'))), ('model', None))

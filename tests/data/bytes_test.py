@@ -16,7 +16,7 @@ from mergejax.core import errors
 from mergejax.data import features
 from mergejax.data import stream
 from mergejax.data import tasks
-from mergejax.evaluation import bits
+from mergejax.evaluation import expert_table
 from mergejax.evaluation import suite as suite_lib
 
 # White space in front, doubled, behind and alone; what NFKC changes (a
@@ -75,9 +75,8 @@ class BytesTest(parameterized.TestCase):
       self.text(vocabulary), lengths={'targets': length}, batch_size=4,
       split='test',
     )  # fmt: skip
-    test_set = bits.make_test_set(batches)
     total = sum(len(text.encode('utf-8')) for text in TEXTS)
-    self.assertEqual(test_set.num_bytes.sum(), total)
+    self.assertEqual(sum(batch['num_bytes'].sum() for batch in batches), total)
     # The tokens themselves are those of the vocabulary, each text ended.
     tokens = np.concatenate([b['decoder_target_tokens'] for b in batches])
     expected = sum((list(vocabulary.encode(t)) + [1] for t in TEXTS), [])
@@ -109,14 +108,15 @@ class BytesTest(parameterized.TestCase):
     total = sum(len(text.encode('utf-8')) for text in TEXTS)
     count = sum(len(vocabulary.encode(t)) + 1 for t in TEXTS)
     for length in (3, 17):
-      sets = bits.load_test_sets(
-        {'all': self.text(vocabulary)}, split='test', length=length,
-        batch_size=4, max_sequences=10_000,
+      suite = suite_lib.of_corpora(
+        {'all': self.text(vocabulary)}, length=length, batch_size=4,
+        max_sequences=10_000,
       )  # fmt: skip
+      batches = suite.batches('all', 'test')
+      mask = np.concatenate([b['decoder_target_tokens'] > 0 for b in batches])
       # Of a model that finds all of 64 tokens equally likely.
-      lp = sets['all'].mask * np.log(1 / 64)
-      found = bits.score(lp, sets['all'].num_bytes)
-      self.assertAlmostEqual(found.bits_per_byte, 6 * count / total)
+      found = expert_table.score(mask * np.log(1 / 64), batches)
+      self.assertAlmostEqual(found.value, 6 * count / total)
 
   def test_a_vocabulary_that_does_not_tell_is_refused(self):
     name = self.text(seqio.ByteVocabulary())

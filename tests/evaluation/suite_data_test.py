@@ -11,7 +11,7 @@ import numpy as np
 
 from mergejax import models
 from mergejax.core import errors
-from mergejax.evaluation import bits
+from mergejax.evaluation import metrics
 from mergejax.evaluation import suite as suite_lib
 
 ANSWERS = ('entailment_yes', 'entailment_no', 'entailment_maybe')
@@ -85,16 +85,16 @@ class SuiteDataTest(parameterized.TestCase):
         {'tasks': {'t': {'text': str(self.folder / 'text.txt')}}}
       )
     module = models.build(dict(model_type=kind, vocab_size=100, **sizes, **layers))  # fmt: skip
-    params = models.init_params(module, jax.random.key(0))
+    params = models.family_of(module).init(jax.random.key(0))
     message = rf'task t .* 12\d, but the {kind} model knows 0 to 99'
     with self.assertRaisesRegex(errors.UserError, message):
       suite.table([('m', module, params)])
     with self.assertRaisesRegex(errors.UserError, message):
       suite.evaluator(module, 'test')
     if kind == 'lm':
-      test_set = bits.make_test_set(suite.batches('t', 'test'))
+      batches = suite.batches('t', 'test')
       with self.assertRaisesRegex(errors.UserError, 'the test set'):
-        bits.make_scorer(module)(params, test_set)
+        metrics.make_scorer(module, 'bits_per_byte')(params, batches)
 
   def test_suites_do_not_share_tasks(self):
     first = self.suite([('x', 'one')], folder='a')

@@ -13,9 +13,8 @@ import seqio
 from mergejax import models
 from mergejax.core import errors
 from mergejax.data import tasks
-from mergejax.evaluation import bits
-from mergejax.evaluation import plots
-from mergejax.evaluation import scores
+from mergejax.evaluation import expert_table
+from mergejax.evaluation import metrics
 from mergejax.evaluation import suite as suite_lib
 
 SIZES = dict(vocab_size=384, emb_dim=8, num_heads=2, head_dim=4, mlp_dim=8)
@@ -24,7 +23,7 @@ SIZES = dict(vocab_size=384, emb_dim=8, num_heads=2, head_dim=4, mlp_dim=8)
 def greedy(module, params, inputs, length):
   """Whole answers by greedy decoding, one token a pass, without a cache."""
   answer = np.zeros((len(inputs), length), np.int32)
-  logits = jax.jit(lambda p, b: models.logits(module, p, b))
+  logits = jax.jit(lambda p, b: models.family_of(module).logits(p, b))
   for t in range(length):
     batch = {
       'encoder_input_tokens': inputs,
@@ -64,7 +63,7 @@ class SuiteTest(parameterized.TestCase):
         model_type='t5x', num_encoder_layers=1, num_decoder_layers=1, **SIZES
       )
     )
-    params = models.init_params(module, jax.random.key(0))
+    params = models.family_of(module).init(jax.random.key(0))
     inputs = np.random.default_rng(0).integers(3, 250, (4, 6))
     said = greedy(module, params, inputs, 3)
     self.assertTrue((said > 0).all())
@@ -77,7 +76,7 @@ class SuiteTest(parameterized.TestCase):
       'decoder_target_tokens': targets,
       'decoder_input_tokens': np.pad(targets, ((0, 0), (1, 0)))[:, :-1],
     }
-    up, down = suite_lib.example_scores(module, params, batch, 'accuracy')
+    up, down = metrics.example_scores(module, params, batch, 'accuracy')
     np.testing.assert_array_equal(up, [1, 0, 0, 1])
     np.testing.assert_array_equal(down, [1, 1, 1, 1])
 
@@ -88,11 +87,11 @@ class SuiteTest(parameterized.TestCase):
         model_type='t5x', num_encoder_layers=1, num_decoder_layers=1, **SIZES
       )
     )
-    params = models.init_params(module, jax.random.key(0))
+    params = models.family_of(module).init(jax.random.key(0))
     batches = suite.batches('mood', 'test')
     self.assertEqual([len(b['decoder_target_tokens']) for b in batches], [3, 3])
     pairs = [
-      suite_lib.example_scores(module, params, b, 'accuracy') for b in batches
+      metrics.example_scores(module, params, b, 'accuracy') for b in batches
     ]
     self.assertEqual(sum(float(down.sum()) for _, down in pairs), 4)
     found = suite.table([('m', module, params)])['m']['mood']
@@ -105,13 +104,14 @@ class SuiteTest(parameterized.TestCase):
         'lengths': {'targets': 16}, 'batch_size': 1,
     })  # fmt: skip
     module = models.build(dict(model_type='lm', num_layers=1, **SIZES))
-    params = models.init_params(module, jax.random.key(0))
+    params = models.family_of(module).init(jax.random.key(0))
     found = suite.table([('m', module, params)])['m']['words']
-    test_set = bits.make_test_set(suite.batches('words', 'test'))
-    expected = bits.score(
-      bits.make_scorer(module)(params, test_set), test_set.num_bytes
+    batches = suite.batches('words', 'test')
+    scorer = expert_table.Scorer(module)
+    expected = expert_table.score(
+      scorer.log_likelihood(params, batches), batches
     )
-    self.assertAlmostEqual(found.value, expected.bits_per_byte, places=4)
+    self.assertAlmostEqual(found.value, expected.value, places=4)
     compiled = suite.evaluator(module, 'test')
     self.assertAlmostEqual(
       float(compiled(params)['words']), -found.value, places=4
@@ -161,57 +161,6 @@ class SuiteTest(parameterized.TestCase):
     ):
       with self.assertRaisesRegex(errors.UserError, message):
         call()
-
-
-class ScoresTest(absltest.TestCase):
-  def table(self):
-    one = lambda value: scores.Score(value, value - 0.1, value + 0.1)
-    return {
-      'base': {'x': one(0.3), 'y': one(0.4)},
-      'expert x': {'x': one(0.6), 'y': one(0.2)},
-      'merge': {'x': one(0.45), 'y': one(0.5)},
-    }
-
-  def test_bootstrap_covers_the_truth(self):
-    rng = np.random.default_rng(0)
-    inside = 0
-    for _ in range(40):
-      hits = (rng.random(200) < 0.7).astype(float)
-      found = scores.bootstrap(hits, np.ones(200), resamples=200)
-      inside += found.low <= 0.7 <= found.high
-    self.assertGreater(inside, 32)
-    with self.assertRaisesRegex(errors.UserError, 'no example'):
-      scores.bootstrap(np.zeros(0), np.zeros(0))
-
-  def test_normalised(self):
-    over = scores.normalised(self.table(), {'x': 'expert x'})
-    self.assertAlmostEqual(over['merge']['x'].value, 0.75)
-    self.assertEqual(over['expert x']['x'].value, 1.0)
-    self.assertNotIn('y', over['merge'])
-    with self.assertRaisesRegex(errors.UserError, "'expert x'"):
-      scores.normalised(self.table(), {'x': 'expert'})
-
-  def test_normalised_losses(self):
-    over = scores.normalised(self.table(), {'x': 'expert x'}, ['x'])
-    # Half the loss of the expert is twice as good.
-    self.assertAlmostEqual(over['base']['x'].value, 2.0)
-    self.assertAlmostEqual(over['base']['x'].low, 0.6 / 0.4)
-    self.assertAlmostEqual(over['base']['x'].high, 0.6 / 0.2)
-
-  def test_no_mean_of_several_units(self):
-    self.assertNotIn('mean', scores.values(self.table(), with_mean=False)['base'])  # fmt: skip
-    self.assertNotIn('mean', scores.to_json(self.table(), with_mean=False)['base'])  # fmt: skip
-
-  def test_tables_and_plots(self):
-    text = scores.to_markdown(self.table())
-    self.assertIn('**0.600 (0.500-0.700)**', text)
-    self.assertIn('merge', scores.to_text(scores.values(self.table())))
-    self.assertAlmostEqual(scores.to_json(self.table())['base']['mean'], 0.35)
-    folder = self.create_tempdir().full_path
-    for kind in ('heatmap', 'bar', 'radar'):
-      path = pathlib.Path(folder) / f'{kind}.png'
-      plots.table(self.table(), path, kind)
-      self.assertGreater(path.stat().st_size, 1000)
 
 
 if __name__ == '__main__':

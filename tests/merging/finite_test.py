@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 
 import mergejax as mj
-from mergejax import mesh as mesh_lib
+from mergejax import partition
 from mergejax.checkpoints import base as store_base
 from mergejax.merging import finite
 from mergejax.merging import on_mesh
@@ -45,7 +45,7 @@ class InputsTest(parameterized.TestCase):
   @parameterized.named_parameters(laws_test.ALL)
   def test_numbers_that_are_not_finite_are_refused(self, row):
     method = named.resolve(row.name, **row.options)
-    with_base = row.base or method.needs_base
+    with_base = row.base or method.base == 'required'
     for where in (row.models, 0) if with_base else (row.models,):
       base, *models = copies = laws_test.make(row.models + 1)
       copies[where]['a/bias'][1:] = [np.nan, -np.inf]
@@ -98,8 +98,8 @@ class InputsTest(parameterized.TestCase):
         mj.merge(trees, method, stats=stats)
 
   def test_sharded_leaves_are_not_gathered(self):
-    mesh = mesh_lib.make_mesh(data=8)
-    layout = mesh_lib.sharding(mesh, ('batch', None))
+    mesh = partition.make_mesh(data=8)
+    layout = partition.sharding(mesh, ('batch', None))
     array = np.ones((16, 4), np.float32)
     array[3, 2] = np.nan
     placed = jax.device_put(array, layout)

@@ -15,7 +15,6 @@ from mergejax.core import errors
 from mergejax.core import tree
 from mergejax.data import images
 from mergejax.nn import vision
-from mergejax.training import losses
 from mergejax.training import optim
 from mergejax.training import step as step_lib
 
@@ -25,7 +24,7 @@ def tiny():
       image_shape=(4, 4, 1), classes=3, norm='batch', channels=(4, 4), dense=(),
   )  # fmt: skip
   module = vision.VGG(config)
-  return module, models.init_params(module, jax.random.key(0))
+  return module, models.family_of(module).init(jax.random.key(0))
 
 
 def data(count):
@@ -37,10 +36,11 @@ def data(count):
 
 
 def statistics(module, params, batch):
-  _, found = jax.jit(lambda p, b: models.training_logits(module, p, b))(
-    params, batch
-  )
-  return tree.flatten(found)
+  family = models.family_of(module)
+  _, changed = jax.jit(
+    lambda p, b: family.call(family.variables(p), b, train=True)
+  )(params, batch)
+  return tree.flatten(changed['batch_stats'])
 
 
 class BatchNormTest(parameterized.TestCase):
@@ -95,9 +95,9 @@ class BatchNormTest(parameterized.TestCase):
       before = tree.flatten(params)[f'batch_stats/{path}']
       np.testing.assert_array_equal(leaf, before, err_msg=path)
     optimizer = optim.adafactor(0.1)
-    step = jax.jit(step_lib.make_step(losses.make_loss(module), optimizer))
-    state = step_lib.create(params, optimizer, jax.random.key(0))
-    after, metrics = step(state, batch)
+    step = step_lib.make_step(module, optimizer)
+    state = step.init(params, jax.random.key(0))
+    after, metrics = jax.jit(step.update)(state, batch)
     jax.tree.map(np.testing.assert_array_equal, after.params, params)
     self.assertEqual(float(metrics['grad_norm']), 0.0)
 
@@ -111,11 +111,15 @@ class BatchNormTest(parameterized.TestCase):
         return nn.BatchNorm(use_running_average=not train)(x)
 
     module = Folded(vision.VGGConfig())
+    family = models.Classifier(
+      module, inputs='images', train_argument='train',
+      collections=('batch_stats',),
+    )  # fmt: skip
     (batch,) = images.batches(data(5), 8)
     made = module.init(jax.random.key(0), jnp.asarray(batch['images']))
     params = {**made['params'], 'batch_stats': made['batch_stats']}
     with self.assertRaisesRegex(errors.UserError, 'BatchNorm_0 .* 128 .* 8'):
-      models.training_logits(module, params, batch)
+      family.apply(family.variables(params), batch, train=True)
 
 
 if __name__ == '__main__':

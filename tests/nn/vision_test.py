@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Image classifiers: shapes, bytes, norms, training."""
 
+import dataclasses
+
 from absl.testing import absltest
 from absl.testing import parameterized
 import jax
@@ -12,7 +14,7 @@ import optax
 from mergejax import models
 from mergejax.core import errors
 from mergejax.core import tree
-from mergejax.training import losses
+from mergejax.training import objective
 from mergejax.training import step as step_lib
 
 SMALL = dict(image_shape=(8, 8, 1), classes=3)
@@ -31,35 +33,42 @@ class VisionTest(parameterized.TestCase):
   def test_learns_and_describes_itself(self, fields):
     module = models.build(fields)
     self.assertEqual(models.build(models.describe(module)), module)
-    params = models.init_params(module, jax.random.key(0))
+    family = models.family_of(module)
+    params = family.init(jax.random.key(0))
     labels = np.arange(24) % 3
     images = np.zeros((24, 8, 8, 1), np.float32)
     images[np.arange(24), :, labels * 2] = 1.0
     batch = {'images': images, 'labels': labels}
     optimizer = optax.sgd(0.3)
-    step = jax.jit(
-      step_lib.make_step(losses.make_loss(module, z_loss=0.0), optimizer)
+    made = step_lib.make_step(
+      module, optimizer, objective=objective.cross_entropy(z_loss=0.0)
     )
-    state = step_lib.create(params, optimizer, jax.random.key(0))
+    step = jax.jit(made.update)
+    state = made.init(params, jax.random.key(0))
     state, first = step(state, batch)
     for _ in range(80):
       state, last = step(state, batch)
     self.assertLess(float(last['loss']), 0.9 * float(first['loss']))
     if fields.get('norm') == 'batch':
-      moved = state.params[models.BATCH_STATS]['stem_norm']['mean']
+      moved = state.params['batch_stats']['stem_norm']['mean']
       self.assertGreater(float(jnp.abs(moved).max()), 0)
-      self.assertNotIn(models.BATCH_STATS, last)
-    self.assertEqual(tree.specs(state.params), models.param_specs(module))
+      self.assertNotIn('batch_stats', last)
+    specs = family.specs()
+    for path, spec in tree.specs(state.params).items():
+      self.assertEqual(spec, dataclasses.replace(specs.pop(path), axes=None))
+    self.assertEmpty(specs)
+    self.assertTrue(all(spec.axes for spec in family.specs().values()))
 
   def test_bytes_and_grey_images(self):
     module = models.build(MODELS[1][1])
-    params = models.init_params(module, jax.random.key(0))
+    family = models.family_of(module)
+    params = family.init(jax.random.key(0))
     images = (
       np.random.default_rng(0).integers(0, 256, (2, 8, 8)).astype(np.uint8)
     )
-    as_bytes = models.logits(module, params, {'images': images})
-    as_floats = models.logits(
-      module, params, {'images': np.float32(images)[..., None] / 255}
+    as_bytes = family.logits(params, {'images': images})
+    as_floats = family.logits(
+      params, {'images': np.float32(images)[..., None] / 255}
     )
     np.testing.assert_allclose(as_bytes, as_floats, rtol=1e-5, atol=1e-6)
 
@@ -72,7 +81,7 @@ class VisionTest(parameterized.TestCase):
      25_557_032, 49),
   )  # fmt: skip
   def test_sizes_are_those_of_the_architectures(self, fields, size, convs):
-    specs = models.param_specs(models.build(fields))
+    specs = models.family_of(models.build(fields)).specs()
     found = sum(spec.size for spec in specs.values())
     self.assertLess(abs(found - size) / size, 0.02)
     kernels = [p for p, s in specs.items() if len(s.shape) == 4]

@@ -4,6 +4,7 @@
 
 import json
 import pathlib
+import signal
 
 from absl.testing import absltest
 from absl.testing import parameterized
@@ -14,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import mergejax as mj
-from mergejax import mesh as mesh_lib
 from mergejax import models
+from mergejax import partition
 from mergejax import statistics
 from mergejax.core import errors
 from mergejax.core import tree
@@ -195,7 +196,7 @@ class GramTest(parameterized.TestCase):
 
   def test_padding_and_batches_do_not_matter(self):
     module = models.build(SMALL)
-    params = models.init_params(module, jax.random.key(0))
+    params = models.family_of(module).init(jax.random.key(0))
     batches = text_batches()
     whole = statistics.collect(
       statistics.gram(tied_head=True), module, params, batches, save_every=1
@@ -239,7 +240,7 @@ class GramTest(parameterized.TestCase):
 
   def test_nothing_to_collect(self):
     module, params = models.build(SMALL), None
-    params = models.init_params(module, jax.random.key(0))
+    params = models.family_of(module).init(jax.random.key(0))
     with self.assertRaisesRegex(errors.UserError, 'matches no parameter'):
       statistics.collect(
         statistics.gram(include=['nothing']), module, params, text_batches()
@@ -334,13 +335,15 @@ class FisherTest(parameterized.TestCase):
 
   def test_sequences(self):
     module = models.build(SMALL)
-    params = models.init_params(module, jax.random.key(0))
+    params = models.family_of(module).init(jax.random.key(0))
     (batch,) = text_batches(1, rows=2)
     path = 'decoder/decoder_norm/scale'
 
     def log_p(scale):
       changed = tree.unflatten({**tree.flatten(params), path: scale})
-      given = jax.nn.log_softmax(models.logits(module, changed, batch))
+      given = jax.nn.log_softmax(
+        models.family_of(module).logits(changed, batch)
+      )
       targets = batch['decoder_target_tokens'][..., None]
       picked = jnp.take_along_axis(given, jnp.asarray(targets), axis=2)
       return jnp.where(targets > 0, picked, 0.0)[..., 0]
@@ -366,7 +369,7 @@ class FisherTest(parameterized.TestCase):
     # With two answers to choose from, sampling whole answers and summing over
     # both exactly must agree about a parameter.
     module = models.build({**SMALL, 'vocab_size': 4})
-    params = models.init_params(module, jax.random.key(1))
+    params = models.family_of(module).init(jax.random.key(1))
     (batch,) = text_batches(1, rows=2)
     batch = {n: np.minimum(x, 3)[:, :1] for n, x in batch.items()}
     batch['decoder_target_tokens'] = np.ones((2, 1), int)
@@ -374,7 +377,9 @@ class FisherTest(parameterized.TestCase):
     drawn = statistics.collect(
         statistics.fisher(estimator='sampled', samples=1000), module, params, [batch]
     )  # fmt: skip
-    first = lambda params, batch: models.logits(module, params, batch)[:, 0]
+    first = lambda params, batch: models.family_of(module).logits(
+      params, batch
+    )[:, 0]
     exact = statistics.collect(
       statistics.fisher(logits=first), module, params, [batch]
     )
@@ -395,14 +400,14 @@ class ShardedTest(parameterized.TestCase):
     (dict(data=4, model=2), 'gram'), (dict(data=8), 'fisher')
   )
   def test_sharded_equals_unsharded(self, sizes, kind):
-    mesh = mesh_lib.make_mesh(**sizes)
+    mesh = partition.make_mesh(**sizes)
     if kind == 'gram':
       statistic = statistics.gram(tied_head=True)
       module, batches = models.build(SMALL), text_batches()
     else:
       statistic = statistics.fisher(estimator='sampled')
       module, batches = tiny_images()
-    params = models.init_params(module, jax.random.key(0))
+    params = models.family_of(module).init(jax.random.key(0))
     one = statistics.collect(statistic, module, params, batches)
     many = statistics.collect(statistic, module, params, batches, mesh=mesh)
     for path, own in one.items():
@@ -413,11 +418,11 @@ class ShardedTest(parameterized.TestCase):
 
   def test_no_device_waits_for_another_before_the_end(self):
     module = models.build(dict(model_type='mlp', hidden=(8,)))
-    params = models.init_params(module, jax.random.key(0))
-    mesh = mesh_lib.make_mesh(data=8)
+    params = models.family_of(module).init(jax.random.key(0))
+    mesh = partition.make_mesh(data=8)
     rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('data'))
-    batch = jax.device_put(models.example_batch(module, 8), rows)
-    params = jax.device_put(params, mesh_lib.replicated(mesh))
+    batch = jax.device_put(models.family_of(module).example_batch(8), rows)
+    params = jax.device_put(params, partition.replicated(mesh))
     for statistic in (statistics.gram(), statistics.fisher()):
       measure = jax.jit(
         lambda p, b, s=statistic: s.measure(module, p, b, jnp.uint32(0), 8)
@@ -432,7 +437,7 @@ class SavedTest(parameterized.TestCase):
     super().setUp()
     self.folder = pathlib.Path(self.create_tempdir().full_path)
     self.module, self.batches = tiny_images(5)
-    self.params = models.init_params(self.module, jax.random.key(0))
+    self.params = models.family_of(self.module).init(jax.random.key(0))
 
   def collect(self, out=None, params=None, **options):
     return statistics.collect(
@@ -532,6 +537,23 @@ class SavedTest(parameterized.TestCase):
       sorted(p.name for p in self.folder.iterdir()), ['out', 'whole']
     )
 
+  def test_stopped_and_resumed_gives_the_same_bytes(self):
+    whole, out = self.folder / 'whole', self.folder / 'out'
+    self.collect(whole, save_every=2)
+
+    def progress(number):
+      if number == 3:
+        signal.raise_signal(signal.SIGTERM)
+
+    with self.assertRaisesRegex(errors.Stopped, 'after 3 batches'):
+      self.collect(out, save_every=2, progress=progress)
+    self.assertFalse(out.exists())
+    numbers = []
+    self.collect(out, save_every=2, progress=numbers.append)
+    self.assertEqual(numbers[0], 3)
+    for name in ('statistics.safetensors', 'statistics.json'):
+      self.assertEqual((out / name).read_bytes(), (whole / name).read_bytes())
+
   def test_continuing_something_else_is_refused(self):
     class Killed(Exception):
       pass
@@ -571,7 +593,7 @@ class SavedTest(parameterized.TestCase):
         self.collect(self.folder / 'out', save_every=2)
     # On another mesh it continues, as positions are those of whole batches.
     self.batches = right
-    mesh = mesh_lib.make_mesh(data=8)
+    mesh = partition.make_mesh(data=8)
     found = self.collect(self.folder / 'out', save_every=2, mesh=mesh)
     for path, own in self.collect().items():
       self.assertEqual(found[path]['count'], own['count'])
@@ -616,14 +638,13 @@ class SurveyTest(absltest.TestCase):
 class AnswersTest(absltest.TestCase):
   def test_scores_are_log_likelihoods(self):
     module = models.build(SMALL)
-    params = models.init_params(module, jax.random.key(0))
+    params = models.family_of(module).init(jax.random.key(0))
     (batch,) = text_batches(1, rows=2)
     answers = np.array([[5, 6, 1, 0], [7, 1, 0, 0]])
-    found = models.answer_logits(module, answers)(params, batch)
+    found = models.family_of(module).answer_logits(answers)(params, batch)
     for c, answer in enumerate(answers):
       targets = np.stack([answer] * 2)
-      given = models.logits(
-        module,
+      given = models.family_of(module).logits(
         params,
         {
           'encoder_input_tokens': batch['encoder_input_tokens'],

@@ -112,7 +112,8 @@ class AdapterStore(base.ParamStore):
     self._kind = self._known_kind()
     self._adapter = self._weights()
     self.provenance = {'format': 'adapter', 'path': f'{model.name}+{path}'}
-    self.tied = dict(model.tied)
+    self._tied = dict(model.tied)
+    self.tied = self._tied
     self.config: dict[str, Any] = {}
     self.untied: set[typing.Path] = set()
     self.remarks: list[str] = []
@@ -134,8 +135,10 @@ class AdapterStore(base.ParamStore):
       self._fold_tokens(module, name)
     self._check_complete(names)
     for leaf in self._edits:
-      shape = self._specs[leaf].shape
-      self._specs[leaf] = typing.LeafSpec(shape, np.dtype(np.float32))
+      spec = self._specs[leaf]
+      self._specs[leaf] = typing.LeafSpec(
+        spec.shape, np.dtype(np.float32), spec.axes
+      )
 
   def specs(self) -> typing.SpecTree:
     return self._specs
@@ -185,7 +188,7 @@ class AdapterStore(base.ParamStore):
       reason = kinds.REFUSED.get(
         name, f'known are {", ".join(sorted({*kinds.KINDS, *kinds.REFUSED}))}'
       )
-    if reason is not None:
+    if reason is not None or kind is None:
       raise errors.CheckpointError(
         f'{self._folder} is an adapter of kind {name or "(none)"}, which cannot '
         f'be folded into a model: {reason}.'
@@ -224,7 +227,7 @@ class AdapterStore(base.ParamStore):
         continue
       if self._config.get('ensure_weight_tying') and head not in changed:
         continue  # saved once, for both
-      del self.tied[head]
+      del self._tied[head]
       if head not in self._specs:
         self._aliases[head] = embedding
         self._specs[head] = self._specs[embedding]
@@ -256,7 +259,9 @@ class AdapterStore(base.ParamStore):
         f'(`model.resize_token_embeddings({spec.shape[0]})`).'
       )
     self._saved[leaf] = name
-    self._specs[leaf] = typing.LeafSpec(spec.shape, np.dtype(np.float32))
+    self._specs[leaf] = typing.LeafSpec(
+      spec.shape, np.dtype(np.float32), spec.axes
+    )
 
   def _nowhere(self, name, leaf):
     where = f'{self._model.name} has no {leaf}'

@@ -32,6 +32,7 @@ from mergejax.merging.recipes import chat_templates
 from mergejax.merging.recipes import recipe as recipe_lib
 from mergejax.merging.recipes import settings
 from mergejax.methods import named
+from mergejax.names import known
 
 
 def plan(
@@ -171,7 +172,7 @@ class _Planner:
       (None, None),
     )
     used_rules.add(number)
-    spec = self._spec(refs[0] if base is None else base)
+    spec = self._with_axes(path, refs, base)
     stored = spec
     if recipe.dtype and numerics.is_averaged(spec.dtype):
       stored = typing.LeafSpec(
@@ -179,9 +180,6 @@ class _Planner:
       )
     elif spec.dtype != (lead := self._lead_dtype(refs, base)):
       stored = typing.LeafSpec(spec.shape, lead, spec.axes)
-    stored = axes_lib.with_axes({path: stored}, [
-      one_rule for one_rule in recipe.axes if re.fullmatch(one_rule[0], path)
-    ])[path]  # fmt: skip
     copy = None
     if rule is not None and rule.copy is not None:
       if rule.copy == 'base' and not recipe.base:
@@ -265,6 +263,14 @@ class _Planner:
           )
     return tuple(dict(found) for _ in self._stats)
 
+  def _with_axes(self, path, refs, base):
+    """The spec of the base or first model, with axes: the recipe's come first."""
+    specs = [self._spec(ref) for ref in (base, *refs) if ref is not None]
+    rules = [rule for rule in self._recipe.axes if re.fullmatch(rule[0], path)]
+    if rules:
+      return axes_lib.with_axes({path: specs[0]}, rules)[path]
+    return axes_lib.agreed(path, specs)
+
   def _spec(self, ref):
     model, path = ref
     found = self._stores[model].specs().get(path)
@@ -289,7 +295,7 @@ class _Planner:
 
 def _depth(path, counts) -> float:
   """0 at the first layer, 1 at the last; 0 outside of the layers."""
-  match = layouts.LAYER.fullmatch(path)
+  match = known.LAYER.fullmatch(path)
   if match:
     count = counts[match['stem']]
     return int(match['index']) / (count - 1) if count > 1 else 1.0

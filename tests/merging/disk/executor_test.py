@@ -21,9 +21,9 @@ import models_on_disk
 import numpy as np
 
 import mergejax as mj
-from mergejax import mesh as mesh_lib
+from mergejax import partition
 from mergejax.core import errors
-from mergejax.core import resume
+from mergejax.core import identity
 from mergejax.core import tree as tree_lib
 from mergejax.merging.disk import executor
 from mergejax.merging.disk import pieces
@@ -38,37 +38,6 @@ def small_pieces():
   return mock.patch.multiple(plans, PIECE=64), mock.patch.multiple(
     pieces, _SIZES=(16, 64)
   )
-
-
-def recipe_of(row, base, paths, stats=()):
-  options = {
-    'lambda' if name == 'scale' and row.name != 'passthrough' else name: value
-    for name, value in row.options.items()
-    if not isinstance(value, list)
-  }
-  # What a recipe would fill in with mergekit's defaults.
-  for name, parameter in named.METHODS.options(row.name).items():
-    if name not in row.options and name not in ('scale', 'normalize_weights'):
-      if parameter.default is not parameter.empty:
-        options.setdefault(name, parameter.default)
-  entries = []
-  for k, path in enumerate(paths):
-    own = {n: v[k] for n, v in row.options.items() if isinstance(v, list)}
-    if row.weights is not None:
-      own['weight'] = row.weights[k]
-    entries.append({'model': path, 'parameters': own})
-  recipe = {
-    'merge_method': row.name,
-    'models': entries,
-    'parameters': {
-      k: v for k, v in options.items() if not isinstance(v, (list, tuple))
-    },
-  }
-  if base is not None:
-    recipe['base_model'] = base
-  if stats:
-    recipe['stats'] = list(stats)
-  return recipe
 
 
 ODD_AXES = (('model.experts.kernel', ('embed', 'expert', 'mlp')),)
@@ -116,8 +85,8 @@ class EqualityTest(parameterized.TestCase):
         }
         mj.save_checkpoint(stats_paths[-1], flat)
     method = named.resolve(row.name, **row.options)
-    with_base = row.base or method.needs_base
-    recipe = recipe_of(
+    with_base = row.base or method.base == 'required'
+    recipe = laws_test.recipe_of(
       row,
       str(folder / 'base') if with_base else None,
       [str(folder / n) for n in names[1:]],
@@ -147,7 +116,7 @@ class EqualityTest(parameterized.TestCase):
       self.assertEqual(streamed[path].shape, leaf.shape)
     if odd:
       np.testing.assert_array_equal(streamed['model.ids'], lead['model.ids'])
-    mesh = mesh_lib.make_mesh(data=2, model=4)
+    mesh = partition.make_mesh(data=2, model=4)
 
     def put(model):
       # Every leaf over the eight devices, in the way its sizes allow.
@@ -156,7 +125,7 @@ class EqualityTest(parameterized.TestCase):
       }  # fmt: skip
       return {
         p: jax.device_put(
-          leaf, mesh_lib.sharding(mesh, specs[leaf.ndim], leaf.shape)
+          leaf, partition.sharding(mesh, specs[leaf.ndim], leaf.shape)
         )
         for p, leaf in model.items()
       }
@@ -351,6 +320,43 @@ class WholeOrNothingTest(parameterized.TestCase):
       self.files(self.folder / 'out'), self.files(self.folder / 'whole')
     )
 
+  def test_a_file_written_again_does_not_count_as_merged_later(self):
+    def stop(done, total):
+      if done > total // 2:
+        raise KeyboardInterrupt
+
+    def first(done, total):
+      raise KeyboardInterrupt
+
+    mj.execute(mj.plan(self.recipe), self.folder / 'whole')
+    out = self.folder / 'out'
+    with self.assertRaises(KeyboardInterrupt):
+      mj.execute(mj.plan(self.recipe), out, progress=stop)
+    os.truncate(
+      self.folder / '.out.partial' / 'result' / 'model.safetensors', 100
+    )
+    with self.assertRaises(KeyboardInterrupt):  # the file has its size again
+      mj.execute(mj.plan(self.recipe), out, progress=first)
+    mj.execute(mj.plan(self.recipe), out)
+    self.assertEqual(self.files(out), self.files(self.folder / 'whole'))
+
+  def test_sigterm_ends_between_parameters(self):
+    mj.execute(mj.plan(self.recipe), self.folder / 'whole')
+    out, tasks = self.folder / 'out', len(mj.plan(self.recipe).tasks)
+    asked = []
+
+    def ask(done, total):
+      if not asked:
+        asked.append(done)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with self.assertRaisesRegex(errors.Stopped, r'\.out\.partial'):
+      mj.execute(mj.plan(self.recipe), out, progress=ask)
+    self.assertFalse(out.exists())
+    report = mj.execute(mj.plan(self.recipe), out)
+    self.assertBetween(report.computed, 1, tasks - 1)
+    self.assertEqual(self.files(out), self.files(self.folder / 'whole'))
+
   def test_a_changed_source_starts_afresh(self):
     out = self.folder / 'out'
 
@@ -475,8 +481,8 @@ class WholeOrNothingTest(parameterized.TestCase):
   def test_results_of_other_code_are_told_apart(self):
     out = self.folder / 'out'
     mj.execute(mj.plan(self.recipe), out)
-    code = {**resume.code(), 'mergejax': 'other'}
-    with mock.patch.object(resume, 'code', lambda: code):
+    code = {**identity.code(), 'mergejax': 'other'}
+    with mock.patch.object(identity, 'code', lambda: code):
       with self.assertRaisesRegex(
         mj.UserError,
         r'by another version of the code.*\n  mergejax: \w+\.\.\. there, other asked',
@@ -600,7 +606,10 @@ class WholeOrNothingTest(parameterized.TestCase):
         time.sleep(0.005)
       process.wait()
     # What was done counts, though every process hashes in another order.
-    done = set(work.read_text().split('\n')[:-1])
+    lines = work.read_text().split('\n')[
+      1:-1
+    ]  # below the statement of the work
+    done = set(map(json.loads, lines))
     self.assertNotEmpty(done)
     left = len(mj.plan(self.recipe).tasks) - len(done)
     self.assertIn(f'{left} parameters', run(out).stdout.decode())

@@ -1,2 +1,0 @@
-# Copyright 2026 The mergejax Authors.
-# SPDX-License-Identifier: Apache-2.0

@@ -1,0 +1,332 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Tasks with their data, and the tables and evaluators that come of them."""
+
+from collections.abc import Iterable, Mapping, Sequence
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mergejax import models
+from mergejax.core import checksums
+from mergejax.core import errors
+from mergejax.core import labels
+from mergejax.core import typing
+from mergejax.data import identity
+from mergejax.data import images
+from mergejax.data import stream
+from mergejax.evaluation import base as base_lib
+from mergejax.evaluation import columns
+from mergejax.evaluation import decode
+from mergejax.evaluation import generated
+from mergejax.evaluation import metrics
+
+SPLITS = ('train', 'validation', 'test')
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """One task of a suite.
+
+  Attributes:
+    metric: 'accuracy': the share of examples whose whole answer greedy decoding
+      gets right (one forward pass tells: every target token must be the most
+      likely one after those before it). 'loss': nats per target token.
+      'bits_per_byte': of language models. 'exact_match': the share of examples
+      whose generated text is that of the target. 'seqio': all numbers of the
+      task's own metric functions, see `generated`.
+    kind: 'encoder_decoder', 'lm' or 'images'.
+    source: seqio's name of the task (its own name and a digest of its content,
+      so that suites do not share tasks), or the folder of the images.
+    expert: checkpoint of the task's own expert, or None.
+    lower_is_better: numbers of the metric functions of which less is better.
+  """
+
+  metric: str
+  kind: str
+  source: str
+  expert: str | None = None
+  lower_is_better: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Suite:
+  """Tasks, and how they are read.
+
+  `suite.load` reads one from a file; `suite.of_corpora` and `of_mixture` make one.
+
+  Attributes:
+    tasks: by name.
+    lengths: tokens of `inputs` and `targets`.
+    batch_size: rows of a batch.
+    max_examples: of each task, a fixed sample; None takes all.
+    vocabulary: of the text.
+    base: checkpoint that is always a row of the table, or None.
+  """
+
+  tasks: Mapping[str, Task]
+  lengths: Mapping[str, int]
+  batch_size: int
+  max_examples: int | None
+  vocabulary: Any
+  base: str | None = None
+
+  def batches(
+    self,
+    name: str,
+    split: str,
+    limit: int | None = None,
+    *,
+    kind: str | None = None,
+  ) -> list[dict[str, np.ndarray]]:
+    """Batches of equal shape of one task; a fixed sample if there is a limit.
+
+    Args:
+      name: of the task.
+      split: 'train', 'validation' or 'test'.
+      limit: most examples, instead of the suite's.
+      kind: of the features, instead of the task's; see `kind_for`.
+
+    Raises:
+      UserError: an unknown task or split.
+    """
+    task = self._task(name)
+    if split not in SPLITS:
+      raise errors.ConfigError(errors.near(split, SPLITS, 'split'))
+    if limit is None:
+      limit = self.max_examples
+    else:
+      check_count('max_examples', limit)
+    if task.kind == 'images':
+      return images.batches(
+        images.load(task.source, split), self.batch_size, limit
+      )
+    whole = task.metric in ('accuracy', 'exact_match')
+    found = stream.evaluation_batches(
+      task.source, lengths=self._lengths(task), batch_size=self.batch_size, split=split,
+      kind=kind or task.kind, max_examples=limit, answers=whole,
+    )  # fmt: skip
+    if task.metric == 'bits_per_byte' and 'num_bytes' not in found[0]:
+      raise errors.ConfigError(
+        f'task {name}: nothing tells how many bytes of text its tokens stand '
+        "for, which 'bits_per_byte' divides by. Register it with "
+        'tasks.add_text_task and bytes or a SentencePiece model, or score '
+        "'loss'."
+      )
+    return found
+
+  def kind_for(self, name: str, model: nn.Module | models.ModelFamily) -> str:
+    """The kind of features that a model takes of a task.
+
+    A decoder-only model reads inputs as the prefix of its targets.
+    """
+    kind = self._task(name).kind
+    if kind == 'encoder_decoder' and decode.is_decoder_only(
+      models.family_of(model)
+    ):
+      return 'prefix_lm'
+    return kind
+
+  def read(
+    self,
+    split: str,
+    names: Iterable[str] | None = None,
+    limit: int | None = None,
+  ) -> dict[str, list[dict[str, np.ndarray]]]:
+    """`{task: batches}` of several tasks, all by default; see `batches`."""
+    return {
+      name: self.batches(name, split, limit) for name in names or self.tasks
+    }
+
+  def content(self, name: str, split: str) -> dict[str, Any]:
+    """What fixes the scores of a task, as plain data: see `identity.describe`.
+
+    Raises:
+      UserError: an unknown task, or images that are missing.
+    """
+    task = self._task(name)
+    about = {'metric': task.metric, 'batch_size': self.batch_size}
+    about['max_examples'] = self.max_examples
+    if task.kind == 'images':
+      file = images.path(task.source, split)
+      return {**about, 'files': f'{file.name} {checksums.SUMS.of(file)[:16]}'}
+    lengths = self._lengths(task)
+    found = identity.describe(task.source, split, lengths)
+    return {**about, 'lengths': lengths, **found}
+
+  def _lengths(self, task):
+    """Tokens of each feature of a task."""
+    wanted = ('targets',) if task.kind == 'lm' else ('inputs', 'targets')
+    return {name: self.lengths[name] for name in wanted}
+
+  def lower_is_better(self) -> list[str]:
+    """Tasks whose score is a loss."""
+    return [
+      name
+      for name, task in self.tasks.items()
+      if task.metric != 'seqio' and not self.metric(name).higher_is_better
+    ]
+
+  def describe_metrics(self) -> str:
+    """What the numbers of a table are, in a line."""
+    tasks: dict[str, list[str]] = {}
+    for name, task in self.tasks.items():
+      words = "seqio's own metrics"
+      if task.metric != 'seqio':
+        words = self.metric(name).describe()
+      tasks.setdefault(words, []).append(name)
+    if len(tasks) == 1:
+      return next(iter(tasks))
+    return '; '.join(
+      f'{words}: {", ".join(names)}' for words, names in tasks.items()
+    )
+
+  def experts(self, table: base_lib.Table) -> dict[str, str]:
+    """`{column: checkpoint of its task's own expert}`, where there is one."""
+    found = {}
+    for column in table.tasks:
+      task = self.tasks.get(column) or self.tasks[column.rpartition('/')[0]]
+      if task.expert:
+        found[column] = task.expert
+    return found
+
+  def metric(self, name: str) -> base_lib.Metric:
+    """What a task is scored by.
+
+    Raises:
+      ConfigError: an unknown task, or one scored by functions of seqio, which
+        may return several numbers.
+    """
+    metric = self._task(name).metric
+    if metric == 'seqio':
+      raise errors.ConfigError(
+        f'task {name} is scored by metric functions of seqio, which may return '
+        'several numbers: see its columns of a table.'
+      )
+    known = {**metrics.METRICS, 'exact_match': generated.EXACT_MATCH}
+    return known[metric]
+
+  def _task(self, name):
+    if name not in self.tasks:
+      raise errors.ConfigError(errors.near(name, self.tasks, 'task'))
+    return self.tasks[name]
+
+  def evaluator(
+    self,
+    model: nn.Module | models.ModelFamily,
+    split: str,
+    names: Sequence[str] | None = None,
+  ) -> base_lib.Evaluator:
+    """Scores of parameters, compiled with a merge; higher is better.
+
+    Losses and bits per byte are negated.
+
+    Raises:
+      ConfigError: a task that is scored by generated text.
+    """
+    family = models.family_of(model)
+    names = list(names or self.tasks)
+    for name in names:
+      self.check_compiles(name)
+    data = {}
+    for name in names:
+      kind = self.kind_for(name, family)
+      batches = self.batches(name, split, kind=kind)
+      self.check_known(family, name, batches)
+      data[name] = _stacked(batches)
+
+    def score(params, data):
+      result = {}
+      for name in names:
+        metric = self.metric(name)
+
+        def one(batch, metric=metric):
+          return metrics.example_scores(family, params, batch, metric.name)
+
+        up, down = jax.lax.map(one, data[name])
+        value = jnp.sum(up) / jnp.maximum(jnp.sum(down), 1e-30)
+        result[name] = value if metric.higher_is_better else -value
+      return result
+
+    return base_lib.Evaluator(score, jax.device_put(data))
+
+  def check_compiles(self, name: str) -> None:
+    """Raises if the score of a task cannot be compiled with a merge."""
+    metric = self._task(name).metric
+    if metric in generated.NAMES:
+      raise errors.ConfigError(
+        f'task {name} is scored by generated text ({metric}), which cannot be '
+        "compiled with a merge: search on 'accuracy' (the same for whole "
+        "answers) or 'loss', and evaluate the result by what it says."
+      )
+
+  def check_known(
+    self,
+    family: models.ModelFamily,
+    name: str,
+    batches: Sequence[Mapping[str, Any]],
+  ) -> None:
+    """Raises for classes and tokens that a model does not have."""
+    for batch in batches:
+      if self._task(name).kind == 'images':
+        classes = getattr(family.config, 'classes', None)
+        labels.check_classes(batch['labels'], classes)
+      family.check_batch(batch, f'task {name}')
+
+  def by_generation(self, name: str, split: str) -> generated.Generated:
+    """How a task is scored by what models say."""
+    task = self._task(name)
+    return generated.Generated(
+      task.source, split, self._lengths(task), self.max_examples,
+      task.lower_is_better,
+    )  # fmt: skip
+
+  def table(
+    self,
+    rows: Iterable[tuple[str, nn.Module | models.ModelFamily, typing.Tree]],
+    split: str = 'test',
+    names: Sequence[str] | None = None,
+  ) -> base_lib.Table:
+    """Raw scores with bootstrap intervals.
+
+    Args:
+      rows: `(name, module or family, params)` of each model, which may come one
+        by one.
+      split: the split to score on.
+      names: tasks; all by default.
+
+    Returns:
+      Scores in the metrics' own direction.
+    """
+    # What is wrong with the data is told before the first model is read.
+    scored = [columns.Scored(self, name, split) for name in names or self.tasks]
+    result: dict[str, dict[str, base_lib.Score]] = {}
+    for row, model, params in rows:
+      family, params = models.family_of(model), jax.device_put(params)
+      result[row] = {}
+      for task in scored:
+        result[row] |= task.columns(family, params)
+    return base_lib.Table(result)
+
+
+def check_count(word: str, value: Any, optional: bool = False) -> Any:
+  """A whole number of 1 or more, or None if `optional`.
+
+  Raises:
+    ConfigError: something else.
+  """
+  if value is None and optional:
+    return value
+  if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    raise errors.ConfigError(f'{word} must be 1 or more, not {value!r}.')
+  return value
+
+
+def _stacked(batches):
+  return {
+    name: np.stack([batch[name] for batch in batches]) for name in batches[0]
+  }

@@ -1,0 +1,116 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Decoder-only language models, and what all models of text share."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mergejax.core import axes as axes_lib
+from mergejax.core import typing
+from mergejax.models import base
+from mergejax.models import registry
+from mergejax.nn import lm
+
+_WEIGHTS = ('decoder_loss_weights', 'weights')
+
+
+class TextFamily(base.ModelFamily):
+  """Models whose batches have seqio's names, with T5X's call signature.
+
+  A batch has `decoder_input_tokens` and `decoder_target_tokens`, `<int32>
+  [batch, length]`, 0 for padding; optionally `decoder_loss_weights`,
+  `decoder_segment_ids` and whatever else `optional` names.
+
+  Attributes:
+    optional: names that a call takes where a batch has them.
+  """
+
+  axes = axes_lib.T5_RULES
+  sizes = {
+    'vocab_size': (
+      'encoder_input_tokens',
+      'decoder_input_tokens',
+      'decoder_target_tokens',
+    )
+  }
+  optional: tuple[str, ...] = ('decoder_segment_ids',)
+
+  def arguments(self, batch, *, train=False):
+    positional = [batch['decoder_input_tokens'], batch['decoder_target_tokens']]
+    named = {name: batch[name] for name in self.optional if name in batch}
+    named['enable_dropout'] = bool(self.rng_streams(train=train))
+    return positional, named
+
+  def call(self, variables, batch, *, train=False, rngs=None, mutable=()):
+    # Without a key there is nothing to draw dropout from.
+    train = train and bool(rngs)
+    return super().call(
+      variables, batch, train=train, rngs=rngs, mutable=mutable
+    )
+
+  def targets(self, batch):
+    return batch['decoder_target_tokens']
+
+  def given_weights(self, batch):
+    for name in _WEIGHTS:
+      if batch.get(name) is not None:
+        return batch[name]
+    return batch['decoder_target_tokens'] > 0
+
+  def segments(self, batch):
+    return batch.get('decoder_segment_ids')
+
+  def with_targets(self, batch, targets):
+    # The models take their padding mask from the targets.
+    return {
+      **{n: x for n, x in batch.items() if n not in _WEIGHTS},
+      'decoder_input_tokens': jnp.pad(targets, ((0, 0), (1, 0)))[:, :-1],
+      'decoder_target_tokens': jnp.maximum(targets, 1),
+    }
+
+  def example_batch(self, rows=1, *, length=1):
+    names = ('decoder_input_tokens', 'decoder_target_tokens')
+    return {name: jnp.ones((rows, length), jnp.int32) for name in names}
+
+  def mask(self, path: typing.Path, batch: Mapping[str, Any]):
+    del path
+    return batch['decoder_target_tokens'] > 0
+
+  def features_layer(self, specs):
+    head = 'decoder/logits_dense/kernel'
+    return head if head in specs else 'decoder/token_embedder/embedding'
+
+
+@registry.register
+class LMFamily(TextFamily):
+  """The decoder-only model of `nn.lm`."""
+
+  model_type = 'lm'
+  config_class = lm.LMConfig
+  module_class = lm.LanguageModel
+  optional = ('decoder_segment_ids', 'decoder_causal_attention')
+  decodes = True
+
+  def init_cache(self, params, batch, length):
+    rows = len(batch['decoder_input_tokens'])
+    empty = jnp.ones((rows, length), jnp.int32)
+    shapes = jax.eval_shape(
+      lambda: self.module.init(
+        jax.random.key(0), empty, empty, decode=True, max_decode_length=length
+      )
+    )['cache']
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+  def decode_step(self, params, cache, tokens):
+    row = tokens[:, None]
+    found, changed = self.module.apply(
+      {**self.variables(params), 'cache': cache},
+      row,
+      jnp.ones_like(row),
+      decode=True,
+      mutable=['cache'],
+    )
+    return found[:, 0], changed['cache']

@@ -1,0 +1,112 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""T5: encoder-decoders with T5X's parameter names and call signature."""
+
+from collections.abc import Callable, Mapping
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mergejax.core import typing
+from mergejax.models import lm
+from mergejax.models import registry
+from mergejax.models import t5_hf
+from mergejax.nn import t5
+
+# What reads the encoder's positions: the encoder, and the keys and values of
+# cross-attention.
+_READS_INPUTS = re.compile(
+  r'(.*/)?(encoder/.*|encoder_decoder_attention/(key|value)/.*)'
+)
+
+
+@registry.register
+class T5Family(lm.TextFamily):
+  """T5 1.0 and 1.1; batches also have `encoder_input_tokens`."""
+
+  model_type = 't5x'
+  config_class = t5.T5Config
+  module_class = t5.Transformer
+  optional = ('encoder_segment_ids', 'decoder_segment_ids')
+  decodes = True
+  answers = True
+  conversions = {'hf-t5': t5_hf.CONVERSION}
+  features = 'decoder/layers_0/encoder_decoder_attention/key/kernel'
+
+  def arguments(self, batch, *, train=False):
+    positional, named = super().arguments(batch, train=train)
+    return [batch['encoder_input_tokens'], *positional], named
+
+  def example_batch(self, rows=1, *, length=1):
+    batch = super().example_batch(rows, length=length)
+    return {**batch, 'encoder_input_tokens': batch['decoder_input_tokens']}
+
+  def mask(self, path, batch):
+    if _READS_INPUTS.fullmatch(path):
+      return batch['encoder_input_tokens'] > 0
+    return super().mask(path, batch)
+
+  def init_cache(self, params, batch, length):
+    inputs = batch['encoder_input_tokens']
+    empty = jnp.ones((len(inputs), length), jnp.int32)
+    shapes = jax.eval_shape(
+      lambda: self.module.init(
+        jax.random.key(0), inputs, empty, empty, decode=True,
+        max_decode_length=length,
+      )
+    )['cache']  # fmt: skip
+    encoded = self.module.apply(
+      self.variables(params), inputs, method=self.module_class.encode
+    )
+    cache = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return {'encoded': encoded, 'inputs': inputs, 'cache': cache}
+
+  def decode_step(self, params, cache, tokens):
+    row = tokens[:, None]
+    found, changed = self.module.apply(
+      {**self.variables(params), 'cache': cache['cache']},
+      cache['encoded'], cache['inputs'], row, jnp.ones_like(row), decode=True,
+      mutable=['cache'], method=self.module_class.decode,
+    )  # fmt: skip
+    return found[:, 0], {**cache, 'cache': changed['cache']}
+
+  def answer_logits(
+    self, answers: typing.Array
+  ) -> Callable[[typing.Tree, Mapping[str, Any]], jax.Array]:
+    """The model as a classifier over a list of answers.
+
+    `logits[b, c] = sum_t log p(answer_c[t] | input_b, answer_c[<t])`.
+
+    Args:
+      answers: `<int32>[classes, length]` tokens, ended by the end token and
+        padded with 0.
+
+    Returns:
+      `(params, batch) -> <float32>[batch, classes]`.
+    """
+    answers = jnp.asarray(answers, jnp.int32)
+    module = self.module
+
+    def fn(params, batch):
+      inputs = batch['encoder_input_tokens']
+      encoded = module.apply(
+        {'params': params}, inputs, method=type(module).encode
+      )
+
+      def score(answer):
+        tokens = jnp.broadcast_to(answer, (len(inputs), len(answer)))
+        shifted = jnp.pad(tokens, ((0, 0), (1, 0)))[:, :-1]
+        given = module.apply(
+          {'params': params}, encoded, inputs, shifted, tokens,
+          method=type(module).decode,
+        )  # fmt: skip
+        log_p = jax.nn.log_softmax(given.astype(jnp.float32))
+        picked = jax.nn.one_hot(tokens, log_p.shape[-1], dtype=log_p.dtype)
+        real = (tokens > 0).astype(log_p.dtype)[..., None]
+        return jnp.sum(log_p * picked * real, axis=(1, 2))
+
+      return jax.lax.map(score, answers).T
+
+    return fn
