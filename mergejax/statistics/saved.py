@@ -106,7 +106,7 @@ def load(path: os.PathLike | str) -> Statistics:
 
 def _spec_of(settings, names) -> statistic_specs.StatisticSpec | None:
   """What statistic leaves of these names are; None if that is not known."""
-  record = settings.pop(_SPEC, None)
+  record = settings.get(_SPEC)
   if record is not None:
     spec = statistic_specs.read(record)
     return spec if spec.name in names else None
