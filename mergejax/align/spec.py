@@ -323,7 +323,7 @@ def matching(spec: PermutationSpec, patterns: Sequence[str]) -> set[str]:
   for pattern in patterns:
     own = {n for n in spec.groups if re.fullmatch(pattern, n)}
     if not own:
-      raise errors.StructureError(
+      raise errors.ConfigError(
         f'{pattern!r} matches no permutation group:\n'
         f'{errors.listed(list(spec.groups))}'
       )

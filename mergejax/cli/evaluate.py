@@ -106,7 +106,7 @@ def _on_corpora(options):
     loaded[path] = models.load_model(path)
     needs = models.family_of(loaded[path][0]).example_batch()
     if not set(needs) <= {'decoder_input_tokens', 'decoder_target_tokens'}:
-      raise errors.ConfigError(f'{path} is not a language model.')
+      raise errors.CheckpointError(f'{path} is not a language model.')
   vocabulary = features.vocabulary(options.vocabulary)
   with tempfile.TemporaryDirectory() as folder:
     sizes = corpora.write_splits(

@@ -103,7 +103,7 @@ def _norms(options):
   store_base.check_new(options.out)
   module, params = models.load_model(options.model)
   if models.BATCH_STATS not in params:
-    raise errors.ConfigError(
+    raise errors.CheckpointError(
       f'{options.model} has no batch norms, so nothing has to be measured anew.'
     )
   by_task = _batches(options)
@@ -121,7 +121,7 @@ def _norms(options):
 def _collect(options):
   if models.is_hugging_face(options.model):
     # Statistics are named as the parameters they are of.
-    raise errors.ConfigError(
+    raise errors.CheckpointError(
       f'{options.model} has the names of Hugging Face, whose kernels lie '
       'transposed. Convert it first, and merge what was converted: `mergejax '
       f'convert {options.model} DST`.'

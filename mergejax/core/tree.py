@@ -103,7 +103,7 @@ def specs(tree: typing.Tree) -> typing.SpecTree:
     try:
       result[path] = leaf_spec(leaf)
     except errors.UserError as error:
-      raise errors.StructureError(f'{path}: {error.message}') from error
+      raise error.at(path) from error
   return result
 
 

@@ -60,7 +60,7 @@ def check_experts(experts: int, mesh: jax.sharding.Mesh) -> None:
   """Raises if K experts do not divide over the branch axis of a mesh."""
   size = mesh.shape['branch']
   if experts % size:
-    raise errors.StructureError(
+    raise errors.ConfigError(
       f'{experts} experts do not divide over {size} branches of the mesh: '
       f'choose a number of branches that divides {experts}.'
     )
@@ -232,7 +232,7 @@ def local_slices(mesh: jax.sharding.Mesh, axis: str) -> list[int]:
     if any(d.process_index == jax.process_index() for d in devices.flat)
   ]
   if mine != list(range(mine[0], mine[-1] + 1)):
-    raise errors.StructureError(
+    raise errors.ConfigError(
       f'The slices of mesh axis {axis!r} that one process holds must lie '
       'beside each other.'
     )

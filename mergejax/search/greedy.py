@@ -132,7 +132,7 @@ def greedy(
     else score([first], lambda: _tree(_params(sources[first]), sources[first]))
   )
   if best == -math.inf:
-    raise errors.ConfigError(
+    raise errors.DataError(
       'The best model has no finite score: check the evaluation, and the models.'
     )
   chosen, tried = [first], [best]

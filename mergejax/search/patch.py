@@ -167,7 +167,7 @@ def _check_frozen(base_model, tuned, pattern):
     if not np.array_equal(np.asarray(before[path]), np.asarray(after[path]))
   ]
   if moved:
-    raise errors.ConfigError(
+    raise errors.StructureError(
       'These parameters should have been frozen while fine-tuning, yet they '
       f'moved:\n{errors.listed(moved)}'
     )

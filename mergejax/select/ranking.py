@@ -64,7 +64,7 @@ def rank(
       whose features or answers are not finite (it is named).
   """
   if score not in SCORES:
-    raise errors.DataError(errors.near(score, SCORES, 'ranking score'))
+    raise errors.ConfigError(errors.near(score, SCORES, 'ranking score'))
   labels = {}
   for task, batches in tasks.items():
     labels[task] = classes_of(batches)
@@ -81,7 +81,7 @@ def rank(
       try:
         found = _score(module, params, batches, labels[task], score)
       except errors.UserError as error:
-        raise errors.DataError(f'{name}, {task}: {error.message}') from error
+        raise error.at(f'{name}, {task}') from error
       result[name][task] = found
   return result
 

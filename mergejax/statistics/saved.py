@@ -180,12 +180,12 @@ def combine(
       parts with different parameters.
   """
   if any(part.kind != 'gram' for part in parts):
-    raise errors.DataError(
+    raise errors.ConfigError(
       'Only Gram statistics combine: a Fisher merge rescales each model.'
     )
   weights = [1.0] * len(parts) if weights is None else list(weights)
   if len(weights) != len(parts):
-    raise errors.DataError(
+    raise errors.ConfigError(
       f'{len(weights)} weight(s) for {len(parts)} statistics: one for each.'
     )
   paths = [set(part) for part in parts]
