@@ -306,7 +306,7 @@ def check_function(
 
 
 def random_permutation(spec: PermutationSpec, seed: int = 0) -> Permutation:
-  """A random permutation of every group, for tests of invariance."""
+  """A random permutation of every group: the model must compute the same."""
   rng = np.random.default_rng(seed)
   return {
     name: rng.permuted(index, axis=-1) for name, index in identity(spec).items()
