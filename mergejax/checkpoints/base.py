@@ -152,7 +152,7 @@ class MemoryStore(ParamStore):
   def specs(self) -> typing.SpecTree:
     return tree_lib.specs(self._leaves)
 
-  def leaves(self, paths):
+  def leaves(self, paths: list[typing.Path]) -> Mapping[typing.Path, Any]:
     return {path: self._leaves[path] for path in paths}
 
 

@@ -90,7 +90,9 @@ def mask_for(mask: Mask | None, batch: Mapping[str, Any]) -> Mask:
   return default_mask
 
 
-def default_apply(module, params, batch):
+def default_apply(
+  module: nn.Module, params: typing.Tree, batch: Mapping[str, Any]
+) -> Any:
   """One forward pass in evaluation mode, keeping what was left behind."""
   positional, named = models.arguments(batch)
   _, left = module.apply(

@@ -43,12 +43,12 @@ class Source:
       self.specs = source.specs()
       self.structure = None
 
-  def leaf(self, path):
+  def leaf(self, path: typing.Path) -> typing.Array:
     if self._store is None:
       return self._leaves[path]
     return tree_lib.flatten(self._store.read([path]))[path]
 
-  def layout(self, path):
+  def layout(self, path: typing.Path) -> Any:
     """The sharding of a leaf of a tree; stores have none."""
     leaf = None if self._store is not None else self._leaves[path]
     return getattr(leaf, 'sharding', None)

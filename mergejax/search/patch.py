@@ -144,7 +144,9 @@ def single(
   return Patch(at(base_model, tuned, best.point[0]), best.point, log)
 
 
-def at(base_model, tuned, alpha: float) -> typing.Tree:
+def at(
+  base_model: typing.Tree, tuned: typing.Tree, alpha: float
+) -> typing.Tree:
   """The model at one alpha; exact copies at 0 and 1."""
   return in_memory.merge(
     [tuned], mean.interpolate(alpha=alpha), base=base_model
