@@ -18,7 +18,7 @@ from mergejax import models
 from mergejax.analysis import barrier
 from mergejax.evaluation import plots
 from mergejax.training import arrays
-from mergejax.training import losses
+from mergejax.training import objective
 
 # name: (model, task, training steps, learning rate)
 MODELS = {
@@ -50,7 +50,7 @@ def pair(name, seed):
     return vision_models.cached(
       f'rebasin_{_file_name(name)}_{steps}_{one}',
       lambda: vision_models.train(
-        module, models.init_params(module, jax.random.key(one)), data,
+        module, models.family_of(module).init(jax.random.key(one)), data,
         steps=steps, learning_rate=rate, seed=one, augment=True,
       ),
     )  # fmt: skip
@@ -64,12 +64,12 @@ def run(name, seed):
   module, a, b = pair(name, seed)
   data = vision_models.load(task, 'train')
   test = {n: x[:1000] for n, x in vision_models.load(task, 'test').items()}
-  apply = lambda params, batch: models.logits(module, params, batch)
+  apply = lambda params, batch: models.family_of(module).logits(params, batch)
   example = {'images': data['images'][:4]}
   spec = align.derive(apply, a, example)
   stream = arrays.ArrayStream(data, 250, seed=seed)
   batches = [next(stream) for _ in range(8)]
-  loss_fn = losses.make_loss(module, z_loss=0.0)
+  loss_fn = objective.make_loss(module, objective.cross_entropy(z_loss=0.0))
   loss = lambda params, batch: loss_fn(params, batch)[0]
   found = {
     'none': align.identity(spec),
@@ -91,7 +91,7 @@ def run(name, seed):
     line = barrier.line(
       a, moved, vision_models.evaluator(module, test), points=9
     )
-    lines[matching] = line
+    lines[matching] = line.lambdas, line.values['loss']
     result[matching] = {
       'loss barrier': line.barrier('loss'),
       'midpoint loss': float(line.values['loss'][4]),

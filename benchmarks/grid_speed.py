@@ -16,18 +16,21 @@ import numpy as np
 import real_data
 
 from mergejax import models
+from mergejax.evaluation import base as evaluation
 from mergejax.search import base as search_base
 from mergejax.search import grid
 
 
 def main():
   module = models.build(dict(model_type='resnet'))
-  one = lambda seed: models.init_params(module, jax.random.key(seed))
+  one = lambda seed: models.family_of(module).init(jax.random.key(seed))
   data = jax.random.uniform(jax.random.key(9), (4, 128, 28, 28, 1))
-  evaluate = search_base.Evaluator(
+  evaluate = evaluation.Evaluator(
     lambda params, data: {
       'score': jax.lax.map(
-        lambda images: models.logits(module, params, {'images': images}).mean(),
+        lambda images: (
+          models.family_of(module).logits(params, {'images': images}).mean()
+        ),
         data,
       ).mean()
     },

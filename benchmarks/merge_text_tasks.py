@@ -62,7 +62,7 @@ def statistics(module, name, params, kind, answers, of):
         mj.stats.gram(), module, params, batches_of(name), out=path
       )
     else:
-      scores = models.answer_logits(module, answers)
+      scores = models.family_of(module).answer_logits(answers)
       rows = batches_of(name)[:4]
       mj.stats.collect(
         mj.stats.fisher(logits=scores), module, params, rows, out=path

@@ -18,7 +18,7 @@ import vision_models
 import mergejax as mj
 from mergejax import models
 from mergejax.training import arrays
-from mergejax.training import losses
+from mergejax.training import objective
 
 FIELDS = dict(model_type='vgg', channels=(16, 0, 32, 0, 64, 0), dense=(64,))
 START_STEPS, STEPS = 1500, 400
@@ -39,7 +39,7 @@ def start():
   return vision_models.cached(
     f'vision_start_{START_STEPS}',
     lambda: vision_models.train(
-      module, models.init_params(module, jax.random.key(0)),
+      module, models.family_of(module).init(jax.random.key(0)),
       vision_models.load('cifar10', 'train'), steps=START_STEPS,
       learning_rate=2e-3, seed=0, augment=True,
     ),
@@ -47,7 +47,7 @@ def start():
 
 
 def with_new_head(task, seed):
-  fresh = models.init_params(module_of(task), jax.random.key(seed))
+  fresh = models.family_of(module_of(task)).init(jax.random.key(seed))
   return {**body(start()), 'head': fresh['head']}
 
 
@@ -70,7 +70,8 @@ def multi_task(seed):
     'heads': {t: with_new_head(t, seed)['head'] for t in tasks},
   }
   optimizer = optax.adamw(optax.cosine_decay_schedule(1e-3, STEPS), weight_decay=0.0)  # fmt: skip
-  fns = {t: losses.make_loss(module_of(t), z_loss=0.0) for t in tasks}
+  plain = objective.cross_entropy(z_loss=0.0)
+  fns = {t: objective.make_loss(module_of(t), plain) for t in tasks}
 
   def loss(params, batches):
     return sum(

@@ -38,7 +38,7 @@ def source(name, seed):
   params = vision_models.cached(
     f'source_{name.replace(" ", "_").replace(",", "")}_{seed}',
     lambda: vision_models.train(
-      module, models.init_params(module, jax.random.key(seed)),
+      module, models.family_of(module).init(jax.random.key(seed)),
       vision_models.load(task, 'train'), steps=steps, learning_rate=2e-3,
       seed=seed,
     ),
@@ -51,7 +51,7 @@ def tuned_accuracy(name, task, seed):
   fields, *_ = SOURCES[name]
   module, params = source(name, seed)
   target = models.build({**fields, 'classes': vision_models.classes(task)})
-  head = models.init_params(target, jax.random.key(seed + 50))['head']
+  head = models.family_of(target).init(jax.random.key(seed + 50))['head']
   data = {n: x[:600] for n, x in vision_models.load(task, 'train').items()}
   params = vision_models.train(
     target, {**params, 'head': head}, data, steps=80, learning_rate=1e-3,

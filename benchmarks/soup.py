@@ -53,7 +53,7 @@ def run(seed):
   soup = greedy.greedy(several, score)
 
   def loss(params, batch, heat):
-    logits = heat * models.logits(module, params, batch)
+    logits = heat * models.family_of(module).logits(params, batch)
     log_p = jax.nn.log_softmax(logits)
     return -jnp.mean(jnp.take_along_axis(log_p, batch['labels'][:, None], 1))
 

@@ -26,7 +26,7 @@ def main():
   parser.add_argument('--rows', type=int, default=8)
   options = parser.parse_args()
   module = models.build(dict(model_type='t5x'))
-  params = models.init_params(module, jax.random.key(0))
+  params = models.family_of(module).init(jax.random.key(0))
   rng = np.random.default_rng(0)
   targets = rng.integers(1, 32_000, (options.rows, 64))
   batch = jax.device_put({
@@ -35,7 +35,9 @@ def main():
     'decoder_input_tokens': np.pad(targets, ((0, 0), (1, 0)))[:, :-1],
   })  # fmt: skip
   statistic = statistics.gram()
-  forward = jax.jit(lambda params, batch: models.logits(module, params, batch))
+  forward = jax.jit(
+    lambda params, batch: models.family_of(module).logits(params, batch)
+  )
   measure = lambda p, b: stats_base.distinct(
     statistic.measure(module, p, b, np.uint32(0), 1)
   )[0]

@@ -24,7 +24,6 @@ from mergejax.data import features
 from mergejax.data import stream as stream_lib
 from mergejax.data import tasks
 from mergejax.training import arrays
-from mergejax.training import losses
 from mergejax.training import step as step_lib
 
 SENTIMENT = ('movie', 'books', 'dvd', 'electronics', 'kitchen')
@@ -224,13 +223,9 @@ def train(
     optimizer = optax.transforms.selective_transform(
       optimizer, freeze_mask=still
     )
-  step = jax.jit(
-    step_lib.make_step(losses.make_loss(the_module), optimizer),
-    donate_argnums=0,
-  )
-  state = step_lib.create(
-    jax.tree.map(jax.numpy.array, params), optimizer, jax.random.key(seed)
-  )
+  made = step_lib.make_step(the_module, optimizer)
+  step = jax.jit(made.update, donate_argnums=0)
+  state = made.init(jax.tree.map(jax.numpy.array, params), jax.random.key(seed))
   stream = arrays.ArrayStream(data, batch_size, seed=seed)
   for i in range(steps):
     state, metrics = step(state, next(stream))
@@ -252,7 +247,7 @@ def common_seed():
     print(f'training the common seed, {SEED_STEPS} steps', flush=True)
     the_module = module()
     # The embedding begins small: Adam moves every entry by the same amount.
-    params = models.init_params(the_module, jax.random.key(0))
+    params = models.family_of(the_module).init(jax.random.key(0))
     params['token_embedder']['embedding'] *= 0.1
     params = train(
         the_module, params, _seed_data(0), steps=SEED_STEPS,
@@ -291,7 +286,7 @@ def _scorer():
 
   @jax.jit
   def exact(params, batch):
-    logits = models.logits(the_module, params, batch)
+    logits = models.family_of(the_module).logits(params, batch)
     right = logits.argmax(-1) == batch['decoder_target_tokens']
     return (right | (batch['decoder_target_tokens'] == 0)).all(axis=1)
 

@@ -31,7 +31,7 @@ def models_to_match():
   module = models.build(dict(model_type='vgg', image_shape=(32, 32, 3)))
 
   def one(seed):
-    params = models.init_params(module, jax.random.key(seed))
+    params = models.family_of(module).init(jax.random.key(seed))
     # Not the same noise in two leaves of one shape.
     rng = np.random.default_rng(seed)
     noise = lambda leaf: 0.02 * rng.standard_normal(leaf.shape, np.float32)
@@ -64,9 +64,9 @@ def main():
   import weight_matching as original
 
   module, a, b = models_to_match()
-  batch = models.example_batch(module)
+  batch = models.family_of(module).example_batch()
   spec = align.derive(
-    lambda params, images: models.logits(module, params, {'images': images}),
+    lambda params, images: models.family_of(module).logits(params, {'images': images}),
     a, batch['images'],
   )  # fmt: skip
   their_spec = original.vgg16_permutation_spec()

@@ -63,8 +63,8 @@ _PUBLIC = {
   'slerp': ('mergejax.methods.sphere', 'slerp'),
   'stats': ('mergejax.statistics', None),
   'task_arithmetic': ('mergejax.methods.arithmetic', 'task_arithmetic'),
-  'ties': ('mergejax.methods.ties', 'ties'),
   'training': ('mergejax.training', None),
+  'ties': ('mergejax.methods.ties', 'ties'),
 }
 
 __getattr__, __dir__, __all__ = lazy.attach(__name__, _PUBLIC)

@@ -39,11 +39,11 @@ class ConfigsTest(parameterized.TestCase):
       if not (checkpoints / name).exists():
         mj.save_checkpoint(
           checkpoints / name,
-          models.init_params(module, jax.random.key(k)),
+          models.family_of(module).init(jax.random.key(k)),
           config=models.describe(module),
         )
     rng = np.random.default_rng(0)
-    specs = models.param_specs(module)
+    specs = models.family_of(module).specs()
     for name in ('python', 'c_headers'):
       fisher = {
         f'{p}/fisher': rng.gamma(1.0, size=s.shape) for p, s in specs.items()
@@ -76,7 +76,7 @@ class ConfigsTest(parameterized.TestCase):
     mj.execute(plan, out)
     module, params = mj.load_model(out)
     tree_lib.check_same(
-      models.param_specs(module),
+      models.family_of(module).specs(),
       tree_lib.specs(params),
       expected_name='its configuration',
       given_name='the merged model',

@@ -16,20 +16,21 @@ PACKAGE = ROOT / 'mergejax'
 # know each other.
 FLOORS = {
     'core': 0,
-    'partition': 1,
+    'partition': 1, 'names': 1,
     'checkpoints': 2, 'nn': 2, 'methods': 2,
     'models': 3,
-    'intercept': 4, 'architectures': 4,
+    'intercept': 4,
     'data': 5, 'statistics': 5,
     'merging': 6, 'align': 6,
     'training': 7,
-    'experts': 8, 'search': 8, 'select': 8,
-    'analysis': 9,
-    'evaluation': 10,
-    'cli': 11, '__main__': 12, '__init__': 12,
+    'experts': 8, 'select': 8,
+    'evaluation': 9,
+    'search': 10,
+    'analysis': 11,
+    'cli': 12, '__main__': 13, '__init__': 13,
 }  # fmt: skip
 # Heavy or edge libraries, and the lowest floor that may import them.
-LOWEST = {'seqio': 5, 'tensorflow': 5, 'clu': 5, 'matplotlib': 5, 'gin': 11}
+LOWEST = {'seqio': 5, 'tensorflow': 5, 'clu': 5, 'matplotlib': 5, 'gin': 12}
 
 
 def imported_modules(path: pathlib.Path):

@@ -163,14 +163,47 @@ def run(row, models, base, weights=None, **kwargs):
   method = named.resolve(row.name, **row.options)
   weights = row.weights if weights is None else weights
   stats = None if 'stats' in kwargs else make_stats(row, models)
-  axes = [rule for rule in AXES if rule[0] in models[0]]
+  if 'axes' not in kwargs:
+    kwargs['axes'] = [rule for rule in AXES if rule[0] in models[0]]
   return in_memory.merge(
     models,
     method,
     base=base if row.base or method.base == 'required' else None,
     weights=weights[: len(models)] if weights is not None else None,
-    **{'stats': stats, 'axes': axes, **kwargs},
+    **{'stats': stats, **kwargs},
   )
+
+
+def recipe_of(row, base, paths, stats=()):
+  """The recipe of a row over checkpoints."""
+  options = {
+    'lambda' if name == 'scale' and row.name != 'passthrough' else name: value
+    for name, value in row.options.items()
+    if not isinstance(value, list)
+  }
+  # What a recipe would fill in with mergekit's defaults.
+  for name, parameter in named.METHODS.options(row.name).items():
+    if name not in row.options and name not in ('scale', 'normalize_weights'):
+      if parameter.default is not parameter.empty:
+        options.setdefault(name, parameter.default)
+  entries = []
+  for k, path in enumerate(paths):
+    own = {n: v[k] for n, v in row.options.items() if isinstance(v, list)}
+    if row.weights is not None:
+      own['weight'] = row.weights[k]
+    entries.append({'model': path, 'parameters': own})
+  recipe = {
+    'merge_method': row.name,
+    'models': entries,
+    'parameters': {
+      k: v for k, v in options.items() if not isinstance(v, (list, tuple))
+    },
+  }
+  if base is not None:
+    recipe['base_model'] = base
+  if stats:
+    recipe['stats'] = list(stats)
+  return recipe
 
 
 def expected(row, models, base, weights=None):

@@ -47,7 +47,7 @@ def match_activations(
 
   Args:
     spec: the groups.
-    module: the model's module.
+    module: the model's module, or its family.
     a: the model to be matched.
     b: the model to be permuted.
     batches: dicts of arrays; padding counts for nothing.
@@ -74,7 +74,7 @@ def match_activations(
 
   @jax.jit
   def measure(a, b, batch):
-    weigh = capture.mask_for(mask, batch)
+    weigh = capture.mask_for(mask, module, batch)
 
     def rows(params):
       met = capture.Met()

@@ -13,10 +13,13 @@ from mergejax import models
 from mergejax.core import errors
 from mergejax.core import tree as tree_lib
 from mergejax.core import typing
+from mergejax.models import batch_norm
+
+COLLECTION = batch_norm.COLLECTION
 
 
 def refresh_norms(
-  module: nn.Module,
+  module: nn.Module | models.ModelFamily,
   params: typing.Tree,
   batches: Iterable[Mapping[str, Any]],
 ) -> typing.Tree:
@@ -30,7 +33,7 @@ def refresh_norms(
   whose inputs do not (later ones are given what training would give them).
 
   Args:
-    module: the model.
+    module: the model: its module, or its family.
     params: its parameters, with `batch_stats`; without them nothing changes.
     batches: one pass over the data. Rows whose `weights` are 0 fill a batch up
       and are left out; what is left of a batch is compiled for its size.
@@ -45,9 +48,9 @@ def refresh_norms(
   Source: the update after averaging of Izmailov et al. (2018),
   https://arxiv.org/abs/1803.05407, section 3.2.
   """
-  if models.BATCH_STATS not in params:
+  if COLLECTION not in params:
     return params
-  old = tree_lib.flatten(params[models.BATCH_STATS])
+  old = tree_lib.flatten(params[COLLECTION])
   measure = jax.jit(lambda params, batch: _of_batch(module, params, batch))
   rows, totals = 0, {}
   for batch in batches:
@@ -75,13 +78,13 @@ def refresh_norms(
       f'outputs on this data?\n{errors.listed(bad)}'
     )
   cast = {p: jax.numpy.asarray(new[p], leaf.dtype) for p, leaf in old.items()}
-  return {**params, models.BATCH_STATS: tree_lib.unflatten(cast)}
+  return {**params, COLLECTION: tree_lib.unflatten(cast)}
 
 
 def _real_rows(batch):
   """A batch without its filling, and how many rows that leaves."""
   batch = {name: np.asarray(leaf) for name, leaf in batch.items()}
-  rows = len(batch['images'])
+  rows = len(next(iter(batch.values())))
   weights = batch.get('weights')
   if weights is None:
     return batch, rows
@@ -107,13 +110,13 @@ def _of_batch(module, params, batch):
       momenta['/'.join(layer.path)] = layer.momentum
     return call(*arguments, **named)
 
-  stats = params[models.BATCH_STATS]
+  stats = params[COLLECTION]
   zeros = jax.tree.map(jax.numpy.zeros_like, stats)
   with nn.intercept_methods(interceptor):
-    _, new = models.training_logits(
-      module, {**params, models.BATCH_STATS: zeros}, batch
-    )
-  new = tree_lib.flatten(new)
+    family = models.family_for(module, batch)
+    variables = family.variables({**params, COLLECTION: zeros})
+    _, changed = family.call(variables, batch, train=True)
+  new = tree_lib.flatten(changed[COLLECTION])
   known = {f'{path}/{name}' for path in momenta for name in ('mean', 'var')}
   unknown = sorted(set(new) - known)
   if unknown:

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from mergejax.core import axes as axes_lib
 from mergejax.core import errors
 from mergejax.core import files
 from mergejax.core import tree as tree_lib
@@ -55,6 +56,11 @@ class ParamStore(abc.ABC):
     self, paths: list[typing.Path]
   ) -> Mapping[typing.Path, np.ndarray | jax.Array]:
     """Reads the named leaves, all of which exist, into host memory."""
+
+  def axes(self) -> dict[typing.Path, tuple[str, ...]]:
+    """`{path: logical axes}` of the leaves whose axes are known."""
+    found = {path: spec.axes for path, spec in self.specs().items()}
+    return {path: axes for path, axes in found.items() if axes is not None}
 
   def stored_dtype(self, path: typing.Path) -> np.dtype:
     """dtype of a leaf as its model stores it, whatever it is shown as."""
@@ -145,12 +151,19 @@ class MemoryStore(ParamStore):
     (2, 3)
   """
 
-  def __init__(self, tree: typing.Tree, name: str = 'a tree in memory'):
+  def __init__(
+    self,
+    tree: typing.Tree,
+    name: str = 'a tree in memory',
+    axes: axes_lib.Rules = (),
+  ):
+    """Wraps a tree; `axes` names axes of its leaves, see `axes.with_axes`."""
     self._leaves = tree_lib.flatten(tree)
+    self._axes = axes
     self.provenance = {'format': 'memory', 'path': name}
 
   def specs(self) -> typing.SpecTree:
-    return tree_lib.specs(self._leaves)
+    return axes_lib.with_axes(tree_lib.specs(self._leaves), self._axes)
 
   def leaves(self, paths: list[typing.Path]) -> Mapping[typing.Path, Any]:
     return {path: self._leaves[path] for path in paths}

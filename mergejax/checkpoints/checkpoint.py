@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from mergejax.checkpoints import axes_file
 from mergejax.checkpoints import base
 from mergejax.checkpoints import npz
 from mergejax.checkpoints import orbax
@@ -20,9 +21,11 @@ from mergejax.checkpoints import states
 from mergejax.checkpoints import t5x
 from mergejax.checkpoints import ties
 from mergejax.checkpoints import vocabulary
+from mergejax.core import axes as axes_lib
 from mergejax.core import errors
 from mergejax.core import tree as tree_lib
 from mergejax.core import typing
+from mergejax.names import known
 
 FORMATS = ('orbax', 'safetensors', 'npz', 't5x')
 CONFIG = 'config.json'
@@ -50,6 +53,11 @@ def open_checkpoint(path: os.PathLike | str) -> base.ParamStore:
   path = pathlib.Path(path).expanduser()
   if not path.exists():
     raise errors.CheckpointError(_missing(path))
+  store = _opened(path)
+  return axes_file.attach(store, _stored_axes(path, store))
+
+
+def _opened(path):
   if path.suffix == '.npz' and path.is_file():
     return _without_optimizer(npz.NpzStore(path))
   if shards.is_here(path):
@@ -63,6 +71,21 @@ def open_checkpoint(path: os.PathLike | str) -> base.ParamStore:
   if t5x.locate(path) is not None:
     return t5x.T5xStore(path)
   raise errors.CheckpointError(_unknown(path))
+
+
+def _stored_axes(path, store):
+  """Axes from beside the weights, else what the names of the family tell."""
+  places = [path]
+  if not shards.is_here(path) and orbax.locate(path) is not None:
+    # Of a step, or of the last step of a run.
+    item = orbax.locate(path)
+    places = [item, item.parent, path]
+  for place in places:
+    found = axes_file.find(place)
+    if found:
+      return found
+  config = read_config(path)
+  return known.axes(store.specs(), config) if config else {}
 
 
 def _without_optimizer(store):
@@ -135,6 +158,7 @@ def save_checkpoint(
   format: str | None = None,  # pylint: disable=redefined-builtin
   *,
   config: Mapping[str, Any] | None = None,
+  axes: axes_lib.Rules | None = None,
   overwrite: bool = False,
   max_shard_bytes: int = 5 * 10**9,
 ) -> None:
@@ -147,6 +171,10 @@ def save_checkpoint(
       of `path` says, else orbax.
     config: written as `config.json` beside the weights of a directory; see
       `load_model`.
+    axes: logical axes of parameters, `{path: names}` or rules, written beside
+      them, so that merges know stacked layers from one parameter; by default
+      those of the family that `config` names, if its names are known. A `.npz`
+      file has no place for them.
     overwrite: replace what stands at `path` once the new one is complete.
     max_shard_bytes: size of the shards of a safetensors directory.
 
@@ -161,13 +189,22 @@ def save_checkpoint(
   if format not in FORMATS:
     raise errors.ConfigError(errors.near(format, FORMATS, 'checkpoint format'))
   leaves = tree_lib.flatten(tree)
-  tree_lib.specs(leaves)  # refuses what is no array of numbers
+  specs = tree_lib.specs(leaves)  # refuses what is no array of numbers
   single_file = path.suffix == f'.{format}' or format == 'npz'
   if single_file and config is not None:
     raise errors.ConfigError(
       f'{path} is a single file and has no place for config.json; give a '
       'directory name instead.'
     )
+  if format == 'npz' and axes:
+    raise errors.CheckpointError(
+      f'{path} is a NumPy archive, which has no place for logical axes: save in '
+      'another format, or leave `axes` out.'
+    )
+  if axes is None:
+    named = known.axes(specs, config) if config else {}
+  else:
+    named = axes_file.checked(specs, axes)
   with base.atomic_path(path, overwrite=overwrite) as temporary:
     if format == 'orbax':
       orbax.write(temporary, leaves)
@@ -178,11 +215,13 @@ def save_checkpoint(
       if format == 'npz':
         npz.write(temporary, host)
       elif single_file:
-        safetensors.write(temporary, host)
+        safetensors.write(temporary, host, named)
       else:
         safetensors.write_sharded(temporary, host, max_shard_bytes)
     if config is not None:
       (temporary / CONFIG).write_text(json.dumps(dict(config), indent=2) + '\n')
+    if named and not single_file:
+      (temporary / axes_file.NAME).write_text(axes_file.text(named))
 
 
 def _native(leaf):

@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
+from mergejax.checkpoints import axes_file
 from mergejax.checkpoints import base
 from mergejax.checkpoints import shards as shards_lib
 from mergejax.core import errors
@@ -43,10 +44,14 @@ class SafetensorsStore(base.ParamStore):
     self._open_files: dict[pathlib.Path, int] = {}
     self.provenance = {'format': 'safetensors', 'path': str(path)}
     chosen = shards_lib.choose(path)
+    axes: dict[typing.Path, tuple[str, ...]] = {}
     if chosen.left_out:
       self.provenance['left_out'] = chosen.left_out
     for file in chosen.files:
-      for name, (spec, offset) in _header(file).items():
+      header, metadata = _header(file)
+      if axes_file.KEY in metadata:
+        axes |= axes_file.parse(metadata[axes_file.KEY], f'axes of {file}')
+      for name, (spec, offset) in header.items():
         if name in self._specs:
           raise errors.CheckpointError(
             f'{file} and {self._file_of[name]} both hold {name!r}: remove '
@@ -55,6 +60,7 @@ class SafetensorsStore(base.ParamStore):
         self._specs[name], self._file_of[name] = spec, file
         self._offset[name] = offset
     self._check_index(chosen)
+    axes_file.attach(self, axes)
 
   def _check_index(self, chosen):
     for name, file in chosen.weight_map.items():
@@ -115,8 +121,11 @@ class SafetensorsStore(base.ParamStore):
 
 def _header(
   file: pathlib.Path,
-) -> dict[typing.Path, tuple[typing.LeafSpec, int]]:
-  """`{name: (spec, offset in the file)}`; any damage becomes one message."""
+) -> tuple[dict[typing.Path, tuple[typing.LeafSpec, int]], dict[str, str]]:
+  """`({name: (spec, offset in the file)}, metadata)`.
+
+  Any damage becomes one message.
+  """
   size = file.stat().st_size
   with open(file, 'rb') as stream:
     start = stream.read(8)
@@ -145,9 +154,8 @@ def _header(
       'it again.'
     ) from error
   found = {}
+  metadata = header.pop('__metadata__', None) or {}
   for name, entry in header.items():
-    if name == '__metadata__':
-      continue
     if entry['dtype'] not in _DTYPES:
       raise errors.CheckpointError(
         f'{file}: tensor {name!r}: {_unsupported(entry["dtype"])}'
@@ -157,7 +165,8 @@ def _header(
     )
     found[name] = spec, 8 + length + entry['data_offsets'][0]
   # In the order of the file, so that reading it goes forward.
-  return dict(sorted(found.items(), key=lambda item: item[1][1]))
+  ordered = dict(sorted(found.items(), key=lambda item: item[1][1]))
+  return ordered, metadata
 
 
 def _unsupported(dtype):
@@ -184,7 +193,11 @@ class Shard(NamedTuple):
 
 
 def lay_out(
-  specs: typing.SpecTree, max_shard_bytes: int, stem: str = 'model'
+  specs: typing.SpecTree,
+  max_shard_bytes: int,
+  stem: str = 'model',
+  *,
+  with_axes: bool = False,
 ) -> list[Shard]:
   """Decides what lies where in a Hugging Face directory, before any number.
 
@@ -193,6 +206,8 @@ def lay_out(
     max_shard_bytes: a shard is closed before it would grow past this; a single
       larger array gets a shard of its own.
     stem: first part of the file names.
+    with_axes: a file's metadata say the logical axes of its arrays, which
+      directories have in a file of their own.
 
   Returns:
     One `Shard` a file.
@@ -219,6 +234,9 @@ def lay_out(
     # `format: pt` is what Hugging Face loaders ask for.
     header: dict[str, Any] = {'__metadata__': {'format': 'pt'}}
     at = 0
+    axes = {n: spec.axes for n, spec in group.items() if spec.axes is not None}
+    if with_axes and axes:
+      header['__metadata__'][axes_file.KEY] = axes_file.text(axes)
     for name, spec in group.items():
       header[name] = {
         'dtype': names[spec.dtype],
@@ -253,16 +271,28 @@ def index_of(shards: list[Shard], specs: typing.SpecTree) -> str | None:
   return json.dumps(index, indent=2) + '\n'
 
 
-def write(path: pathlib.Path, leaves) -> None:
+def write(
+  path: pathlib.Path,
+  leaves: Mapping[typing.Path, np.ndarray],
+  axes: Mapping[typing.Path, tuple[str, ...]] | None = None,
+) -> None:
   """Writes `{path: array}` as one safetensors file.
+
+  Args:
+    path: the file to create.
+    leaves: the arrays.
+    axes: their logical axes, where they are known.
 
   Raises:
     UserError: a dtype that the format does not have.
   """
+  axes = axes or {}
   specs = {
-    name: typing.LeafSpec(a.shape, a.dtype) for name, a in leaves.items()
+    name: typing.LeafSpec(a.shape, a.dtype, axes.get(name))
+    for name, a in leaves.items()
   }
-  _write_shard(path, lay_out(specs, sys.maxsize)[0], leaves)
+  (shard,) = lay_out(specs, sys.maxsize, with_axes=True)
+  _write_shard(path, shard, leaves)
 
 
 def _write_shard(path, shard, leaves):

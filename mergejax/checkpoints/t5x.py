@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from mergejax.checkpoints import axes_file
 from mergejax.checkpoints import base
 from mergejax.checkpoints import states
 from mergejax.core import errors
@@ -25,6 +26,8 @@ _FILE = 'checkpoint'
 _TENSORFLOW = b'model_checkpoint_path'
 # Older trees than this lie differently; T5X refuses them too.
 _VERSION = 3
+# Collection of T5X's layers that names the axes of each parameter.
+_AXES, _SUFFIX = 'params_axes', '_axes'
 
 
 def locate(path: pathlib.Path) -> pathlib.Path | None:
@@ -55,6 +58,38 @@ def _is_tree(file: pathlib.Path) -> bool:
   return start[:1] in (b'\x82', b'\x83') and (
     b'version' in start[:16] or b'optimizer' in start[:16]
   )
+
+
+def _axes(data, mutables) -> dict[typing.Path, tuple[str, ...]]:
+  """Axes by path, from T5X's `params_axes` (`kernel_axes` beside `kernel`)."""
+  places = (data, data['optimizer'], mutables)
+  found = next((place[_AXES] for place in places if place.get(_AXES)), {})
+  result = {}
+
+  def collect(node, path):
+    for name, child in node.items():
+      child_path = f'{path}/{name}' if path else str(name)
+      names = _axis_names(child)
+      if names is not None and child_path.endswith(_SUFFIX):
+        result[child_path.removesuffix(_SUFFIX)] = names
+      elif isinstance(child, Mapping):
+        collect(child, child_path)
+
+  collect(found, '')
+  return result
+
+
+def _axis_names(node) -> tuple[str, ...] | None:
+  """Names of an AxisMetadata, a list, or a tuple as msgpack has it."""
+  if isinstance(node, Mapping) and set(node) == {'names'}:
+    node = node['names']
+  if isinstance(node, Mapping) and set(node) == set(map(str, range(len(node)))):
+    node = [node[str(i)] for i in range(len(node))]
+  if not isinstance(node, (list, tuple)):
+    return None
+  # An axis that is not laid over any mesh axis may have no name.
+  names = tuple('unnamed' if name is None else name for name in node)
+  return names if all(isinstance(name, str) for name in names) else None
 
 
 class T5xStore(base.ParamStore):
@@ -97,10 +132,11 @@ class T5xStore(base.ParamStore):
     if stats:
       self._collect(stats, states.BATCH_STATS)
     left_out = ['state'] if state.get('param_states') else []
-    left_out += sorted(set(mutables) - {states.BATCH_STATS})
+    left_out += sorted(set(mutables) - {states.BATCH_STATS, _AXES})
     if left_out:
       self.provenance['left_out'] = left_out
     self._specs = {p: self._spec(p, e) for p, e in self._entries.items()}
+    axes_file.attach(self, _axes(data, mutables))
 
   def _collect(self, node, path):
     if isinstance(node, dict) and not {'driver', 'kvstore'} <= set(node):

@@ -8,80 +8,13 @@ library do. Only content tells that a stored head is its embedding; names and
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
-from mergejax.checkpoints.names import t5 as t5_names
 from mergejax.core import typing
+from mergejax.names import base
+from mergejax.names import known
+from mergejax.names import t5
 
-
-class Pair(NamedTuple):
-  """Two names that may be one array.
-
-  Attributes:
-    alias: the one that need not be stored.
-    path: the one that is.
-    witness: a parameter that a model with this head stores, if such there is.
-    always: tied whatever `tie_word_embeddings` says.
-  """
-
-  alias: typing.Path
-  path: typing.Path
-  witness: typing.Path | None = None
-  always: bool = False
-
-
-_BERT_HEAD, _ROBERTA_HEAD = 'cls.predictions', 'lm_head'
-# The first whose path is there, for models that store no head.
-PAIRS = (
-  Pair(
-    'proj_out.weight',
-    'model.decoder.embed_tokens.weight',
-    'model.encoder.conv1.weight',
-  ),
-  Pair(
-    'language_model.lm_head.weight', 'language_model.model.embed_tokens.weight'
-  ),
-  *(
-    Pair('lm_head.weight', path)
-    for path in (
-      'model.embed_tokens.weight',
-      'model.language_model.embed_tokens.weight',
-      'language_model.model.embed_tokens.weight',
-      'model.text_model.embed_tokens.weight',
-      'shared.weight',
-      'model.shared.weight',
-      'model.decoder.embed_tokens.weight',
-      'transformer.wte.weight',
-      'transformer.word_embeddings.weight',
-    )
-  ),
-  Pair('embed_out.weight', 'gpt_neox.embed_in.weight'),
-  *(
-    Pair(
-      f'{_BERT_HEAD}.decoder.weight',
-      f'{kind}.embeddings.word_embeddings.weight',
-      f'{_BERT_HEAD}.transform.dense.weight',
-    )
-    for kind in ('bert', 'deberta')
-  ),
-  Pair(f'{_BERT_HEAD}.decoder.bias', f'{_BERT_HEAD}.bias', always=True),
-  Pair(
-    f'{_ROBERTA_HEAD}.decoder.weight',
-    'roberta.embeddings.word_embeddings.weight',
-    f'{_ROBERTA_HEAD}.dense.weight',
-  ),
-  Pair(f'{_ROBERTA_HEAD}.decoder.bias', f'{_ROBERTA_HEAD}.bias', always=True),
-  Pair(
-    'vocab_projector.weight',
-    'distilbert.embeddings.word_embeddings.weight',
-    'vocab_transform.weight',
-  ),
-  *(
-    Pair(f'{prefix}{side}.embed_tokens.weight', f'{prefix}shared.weight', always=True)
-    for prefix in ('', 'model.')
-    for side in ('encoder', 'decoder')
-  ),
-)  # fmt: skip
 # Architectures that end in a head over the vocabulary.
 _WITH_HEAD = (
   'ForCausalLM', 'ForConditionalGeneration', 'LMHeadModel', 'ForMaskedLM',
@@ -95,7 +28,7 @@ def flag(config: Mapping[str, Any] | None) -> bool | None:
   """`tie_word_embeddings`, of the model or of its language model; or None."""
   config = config or {}
   if config.get('model_type') == 't5' and 'scale_decoder_outputs' in config:
-    return t5_names.has_tied_head(config)
+    return t5.has_tied_head(config)
   places = [config, *(config.get(section) for section in SECTIONS)]
   for place in places:
     if isinstance(place, Mapping) and 'tie_word_embeddings' in place:
@@ -164,14 +97,14 @@ def possible(
 
 def always(alias: typing.Path) -> bool:
   """Whether an alias is tied whatever the configuration says."""
-  return any(pair.always for pair in PAIRS if pair.alias == alias)
+  return any(pair.always for pair in known.TIES if pair.alias == alias)
 
 
 def _present(specs):
   """Pairs of a model: one path an alias, and one head an embedding."""
-  found: list[Pair] = []
+  found: list[base.Pair] = []
   # What is stored is sure; of names that are not, the first is taken.
-  for pair in sorted(PAIRS, key=lambda pair: pair.alias not in specs):
+  for pair in sorted(known.TIES, key=lambda pair: pair.alias not in specs):
     there = pair.path in specs and (
       pair.alias in specs or pair.witness is None or pair.witness in specs
     )

@@ -155,7 +155,9 @@ class RowsStore(base.ParamStore):
     self.tied = store.tied
     self.provenance = store.provenance
     self._specs = {
-      path: typing.LeafSpec((len(rows[path]), *spec.shape[1:]), spec.dtype)
+      path: typing.LeafSpec(
+        (len(rows[path]), *spec.shape[1:]), spec.dtype, spec.axes
+      )
       if path in rows
       else spec
       for path, spec in store.specs().items()

@@ -9,7 +9,6 @@ import flax.linen as nn
 import numpy as np
 
 from mergejax import align
-from mergejax import architectures
 from mergejax import models
 from mergejax.checkpoints import base as store_base
 from mergejax.checkpoints import checkpoint
@@ -17,7 +16,8 @@ from mergejax.cli import common
 from mergejax.core import errors
 from mergejax.core import tree as tree_lib
 from mergejax.core import typing
-from mergejax.training import losses
+from mergejax.models import architectures
+from mergejax.training import objective
 
 METHODS = ('weights', 'activations', 'straight_through')
 
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str]) -> None:
     {options.a: models.describe(module), options.b: models.describe(other)},
     'Units of one cannot be matched to units of the other.',
   )
-  apply = lambda params, batch: models.logits(module, params, batch)
+  apply = models.family_of(module).logits
   batch = random_batch(module)
   spec = align.derive(apply, a, batch)
   print(spec.describe(), flush=True)
@@ -92,7 +92,7 @@ def _match(options, spec, module, a, b):
   ]
   if options.method == 'activations':
     return align.match_activations(spec, module, a, b, batches)
-  loss_fn = losses.make_loss(module, z_loss=0.0)
+  loss_fn = objective.make_loss(module, objective.cross_entropy(z_loss=0.0))
   stream = (batches[i % len(batches)] for i in range(options.steps))
   return align.match_straight_through(
     spec, lambda params, batch: loss_fn(params, batch)[0], a, b, stream,
@@ -101,14 +101,17 @@ def _match(options, spec, module, a, b):
 
 
 def random_batch(module: nn.Module, rows: int = 4) -> dict[str, typing.Array]:
-  """Random pixels or tokens that a module accepts, for checks of equality."""
+  """Random numbers or tokens that a model accepts, for checks of equality."""
   rng = np.random.default_rng(0)
-  batch = models.example_batch(module, rows, length=8)
-  batch.pop('labels', None)
-  vocabulary = getattr(module.config, 'vocab_size', 2)
+  family = models.family_of(module)
+  sizes = {
+    name: getattr(family.config, field, 2)
+    for field, names in family.sizes.items()
+    for name in names
+  }
   return {
     name: rng.random(leaf.shape).astype(np.float32)
-    if name == 'images'
-    else rng.integers(1, vocabulary, leaf.shape).astype(np.int32)
-    for name, leaf in batch.items()
+    if np.issubdtype(leaf.dtype, np.floating)
+    else rng.integers(1, sizes.get(name, 2), leaf.shape).astype(np.int32)
+    for name, leaf in family.example_batch(rows, length=8).items()
   }

@@ -23,6 +23,15 @@ _REPLACED = {
     'The learning rate spans SEED_STEPS + BRANCH_STEPS by itself: leave it out.'
   ),
 }
+# Modules of the past that gin files name -> their names now; longest first.
+_MOVED = {
+  'mergejax.train.hooks': 'mergejax.training.callbacks',
+  'mergejax.train': 'mergejax.training',
+  'mergejax.run': 'mergejax.cli',
+  'mergejax.stats': 'mergejax.statistics',
+  'mergejax.store': 'mergejax.checkpoints',
+  'mergejax.mesh': 'mergejax.partition',
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -206,6 +215,14 @@ def parse_gin(
 
 def _explain(message: str) -> str:
   """gin's message, with near names for a parameter that does not exist."""
+  match = re.search(r"No module named '(mergejax\.[\w.]+)'", message)
+  for old, new in _MOVED.items() if match else ():
+    if (match[1] + '.').startswith(old + '.'):
+      return (
+        f'gin: there is no module {old} any more; it is {new} now. Change that '
+        'line of the gin file: what it imports is called as before. ('
+        f'{" ".join(message.split())})'
+      )
   match = re.search(
     r"Configurable '(\S+)' doesn't have a parameter named '(\w+)'", message
   )

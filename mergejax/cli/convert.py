@@ -9,10 +9,37 @@ import pathlib
 from mergejax import models
 from mergejax.checkpoints import base
 from mergejax.checkpoints import checkpoint
-from mergejax.checkpoints.names import t5
 from mergejax.cli import common
 from mergejax.core import errors
 from mergejax.core import tree
+
+
+def _axes(options, destination, store):
+  """The axes that the source knows, where the destination has place for them."""
+  npz = destination.suffix == '.npz' or options.format == 'npz'
+  if options.names is not None or npz:
+    return None
+  return store.axes() or None
+
+
+def _renamed(names, leaves, config):
+  """`(leaves, config.json or None)` by other names."""
+  ways = {}
+  for name in models.names():
+    for other, way in models.family_class(name).conversions.items():
+      ways[name], ways[other] = ('read', name, way), ('write', name, way)
+  if names not in ways:
+    raise errors.ConfigError(errors.near(names, ways, 'naming'))
+  direction, model_type, way = ways[names]
+  if direction == 'read':
+    leaves = way.read(leaves, config or {})
+    if config is not None:
+      config = dict(model_type=model_type, **way.read_config(config))
+    return leaves, config
+  if config is not None:
+    fields = dataclasses.asdict(models.build(config).config)
+    config = way.write_config(fields)
+  return way.write(leaves), config
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -27,8 +54,8 @@ def main(arguments: Sequence[str]) -> None:
   )
   parser.add_argument(
     '--names',
-    choices=('t5x', 'hf-t5'),
-    help='rename a T5: t5x from Hugging Face names, hf-t5 the other way',
+    help='rename the parameters: t5x from Hugging Face names of T5, hf-t5 the '
+    'other way',
   )
   options = parser.parse_args(arguments)
   if options.format is not None and options.format not in checkpoint.FORMATS:
@@ -40,15 +67,8 @@ def main(arguments: Sequence[str]) -> None:
   store = checkpoint.open_checkpoint(options.source)
   leaves = tree.flatten(store.read())
   config = checkpoint.read_config(options.source)
-  if options.names == 't5x':
-    leaves = t5.from_hf(leaves, tied_head=t5.has_tied_head(config or {}))
-    if config is not None:
-      config = dict(model_type='t5x', **t5.config_from_hf(config))
-  elif options.names == 'hf-t5':
-    leaves = t5.to_hf(leaves)
-    if config is not None:
-      module = models.build(config)
-      config = t5.config_to_hf(dataclasses.asdict(module.config))
+  if options.names is not None:
+    leaves, config = _renamed(options.names, leaves, config)
   notes = []
   if store.provenance.get('left_out'):
     notes.append(f'not copied: {", ".join(store.provenance["left_out"])}')
@@ -57,12 +77,13 @@ def main(arguments: Sequence[str]) -> None:
       'config.json is not written: a single file has no place for it'
     )
     config = None
-  elif options.names == 'hf-t5' and config is None:
+  elif options.names is not None and config is None:
     notes.append(
       f'config.json is not written: {options.source} has none that says how '
       'many heads there are and whether the head is the embedding'
     )
   checkpoint.save_checkpoint(
-    destination, leaves, format=options.format, config=config
-  )
+    destination, leaves, format=options.format, config=config,
+    axes=_axes(options, destination, store),
+  )  # fmt: skip
   print('\n'.join([f'{destination}: {len(leaves)} arrays', *notes]))

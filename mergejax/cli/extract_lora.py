@@ -4,9 +4,9 @@
 
 from collections.abc import Sequence
 
-from mergejax import architectures
 from mergejax.checkpoints.peft import extract
 from mergejax.cli import common
+from mergejax.models import architectures
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -5,6 +5,7 @@
 from collections.abc import Sequence
 import importlib
 import os
+import pathlib
 import sys
 
 from mergejax.cli import common
@@ -60,9 +61,54 @@ def _import_tensorflow() -> None:
 def _usage() -> str:
   width = max(map(len, COMMANDS)) + 2
   lines = [f'  {name:<{width}}{text}' for name, text in COMMANDS.items()]
-  return 'usage: mergejax COMMAND [--help] ...\n\ncommands:\n' + '\n'.join(
-    lines
+  return (
+    'usage: mergejax COMMAND [--help] [--import MODULE] ...\n\ncommands:\n'
+    + '\n'.join(lines)
+    + '\n\n--import MODULE, for every command: a module, or a .py file, of your '
+    'own\nthat registers model families, methods or tasks'
   )
+
+
+def _split_imports(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+  """`(modules to import, the other arguments)` of a command line."""
+  modules, rest = [], []
+  arguments = iter(arguments)
+  for argument in arguments:
+    name, equals, value = argument.partition('=')
+    if name != '--import':
+      rest.append(argument)
+      continue
+    module = value if equals else next(arguments, '')
+    if not module:
+      raise errors.ConfigError(
+        '--import needs the name of a module: `--import my_models`.'
+      )
+    modules.append(module)
+  return modules, rest
+
+
+def _import_module(name: str) -> None:
+  """Imports a module of the user's: from the current folder, too, or a file.
+
+  Raises:
+    ConfigError: there is no such module.
+  """
+  folder = os.getcwd()
+  if name.endswith('.py'):
+    file = pathlib.Path(name).expanduser().resolve()
+    folder, name = str(file.parent), file.stem
+  if folder not in sys.path:
+    sys.path.insert(0, folder)
+  try:
+    importlib.import_module(name)
+  except ModuleNotFoundError as error:
+    # What the module itself misses is its own message.
+    if error.name is None or not f'{name}.'.startswith(f'{error.name}.'):
+      raise
+    raise errors.ConfigError(
+      f'--import {name}: there is no module of this name in {folder} or among '
+      'what is installed. Give its dotted name, or the path of its .py file.'
+    ) from error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -78,11 +124,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 2
 
   def run():
-    with_suite = any(one.startswith('--suite') for one in rest)
+    modules, options = _split_imports(rest)
+    with_suite = any(one.startswith('--suite') for one in options)
     if command in _READS_TEXT or (command in _MAY_READ_TEXT and with_suite):
       _import_tensorflow()
+    for own in modules:
+      _import_module(own)
     module = command.replace('-', '_')
-    importlib.import_module(f'mergejax.cli.{module}').main(rest)
+    importlib.import_module(f'mergejax.cli.{module}').main(options)
 
   trains = command in ('quickstart', 'train')
   return common.run_reporting_mistakes(run, 0 if trains else 143)

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import yaml
 
-from mergejax import architectures
 from mergejax import models as models_lib
 from mergejax.checkpoints import checkpoint
 from mergejax.checkpoints.peft import fold
@@ -20,6 +19,7 @@ from mergejax.evaluation import scoring
 from mergejax.evaluation import suite as suite_lib
 from mergejax.merging.disk import planner
 from mergejax.merging.recipes import recipe as recipe_lib
+from mergejax.models import architectures
 from mergejax.search import base as base_lib
 from mergejax.search import evolve
 from mergejax.select import ranking
@@ -238,6 +238,7 @@ def _checked(data):
       raise errors.ConfigError(
         errors.near(str(name), suite.tasks, 'task of the suite')
       )
+    suite.check_compiles(name)
   request = Request(
     data, strategy, recipe, inputs, suite, tuple(tasks),
     data.get('split', 'validation'),
@@ -350,7 +351,7 @@ def _check_models(request):
   paths = list(dict.fromkeys([*([recipe.base] if recipe.base else []), *request.paths]))  # fmt: skip
   modules = {path: models_lib.load_module(path) for path in paths}
   for path in modules:
-    if models_lib.is_hugging_face(path) and request.data.get('granularity') not in (None, 'model'):  # fmt: skip
+    if models_lib.is_converted(path) and request.data.get('granularity') not in (None, 'model'):  # fmt: skip
       raise errors.ConfigError(
         f'{path} has the names of Hugging Face, which the layers of a search do '
         f'not match. Convert it first: `mergejax convert {path} DST`.'

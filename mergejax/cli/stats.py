@@ -1,6 +1,10 @@
 # Copyright 2026 The mergejax Authors.
 # SPDX-License-Identifier: Apache-2.0
-"""`mergejax stats gram|fisher|norms|survey`: what data-based merges look at."""
+"""`mergejax stats gram|fisher|norms|survey`: what data-based merges look at.
+
+`mergejax stats package.module:function MODEL OUT` collects a statistic of your
+own: what the function, called without arguments, returns.
+"""
 
 from collections.abc import Sequence
 import importlib
@@ -8,7 +12,8 @@ import json
 import pathlib
 import sys
 
-from mergejax import architectures
+import numpy as np
+
 from mergejax import models
 from mergejax import partition
 from mergejax import statistics
@@ -17,6 +22,9 @@ from mergejax.checkpoints import base as store_base
 from mergejax.checkpoints import checkpoint
 from mergejax.cli import common
 from mergejax.core import errors
+from mergejax.core import registry
+from mergejax.models import architectures
+from mergejax.models import batch_norm
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -29,8 +37,7 @@ def main(arguments: Sequence[str]) -> None:
   ):
     one = kinds.add_parser(kind, help=text)
     _add_data(one)
-    one.add_argument('--data', type=int, default=1, help='devices for rows')
-    one.add_argument('--model_parallel', type=int, default=1)
+    _add_devices(one)
     one.add_argument('--exclude', action='append', default=[])
     if kind == 'gram':
       one.add_argument('--include', action='append')
@@ -43,6 +50,11 @@ def main(arguments: Sequence[str]) -> None:
       )  # fmt: skip
       one.add_argument('--samples', type=int, default=1)
       one.add_argument('--seed', type=int, default=0)
+  own = arguments[0] if arguments else ''
+  if registry.is_import_path(own):
+    one = kinds.add_parser(own, help='a statistic of your own')
+    _add_data(one)
+    _add_devices(one)
   again = kinds.add_parser(
     'norms', help='running statistics of batch norms, measured anew'
   )
@@ -68,6 +80,11 @@ def _add_data(parser):
   parser.add_argument(
     '--max_examples', type=int, default=4096, help='of a task'
   )
+
+
+def _add_devices(parser):
+  parser.add_argument('--data', type=int, default=1, help='devices for rows')
+  parser.add_argument('--model_parallel', type=int, default=1)
 
 
 def _batches(options):
@@ -96,13 +113,13 @@ def _survey(options):
     pathlib.Path(options.json).write_text(text)
   if options.plot:
     plots = importlib.import_module('mergejax.evaluation.plots')
-    plots.norms(found, options.plot)
+    plots.norms(found.to_rows()[:-1], options.plot)
 
 
 def _norms(options):
   store_base.check_new(options.out)
   module, params = models.load_model(options.model)
-  if models.BATCH_STATS not in params:
+  if batch_norm.COLLECTION not in params:
     raise errors.CheckpointError(
       f'{options.model} has no batch norms, so nothing has to be measured anew.'
     )
@@ -119,7 +136,7 @@ def _norms(options):
 
 
 def _collect(options):
-  if models.is_hugging_face(options.model):
+  if models.is_converted(options.model):
     # Statistics are named as the parameters they are of.
     raise errors.CheckpointError(
       f'{options.model} has the names of Hugging Face, whose kernels lie '
@@ -129,7 +146,9 @@ def _collect(options):
   module, params = models.load_model(options.model)
   by_task = _batches(options)
   batches = [batch for several in by_task.values() for batch in several]
-  if options.kind == 'gram':
+  if registry.is_import_path(options.kind):
+    statistic = registry.imported(options.kind, 'statistic')()
+  elif options.kind == 'gram':
     statistic = statistics.gram(
       include=options.include, exclude=options.exclude, conv=options.conv,
       tied_head=options.tied_head,
@@ -139,7 +158,8 @@ def _collect(options):
       raise errors.ConfigError(
         '--exclude is for gram: a Fisher has every leaf.'
       )
-    default = 'exact' if 'images' in batches[0] else 'sampled'
+    classes = np.ndim(models.family_of(module).targets(batches[0])) == 1
+    default = 'exact' if classes else 'sampled'
     statistic = statistics.fisher(
       estimator=options.estimator or default, samples=options.samples,
       seed=options.seed,

@@ -13,6 +13,7 @@ out]`, PyTorch weights `[out, in]`.
 """
 
 from collections.abc import Mapping, Sequence
+import dataclasses
 import math
 import re
 from typing import NamedTuple
@@ -25,7 +26,10 @@ from mergejax.core import stacks
 from mergejax.core import tree
 from mergejax.core import typing
 
-Rules = Sequence[tuple[str, tuple[str, ...]]]
+# `(regular expression, axes)`, or axes by the very path.
+Rules = (
+  Sequence[tuple[str, tuple[str, ...]]] | Mapping[typing.Path, Sequence[str]]
+)
 
 # T5X's names: encoder-decoder, decoder-only and whatever reuses their layers.
 T5_RULES: Rules = (
@@ -206,8 +210,14 @@ def with_axes(
   Raises:
     UserError: a rule that matches nothing, or does not fit the rank.
   """
-  covered = [p for p in specs if any(_matches(r[0], p) for r in rules)]
-  found = tree.apply_rules(rules, covered, 'axes') if rules else {}
+  if isinstance(rules, Mapping):
+    found = rules
+    for path in found:
+      if path not in specs:
+        raise errors.StructureError(errors.near(path, specs, 'parameter'))
+  else:
+    covered = [p for p in specs if any(_matches(r[0], p) for r in rules)]
+    found = tree.apply_rules(rules, covered, 'axes') if rules else {}
   result = dict(specs)
   for path, names in found.items():
     spec = specs[path]
@@ -217,6 +227,57 @@ def with_axes(
         f'{tuple(names)}: one name an axis.'
       )
     result[path] = typing.LeafSpec(spec.shape, spec.dtype, tuple(names))
+  return result
+
+
+def agreed(
+  path: typing.Path, specs: Sequence[typing.LeafSpec]
+) -> typing.LeafSpec:
+  """The first model's spec of a leaf, with the axes that any of them knows.
+
+  Args:
+    path: of the leaf.
+    specs: of the models, of one shape.
+
+  Raises:
+    StructureError: two models stack layers along different axes.
+  """
+  first = specs[0]
+  known = [
+    spec for spec in specs
+    if spec.axes is not None and len(spec.axes) == len(first.shape)
+  ]  # fmt: skip
+  if not known:
+    return first
+  for spec in known[1:]:
+    if stacked(spec) != stacked(known[0]):
+      raise errors.StructureError(
+        f'{path} has the axes {known[0].axes} in one model and {spec.axes} in '
+        'another, which stack layers differently: their elements are not of '
+        'the same layers. Save one of them anew as the other lies, or give the '
+        'true axes with `axes=` (`axes:` in a recipe).'
+      )
+  return typing.LeafSpec(first.shape, first.dtype, known[0].axes)
+
+
+def of_models(
+  models: Sequence[Mapping[typing.Path, typing.LeafSpec]], rules: Rules = ()
+) -> dict[typing.Path, typing.LeafSpec]:
+  """The first model's specs, with the axes of `rules`, or that models agree on.
+
+  Raises:
+    StructureError: a rule that matches nothing, or does not fit the rank; two
+      models that stack the layers of a leaf differently, see `agreed`.
+  """
+  bare = {
+    path: dataclasses.replace(spec, axes=None)
+    for path, spec in models[0].items()
+  }
+  result = with_axes(bare, rules)
+  for path, spec in result.items():
+    if spec.axes is None:
+      own = [model[path] for model in models if path in model]
+      result[path] = agreed(path, own)
   return result
 
 

@@ -47,62 +47,38 @@ class Met:
   rewritten: dict[typing.Path, str] = dataclasses.field(default_factory=dict)
 
 
-# Names by which a batch says which of its rows are real.
-_TELLING = ('images', 'decoder_target_tokens', 'weights')
-
-
-def default_mask(path: typing.Path, batch: Mapping[str, Any]) -> Any:
-  """The weight of every input row, from the names that a batch has.
-
-  Args:
-    path: of the parameter. Cross-attention reads the encoder's positions with
-      its keys and values.
-    batch: either of text, with seqio's names: positions count where
-      `decoder_target_tokens` (or, for what reads the encoder,
-      `encoder_input_tokens`) is above 0. `decoder_loss_weights` weigh targets,
-      not what layers are given, and do not count here. Or anything else,
-      `images` for example: its rows count as `weights` says, `<float>[batch]`
-      or `[batch, length]`, 0 for padding; all count without it.
-
-  Returns:
-    `<bool>[batch, length]`, `<float>[batch, ...]`, or None: all are real.
-  """
-  if 'images' in batch or 'decoder_target_tokens' not in batch:
-    return batch.get('weights')
-  from_encoder = re.fullmatch(
-    r'(.*/)?(encoder/.*|encoder_decoder_attention/(key|value)/.*)', path
-  )
-  if from_encoder and 'encoder_input_tokens' in batch:
-    return batch['encoder_input_tokens'] > 0
-  return batch['decoder_target_tokens'] > 0
-
-
-def mask_for(mask: Mask | None, batch: Mapping[str, Any]) -> Mask:
-  """A caller's mask, or the default; warns where that knows no padding."""
+def mask_for(
+  mask: Mask | None,
+  model: nn.Module | models.ModelFamily,
+  batch: Mapping[str, Any],
+) -> Mask:
+  """A caller's mask, or the family's; warns where padding cannot be known."""
   if mask is not None:
     return mask
-  if not any(name in batch for name in _TELLING):
+  try:
+    return models.family_for(model, batch).mask
+  except errors.ConfigError:
     logging.warning(
       'A batch of %s does not say which rows are padding: all of them count. '
       "Put `weights` of the rows into it, 0 for padding, or give `mask=lambda "
       'path, batch: ...`.', ', '.join(batch),
     )  # fmt: skip
-  return default_mask
+    return lambda path, batch: None
 
 
 def default_apply(
-  module: nn.Module, params: typing.Tree, batch: Mapping[str, Any]
-) -> Any:
+  model: nn.Module | models.ModelFamily,
+  params: typing.Tree,
+  batch: Mapping[str, Any],
+) -> Mapping[str, typing.Tree]:
   """One forward pass in evaluation mode, keeping what was left behind."""
-  positional, named = models.arguments(batch)
-  _, left = module.apply(
-    models.variables(params), *positional, **named, mutable=[COLLECTION]
-  )
+  family = models.family_for(model, batch)
+  _, left = family.call(family.variables(params), batch, mutable=[COLLECTION])
   return left
 
 
 def inputs_of(
-  module: nn.Module,
+  model: nn.Module | models.ModelFamily,
   params: typing.Tree,
   batch: Mapping[str, Any],
   reduce: Callable[[typing.Path, typing.Array], Any],
@@ -116,9 +92,9 @@ def inputs_of(
   """Runs a model and reduces what each of its linear maps is given.
 
   Args:
-    module: any linen module.
+    model: a model's family, or any linen module.
     params: its parameters.
-    batch: as the module is called with, see `models.logits`.
+    batch: as the model is called with, see `models.family_for`.
     reduce: `(path, inputs <float>[..., in]) -> tree of arrays`, called while
       tracing; several calls of one layer are added up.
     wanted: which parameters to watch.
@@ -152,7 +128,10 @@ def inputs_of(
     return call(*arguments, **named)
 
   with nn.intercept_methods(interceptor):
-    left = (apply or default_apply)(module, params, batch)
+    if apply is None:
+      left = default_apply(model, params, batch)
+    else:
+      left = apply(getattr(model, 'module', model), params, batch)
   found = {}
   for path, value in _walk(left.get(COLLECTION, {})):
     *scope, name = path

@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 
-from mergejax import architectures
 from mergejax.checkpoints import base as store_base
 from mergejax.checkpoints import checkpoint
 from mergejax.checkpoints import quantised
@@ -21,6 +20,7 @@ from mergejax.core import typing
 from mergejax.merging import in_memory
 from mergejax.methods import base as merge_base
 from mergejax.methods import named
+from mergejax.models import architectures
 from mergejax.statistics import saved
 
 

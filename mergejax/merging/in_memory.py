@@ -115,7 +115,8 @@ def merge(
   check_call(method, weights, len(inputs), base_input)
   reference = base_input or inputs[0]
   _check_trees(rules, reference, inputs)
-  specs = axes_lib.with_axes(reference.specs, axes)
+  every = [one.specs for one in (reference, *inputs)]
+  specs = axes_lib.of_models(every, axes)
   groups = _by_rule(rules, method, merged_paths(specs))
   _check_stacks(groups, specs)
   result = {}
@@ -131,7 +132,7 @@ def merge(
     )  # fmt: skip
     for path, leaf in merged:
       kind = dtype or specs[path].dtype
-      result[path] = finite.stored(path, leaf, kind, own.needs)
+      result[path] = finite.stored(path, leaf, kind, own.statistics)
       layout = inputs[0].layout(path)
       if isinstance(layout, jax.sharding.NamedSharding):
         if not numerics.is_traced(leaf):
@@ -285,8 +286,9 @@ class Run:
       contexts = []
       for k, own in enumerate(stats):
         own = own and {
-          n: own[n][at] if n in given.STACK_FIRST else cut(own[n])
-          for n in method.needs
+          need.name: cut(own[need.name]) if need.is_leaf else own[need.name][at]
+          for need in method.statistics
+          if need.name in own
         }
         key = masks.mask_key(self._seed, name, k)
         contexts.append(base_lib.LeafContext(k, {}, key, stats=own))

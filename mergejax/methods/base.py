@@ -24,6 +24,7 @@ import numpy as np
 
 from mergejax.core import errors
 from mergejax.core import numerics
+from mergejax.core import statistic_specs
 from mergejax.core import typing
 from mergejax.methods import protocols
 
@@ -92,7 +93,8 @@ class Merge(NamedTuple):
       in their accumulation dtype; contexts is `{path: LeafContext}`.
     finish: `(state, *, base=None) -> {path: array}`, not yet cast.
     first_passes: what must be measured first, in order.
-    needs: statistics every model must bring, such as `('fisher',)`.
+    needs: statistics that every model brings, such as `(FISHER,)`; the name
+      alone means one of the package, or one that lies like its leaf.
     base: 'required' for methods on differences from a common ancestor,
       'optional' for those that then work on differences, 'ignored'.
     counts: smallest and largest number of models, None for no limit.
@@ -110,7 +112,7 @@ class Merge(NamedTuple):
   update: protocols.UpdateFn
   finish: protocols.FinishFn
   first_passes: tuple[FirstPass, ...] = ()
-  needs: tuple[str, ...] = ()
+  needs: tuple[statistic_specs.StatisticSpec | str, ...] = ()
   base: str = 'ignored'
   counts: tuple[int, int | None] = (1, None)
   default_weights: tuple[float, ...] | None = None
@@ -126,6 +128,16 @@ class Merge(NamedTuple):
       first_pass.ranks is not None for first_pass in self.first_passes
     )
     return self.numbered or ranks
+
+  @property
+  def statistics(self) -> tuple[statistic_specs.StatisticSpec, ...]:
+    """The specs of the statistics that it needs."""
+    return tuple(
+      need
+      if isinstance(need, statistic_specs.StatisticSpec)
+      else statistic_specs.named(need) or statistic_specs.StatisticSpec(need)
+      for need in self.needs
+    )
 
   @property
   def of_whole_leaves(self) -> bool:

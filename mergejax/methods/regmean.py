@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.scipy import linalg
 
 from mergejax.core import numerics
+from mergejax.core import statistic_specs
 from mergejax.methods import base as base_lib
 from mergejax.methods import entries
 
@@ -105,7 +106,9 @@ def regmean(
     del base
     return {path: solve(path, leaf) for path, leaf in state.items()}
 
-  needs = ('gram', 'count') if by_tokens else ('gram',)
+  needs = (statistic_specs.GRAM,)
+  if by_tokens:
+    needs += (statistic_specs.COUNT,)
   method = base_lib.leafwise(init, update, solve, needs=needs, view='matrix')
   # Not leaf by leaf: the warning names the kernel.
   return method._replace(finish=finish)

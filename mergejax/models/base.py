@@ -20,7 +20,7 @@ A family for your own module, in your own file:
         return [batch['features']], {}
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
@@ -61,6 +61,24 @@ class Outputs(NamedTuple):
   segments: jax.Array | None = None
 
 
+class Conversion(NamedTuple):
+  """A family's models as another library stores them.
+
+  Attributes:
+    model_type: what that library's `config.json` calls them.
+    read_config: `their config.json -> fields of our configuration`.
+    write_config: `all fields of our configuration -> their config.json`.
+    read: `({their name: array}, their config.json or {}) -> {path: array}`.
+    write: `{path: array} -> {their name: array}`.
+  """
+
+  model_type: str
+  read_config: Callable[[Mapping[str, Any]], dict[str, Any]]
+  write_config: Callable[[Mapping[str, Any]], dict[str, Any]]
+  read: Callable[..., dict[typing.Path, np.ndarray]]
+  write: Callable[..., dict[str, np.ndarray]]
+
+
 class ModelFamily:
   """One architecture, with one of its modules.
 
@@ -78,7 +96,12 @@ class ModelFamily:
       of parameters beside them, so that merges see them too: 'batch_stats'.
     sizes: `{field of the configuration: names in a batch}`: whole numbers there
       are from 0 to below that size.
+    conversions: to and from other libraries' names, by what the command line
+      calls those names.
+    features: the kernel whose inputs are the features of an example.
     decodes: whether `init_cache` and `decode_step` are there.
+    answers: whether the targets are an answer to inputs apart from them, to be
+      drawn token by token, as in encoder-decoders.
     module: the module at hand.
   """
 
@@ -88,7 +111,10 @@ class ModelFamily:
   axes: ClassVar[axes_lib.Rules] = ()
   collections: ClassVar[tuple[str, ...]] = ()
   sizes: ClassVar[Mapping[str, Sequence[str]]] = {'classes': ('labels',)}
+  conversions: ClassVar[Mapping[str, Conversion]] = {}
+  features: str | None = None
   decodes: ClassVar[bool] = False
+  answers: ClassVar[bool] = False
 
   def __init__(self, module: nn.Module):
     self.module = module
@@ -107,6 +133,14 @@ class ModelFamily:
     del train
     return [batch['inputs']], {}
 
+  def takes(self, batch: Batch) -> bool:
+    """Whether a batch has what the model is called with."""
+    try:
+      self.arguments(batch)
+    except (KeyError, errors.DataError):
+      return False
+    return True
+
   def targets(self, batch: Batch) -> typing.Array:
     """`<int32>[batch, length]`, or `[batch]`: what the logits should say."""
     return batch['labels']
@@ -124,6 +158,32 @@ class ModelFamily:
   def target_weights(self, batch: Batch) -> jax.Array:
     """`<float32>` weight of every target; 0 for padding."""
     return jnp.asarray(self.given_weights(batch)).astype(jnp.float32)
+
+  def real_rows(self, batch: Batch) -> typing.Array:
+    """`<bool>[batch]`: which rows have a target that counts."""
+    weights = self.given_weights(batch)
+    return weights.reshape(len(weights), -1).max(axis=1) > 0
+
+  def segments(self, batch: Batch) -> typing.Array | None:
+    """`<int32>[batch, length]` which example of a packed row a target is of.
+
+    Returns:
+      1, 2, ... in the order of the examples, 0 between and behind them; None
+      where every row is one example.
+    """
+    del batch
+    return None
+
+  def with_targets(self, batch: Batch, targets: typing.Array) -> Batch:
+    """The batch of the same inputs with other targets, which all count.
+
+    Raises:
+      ConfigError: the family does not say how targets lie in a batch.
+    """
+    raise errors.ConfigError(
+      f'{type(self).__name__} does not say how targets lie in a batch: give it '
+      'the method with_targets(batch, targets), or use other estimators.'
+    )
 
   def example_batch(
     self, rows: int = 1, *, length: int = 1
@@ -212,6 +272,7 @@ class ModelFamily:
       jnp.asarray(self.targets(batch), jnp.int32),
       self.target_weights(batch),
       mutable=changed,
+      segments=self.segments(batch),
     )
 
   def call(
@@ -260,7 +321,7 @@ class ModelFamily:
   def init(self, key: jax.Array) -> typing.Tree:
     """Fresh float32 parameters; traceable, so that they can be born sharded."""
     positional, named = self.arguments(self.example_batch())
-    made = self.module.init(key, *positional, **named)
+    made = jax.jit(lambda key: self.module.init(key, *positional, **named))(key)
     beside = {n: made[n] for n in self.collections if n in made}
     return {**made['params'], **beside}
 
@@ -281,14 +342,22 @@ class ModelFamily:
     }
 
   def features_layer(self, specs: typing.SpecTree) -> typing.Path:
-    """The kernel whose inputs are the model's features of an example."""
+    """The kernel whose inputs are the model's features of an example.
+
+    Raises:
+      StructureError: the family does not say (`features`), and the model has
+        several kernels.
+    """
+    if self.features is not None:
+      return self.features
     kernels = [path for path in specs if path.endswith('kernel')]
-    if not kernels:
-      raise errors.StructureError(
-        f'{type(self).__name__} does not say which layer gives its features: '
-        'name it with `layer=`, or give the family features_layer(specs).'
-      )
-    return kernels[-1]
+    if len(kernels) == 1:
+      return kernels[0]
+    raise errors.StructureError(
+      f'{type(self).__name__} does not say which layer gives its features: '
+      'name it with `layer=`, or give the family `features`, one of: '
+      f'{", ".join(kernels) or "its parameters (no kernel is among them)"}.'
+    )
 
   # Decoding ------------------------------------------------------------------
 

@@ -48,7 +48,7 @@ class Classifier(base.ModelFamily):
       train_argument: keyword of a call that is True in training.
       collections: that change in training, such as 'batch_stats'.
       rng_streams: that a call in training draws from, such as 'dropout'.
-      features: kernel whose inputs are features; the last one by default.
+      features: kernel whose inputs are features of an example.
     """
     super().__init__(module)
     self._inputs = [inputs] if isinstance(inputs, str) else list(inputs)
@@ -58,7 +58,7 @@ class Classifier(base.ModelFamily):
     self._train_argument = train_argument
     self.collections = tuple(collections)
     self._streams = tuple(rng_streams)
-    self._features = features
+    self.features = features
     self.model_type = type(module).__name__
     self.sizes = {'classes': (labels,)}
 
@@ -87,6 +87,3 @@ class Classifier(base.ModelFamily):
 
   def rng_streams(self, *, train):
     return self._streams if train else ()
-
-  def features_layer(self, specs):
-    return self._features or super().features_layer(specs)

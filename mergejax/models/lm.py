@@ -14,6 +14,8 @@ from mergejax.models import base
 from mergejax.models import registry
 from mergejax.nn import lm
 
+_WEIGHTS = ('decoder_loss_weights', 'weights')
+
 
 class TextFamily(base.ModelFamily):
   """Models whose batches have seqio's names, with T5X's call signature.
@@ -42,10 +44,6 @@ class TextFamily(base.ModelFamily):
     named['enable_dropout'] = bool(self.rng_streams(train=train))
     return positional, named
 
-  def apply(self, variables, batch, **settings):
-    outputs = super().apply(variables, batch, **settings)
-    return outputs._replace(segments=batch.get('decoder_segment_ids'))
-
   def call(self, variables, batch, *, train=False, rngs=None, mutable=()):
     # Without a key there is nothing to draw dropout from.
     train = train and bool(rngs)
@@ -57,8 +55,21 @@ class TextFamily(base.ModelFamily):
     return batch['decoder_target_tokens']
 
   def given_weights(self, batch):
-    weights = batch.get('decoder_loss_weights', batch.get('weights'))
-    return batch['decoder_target_tokens'] > 0 if weights is None else weights
+    for name in _WEIGHTS:
+      if batch.get(name) is not None:
+        return batch[name]
+    return batch['decoder_target_tokens'] > 0
+
+  def segments(self, batch):
+    return batch.get('decoder_segment_ids')
+
+  def with_targets(self, batch, targets):
+    # The models take their padding mask from the targets.
+    return {
+      **{n: x for n, x in batch.items() if n not in _WEIGHTS},
+      'decoder_input_tokens': jnp.pad(targets, ((0, 0), (1, 0)))[:, :-1],
+      'decoder_target_tokens': jnp.maximum(targets, 1),
+    }
 
   def example_batch(self, rows=1, *, length=1):
     names = ('decoder_input_tokens', 'decoder_target_tokens')

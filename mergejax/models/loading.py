@@ -9,7 +9,6 @@ import flax.linen as nn
 
 from mergejax.checkpoints import base as store_base
 from mergejax.checkpoints import checkpoint
-from mergejax.checkpoints.names import t5 as t5_names
 from mergejax.core import errors
 from mergejax.core import tree
 from mergejax.core import typing
@@ -29,14 +28,33 @@ def load_module(path: os.PathLike | str) -> nn.Module:
       'Add one: {"model_type": "lm" or "t5x", ...sizes}. `mergejax inspect` '
       'lists the shapes.'
     )
-  if is_hugging_face(path):
-    config = dict(model_type='t5x', **t5_names.config_from_hf(config))
+  found = registry.conversion(config)
+  if found is not None:
+    family, other = found
+    config = dict(model_type=family.model_type, **other.read_config(config))
   return registry.build(config)
 
 
-def is_hugging_face(path: os.PathLike | str) -> bool:
-  """Whether a checkpoint's parameters have Hugging Face's names for T5."""
-  return (checkpoint.read_config(path) or {}).get('model_type') == 't5'
+def is_converted(path: os.PathLike | str) -> bool:
+  """Whether `load_model` gives a checkpoint's parameters other names.
+
+  So it is with another library's: kernels lie transposed there, and statistics,
+  adapters and searches by layer go by the names that are stored.
+  """
+  config = checkpoint.read_config(path)
+  return config is not None and registry.conversion(config) is not None
+
+
+def axes(path: os.PathLike | str) -> dict[typing.Path, tuple[str, ...]]:
+  """`{path: logical axes}` of the parameters that `load_model` gives.
+
+  Those that the checkpoint knows; of a converted one, those of the family.
+  """
+  if not is_converted(path):
+    return checkpoint.open_checkpoint(path).axes()
+  specs = registry.family_of(load_module(path)).specs()
+  found = {name: spec.axes for name, spec in specs.items()}
+  return {name: names for name, names in found.items() if names is not None}
 
 
 def load_model(
@@ -59,11 +77,10 @@ def load_model(
   """
   store = checkpoint.open_weights(path)
   module = load_module(path)
-  if is_hugging_face(path):
-    leaves = t5_names.from_hf(
-      tree.flatten(store.read()),
-      tied_head=module.config.logits_via_embedding,
-    )
+  config = checkpoint.read_config(path)
+  found = registry.conversion(config)
+  if found is not None:
+    leaves = found[1].read(tree.flatten(store.read()), config)
     store = store_base.MemoryStore(leaves, name=str(path))
   params = store.read(sharding=sharding)
   tree.check_same(

@@ -12,6 +12,8 @@ import flax.linen as nn
 
 from mergejax.core import errors
 from mergejax.models import base
+from mergejax.models import classifier
+from mergejax.names import known as known_names
 
 # model_type -> family, or the module of this package that registers it.
 _FAMILIES: dict[str, type[base.ModelFamily] | str] = {
@@ -53,6 +55,8 @@ def register(family: type[base.ModelFamily]) -> type[base.ModelFamily]:
       f'The model_type {name!r} is that of {where} already: choose another.'
     )
   _FAMILIES[name] = family
+  # Who saves and opens checkpoints without linen knows the axes too.
+  known_names.register(name, family.axes)
   return family
 
 
@@ -103,17 +107,83 @@ def family_of(model: nn.Module | base.ModelFamily) -> base.ModelFamily:
   Raises:
     ConfigError: no family knows such a module.
   """
-  if isinstance(model, base.ModelFamily):
-    return model
-  for name in sorted(_FAMILIES):
-    family = family_class(name)
-    if type(model) is family.module_class:
-      return family(model)
+  found = _find(model)
+  if found is not None:
+    return found
   raise errors.ConfigError(
     f'No model family knows the module {type(model).__name__}; there are '
     f'{", ".join(names())}. Give yours one: see mj.models.ModelFamily, or wrap '
     'it in one, `mj.models.Classifier(module)`.'
   )
+
+
+def _find(model):
+  """The family of a module, or None."""
+  if isinstance(model, base.ModelFamily):
+    return model
+  for name in names():
+    family = family_class(name)
+    if type(model) is family.module_class:
+      return family(model)
+  return None
+
+
+# A module without a family is called as its batch's names tell.
+_CONVENTIONS = (
+  ('encoder_input_tokens', 't5x'),
+  ('decoder_target_tokens', 'lm'),
+  ('images', 'mlp'),
+)
+
+
+def family_for(
+  model: nn.Module | base.ModelFamily | None, batch: Mapping[str, Any]
+) -> base.ModelFamily:
+  """`family_of`, and for other modules, or batches, one that the batch tells.
+
+  A module that no family knows, or that is called with other batches than its
+  family takes, is taken for one of T5X's signature where they have seqio's
+  names, for an image classifier where they have `images`; otherwise they must
+  at least weigh their rows.
+
+  Args:
+    model: a family or a module; None is a module that nothing is known of.
+    batch: one that it is called with.
+
+  Raises:
+    ConfigError: no family knows the module, and the batch has other names.
+  """
+  family = _find(model)
+  if family is not None and family.takes(batch):
+    return family
+  module = model if family is None else family.module
+  for name, model_type in _CONVENTIONS:
+    if name in batch:
+      return family_class(model_type)(module)
+  if 'weights' in batch:
+    return classifier.Classifier(module, collections=['batch_stats'])
+  raise errors.ConfigError(
+    f'A batch of {", ".join(sorted(batch))} is not one that the model, '
+    f'{type(module).__name__}, is known to take. Give the model its family (see '
+    'mj.models.ModelFamily, and mj.models.Classifier for modules of your own), '
+    'or batches with the names that its family reads.'
+  )
+
+
+def conversion(
+  config: Mapping[str, Any],
+) -> tuple[type[base.ModelFamily], base.Conversion] | None:
+  """The family, and its conversion, of another library's `config.json`.
+
+  Returns:
+    None where no family converts such models.
+  """
+  for name in names():
+    family = family_class(name)
+    for other in family.conversions.values():
+      if other.model_type == config.get('model_type'):
+        return family, other
+  return None
 
 
 def build(config: Mapping[str, Any]) -> nn.Module:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from mergejax.core import typing
 from mergejax.models import lm
 from mergejax.models import registry
+from mergejax.models import t5_hf
 from mergejax.nn import t5
 
 # What reads the encoder's positions: the encoder, and the keys and values of
@@ -30,6 +31,9 @@ class T5Family(lm.TextFamily):
   module_class = t5.Transformer
   optional = ('encoder_segment_ids', 'decoder_segment_ids')
   decodes = True
+  answers = True
+  conversions = {'hf-t5': t5_hf.CONVERSION}
+  features = 'decoder/layers_0/encoder_decoder_attention/key/kernel'
 
   def arguments(self, batch, *, train=False):
     positional, named = super().arguments(batch, train=train)
@@ -43,9 +47,6 @@ class T5Family(lm.TextFamily):
     if _READS_INPUTS.fullmatch(path):
       return batch['encoder_input_tokens'] > 0
     return super().mask(path, batch)
-
-  def features_layer(self, specs):
-    return 'decoder/layers_0/encoder_decoder_attention/key/kernel'
 
   def init_cache(self, params, batch, length):
     inputs = batch['encoder_input_tokens']

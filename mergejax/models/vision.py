@@ -36,6 +36,7 @@ class ImageFamily(base.ModelFamily):
     (r'positions', ('one', 'length', 'embed')),
   )  # fmt: skip
   collections = (BATCH_STATS,)
+  features = 'head/kernel'
 
   def arguments(self, batch, *, train=False):
     return [batch['images']], {'train': True} if train else {}
@@ -56,9 +57,6 @@ class ImageFamily(base.ModelFamily):
     return super().call(
       variables, batch, train=train, rngs=rngs, mutable=mutable
     )
-
-  def features_layer(self, specs):
-    return 'head/kernel'
 
 
 @registry.register

@@ -12,44 +12,23 @@ import dataclasses
 import math
 import os
 import re
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import numpy as np
 
+from mergejax.core import axes as axes_lib
 from mergejax.core import errors
 from mergejax.core import registry
 from mergejax.core import resume
 from mergejax.core import stop as stop_lib
 from mergejax.core import typing
+from mergejax.evaluation import base as evaluation
 from mergejax.merging import in_memory
 from mergejax.methods import named
+from mergejax.names import known
 
-# `{task: score}`, higher is better.
-Scores = Mapping[str, Any]
 # Coefficients, <float>[n].
 Point = Sequence[float] | np.ndarray
-
-
-class ScoreFn(Protocol):
-  """Scores parameters on data, `{task: score}`, traceable; higher is better."""
-
-  def __call__(self, params: typing.Tree, data: Any, /) -> Scores: ...
-
-
-class Evaluator(NamedTuple):
-  """How good parameters are, in a form that can be compiled with a merge.
-
-  Attributes:
-    score: `(params, data) -> {task: score}`, traceable; higher is better.
-    data: the arrays it reads, which stay on the device.
-  """
-
-  score: ScoreFn
-  data: Any
-
-  def __call__(self, params: typing.Tree) -> Scores:
-    """`score(params, data)`, not compiled."""
-    return self.score(params, self.data)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +46,7 @@ class Candidate:
   objective: float
 
 
-def mean_score(scores: Scores) -> float:
+def mean_score(scores: evaluation.Scores) -> float:
   """The default objective: unweighted mean over tasks."""
   return float(np.mean([float(s) for s in scores.values()]))
 
@@ -92,7 +71,7 @@ class Log:
     self,
     path: os.PathLike | str | None = None,
     settings: Mapping[str, Any] | None = None,
-    objective: Callable[[Scores], float] = mean_score,
+    objective: Callable[[evaluation.Scores], float] = mean_score,
   ):
     self.candidates: list[Candidate] = []
     self._recorded: list[Candidate] = []
@@ -145,7 +124,7 @@ class Log:
     self.candidates.append(found)
     return found
 
-  def add(self, point: Point, scores: Scores) -> Candidate:
+  def add(self, point: Point, scores: evaluation.Scores) -> Candidate:
     """Writes down a candidate that has just been tried."""
     one = self._candidate(point, scores)
     self.candidates.append(one)
@@ -194,10 +173,10 @@ class Space:
   blocks: tuple[str, ...] = ('*',)
 
   def __post_init__(self):
-    known = ('weights', 'weight', *named.entry_of(self.method).options)
-    if self.vary not in known:
+    arguments = ('weights', 'weight', *named.entry_of(self.method).options)
+    if self.vary not in arguments:
       raise errors.ConfigError(
-        errors.near(self.vary, known, f'argument of {self.method} to vary,')
+        errors.near(self.vary, arguments, f'argument of {self.method} to vary,')
       )
     if not self.low < self.high or not self.low <= self.start <= self.high:
       raise errors.ConfigError(
@@ -227,6 +206,7 @@ class Space:
     *,
     base: typing.Tree | None = None,
     stats: Sequence[Any] | None = None,
+    axes: axes_lib.Rules = (),
     dtype: Any = None,
     seed: int = 0,
   ) -> typing.Tree:
@@ -237,6 +217,8 @@ class Space:
       point: <float>[blocks * per_block].
       base: their ancestor, where the method needs one.
       stats: statistics of each model, where it needs them.
+      axes: logical axes of leaves, see `merge`; those of a checkpoint are
+        `open_checkpoint(path).axes()`.
       dtype: of the result; by default as the models'.
       seed: of random methods.
 
@@ -252,8 +234,8 @@ class Space:
       for block, method in zip(self.blocks[:-1], methods)
     ]
     return in_memory.merge(
-      models, methods[-1], base=base, rules=rules, stats=stats, dtype=dtype,
-      seed=seed,
+      models, methods[-1], base=base, rules=rules, stats=stats, axes=axes,
+      dtype=dtype, seed=seed,
     )  # fmt: skip
 
   def _method(self, values):
@@ -295,17 +277,17 @@ class Space:
     parameters |= self.options
     entries: list[dict[str, Any]] = [{'model': name} for name in models]
     if self.vary in ('weights', 'weight'):
-      for k, model in enumerate(entries):
-        model['parameters'] = {'weight': setting(k)}
+      for k, item in enumerate(entries):
+        item['parameters'] = {'weight': setting(k)}
     else:
       parameters[self.vary] = setting(0)
-      for model, weight in zip(entries, self.weights or ()):
-        model['parameters'] = {'weight': weight}
+      for item, weight in zip(entries, self.weights or ()):
+        item['parameters'] = {'weight': weight}
     for name, value in list(parameters.items()):
       if isinstance(value, (list, tuple)) and name != self.vary:
         # One a model; in a recipe a list would run along the layers.
-        for model, own in zip(entries, parameters.pop(name)):
-          model.setdefault('parameters', {})[name] = own
+        for item, own in zip(entries, parameters.pop(name)):
+          item.setdefault('parameters', {})[name] = own
     parameters = {entry.recipe_name(n): v for n, v in parameters.items()}
     recipe: dict[str, Any] = {'merge_method': self.method, 'models': entries}
     if base:
@@ -351,9 +333,7 @@ def blocks_of(paths: Sequence[typing.Path]) -> tuple[str, ...]:
   """
   found = {}
   for path in paths:
-    layer = re.match(
-      r'.*?(layers?|blocks?|h|stage)[._]\d+(_block_\d+)?[./]', path
-    )
-    if layer:
-      found[layer[0]] = None
+    block = known.block_of(path)
+    if block:
+      found[block] = None
   return (*found, '*')

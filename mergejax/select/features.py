@@ -15,11 +15,10 @@ from mergejax.core import errors
 from mergejax.core import tree as tree_lib
 from mergejax.core import typing
 from mergejax.intercept import capture
-from mergejax.nn import t5
 
 
 def extract(
-  module: nn.Module,
+  module: nn.Module | models.ModelFamily,
   params: typing.Tree,
   batches: Iterable[Mapping[str, Any]],
   *,
@@ -27,12 +26,12 @@ def extract(
 ) -> np.ndarray:
   """Features of examples, by interception of what a linear map is given.
 
-  Image classifiers: the input of the head. Language models: that of the output
-  layer, averaged over real positions. Encoder-decoders: the encoder's output
+  By default those that its family says. Image classifiers: the input of the
+  head. Language models: that of the output layer, averaged over real positions. Encoder-decoders: the encoder's output
   (the input of the first cross-attention), averaged over real positions.
 
   Args:
-    module: the model.
+    module: the model: its family, or a module that one knows.
     params: its parameters.
     batches: dicts of arrays; rows without any real target are left out.
     layer: path of another kernel whose inputs are the features.
@@ -46,12 +45,13 @@ def extract(
   Example:
     >>> from mergejax.nn import vision
     >>> module = vision.MLP(vision.MLPConfig(hidden=(4,)))
-    >>> params = models.init_params(module, jax.random.key(0))
-    >>> extract(module, params, [models.example_batch(module, 3)]).shape
+    >>> family = models.family_of(module)
+    >>> params = family.init(jax.random.key(0))
+    >>> extract(family, params, [family.example_batch(3)]).shape
     (3, 4)
   """
   specs = tree_lib.specs(params)
-  layer = layer or default_layer(module, specs)
+  layer = layer or models.family_of(module).features_layer(specs)
   if layer not in specs:
     raise errors.ConfigError(errors.near(layer, specs, 'parameter'))
 
@@ -61,32 +61,21 @@ def extract(
 
   rows = []
   for batch in batches:
-    weights = np.asarray(models.target_weights(batch))
-    real = weights.reshape(len(weights), -1).max(axis=1) > 0
+    real = np.asarray(models.family_for(module, batch).real_rows(batch))
     rows.append(np.asarray(pooled(params, dict(batch)))[real])
   if not rows:
     raise errors.DataError('There was no batch to take features of.')
   return np.concatenate(rows)
 
 
-def default_layer(module: nn.Module, specs: typing.SpecTree) -> str:
-  """The kernel whose inputs are a known model's features."""
-  if isinstance(module, t5.Transformer):
-    return 'decoder/layers_0/encoder_decoder_attention/key/kernel'
-  for name in ('head/kernel', 'decoder/logits_dense/kernel'):
-    if name in specs:
-      return name
-  return 'decoder/token_embedder/embedding'
-
-
 def features_of(
-  module: nn.Module,
+  module: nn.Module | models.ModelFamily,
   params: typing.Tree,
   batch: Mapping[str, Any],
   layer: str,
 ) -> jax.Array:
   """Features of one batch, <float32>[batch, width]; differentiable."""
-  mask = capture.default_mask(layer, batch)
+  mask = models.family_for(module, batch).mask(layer, batch)
 
   def pool(path, inputs):
     wide = inputs.astype(jnp.float32)

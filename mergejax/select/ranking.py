@@ -19,17 +19,21 @@ from mergejax.select import transfer
 SCORES = ('logme', 'h_score', 'leep', 'nce')
 
 
-def classes_of(batches: Iterable[Mapping[str, Any]]) -> np.ndarray:
+def classes_of(
+  batches: Iterable[Mapping[str, Any]],
+  module: nn.Module | models.ModelFamily | None = None,
+) -> np.ndarray:
   """`<int64>[examples]` classes: labels, or distinct whole answers of text.
 
   Answers are numbered in the order of their tokens, so that the numbers do not
-  depend on which examples come first.
+  depend on which examples come first. The family of `module` says what targets
+  are; without one, the names of the batches.
   """
   answers = []
   for batch in batches:
-    weights = np.asarray(models.target_weights(batch))
-    real = weights.reshape(len(weights), -1).max(axis=1) > 0
-    answers.append(np.asarray(models.targets(batch))[real])
+    family = models.family_for(module, batch)
+    real = np.asarray(family.real_rows(batch))
+    answers.append(np.asarray(family.targets(batch))[real])
   if not answers:
     raise errors.DataError('There was no batch to take labels of.')
   found = np.concatenate(answers)
@@ -40,7 +44,7 @@ def classes_of(batches: Iterable[Mapping[str, Any]]) -> np.ndarray:
 
 
 def rank(
-  rows: Iterable[tuple[str, nn.Module, typing.Tree]],
+  rows: Iterable[tuple[str, nn.Module | models.ModelFamily, typing.Tree]],
   tasks: Mapping[str, Sequence[Mapping[str, Any]]],
   *,
   score: str = 'logme',
@@ -49,7 +53,7 @@ def rank(
   """Scores every model for every task, without training.
 
   Args:
-    rows: `(name, module, params)`, which may come one by one.
+    rows: `(name, module or family, params)`, which may come one by one.
     tasks: `{task: batches}`, some hundreds of examples each.
     score: 'logme' or 'h_score' of the features (see `features.extract`); 'leep'
       or 'nce' of the model's own answers: classes of an image classifier, or
@@ -65,15 +69,10 @@ def rank(
   """
   if score not in SCORES:
     raise errors.ConfigError(errors.near(score, SCORES, 'ranking score'))
-  labels = {}
-  for task, batches in tasks.items():
-    labels[task] = classes_of(batches)
-    if len(np.unique(labels[task])) < 2:
-      raise errors.DataError(
-        f'All examples of {task} have one answer: there is nothing to rank by.'
-      )
-  result = {}
+  labels, result = {}, {}
   for name, module, params in rows:
+    # What targets are is for the first model's family to say.
+    labels = labels or _labels(module, tasks)
     result[name] = {}
     params = jax.device_put(params)
     for task, batches in tasks.items():
@@ -84,6 +83,19 @@ def rank(
         raise error.at(f'{name}, {task}') from error
       result[name][task] = found
   return result
+
+
+def _labels(module, tasks):
+  """`{task: classes of its examples}`."""
+  labels = {
+    task: classes_of(batches, module) for task, batches in tasks.items()
+  }
+  for task, classes in labels.items():
+    if len(np.unique(classes)) < 2:
+      raise errors.DataError(
+        f'All examples of {task} have one answer: there is nothing to rank by.'
+      )
+  return labels
 
 
 def _score(module, params, batches, labels, score):
@@ -99,7 +111,7 @@ def _score(module, params, batches, labels, score):
 
 
 def source_probabilities(
-  module: nn.Module,
+  module: nn.Module | models.ModelFamily,
   params: typing.Tree,
   batches: Iterable[Mapping[str, Any]],
 ) -> np.ndarray:
@@ -110,14 +122,13 @@ def source_probabilities(
 
   @jax.jit
   def one(params, batch):
-    logits = models.logits(module, params, batch)
+    logits = models.family_for(module, batch).logits(params, batch)
     logits = logits if logits.ndim == 2 else logits[:, 0]
     return jax.nn.softmax(logits)
 
   rows = []
   for batch in batches:
-    weights = np.asarray(models.target_weights(batch))
-    real = weights.reshape(len(weights), -1).max(axis=1) > 0
+    real = np.asarray(models.family_for(module, batch).real_rows(batch))
     rows.append(np.asarray(one(params, dict(batch)), np.float64)[real])
   given = np.concatenate(rows)
   if not np.isfinite(given).all():

@@ -20,6 +20,7 @@ import numpy as np
 
 from mergejax import partition
 from mergejax.core import errors
+from mergejax.core import statistic_specs
 from mergejax.core import stop as stop_lib
 from mergejax.core import typing
 from mergejax.statistics import progress as progress_lib
@@ -48,14 +49,14 @@ class Statistic(NamedTuple):
   """A mean over examples of something a model does.
 
   Attributes:
-    kind: its name in files and in `Merge.needs`: 'gram' or 'fisher'.
+    spec: its name and shape, which methods list in `Merge.needs`.
     measure: what one batch adds to the sums, see `MeasureFn`.
     whole: `sum -> array`, from what devices add up, without the axis of shards
       and fetched, to the sum itself.
     settings: what a reader of the file should know.
   """
 
-  kind: str
+  spec: statistic_specs.StatisticSpec
   measure: MeasureFn
   whole: Callable[[Any], np.ndarray] = lambda total: total
   settings: Mapping[str, Any] = {}
@@ -75,7 +76,7 @@ def collect(
   """Collects a statistic of a model over batches, in evaluation mode.
 
   Args:
-    statistic: `gram(...)` or `fisher(...)`.
+    statistic: `gram(...)`, `fisher(...)` or one of your own.
     module: the model.
     params: its parameters; left as they are.
     batches: dicts of arrays of equal shapes. `images` with `labels`, and
@@ -119,7 +120,7 @@ def collect(
   mesh = mesh or partition.make_mesh(devices=jax.devices()[:1])
   shards = mesh.shape['data']
   fingerprint = saved.fingerprint(params)
-  settings = {'kind': statistic.kind, **statistic.settings}
+  settings = {'kind': statistic.spec.name, **statistic.settings}
   journal = progress_lib.Progress(out, {**settings, 'model': fingerprint})
   totals, done, aliases = journal.load()
   batches = journal.after(done, batches)
@@ -144,7 +145,7 @@ def collect(
       index = np.uint32(number - 1)
       if step is None:
         shapes = jax.eval_shape(measure, params, batch, index)
-        layout = _sum_layout(mesh, statistic.kind, shapes)
+        layout = _sum_layout(mesh, statistic.spec, shapes)
         zeros = jax.jit(
           lambda shapes=shapes: jax.tree.map(
             lambda x: jnp.zeros(x.shape, x.dtype), shapes
@@ -165,7 +166,7 @@ def collect(
   if totals is None:
     raise errors.DataError('There was no batch to collect statistics from.')
   result = _means(
-    statistic.kind, totals, aliases, fingerprint, settings, number
+    statistic.spec, totals, aliases, fingerprint, settings, number
   )
   if out is not None and not jax.process_index():
     result.save(out)
@@ -228,15 +229,15 @@ def _placed(mesh, batch):
   return result
 
 
-def _sum_layout(mesh, kind, shapes):
-  """One part a data slice; rows of a Gram matrix over `model`."""
+def _sum_layout(mesh, spec, shapes):
+  """One part a data slice; rows of a matrix over `model`."""
 
   def of(shape):
-    spec = ['data'] + [None] * (len(shape.shape) - 1)
-    if kind == 'gram' and len(shape.shape) >= 3:
+    parts = ['data'] + [None] * (len(shape.shape) - 1)
+    if len(spec.sizes) == 2 and len(shape.shape) >= 3:
       if shape.shape[-2] % mesh.shape['model'] == 0:
-        spec[-2] = 'model'
-    return NamedSharding(mesh, PartitionSpec(*spec))
+        parts[-2] = 'model'
+    return NamedSharding(mesh, PartitionSpec(*parts))
 
   return jax.tree.map(of, shapes)
 
@@ -255,7 +256,7 @@ def _fetched(statistic, totals, sums):
   return {path: totals[path] + leaf for path, leaf in host.items()}
 
 
-def _means(kind, totals, aliases, fingerprint, settings, batches):
+def _means(spec, totals, aliases, fingerprint, settings, batches):
   if not any(leaf.any() for n, leaf in totals.items() if n.endswith('/count')):
     raise errors.DataError(
       'No batch had a real row to collect statistics from: all weights are 0, or '
@@ -274,13 +275,13 @@ def _means(kind, totals, aliases, fingerprint, settings, batches):
     )
     if not np.isfinite(mean).all():
       bad.append(path)
-    result[path] = {kind: mean.astype(np.float32), 'count': count}
+    result[path] = {spec.name: mean.astype(np.float32), 'count': count}
   if bad:
     raise errors.DataError(
-      f'The {kind} statistics of these parameters are not finite; does the '
+      f'The {spec.name} statistics of these parameters are not finite; does the '
       'model give finite outputs on this data, and has it all of its tokens '
       f'and labels?\n{errors.listed(bad)}'
     )
   return saved.Statistics(
-    result, kind, fingerprint, {**settings, 'batches': batches}
+    result, spec, fingerprint, {**settings, 'batches': batches}
   )

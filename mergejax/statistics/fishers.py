@@ -3,7 +3,6 @@
 """The diagonal Fisher information of a model's parameters."""
 
 from collections.abc import Callable
-import functools
 from typing import Any
 
 import jax
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 
 from mergejax import models
 from mergejax.core import errors
+from mergejax.core import statistic_specs
 from mergejax.core import tree as tree_lib
 from mergejax.methods import base as merge_base
 from mergejax.statistics import base
@@ -49,8 +49,8 @@ def fisher(
       the parameters. 1 is fastest for convolutions on a CPU.
     seed: of the sampled labels, keyed by batch and row, whatever the mesh.
     logits: `(params, batch) -> <float>[batch, (length,) classes]` for models
-      of another kind; `models.logits` by default. See `models.answer_logits`
-      for answers of text-to-text models.
+      that are called otherwise than their family does. See
+      `T5Family.answer_logits` for answers of text-to-text models.
 
   Returns:
     A statistic for `collect`, whose result has `fisher <float32>[...]` of every
@@ -68,11 +68,13 @@ def fisher(
     merge_base.check_option(name, value, lambda v: v >= 1, '1 or above')
 
   def measure(module, params, batch, number, shards):
-    fn = logits or functools.partial(models.logits, module)
-    learned = {n: p for n, p in params.items() if n != models.BATCH_STATS}
-    fixed = {n: p for n, p in params.items() if n == models.BATCH_STATS}
-    _check_packing(batch, estimator)
-    share, counted = _examples(batch)
+    family = models.family_for(module, batch)
+    fn = logits or family.logits
+    beside = family.collections
+    learned = {n: p for n, p in params.items() if n not in beside}
+    fixed = {n: p for n, p in params.items() if n in beside}
+    _check_packing(family, batch, estimator)
+    share, counted = _examples(family, batch)
     keys = jax.vmap(
       lambda row: jax.random.fold_in(
         jax.random.fold_in(jax.random.key(seed), number), row
@@ -81,7 +83,7 @@ def fisher(
 
     def one(example):
       return _squares(
-          fn, learned, fixed, example['batch'], example['key'], estimator,
+          family, fn, learned, fixed, example['batch'], example['key'], estimator,
           samples, per_token,
       )  # fmt: skip
 
@@ -118,19 +120,19 @@ def fisher(
     'estimator': estimator, 'samples': samples, 'per_token': per_token,
     'seed': seed,
   }  # fmt: skip
-  return base.Statistic('fisher', measure, settings=settings)
+  return base.Statistic(statistic_specs.FISHER, measure, settings=settings)
 
 
-def _check_packing(batch, estimator):
+def _check_packing(family, batch, estimator):
   """Refuses what does not fit rows of several examples."""
-  if 'decoder_segment_ids' not in batch:
+  if family.segments(batch) is None:
     return
   if estimator == 'exact':
     raise errors.DataError(
       'The exact Fisher of a row with `decoder_segment_ids` is not that of its '
       'examples: give batches of one example a row, or another estimator.'
     )
-  if estimator == 'sampled' and 'encoder_input_tokens' in batch:
+  if estimator == 'sampled' and family.answers:
     raise errors.DataError(
       'Sampled answers may be longer than the places that packed rows '
       '(`decoder_segment_ids`) leave them: give batches of one example a row, '
@@ -138,21 +140,22 @@ def _check_packing(batch, estimator):
     )
 
 
-def _examples(batch):
+def _examples(family, batch):
   """`(share, counted) <float32>[batch]` of each row.
 
   By the share its squares are multiplied; it counts as so many examples.
   """
-  weights = models.target_weights(batch)
+  weights = family.target_weights(batch)
   if weights.ndim == 1:
     return weights, weights
-  if 'decoder_segment_ids' not in batch:
+  segments = family.segments(batch)
+  if segments is None:
     real = jnp.max(weights, axis=1) > 0
     return (real.astype(jnp.float32),) * 2
-  runs = jax.vmap(_runs)(batch['decoder_segment_ids'])
+  runs = jax.vmap(_runs)(segments)
   each = jax.vmap(
     lambda own, runs: jax.ops.segment_max(own, runs, own.shape[0])
-  )(_segment_weights(batch, weights), runs)
+  )(_segment_weights(segments, weights), runs)
   counted = jnp.sum((each > 0).astype(jnp.float32), axis=1)
   return (counted > 0).astype(jnp.float32), counted
 
@@ -163,15 +166,18 @@ def _runs(segments):
   return jnp.pad(jnp.cumsum(changes), (1, 0))
 
 
-def _segment_weights(batch, weights):
+def _segment_weights(segments, weights):
   """Weights without what lies between and behind the examples of a row."""
-  real = (jnp.asarray(batch['decoder_segment_ids']) > 0).astype(weights.dtype)
+  real = (jnp.asarray(segments) > 0).astype(weights.dtype)
   return weights * real
 
 
-def _squares(fn, learned, fixed, example, key, estimator, samples, per_token):
+def _squares(
+  family, fn, learned, fixed, example, key, estimator, samples, per_token
+):
   """Squared gradients of one example, `{path: <float32>[...]}` nested."""
   batch = jax.tree.map(lambda x: x[None], example)
+  segments = family.segments(batch)
 
   def scores(params, batch):
     wide = fn({**params, **fixed}, batch)[0].astype(jnp.float32)
@@ -194,8 +200,8 @@ def _squares(fn, learned, fixed, example, key, estimator, samples, per_token):
     picked = jnp.where(known[..., None], picked, jnp.nan) * weights[..., None]
     if log_p.ndim > 1 and per_token:
       parts = jnp.arange(len(weights), dtype=jnp.int32)
-    elif log_p.ndim > 1 and 'decoder_segment_ids' in batch:
-      parts = _runs(batch['decoder_segment_ids'][0])
+    elif log_p.ndim > 1 and segments is not None:
+      parts = _runs(segments[0])
     else:
       return _square(pull(picked))
 
@@ -205,18 +211,19 @@ def _squares(fn, learned, fixed, example, key, estimator, samples, per_token):
 
     return jax.lax.fori_loop(0, parts[-1] + 1, each_part, zeros)
 
-  weights = models.target_weights(batch)
+  weights = family.target_weights(batch)
   if weights.ndim == 1:
     weights = jnp.ones_like(weights)  # an image's own multiplies its square
-  if 'decoder_segment_ids' in batch:
-    weights = _segment_weights(batch, weights)
+  if segments is not None:
+    weights = _segment_weights(segments, weights)
   weights = weights[0]
   if estimator == 'empirical':
-    return of_labels(batch, models.targets(batch)[0], weights)
+    labels = jnp.asarray(family.targets(batch), jnp.int32)[0]
+    return of_labels(batch, labels, weights)
 
   def each_sample(total, key):
-    if 'encoder_input_tokens' in batch:
-      drawn, labels, weighted = _answer(scores, learned, batch, key)
+    if family.answers:
+      drawn, labels, weighted = _answer(family, scores, learned, batch, key)
     else:
       drawn, weighted = batch, weights
       labels = jax.random.categorical(key, scores(learned, batch))
@@ -240,7 +247,7 @@ def _over_classes(log_p, pull, zeros):
     raise errors.DataError(
       'The exact Fisher sums over all answers, and whole sequences are too '
       "many. Use estimator='sampled', or give the answers to choose from: "
-      '`logits=models.answer_logits(module, answers)`.'
+      '`logits=models.family_of(module).answer_logits(answers)`.'
     )
 
   def each_class(total, label):
@@ -250,26 +257,17 @@ def _over_classes(log_p, pull, zeros):
   return jax.lax.scan(each_class, zeros, jnp.arange(log_p.size))[0]
 
 
-def _answer(scores, params, batch, key):
+def _answer(family, scores, params, batch, key):
   """A target drawn token by token: `(batch, labels, weights)`."""
-  length = batch['decoder_target_tokens'].shape[1]
-
-  def as_batch(labels):
-    shifted = jnp.pad(labels, (1, 0))[:-1]
-    # The model takes its padding mask from the targets.
-    return {
-      **{n: x for n, x in batch.items() if n != 'decoder_loss_weights'},
-      'decoder_input_tokens': shifted[None],
-      'decoder_target_tokens': jnp.maximum(labels, 1)[None],
-    }
+  given = family.targets(batch)[0]
+  as_batch = lambda labels: family.with_targets(batch, labels[None])
 
   def extend(position, labels):
     log_p = scores(params, as_batch(labels))[position]
     token = jax.random.categorical(jax.random.fold_in(key, position), log_p)
     return labels.at[position].set(token.astype(labels.dtype))
 
-  dtype = batch['decoder_target_tokens'].dtype
-  labels = jax.lax.fori_loop(0, length, extend, jnp.zeros(length, dtype))
+  labels = jax.lax.fori_loop(0, len(given), extend, jnp.zeros_like(given))
   ends = (labels == _END).astype(jnp.int32)
   ended = jnp.cumsum(ends) - ends
   return as_batch(labels), labels, (ended == 0).astype(jnp.float32)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mergejax.core import errors
+from mergejax.core import statistic_specs
 from mergejax.core import tree as tree_lib
 from mergejax.intercept import capture
 from mergejax.intercept import linear
@@ -47,13 +48,13 @@ def gram(
     tied_head: also an embedding that is the output head; averaged by default.
     mask: `(path, batch) -> weights` of the input rows of a layer, 0 for padding,
       fractions count as such: `G = sum w x x^T / sum w`. The default goes by
-      the names in a batch, see `capture.default_mask`: seqio's for text,
-      `weights` for anything else; where it finds neither, all rows count, with
-      a warning.
+      what the model's family says (`ModelFamily.mask`), or, without one, by the
+      names in a batch: seqio's for text, `weights` for anything else; where it
+      finds neither, all rows count, with a warning.
     kernels: `{module class: describe}` for linear maps of other layers;
       `describe(module, method name, arguments) -> [(parameter, inputs)]`.
     apply: `(module, params, batch) -> variables`, for modules that are called
-      otherwise than `models.logits` does; must allow `mutable=
+      otherwise than their family does; must allow `mutable=
       ['intermediates']`.
 
   Returns:
@@ -71,7 +72,7 @@ def gram(
     del number
     specs = tree_lib.specs(params)
     asked = capture.wanted_kernels(specs, include, exclude, tied_head=tied_head)
-    weigh = capture.mask_for(mask, batch)
+    weigh = capture.mask_for(mask, module, batch)
     known, met = {}, capture.Met()
 
     def reduce(path, inputs):
@@ -105,7 +106,7 @@ def gram(
     'include': include and list(include), 'exclude': list(exclude),
     'conv': conv, 'tied_head': tied_head,
   }  # fmt: skip
-  return base.Statistic('gram', measure, _whole, settings)
+  return base.Statistic(statistic_specs.GRAM, measure, _whole, settings)
 
 
 def _trace(array):

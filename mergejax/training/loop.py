@@ -1,21 +1,24 @@
 # Copyright 2026 The mergejax Authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The training loop: steps, hooks, checkpoints, exact resume, clean stop."""
+"""The training loop: steps, callbacks, checkpoints, exact resume, clean stop."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+import jax
 import numpy as np
 
 from mergejax import partition
 from mergejax.core import errors
 from mergejax.core import stop as stop_lib
+from mergejax.training import callbacks as callbacks_lib
 from mergejax.training import checkpoints as checkpoints_lib
-from mergejax.training import step as step_lib
+from mergejax.training import state as state_lib
 from mergejax.training import streams
 
-# (step, metrics in host memory); metrics of experts have a leading axis.
-Hook = Callable[[int, Mapping[str, np.ndarray]], None]
+StepFn = Callable[
+  [state_lib.TrainState, Any], tuple[state_lib.TrainState, dict[str, jax.Array]]
+]
 
 
 class Stream(Protocol):
@@ -29,17 +32,18 @@ class Stream(Protocol):
 
 
 def fit(
-  step_fn: step_lib.StepFn,
-  state: step_lib.TrainState,
+  step_fn: StepFn,
+  state: state_lib.TrainState,
   stream: Stream,
   *,
   steps: int,
   checkpoints: checkpoints_lib.Checkpoints | None = None,
   save_every: int = 1000,
   log_every: int = 10,
-  hooks: Sequence[Hook] = (),
+  callbacks: Sequence[callbacks_lib.Callback] = (),
+  checks: Sequence[Callable[[int, Mapping[str, np.ndarray]], None]] = (),
   place: Callable[[Any], Any] = lambda batch: batch,
-) -> step_lib.TrainState:
+) -> state_lib.TrainState:
   """Trains until `steps`, from the newest checkpoint if there is one.
 
   A run that is killed and started again ends with the same bits as one that
@@ -48,14 +52,17 @@ def fit(
 
   Args:
     step_fn: a compiled step; its state argument may be donated.
-    state: where to begin when there is no checkpoint.
+    state: where to begin when there is no checkpoint; where there is one,
+      shapes with shardings are enough.
     stream: the data, see `Stream`.
     steps: the step number to reach.
     checkpoints: where to save; None saves nothing.
     save_every: steps between checkpoints; the last step is always saved.
-    log_every: steps between calls of the hooks. In between nothing waits for
-      the device.
-    hooks: called with the step and its metrics.
+    log_every: steps between logged metrics. In between nothing waits for the
+      device.
+    callbacks: see `callbacks.Callback`; they are started and closed elsewhere.
+    checks: called with logged metrics, and with those of a step that is to be
+      saved, before it is; they raise to end the run.
     place: puts a batch of the stream on the devices.
 
   Returns:
@@ -66,17 +73,11 @@ def fit(
     UserError: a checkpoint could not be written or does not fit, the run is
       beyond the last step already, or a number of steps is none.
   """
-  for name, number, least in (
-    ('steps', steps, 0), ('save_every', save_every, 1), ('log_every', log_every, 1),
-  ):  # fmt: skip
-    if not isinstance(number, (int, np.integer)) or number < least:
-      raise errors.ConfigError(
-        f'{name} must be a whole number of {least} or more, not {number!r}.'
-      )
+  check_numbers(steps=steps, save_every=save_every, log_every=log_every)
   if checkpoints is not None and checkpoints.latest() is not None:
     state, positions = checkpoints.restore(state)
     streams.restore(stream, positions)
-  step = step_lib.step_number(state)
+  step = state_lib.step_number(state)
   if step > steps:
     raise errors.ConfigError(
       f'This run has made {step} steps already, more than the {steps} asked '
@@ -88,16 +89,17 @@ def fit(
       state, metrics = step_fn(state, place(next(stream)))
       step += 1
       log = step == steps or step % log_every == 0
-      if log:
-        # Fetched by every process, whether it has hooks or not: the metrics of
-        # experts are spread over all of them.
-        metrics = partition.to_host(metrics)
-        for hook in hooks:
-          hook(step, metrics)
+      tell(callbacks, checks, step, state, metrics, log)
       stopping = stop.agreed(may_wait=log)
       save = stopping or step == steps or step % save_every == 0
       if checkpoints is not None and save:
+        if checks and not log:
+          found = partition.to_host(metrics)
+          for check in checks:
+            check(step, found)
         checkpoints.save(state, stream.state())
+        for callback in callbacks:
+          callback.on_save(step, state)
       if stopping:
         if checkpoints is not None:
           checkpoints.wait()
@@ -105,3 +107,36 @@ def fit(
   if checkpoints is not None:
     checkpoints.wait()
   return state
+
+
+def check_numbers(*, steps: int, save_every: int, log_every: int) -> None:
+  """Raises for a number of steps that is none."""
+  for name, number, least in (
+    ('steps', steps, 0), ('save_every', save_every, 1), ('log_every', log_every, 1),
+  ):  # fmt: skip
+    if not isinstance(number, (int, np.integer)) or number < least:
+      raise errors.ConfigError(
+        f'{name} must be a whole number of {least} or more, not {number!r}.'
+      )
+
+
+def tell(
+  callbacks: Sequence[callbacks_lib.Callback],
+  checks: Sequence[Callable[..., None]],
+  step: int,
+  state: state_lib.TrainState,
+  metrics: Mapping[str, jax.Array],
+  log: bool,
+) -> None:
+  """Tells callbacks of a step, and of what there is to log of it."""
+  logged = {}
+  if log:
+    # Fetched by every process, whether it has callbacks or not: the metrics of
+    # experts are spread over all of them.
+    logged.update(partition.to_host(metrics))
+    for check in checks:
+      check(step, logged)
+  for callback in callbacks:
+    logged.update(callback.on_step(step, state) or {})
+  for callback in callbacks if logged else ():
+    callback.on_log(step, logged)

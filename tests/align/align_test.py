@@ -57,7 +57,7 @@ def shaken(params, seed, size=0.3):
 
 def random_batch(module, rows=3, length=5, seed=0):
   rng = np.random.default_rng(seed)
-  batch = models.example_batch(module, rows, length=length)
+  batch = models.family_of(module).example_batch(rows, length=length)
   batch.pop('labels', None)
   return {
     name: rng.random(x.shape).astype(np.float32)
@@ -70,14 +70,14 @@ def random_batch(module, rows=3, length=5, seed=0):
 @functools.cache
 def initial_params(fields, seed):
   module = models.build(json.loads(fields))
-  return models.init_params(module, jax.random.key(seed))
+  return models.family_of(module).init(jax.random.key(seed))
 
 
 def built(fields, seed=0):
   """`(module, apply, params, batch)`."""
   module = models.build(fields)
   params = shaken(initial_params(json.dumps(fields), seed), seed)
-  apply = lambda params, batch: models.logits(module, params, batch)
+  apply = lambda params, batch: models.family_of(module).logits(params, batch)
   return module, apply, params, random_batch(module)
 
 

@@ -20,7 +20,7 @@ class NormsTest(absltest.TestCase):
       dict(model_type='resnet', stages=(1,), channels=(3,), norm='batch',
            image_shape=(4, 4, 1))
     )  # fmt: skip
-    self.params = models.init_params(self.module, jax.random.key(0))
+    self.params = models.family_of(self.module).init(jax.random.key(0))
     rng = np.random.default_rng(0)
     # Rows grow, so that the cut into batches would tell.
     self.images = rng.normal(size=(19, 4, 4, 1)) + 0.2 * np.arange(19).reshape(
@@ -53,12 +53,13 @@ class NormsTest(absltest.TestCase):
     batch = self.batch(0, 16, 16)
     fresh = norms.refresh_norms(self.module, self.params, [batch] * 2)
     # With the batch's own statistics both modes agree.
-    expected, _ = models.training_logits(self.module, self.params, batch)
+    family = models.family_of(self.module)
+    expected = family.apply(family.variables(self.params), batch, train=True)
     np.testing.assert_allclose(
-      models.logits(self.module, fresh, batch), expected, rtol=1e-4, atol=1e-5
+      family.logits(fresh, batch), expected.logits, rtol=1e-4, atol=1e-5
     )
     for name in self.params:
-      if name != models.BATCH_STATS:
+      if name != 'batch_stats':
         jax.tree.map(
           np.testing.assert_array_equal, fresh[name], self.params[name]
         )
@@ -67,7 +68,7 @@ class NormsTest(absltest.TestCase):
 
   def test_filling_and_the_cut_do_not_count(self):
     mean, variance = self.first_norm()
-    stats = tree.flatten(self.params[models.BATCH_STATS])
+    stats = tree.flatten(self.params['batch_stats'])
     (path,) = [p for p in stats if 'stem' in p and p.endswith('mean')]
     for batches in (
       [self.batch(0, 8, 8), self.batch(8, 16, 8), self.batch(16, 19, 8)],
@@ -75,7 +76,7 @@ class NormsTest(absltest.TestCase):
       [self.batch(0, 0, 8), self.batch(0, 19, 19)],
     ):
       fresh = norms.refresh_norms(self.module, self.params, batches)
-      found = tree.flatten(fresh[models.BATCH_STATS])
+      found = tree.flatten(fresh['batch_stats'])
       np.testing.assert_allclose(found[path], mean, rtol=1e-5)
       np.testing.assert_allclose(
         found[path.replace('mean', 'var')], variance, rtol=1e-4

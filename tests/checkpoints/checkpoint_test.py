@@ -131,7 +131,7 @@ class RoundTripTest(parameterized.TestCase):
                                         head_dim=4, num_encoder_layers=1,
                                         num_decoder_layers=1, mlp_dim=16))
     )  # fmt: skip
-    params = models.init_params(module, jax.random.key(0))
+    params = models.family_of(module).init(jax.random.key(0))
     path = self.folder / 'model'
     mj.save_checkpoint(path, params, config=models.describe(module))
     loaded, restored = mj.load_model(path)

@@ -20,11 +20,11 @@ import gin
 import mergejax as mj
 from mergejax import models
 from mergejax import partition
-from mergejax.checkpoints.names import t5 as t5_names
 from mergejax.cli import common
 from mergejax.cli import main
 from mergejax.merging.recipes import recipe as recipe_lib
 from mergejax.methods import named
+from mergejax.models import t5_hf as t5_names
 from mergejax.nn import lm
 from mergejax.nn import t5
 
@@ -141,7 +141,7 @@ class CommandsTest(parameterized.TestCase):
           lm.LMConfig(emb_dim=8, num_heads=2, head_dim=4, num_layers=1,
                       mlp_dim=16)
       )  # fmt: skip
-      params = models.init_params(module, jax.random.key(0))
+      params = models.family_of(module).init(jax.random.key(0))
       mj.save_checkpoint(path, params, config=models.describe(module))
     return path
 
@@ -185,7 +185,7 @@ class CommandsTest(parameterized.TestCase):
         t5.T5Config(vocab_size=32, emb_dim=8, num_heads=2, head_dim=4,
                     num_encoder_layers=1, num_decoder_layers=1, mlp_dim=16)
     )  # fmt: skip
-    params = models.init_params(module, jax.random.key(0))
+    params = models.family_of(module).init(jax.random.key(0))
     source = self.folder / 't5'
     mj.save_checkpoint(source, params, config=models.describe(module))
     hf = self.folder / 'hf'
@@ -313,7 +313,7 @@ class GinTest(parameterized.TestCase):
     settings += [('TRAIN_FILE', 'x'), ('VOCABULARY', 'bytes')]
     common.parse_gin(['runs/text_to_text.gin', f'models/{size}.gin'], settings)
     module = gin.get_configurable(t5.Transformer)()
-    count = sum(s.size for s in models.param_specs(module).values())
+    count = sum(s.size for s in models.family_of(module).specs().values())
     self.assertBetween(
       count, *{'t5_1_1_tiny': (9e6, 10e6), 't5_1_1_small': (76e6, 78e6)}[size]
     )
@@ -327,7 +327,7 @@ class GinTest(parameterized.TestCase):
     from mergejax.cli import branch_train_merge
 
     settings = gin.get_configurable(branch_train_merge.Settings)()
-    self.assertNotEmpty(models.param_specs(settings.module))
+    self.assertNotEmpty(models.family_of(settings.module).specs())
 
   def test_bare_words_are_strings(self):
     common.parse_gin(

@@ -15,8 +15,8 @@ import numpy as np
 import mergejax as mj
 from mergejax import models
 from mergejax.checkpoints import checkpoint
-from mergejax.checkpoints.names import t5 as t5_names
 from mergejax.cli import convert
+from mergejax.names import t5 as t5_names
 from mergejax.nn import t5
 
 
@@ -42,7 +42,7 @@ class ConvertT5Test(parameterized.TestCase):
     self.folder = pathlib.Path(self.create_tempdir().full_path)
 
   def saved(self, module):
-    params = models.init_params(module, jax.random.key(0))
+    params = models.family_of(module).init(jax.random.key(0))
     source = self.folder / 'source'
     mj.save_checkpoint(source, params, config=models.describe(module))
     return source, params

@@ -48,7 +48,7 @@ class CommandsTest(absltest.TestCase):
       dict(model_type='mlp', hidden=(6,), image_shape=(4, 4, 1), classes=CLASSES)
     )  # fmt: skip
     for i, name in enumerate(('base', 'a', 'b')):
-      params = models.init_params(module, jax.random.key(i))
+      params = models.family_of(module).init(jax.random.key(i))
       mj.save_checkpoint(
         cls.folder / name, params, config=models.describe(module)
       )
@@ -107,7 +107,7 @@ class CommandsTest(absltest.TestCase):
       dict(model_type='vgg', channels=(3,), dense=(), norm='batch',
            image_shape=(4, 4, 1), classes=CLASSES)
     )  # fmt: skip
-    params = models.init_params(module, jax.random.key(0))
+    params = models.family_of(module).init(jax.random.key(0))
     mj.save_checkpoint(
       self.path('with_norms'), params, config=models.describe(module)
     )
@@ -155,11 +155,11 @@ class CommandsTest(absltest.TestCase):
     self.assertIn('same outputs', text)
     module, moved = models.load_model(self.path('aligned'))
     _, before = models.load_model(self.path('b'))
-    batch = models.example_batch(module, 3)
+    batch = models.family_of(module).example_batch(3)
     batch['images'] = batch['images'] + 0.3
     np.testing.assert_allclose(
-      models.logits(module, moved, batch),
-      models.logits(module, before, batch), rtol=1e-4, atol=1e-5,
+      models.family_of(module).logits(moved, batch),
+      models.family_of(module).logits(before, batch), rtol=1e-4, atol=1e-5,
     )  # fmt: skip
     for method in ('activations', 'straight_through'):
       self.run_command(
@@ -400,7 +400,7 @@ class CommandsTest(absltest.TestCase):
       dict(model_type='mlp', hidden=(5,), image_shape=(4, 4, 1), classes=2)
     )
     mj.save_checkpoint(
-      self.path('other'), models.init_params(other, jax.random.key(0)),
+      self.path('other'), models.family_of(other).init(jax.random.key(0)),
       config=models.describe(other), overwrite=True,
     )  # fmt: skip
     message = self.run_command(

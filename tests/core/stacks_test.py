@@ -140,7 +140,7 @@ class StacksTest(parameterized.TestCase):
     dict(model_type='t5x', vocab_size=8, emb_dim=4),
   )
   def test_own_models_need_no_axes(self, **config):
-    specs = models.param_specs(models.build(config))
+    specs = models.family_of(models.build(config)).specs()
     for path, one in specs.items():
       self.assertFalse(stacks.may_be_stack(path, one), path)
       view = axes.view(path, one)

@@ -23,7 +23,7 @@ SIZES = dict(vocab_size=384, emb_dim=8, num_heads=2, head_dim=4, mlp_dim=8)
 def greedy(module, params, inputs, length):
   """Whole answers by greedy decoding, one token a pass, without a cache."""
   answer = np.zeros((len(inputs), length), np.int32)
-  logits = jax.jit(lambda p, b: models.logits(module, p, b))
+  logits = jax.jit(lambda p, b: models.family_of(module).logits(p, b))
   for t in range(length):
     batch = {
       'encoder_input_tokens': inputs,
@@ -63,7 +63,7 @@ class SuiteTest(parameterized.TestCase):
         model_type='t5x', num_encoder_layers=1, num_decoder_layers=1, **SIZES
       )
     )
-    params = models.init_params(module, jax.random.key(0))
+    params = models.family_of(module).init(jax.random.key(0))
     inputs = np.random.default_rng(0).integers(3, 250, (4, 6))
     said = greedy(module, params, inputs, 3)
     self.assertTrue((said > 0).all())
@@ -87,7 +87,7 @@ class SuiteTest(parameterized.TestCase):
         model_type='t5x', num_encoder_layers=1, num_decoder_layers=1, **SIZES
       )
     )
-    params = models.init_params(module, jax.random.key(0))
+    params = models.family_of(module).init(jax.random.key(0))
     batches = suite.batches('mood', 'test')
     self.assertEqual([len(b['decoder_target_tokens']) for b in batches], [3, 3])
     pairs = [
@@ -104,7 +104,7 @@ class SuiteTest(parameterized.TestCase):
         'lengths': {'targets': 16}, 'batch_size': 1,
     })  # fmt: skip
     module = models.build(dict(model_type='lm', num_layers=1, **SIZES))
-    params = models.init_params(module, jax.random.key(0))
+    params = models.family_of(module).init(jax.random.key(0))
     found = suite.table([('m', module, params)])['m']['words']
     batches = suite.batches('words', 'test')
     scorer = expert_table.Scorer(module)

@@ -2,7 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The law of scanned models, over the table of all methods."""
 
+import pathlib
 import re
+import tempfile
 from unittest import mock
 
 from absl.testing import absltest
@@ -12,6 +14,7 @@ import laws_test
 import numpy as np
 
 import mergejax as mj
+from mergejax.core import tree
 from mergejax.experts import branch
 from mergejax.methods import masks
 from mergejax.methods import named
@@ -79,10 +82,69 @@ def scan_stats(row, stats):
   return result
 
 
+def on_disk(folder, row, base, count, stats):
+  """The merge of checkpoints that know their axes, by a recipe without any."""
+  paths = [str(folder / f'{k}') for k in range(count)]
+  stats_paths = []
+  for k, own in enumerate(stats or ()):
+    stats_paths.append(str(folder / f'stats_{row.name}_{k}.safetensors'))
+    leaves = {f'{path}/{n}': x for path, kinds in own.items()
+              for n, x in kinds.items()}  # fmt: skip
+    mj.save_checkpoint(stats_paths[-1], leaves, overwrite=True)
+  recipe = laws_test.recipe_of(
+    row, str(folder / 'base') if base else None, paths, stats_paths
+  )
+  out = folder / f'{row.name}_out'
+  mj.execute(mj.plan(recipe), out)
+  return mj.open_checkpoint(out)
+
+
 class ScannedTest(parameterized.TestCase):
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    cls.folder = pathlib.Path(cls.enter_context_folder())
+    base, *layers = make_layers(max(row.models for row in laws_test.ROWS) + 1)
+    for name, model in [('base', base), *enumerate(layers)]:
+      mj.save_checkpoint(
+        cls.folder / str(name), scan(model), 'safetensors', axes=SCANNED_AXES
+      )
+
+  @classmethod
+  def enter_context_folder(cls):
+    folder = tempfile.TemporaryDirectory()
+    cls.addClassCleanup(folder.cleanup)
+    return folder.name
+
   @parameterized.named_parameters(laws_test.ALL)
-  def test_a_scanned_model_equals_its_layers(self, row):
-    """With axes to the last bits; without them the same, or an error."""
+  def test_axes_come_from_the_checkpoint(self, row):
+    """Nobody is told them, and a scanned model equals its layers."""
+    expected, stats = self.expected(row)
+    opened = lambda name: mj.open_checkpoint(self.folder / str(name))
+    stores = [opened(k) for k in range(row.models)]
+    merged = laws_test.run(row, stores, opened('base'), stats=stats, axes=())
+    laws_test.assert_close(tree.flatten(merged), expected, 1e-7)
+    method = named.resolve(row.name, **row.options)
+    if row.stats is None:
+      side_by_side = branch.merge_experts(
+        jax.tree.map(lambda *own: np.stack(own), *(s.read() for s in stores)),
+        method,
+        base=opened('base').read()
+        if row.base or method.base == 'required'
+        else None,
+        weights=row.weights,
+        axes=stores[0].axes(),
+      )
+      laws_test.assert_close(tree.flatten(side_by_side), expected, 2e-7)
+    if any(row is one for _, one in laws_test.ONE):
+      with_base = row.base or method.base == 'required'
+      result = on_disk(self.folder, row, with_base, row.models, stats)
+      found = tree.flatten(result.read())
+      laws_test.assert_close(found, expected, max(row.tolerance, 2e-6))
+      self.assertEqual(result.axes(), dict(SCANNED_AXES))
+
+  def expected(self, row):
+    """`(the merge of unscanned models, stacked; statistics of the stacks)`."""
     base, *layers = make_layers(row.models + 1)
     given = None
     if row.stats is not None:
@@ -93,7 +155,13 @@ class ScannedTest(parameterized.TestCase):
     keys = lambda seed, path, model: real(seed, as_slice(path), model)
     with mock.patch.object(masks, 'mask_key', keys):
       expected = scan(laws_test.run(row, layers, base, stats=given))
-    stats = given and [scan_stats(row, one) for one in given]
+    return expected, given and [scan_stats(row, one) for one in given]
+
+  @parameterized.named_parameters(laws_test.ALL)
+  def test_a_scanned_model_equals_its_layers(self, row):
+    """With axes to the last bits; without them the same, or an error."""
+    base, *layers = make_layers(row.models + 1)
+    expected, stats = self.expected(row)
     scanned, origin = [scan(m) for m in layers], scan(base)
     merged = laws_test.run(row, scanned, origin, stats=stats, axes=SCANNED_AXES)
     laws_test.assert_close(merged, expected, 1e-7)

@@ -13,10 +13,10 @@ import numpy as np
 import optax
 
 import mergejax as mj
-from mergejax import architectures
 from mergejax import models
 from mergejax.cli import main
 from mergejax.cli import train
+from mergejax.models import architectures
 from mergejax.nn import lm
 
 LLAMA = {
@@ -207,7 +207,7 @@ class OwnModelsTest(parameterized.TestCase):
     params = jax.tree.map(
       lambda s: np.zeros(s.shape, s.dtype),
       jax.eval_shape(
-        lambda: models.init_params(models.build(config), jax.random.key(0))
+        lambda: models.family_of(models.build(config)).init(jax.random.key(0))
       ),
     )
     mj.save_checkpoint(self.folder / name, params, config=config)
@@ -230,7 +230,9 @@ class OwnModelsTest(parameterized.TestCase):
     with (
       mock.patch.object(train.stream_lib, 'find'),
       mock.patch.object(train, 'open_shared', return_value=(None, {}, True)),
-      mock.patch.object(train, 'fit_phase', side_effect=InterruptedError),
+      mock.patch.object(
+        train.trainer_lib.Trainer, 'fit', side_effect=InterruptedError
+      ),
       self.assertRaises(InterruptedError),
     ):
       self.fine_tune(seed)

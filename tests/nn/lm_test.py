@@ -19,7 +19,7 @@ def tiny(**changes):
       mlp_dim=16,
   )  # fmt: skip
   module = lm.LanguageModel(lm.LMConfig(**config | changes))
-  return module, models.init_params(module, jax.random.key(1))
+  return module, models.family_of(module).init(jax.random.key(1))
 
 
 class LanguageModelTest(parameterized.TestCase):
@@ -136,7 +136,11 @@ class LanguageModelTest(parameterized.TestCase):
     module, params = tiny(dropout_rate=0.5)
     tokens = np.array([[3, 4, 5]])
     batch = {'decoder_input_tokens': tokens, 'decoder_target_tokens': tokens}
-    draw = lambda i: models.logits(module, params, batch, jax.random.key(i))
+    family = models.family_of(module)
+    draw = lambda i: family.apply(
+      family.variables(params), batch, train=True,
+      rngs={'dropout': jax.random.key(i)},
+    ).logits  # fmt: skip
     np.testing.assert_array_equal(draw(0), draw(0))
     self.assertGreater(np.abs(draw(0) - draw(1)).max(), 1e-3)
 

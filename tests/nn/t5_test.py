@@ -12,12 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from mergejax import models
-from mergejax.checkpoints.names import t5 as t5_names
 from mergejax.core import axes
 from mergejax.core import tree
+from mergejax.models import t5_hf as t5_names
 from mergejax.nn import layers
 from mergejax.nn import t5
 from mergejax.training import losses
+from mergejax.training import objective
 from mergejax.training import optim
 from mergejax.training import step as step_lib
 
@@ -76,7 +77,7 @@ class T5XTest(parameterized.TestCase):
     arrays = goldens.load(version)
     module, params = tiny(version), goldens.subtree(arrays, 'params/')
     batch = batch_of(arrays)
-    logits = models.logits(module, params, batch)
+    logits = models.family_of(module).logits(params, batch)
     np.testing.assert_allclose(logits, arrays['logits'], rtol=1e-4, atol=2e-5)
     encoded = module.apply(
       {'params': params}, batch['encoder_input_tokens'], method='encode'
@@ -86,10 +87,8 @@ class T5XTest(parameterized.TestCase):
   @parameterized.parameters(*VERSIONS)
   def test_packed_logits(self, version):
     arrays = goldens.load(version)
-    logits = models.logits(
-      tiny(version),
-      goldens.subtree(arrays, 'params/'),
-      batch_of(arrays, 'packed/'),
+    logits = models.family_of(tiny(version)).logits(
+      goldens.subtree(arrays, 'params/'), batch_of(arrays, 'packed/')
     )
     np.testing.assert_allclose(
       logits, arrays['packed/logits'], rtol=1e-4, atol=1e-5
@@ -100,7 +99,7 @@ class T5XTest(parameterized.TestCase):
     arrays = goldens.load(version)
     module, params = tiny(version), goldens.subtree(arrays, 'params/')
     packed = batch_of(arrays, 'packed/')
-    whole = models.logits(module, params, packed)
+    whole = models.family_of(module).logits(params, packed)
     checked = 0
     for row in range(3):
       for segment in range(
@@ -108,7 +107,7 @@ class T5XTest(parameterized.TestCase):
       ):
         inside = packed['encoder_segment_ids'][row] == segment
         targets = packed['decoder_segment_ids'][row] == segment
-        alone = models.logits(module, params, {
+        alone = models.family_of(module).logits(params, {
             'encoder_input_tokens':
                 packed['encoder_input_tokens'][row][inside][None],
             'decoder_input_tokens':
@@ -126,8 +125,8 @@ class T5XTest(parameterized.TestCase):
   def test_bfloat16_is_close(self, version):
     arrays = goldens.load(version)
     module = tiny(version, dtype='bfloat16')
-    logits = models.logits(
-      module, goldens.subtree(arrays, 'params/'), batch_of(arrays)
+    logits = models.family_of(module).logits(
+      goldens.subtree(arrays, 'params/'), batch_of(arrays)
     )
     self.assertEqual(logits.dtype, jnp.float32)
     real = arrays['batch/decoder_target_tokens'] > 0
@@ -140,7 +139,8 @@ class T5XTest(parameterized.TestCase):
     arrays = goldens.load(version)
     module, params = tiny(version), goldens.subtree(arrays, 'params/')
     batch = batch_of(arrays)
-    loss_fn = losses.make_loss(module, z_loss=1e-4, normalizing_factor=None)
+    summed = objective.cross_entropy(z_loss=1e-4, normalizing_factor=None)
+    loss_fn = objective.make_loss(module, summed)
     graded = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
     (loss, _), grads = graded(params, batch)
     np.testing.assert_allclose(loss, arrays['train/loss0'], rtol=1e-5)
@@ -149,8 +149,9 @@ class T5XTest(parameterized.TestCase):
         leaf, arrays[f'grad/{path}'], rtol=1e-3, atol=1e-4, err_msg=path
       )
     optimizer = optim.adafactor(0.01)
-    state = step_lib.create(params, optimizer, jax.random.key(0))
-    step = jax.jit(step_lib.make_step(loss_fn, optimizer))
+    made = step_lib.make_step(module, optimizer, objective=summed)
+    state = made.init(params, jax.random.key(0))
+    step = jax.jit(made.update)
     seen = []
     for _ in range(3):
       seen.append(graded(state.params, batch)[0][0])

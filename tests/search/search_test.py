@@ -17,6 +17,7 @@ import optax
 import mergejax as mj
 from mergejax import partition
 from mergejax.core import errors
+from mergejax.evaluation import base as evaluation
 from mergejax.merging.recipes import recipe as recipe_lib
 from mergejax.search import base
 from mergejax.search import evolve
@@ -233,7 +234,7 @@ class PaintGoldenTest(DoubleCase):
 
 def quadratic(target):
   """An evaluator whose score is best where 'w' is the target."""
-  return base.Evaluator(
+  return evaluation.Evaluator(
     lambda params, data: {'t': -jnp.sum(jnp.square(params['w'] - data))},
     jnp.asarray(target, jnp.float32),
   )

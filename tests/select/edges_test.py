@@ -45,7 +45,7 @@ class LogmeTest(parameterized.TestCase):
       dict(model_type='mlp', hidden=(4,), classes=3, image_shape=(2, 2, 1),
            norm='none')
     )  # fmt: skip
-    params = models.init_params(module, jax.random.key(0))
+    params = models.family_of(module).init(jax.random.key(0))
     dead = {**params, 'dense_0': jax.tree.map(
       lambda leaf: leaf * 0 - 100, params['dense_0']
     )}  # fmt: skip
@@ -149,16 +149,20 @@ class OthersTest(absltest.TestCase):
       'weights': np.array([1.0, 0.5, 2.0, 0.0, 0.0], np.float32),
     }  # fmt: skip
     combined = b_tuning.with_teachers(
-      lambda params, batch, key: (jnp.zeros(()), {}),
+      lambda family, params, batch, rngs: (
+        jnp.zeros(()), models.Outputs(None, None, batch['weights'])
+      ),
       lambda params, batch: batch['images'] * params,
       jnp.asarray(means, jnp.float32),
       [(lambda batch: jnp.asarray(other, jnp.float32),
         jnp.asarray(others, jnp.float32))],
       [0.5], trade_off=1.0,
     )  # fmt: skip
-    found, metrics = combined(jnp.ones(()), batch)
+    found, outputs = combined(None, jnp.ones(()), batch, None)
     self.assertAlmostEqual(float(found), expected, places=4)
-    self.assertAlmostEqual(float(metrics['b_tuning']), expected, places=4)
+    self.assertAlmostEqual(
+      float(outputs.metrics['b_tuning']), expected, places=4
+    )
 
 
 if __name__ == '__main__':

@@ -16,7 +16,7 @@ from mergejax.core import labels as labels_lib
 from mergejax.select import b_tuning
 from mergejax.select import bayes
 from mergejax.select import features as features_lib
-from mergejax.training import losses
+from mergejax.training import objective
 
 CASES = ('cls_tall', 'cls_wide', 'reg_tall', 'cls_relu')
 
@@ -252,7 +252,7 @@ class FeaturesTest(parameterized.TestCase):
       dict(model_type='lm', vocab_size=9, emb_dim=6, num_heads=1, head_dim=4,
            mlp_dim=8, num_layers=1)
     )  # fmt: skip
-    params = models.init_params(module, jax.random.key(0))
+    params = models.family_of(module).init(jax.random.key(0))
     targets = np.array([[3, 4, 5, 1], [3, 1, 0, 0], [0, 0, 0, 0]])
     batch = {
       'decoder_target_tokens': targets,
@@ -269,14 +269,14 @@ class FeaturesTest(parameterized.TestCase):
     module = models.build(
       dict(model_type='mlp', hidden=(5,), image_shape=(2, 2, 1))
     )
-    params = models.init_params(module, jax.random.key(0))
-    batch = models.example_batch(module, 3)
+    params = models.family_of(module).init(jax.random.key(0))
+    batch = models.family_of(module).example_batch(3)
     batch['images'] = batch['images'] + 0.5
     found = select.extract(module, params, [batch])
     head = params['head']
     np.testing.assert_allclose(
       found @ head['kernel'] + head['bias'][None],
-      models.logits(module, params, batch), rtol=1e-5, atol=1e-6,
+      models.family_of(module).logits(params, batch), rtol=1e-5, atol=1e-6,
     )  # fmt: skip
     with self.assertRaisesRegex(errors.UserError, 'head/kernel'):
       select.extract(module, params, [batch], layer='hed/kernel')
@@ -285,19 +285,19 @@ class FeaturesTest(parameterized.TestCase):
     module = models.build(
       dict(model_type='mlp', hidden=(5,), image_shape=(2, 2, 1))
     )
-    params = models.init_params(module, jax.random.key(0))
-    batch = models.example_batch(module, 4)
+    params = models.family_of(module).init(jax.random.key(0))
+    batch = models.family_of(module).example_batch(4)
     batch['images'] = jax.random.uniform(jax.random.key(1), (4, 2, 2, 1))
     features = lambda p, batch: features_lib.features_of(
       module, p, batch, 'head/kernel'
     )
     teacher = jnp.ones((4, 3)), jnp.ones((10, 3))
     combined = b_tuning.with_teachers(
-      losses.make_loss(module), features, jnp.ones((10, 5)),
+      objective.cross_entropy(), features, jnp.ones((10, 5)),
       [(lambda batch: teacher[0], teacher[1])], [0.3], trade_off=2.0,
     )  # fmt: skip
-    plain, _ = losses.make_loss(module)(params, batch)
-    value, metrics = combined(params, batch)
+    plain, _ = objective.make_loss(module)(params, batch)
+    value, metrics = objective.make_loss(module, combined)(params, batch)
     np.testing.assert_allclose(
       value, plain + 2 * metrics['b_tuning'], rtol=1e-5
     )

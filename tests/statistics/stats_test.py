@@ -196,7 +196,7 @@ class GramTest(parameterized.TestCase):
 
   def test_padding_and_batches_do_not_matter(self):
     module = models.build(SMALL)
-    params = models.init_params(module, jax.random.key(0))
+    params = models.family_of(module).init(jax.random.key(0))
     batches = text_batches()
     whole = statistics.collect(
       statistics.gram(tied_head=True), module, params, batches, save_every=1
@@ -240,7 +240,7 @@ class GramTest(parameterized.TestCase):
 
   def test_nothing_to_collect(self):
     module, params = models.build(SMALL), None
-    params = models.init_params(module, jax.random.key(0))
+    params = models.family_of(module).init(jax.random.key(0))
     with self.assertRaisesRegex(errors.UserError, 'matches no parameter'):
       statistics.collect(
         statistics.gram(include=['nothing']), module, params, text_batches()
@@ -335,13 +335,15 @@ class FisherTest(parameterized.TestCase):
 
   def test_sequences(self):
     module = models.build(SMALL)
-    params = models.init_params(module, jax.random.key(0))
+    params = models.family_of(module).init(jax.random.key(0))
     (batch,) = text_batches(1, rows=2)
     path = 'decoder/decoder_norm/scale'
 
     def log_p(scale):
       changed = tree.unflatten({**tree.flatten(params), path: scale})
-      given = jax.nn.log_softmax(models.logits(module, changed, batch))
+      given = jax.nn.log_softmax(
+        models.family_of(module).logits(changed, batch)
+      )
       targets = batch['decoder_target_tokens'][..., None]
       picked = jnp.take_along_axis(given, jnp.asarray(targets), axis=2)
       return jnp.where(targets > 0, picked, 0.0)[..., 0]
@@ -367,7 +369,7 @@ class FisherTest(parameterized.TestCase):
     # With two answers to choose from, sampling whole answers and summing over
     # both exactly must agree about a parameter.
     module = models.build({**SMALL, 'vocab_size': 4})
-    params = models.init_params(module, jax.random.key(1))
+    params = models.family_of(module).init(jax.random.key(1))
     (batch,) = text_batches(1, rows=2)
     batch = {n: np.minimum(x, 3)[:, :1] for n, x in batch.items()}
     batch['decoder_target_tokens'] = np.ones((2, 1), int)
@@ -375,7 +377,9 @@ class FisherTest(parameterized.TestCase):
     drawn = statistics.collect(
         statistics.fisher(estimator='sampled', samples=1000), module, params, [batch]
     )  # fmt: skip
-    first = lambda params, batch: models.logits(module, params, batch)[:, 0]
+    first = lambda params, batch: models.family_of(module).logits(
+      params, batch
+    )[:, 0]
     exact = statistics.collect(
       statistics.fisher(logits=first), module, params, [batch]
     )
@@ -403,7 +407,7 @@ class ShardedTest(parameterized.TestCase):
     else:
       statistic = statistics.fisher(estimator='sampled')
       module, batches = tiny_images()
-    params = models.init_params(module, jax.random.key(0))
+    params = models.family_of(module).init(jax.random.key(0))
     one = statistics.collect(statistic, module, params, batches)
     many = statistics.collect(statistic, module, params, batches, mesh=mesh)
     for path, own in one.items():
@@ -414,10 +418,10 @@ class ShardedTest(parameterized.TestCase):
 
   def test_no_device_waits_for_another_before_the_end(self):
     module = models.build(dict(model_type='mlp', hidden=(8,)))
-    params = models.init_params(module, jax.random.key(0))
+    params = models.family_of(module).init(jax.random.key(0))
     mesh = partition.make_mesh(data=8)
     rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('data'))
-    batch = jax.device_put(models.example_batch(module, 8), rows)
+    batch = jax.device_put(models.family_of(module).example_batch(8), rows)
     params = jax.device_put(params, partition.replicated(mesh))
     for statistic in (statistics.gram(), statistics.fisher()):
       measure = jax.jit(
@@ -433,7 +437,7 @@ class SavedTest(parameterized.TestCase):
     super().setUp()
     self.folder = pathlib.Path(self.create_tempdir().full_path)
     self.module, self.batches = tiny_images(5)
-    self.params = models.init_params(self.module, jax.random.key(0))
+    self.params = models.family_of(self.module).init(jax.random.key(0))
 
   def collect(self, out=None, params=None, **options):
     return statistics.collect(
@@ -634,14 +638,13 @@ class SurveyTest(absltest.TestCase):
 class AnswersTest(absltest.TestCase):
   def test_scores_are_log_likelihoods(self):
     module = models.build(SMALL)
-    params = models.init_params(module, jax.random.key(0))
+    params = models.family_of(module).init(jax.random.key(0))
     (batch,) = text_batches(1, rows=2)
     answers = np.array([[5, 6, 1, 0], [7, 1, 0, 0]])
-    found = models.answer_logits(module, answers)(params, batch)
+    found = models.family_of(module).answer_logits(answers)(params, batch)
     for c, answer in enumerate(answers):
       targets = np.stack([answer] * 2)
-      given = models.logits(
-        module,
+      given = models.family_of(module).logits(
         params,
         {
           'encoder_input_tokens': batch['encoder_input_tokens'],

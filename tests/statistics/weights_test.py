@@ -26,7 +26,7 @@ def classifier():
   module = models.build(
     dict(model_type='mlp', hidden=(4,), image_shape=(2, 2, 1), classes=3)
   )
-  return module, models.init_params(module, jax.random.key(0))
+  return module, models.family_of(module).init(jax.random.key(0))
 
 
 def images(weights):
@@ -143,7 +143,7 @@ class PackedTest(parameterized.TestCase):
     rng = np.random.default_rng(0)
     self.params = jax.tree.map(
       lambda leaf: leaf + np.float32(0.3 * rng.normal(size=leaf.shape)),
-      models.init_params(self.module, jax.random.key(0)),
+      models.family_of(self.module).init(jax.random.key(0)),
     )
     self.examples = [rng.integers(2, 16, n) for n in (3, 1, 3, 4, 1)]
 
@@ -151,7 +151,9 @@ class PackedTest(parameterized.TestCase):
     """Against gradients of one example at a time, without any packing."""
 
     def log_p(params, batch):
-      given = jax.nn.log_softmax(models.logits(self.module, params, batch))
+      given = jax.nn.log_softmax(
+        models.family_of(self.module).logits(params, batch)
+      )
       picked = batch['decoder_target_tokens'][..., None]
       real = (picked > 0).astype(given.dtype)
       return (jax.numpy.take_along_axis(given, picked, axis=2) * real).sum()
@@ -189,13 +191,14 @@ class PackedTest(parameterized.TestCase):
   def test_what_packed_rows_cannot_give(self):
     batch = packed(self.examples, 3)
     encoder = {**batch, 'encoder_input_tokens': batch['decoder_target_tokens']}
-    for estimator, given in (('exact', batch), ('sampled', encoder)):
+    answers = models.family_class('t5x')(self.module)
+    for estimator, given, model in (
+      ('exact', batch, self.module),
+      ('sampled', encoder, answers),
+    ):
       with self.assertRaisesRegex(errors.UserError, 'decoder_segment_ids'):
         statistics.collect(
-          statistics.fisher(estimator=estimator),
-          self.module,
-          self.params,
-          [given],
+          statistics.fisher(estimator=estimator), model, self.params, [given]
         )
 
 

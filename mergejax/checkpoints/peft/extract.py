@@ -19,13 +19,10 @@ from mergejax.checkpoints.peft import stored_transposed
 from mergejax.core import errors
 from mergejax.core import numerics
 from mergejax.core import tree
+from mergejax.names import known
 
 # Linear kernels by the names of Hugging Face decoders and encoders.
 KERNELS = r'.*\.weight'
-# Embeddings, which PEFT adapts by other tensors; and heads, by default.
-_TABLES = re.compile(
-  r'(.*\.)?(\w*embed(?!_out)\w*|wte|wpe|shared|relative_attention_bias)\.weight'
-)
 _HEADS = re.compile(r'(.*\.)?(lm_head|embed_out)\.weight')
 
 
@@ -91,7 +88,7 @@ def extract_lora(
     for path, spec in specs.items()
     if len(spec.shape) == 2
     and re.fullmatch(match, path)
-    and not _TABLES.fullmatch(path)
+    and not known.ADAPTED_TABLE.fullmatch(path)
     and (match != KERNELS or not _HEADS.fullmatch(path))
   ]
   if not kernels:

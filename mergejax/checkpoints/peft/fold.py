@@ -135,8 +135,10 @@ class AdapterStore(base.ParamStore):
       self._fold_tokens(module, name)
     self._check_complete(names)
     for leaf in self._edits:
-      shape = self._specs[leaf].shape
-      self._specs[leaf] = typing.LeafSpec(shape, np.dtype(np.float32))
+      spec = self._specs[leaf]
+      self._specs[leaf] = typing.LeafSpec(
+        spec.shape, np.dtype(np.float32), spec.axes
+      )
 
   def specs(self) -> typing.SpecTree:
     return self._specs
@@ -257,7 +259,9 @@ class AdapterStore(base.ParamStore):
         f'(`model.resize_token_embeddings({spec.shape[0]})`).'
       )
     self._saved[leaf] = name
-    self._specs[leaf] = typing.LeafSpec(spec.shape, np.dtype(np.float32))
+    self._specs[leaf] = typing.LeafSpec(
+      spec.shape, np.dtype(np.float32), spec.axes
+    )
 
   def _nowhere(self, name, leaf):
     where = f'{self._model.name} has no {leaf}'

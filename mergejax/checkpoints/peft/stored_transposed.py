@@ -7,11 +7,8 @@ here the names and the shapes of the checkpoint tell: a kernel that makes
 queries, keys and values of its inputs is three times as wide as it is high.
 """
 
-import re
-
 from mergejax.core import typing
-
-_NAMES = re.compile(r'(.*\.)?(c_attn|q_attn|c_proj|c_fc)')
+from mergejax.names import known
 
 
 def find(specs: typing.SpecTree) -> bool | None:
@@ -35,4 +32,4 @@ def find(specs: typing.SpecTree) -> bool | None:
 
 def is_one(module: str) -> bool:
   """True for the names that such layers have, where a model has them at all."""
-  return _NAMES.fullmatch(module) is not None
+  return known.TRANSPOSED.fullmatch(module) is not None

@@ -29,7 +29,7 @@ _ARCHITECTURE = (
 )  # fmt: skip
 # The result has its own, or they are of no use to it.
 _OWN = (
-  'config.json', 'README.md', 'recipe.yaml', 'manifest.json', 'adapter_*',
+  'config.json', 'axes.json', 'README.md', 'recipe.yaml', 'manifest.json', 'adapter_*',
   '.*', '*.safetensors', '*.safetensors.index*.json',
 )  # fmt: skip
 # A merge may change what these say.

@@ -145,7 +145,7 @@ class _Execution:
     limit = max_shard_bytes
     if self._single or format != 'safetensors':
       limit = sys.maxsize
-    self._shards = safetensors.lay_out(specs, limit)
+    self._shards = safetensors.lay_out(specs, limit, with_axes=self._single)
     self._specs = specs
     self._timers = pieces.Timers()
     self._stop = threading.Event()

@@ -12,7 +12,6 @@ import pathlib
 import re
 from typing import Any
 
-from mergejax import architectures
 from mergejax.checkpoints import base as store_base
 from mergejax.checkpoints import buffers
 from mergejax.checkpoints import checkpoint
@@ -23,6 +22,7 @@ from mergejax.core import errors
 from mergejax.merging.disk import companions
 from mergejax.merging.disk import vocabularies
 from mergejax.merging.recipes import recipe as recipe_lib
+from mergejax.models import architectures
 
 
 class Inputs:

@@ -18,21 +18,9 @@ from mergejax.core import typing
 from mergejax.merging.disk import inputs as inputs_lib
 from mergejax.merging.disk import layer_configs
 from mergejax.merging.recipes import recipe as recipe_lib
+from mergejax.names import known
 
 Ref = tuple[str, typing.Path]
-
-# The outermost number counts: T5 has `encoder.block.3.layer.0`.
-LAYER = re.compile(
-  r'(?P<stem>(?:.*?[./])?'
-  # flax's own numbers follow the name of the block: `encoderblock_3`.
-  r'(?:(?i:(?:(?:encoder|decoder|transformer|residual|res)_?)?'
-  r'(?:layers?|blocks?))|h|resblocks)[._/])'
-  r'(?P<index>\d+)(?P<rest>[./].*)'
-)
-# T5 keeps the relative positions of all layers in the first one.
-_OF_ALL_LAYERS = re.compile(r'.*\.relative_attention_bias\..*')
-# What comes before the layers; everything else outside of them comes after.
-FIRST = re.compile(r'.*(embed|wte|wpe|shared|token_embedder).*')
 
 # Parts of models that join several; first match wins.
 _TOWERS = (
@@ -92,7 +80,7 @@ def layer_counts(paths: Iterable[typing.Path]) -> dict[str, int]:
   """
   counts: dict[str, int] = {}
   for path in paths:
-    match = LAYER.fullmatch(path)
+    match = known.LAYER.fullmatch(path)
     if match:
       stem = match['stem']
       counts[stem] = max(counts.get(stem, 0), int(match['index']) + 1)
@@ -326,8 +314,8 @@ class _Layout:
     module = self._module(f'{part.stem}0.')
     for path in self._ends(part, self._reference):
       # What belongs to other stacks stays together.
-      other = LAYER.fullmatch(path) or self._module(path) != module
-      early = bool(other or FIRST.fullmatch(path))
+      other = known.LAYER.fullmatch(path) or self._module(path) != module
+      early = bool(other or known.FIRST.fullmatch(path))
       one = first if early else last
       refs = [(source.model, path) for source in one.inputs]
       base = (one.base, path) if one.base else None
@@ -363,7 +351,7 @@ class _Layout:
 
   def _ends(self, part, paths):
     for path in paths:
-      match = LAYER.fullmatch(path)
+      match = known.LAYER.fullmatch(path)
       if part.covers(path) and not (match and match['stem'] == part.stem):
         yield path
 
@@ -377,9 +365,9 @@ class _Layout:
     rests = {}
     for model, layer in filter(None, [*sources, origin]):
       for path in self._specs[model]:
-        match = LAYER.fullmatch(path)
+        match = known.LAYER.fullmatch(path)
         found = match and match['stem'] + match['index']
-        shared = _OF_ALL_LAYERS.fullmatch(path)
+        shared = known.OF_ALL_LAYERS.fullmatch(path)
         if found == (f'{stem}0' if shared else layer) and not (shared and at):
           rests[match['rest']] = shared
     result = []

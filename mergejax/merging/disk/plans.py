@@ -170,7 +170,7 @@ class Plan:
       return True
     method = task.settings.method
     stack = axes_lib.stacked(task.spec) and method.of_slices
-    if stack or 'gram' in method.needs:
+    if stack or not all(need.is_leaf for need in method.statistics):
       return False
     if method.view == 'element':
       return True

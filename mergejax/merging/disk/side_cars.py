@@ -10,6 +10,7 @@ import pathlib
 import yaml
 
 import mergejax
+from mergejax.checkpoints import axes_file
 from mergejax.checkpoints import checkpoint
 from mergejax.checkpoints import vocabulary
 from mergejax.core import numerics
@@ -37,6 +38,9 @@ def write(plan: plans.Plan, result: pathlib.Path) -> None:
   if config is not None:
     config = configs.changed(config, plan.config, _dtype(plan))
     write_text(result / checkpoint.CONFIG, _json(config))
+  axes = {t.path: t.spec.axes for t in plan.tasks if t.spec.axes is not None}
+  if axes:
+    write_text(result / axes_file.NAME, axes_file.text(axes))
   source = plan.tokenizer.folder
   companions.find(reference, source).copy_to(result)
   if source != reference:

@@ -5,7 +5,6 @@
 Rows are matched by token where a recipe names a tokenizer, else by number.
 """
 
-import re
 from typing import NamedTuple
 
 import numpy as np
@@ -15,21 +14,7 @@ from mergejax.core import errors
 from mergejax.core import typing
 from mergejax.merging.disk import companions
 from mergejax.merging.recipes import recipe as recipe_lib
-
-# Tables of one row a token, and what makes logits of one number a token.
-_TABLE = re.compile(
-  r'(.*[./])?(embed(?!\w*pos)\w*|wte|shared|tok(en)?s?_embed\w*|word_embeddings)'
-  r'[./](weight|embedding)'
-)
-_HEAD = re.compile(
-  r'(.*\.)?(\w*lm_head|lm_head\.(decoder|out_proj)|embed_out|proj_out|'
-  r'(cls\.)?predictions\.decoder|vocab_projector|output_projection)'
-  r'\.(weight|bias)|(.*\.)?(cls\.)?predictions\.bias'
-)
-# The same with tokens along the last axis.
-_TURNED = re.compile(
-  r'(.*[./])?(final_logits_bias|(lm_head|logits_dense|decoder)/kernel)'
-)
+from mergejax.names import known
 
 
 class Leaves(NamedTuple):
@@ -63,8 +48,8 @@ def leaves_of(specs: typing.SpecTree) -> Leaves:
   named = {
     path: spec
     for path, spec in specs.items()
-    if (_TABLE.fullmatch(path) and len(spec.shape) == 2)
-    or (_HEAD.fullmatch(path) and len(spec.shape) in (1, 2))
+    if (known.TABLE.fullmatch(path) and len(spec.shape) == 2)
+    or (known.HEAD.fullmatch(path) and len(spec.shape) in (1, 2))
   }
   rows = max(
     (s.shape[0] for s in named.values() if len(s.shape) == 2), default=0
@@ -74,7 +59,7 @@ def leaves_of(specs: typing.SpecTree) -> Leaves:
     path: spec
     for path, spec in specs.items()
     if (path in named and rows / 2 < spec.shape[0] < rows)
-    or (_TURNED.fullmatch(path) and rows and spec.shape[-1] == rows)
+    or (known.TURNED.fullmatch(path) and rows and spec.shape[-1] == rows)
   }
   return Leaves(rows, own, odd)
 

@@ -40,37 +40,6 @@ def small_pieces():
   )
 
 
-def recipe_of(row, base, paths, stats=()):
-  options = {
-    'lambda' if name == 'scale' and row.name != 'passthrough' else name: value
-    for name, value in row.options.items()
-    if not isinstance(value, list)
-  }
-  # What a recipe would fill in with mergekit's defaults.
-  for name, parameter in named.METHODS.options(row.name).items():
-    if name not in row.options and name not in ('scale', 'normalize_weights'):
-      if parameter.default is not parameter.empty:
-        options.setdefault(name, parameter.default)
-  entries = []
-  for k, path in enumerate(paths):
-    own = {n: v[k] for n, v in row.options.items() if isinstance(v, list)}
-    if row.weights is not None:
-      own['weight'] = row.weights[k]
-    entries.append({'model': path, 'parameters': own})
-  recipe = {
-    'merge_method': row.name,
-    'models': entries,
-    'parameters': {
-      k: v for k, v in options.items() if not isinstance(v, (list, tuple))
-    },
-  }
-  if base is not None:
-    recipe['base_model'] = base
-  if stats:
-    recipe['stats'] = list(stats)
-  return recipe
-
-
 ODD_AXES = (('model.experts.kernel', ('embed', 'expert', 'mlp')),)
 
 
@@ -117,7 +86,7 @@ class EqualityTest(parameterized.TestCase):
         mj.save_checkpoint(stats_paths[-1], flat)
     method = named.resolve(row.name, **row.options)
     with_base = row.base or method.base == 'required'
-    recipe = recipe_of(
+    recipe = laws_test.recipe_of(
       row,
       str(folder / 'base') if with_base else None,
       [str(folder / n) for n in names[1:]],

@@ -15,6 +15,8 @@ import numpy as np
 
 from mergejax.core import errors
 from mergejax.core import typing
+from mergejax.models import base
+from mergejax.names import t5
 
 _T = True  # transposed
 
@@ -146,16 +148,6 @@ def _translate(name, side):
   )
 
 
-def has_tied_head(config: Mapping[str, Any]) -> bool:
-  """Whether a Hugging Face T5's head is its embedding, scaled by 1/sqrt(embed).
-
-  transformers 5 writes `tie_word_embeddings: true` for all of them, and says
-  with `scale_decoder_outputs` what the older key said.
-  """
-  tied = config.get('tie_word_embeddings', True)
-  return bool(config.get('scale_decoder_outputs', tied))
-
-
 def config_from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
   """Fields of `T5Config` from a Hugging Face `config.json` of type `t5`."""
   feed_forward = config.get('feed_forward_proj', 'relu')
@@ -171,7 +163,7 @@ def config_from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
     head_dim=config['d_kv'],
     mlp_dim=config['d_ff'],
     mlp_activations=activations,
-    logits_via_embedding=has_tied_head(config),
+    logits_via_embedding=t5.has_tied_head(config),
     relative_buckets=config.get('relative_attention_num_buckets', 32),
     relative_max_distance=config.get('relative_attention_max_distance', 128),
   )
@@ -214,3 +206,12 @@ def config_to_hf(config: Mapping[str, Any]) -> dict[str, Any]:
     eos_token_id=1,
     decoder_start_token_id=0,
   )
+
+
+CONVERSION = base.Conversion(
+  't5',
+  config_from_hf,
+  config_to_hf,
+  lambda leaves, config: from_hf(leaves, tied_head=t5.has_tied_head(config)),
+  to_hf,
+)
