@@ -76,9 +76,7 @@ def line(
     expected_name='model a', given_name='model b',
   )  # fmt: skip
   if points < 2:
-    raise errors.StructureError(
-      f'A line has at least two points, not {points}.'
-    )
+    raise errors.ConfigError(f'A line has at least two points, not {points}.')
   lambdas = np.linspace(0.0, 1.0, points)
   return Line(
     lambdas, _values(between, (a, b), evaluate, lambdas[:, None], prepare)

@@ -56,7 +56,7 @@ def check_experts(experts: int, mesh: jax.sharding.Mesh) -> None:
   """Raises if K experts do not divide over the branch axis of a mesh."""
   size = mesh.shape['branch']
   if experts % size:
-    raise errors.StructureError(
+    raise errors.ConfigError(
       f'{experts} experts do not divide over {size} branches of the mesh: '
       f'choose a number of branches that divides {experts}.'
     )

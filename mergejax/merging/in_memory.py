@@ -41,12 +41,12 @@ class Source:
       self.specs = source.specs()
       self.structure = None
 
-  def leaf(self, path):
+  def leaf(self, path: typing.Path) -> typing.Array:
     if self._store is None:
       return self._leaves[path]
     return tree_lib.flatten(self._store.read([path]))[path]
 
-  def layout(self, path):
+  def layout(self, path: typing.Path) -> Any:
     """The sharding of a leaf of a tree; stores have none."""
     leaf = None if self._store is not None else self._leaves[path]
     return getattr(leaf, 'sharding', None)
@@ -105,7 +105,7 @@ def merge(
       `jit` such numbers go through.
   """
   if not models:
-    raise errors.StructureError(
+    raise errors.ConfigError(
       'A merge needs at least one model; none was given.'
     )
   inputs = [Source(m, f'model {i}') for i, m in enumerate(models)]
@@ -201,7 +201,7 @@ def check_call(method, weights, count, base_input):
   """
   weights = base_lib.check_weights(method, weights, count)
   if method.base == 'required' and base_input is None:
-    raise errors.StructureError(
+    raise errors.ConfigError(
       'This method works on differences from a common ancestor: give it with '
       '`base=` (in a recipe: `base_model:`).'
     )
@@ -212,7 +212,7 @@ def _by_rule(rules, method, paths):
   """`[(method, paths)]`: the leaves of each rule, then those of none."""
   for pattern, own in rules:
     if isinstance(own, str) and own != COPY:
-      raise errors.StructureError(
+      raise errors.ConfigError(
         f'The rule {pattern!r} should give a method, such as mj.linear(), or '
         f'{COPY!r}, not {own!r}.'
       )
@@ -224,7 +224,7 @@ def _by_rule(rules, method, paths):
     )
   unused = [table[i][0] for i in range(len(rules)) if i not in chosen.values()]
   if unused:
-    raise errors.StructureError(
+    raise errors.ConfigError(
       f'These rules are the first match of no leaf:\n{errors.listed(unused)}'
     )
   groups = [

@@ -77,7 +77,7 @@ def checked_sum(weight: typing.Array) -> typing.Array:
   return weight
 
 
-def combination(**fields) -> base_lib.Merge:
+def combination(**fields: Any) -> base_lib.Merge:
   """`sum_k c_k theta_k` with coefficients that first passes found.
 
   Spherical means and model stock are of this form: their first passes need only

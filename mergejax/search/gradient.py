@@ -179,7 +179,7 @@ def learn(
       )
       value = float(value)
       if not np.isfinite(value):
-        raise errors.ConfigError(
+        raise errors.DataError(
           f'The loss of update {i} is {value}. Check the models and the batch, '
           'or lower the learning rate.'
         )
@@ -282,7 +282,7 @@ class _Mixer:
       p for p, s in first.specs.items() if numerics.is_averaged(s.dtype)
     ]
     if not self._mixed:
-      raise errors.ConfigError(
+      raise errors.StructureError(
         'These models have no floating parameters to mix.'
       )
     self.dtype = max(

@@ -124,7 +124,7 @@ def greedy(
   first = order[0]
   best = alone(first) if single is None else single[first]
   if best == -math.inf:
-    raise errors.ConfigError(
+    raise errors.DataError(
       'The best model has no finite score: check the evaluation, and the models.'
     )
   chosen, tried = [first], [best]

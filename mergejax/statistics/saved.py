@@ -205,13 +205,13 @@ def combine(
   """
   spec = parts[0].spec
   if any(part.spec != spec for part in parts) or not spec.combines:
-    raise errors.DataError(
+    raise errors.ConfigError(
       'Only Gram statistics, and others that say so, combine: a Fisher merge '
       'rescales each model.'
     )
   weights = [1.0] * len(parts) if weights is None else list(weights)
   if len(weights) != len(parts):
-    raise errors.DataError(
+    raise errors.ConfigError(
       f'{len(weights)} weight(s) for {len(parts)} statistics: one for each.'
     )
   paths = [set(part) for part in parts]
