@@ -17,6 +17,7 @@ test: $(VENV)/.test
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/pyright
 	$(BIN)/python -m pytest -q tests/floors_test.py
 
 $(VENV)/.run: $(SOURCES)

@@ -38,6 +38,7 @@ setuptools.setup(
   ],
   package_dir={'mergejax._gin': 'gin', 'mergejax._configs': 'configs'},
   package_data={
+    'mergejax': ['py.typed', '**/*.pyi'],
     'mergejax._gin': ['**/*.gin'],
     'mergejax._configs': ['**/*.yaml'],
   },
@@ -68,7 +69,8 @@ setuptools.setup(
       'pytest>=8.3',
       'pytest-xdist>=3.6',
     ],
-    'dev': ['ruff>=0.12'],
+    # With node as a wheel: nothing is fetched when it first runs.
+    'dev': ['pyright[nodejs]>=1.1.400', 'ruff>=0.12'],
   },
   entry_points={'console_scripts': ['mergejax = mergejax.cli.main:main']},
 )

@@ -18,7 +18,7 @@ from mergejax import models
 from mergejax.analysis import barrier
 from mergejax.evaluation import plots
 from mergejax.training import arrays
-from mergejax.training import losses
+from mergejax.training import objective
 
 # name: (model, task, training steps, learning rate)
 MODELS = {
@@ -69,7 +69,7 @@ def run(name, seed):
   spec = align.derive(apply, a, example)
   stream = arrays.ArrayStream(data, 250, seed=seed)
   batches = [next(stream) for _ in range(8)]
-  loss_fn = losses.make_loss(module, z_loss=0.0)
+  loss_fn = objective.make_loss(module, objective.cross_entropy(z_loss=0.0))
   loss = lambda params, batch: loss_fn(params, batch)[0]
   found = {
     'none': align.identity(spec),
@@ -91,7 +91,7 @@ def run(name, seed):
     line = barrier.line(
       a, moved, vision_models.evaluator(module, test), points=9
     )
-    lines[matching] = line
+    lines[matching] = line.lambdas, line.values['loss']
     result[matching] = {
       'loss barrier': line.barrier('loss'),
       'midpoint loss': float(line.values['loss'][4]),

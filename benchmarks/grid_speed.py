@@ -16,6 +16,7 @@ import numpy as np
 import real_data
 
 from mergejax import models
+from mergejax.evaluation import base as evaluation
 from mergejax.search import base as search_base
 from mergejax.search import grid
 
@@ -24,7 +25,7 @@ def main():
   module = models.build(dict(model_type='resnet'))
   one = lambda seed: models.family_of(module).init(jax.random.key(seed))
   data = jax.random.uniform(jax.random.key(9), (4, 128, 28, 28, 1))
-  evaluate = search_base.Evaluator(
+  evaluate = evaluation.Evaluator(
     lambda params, data: {
       'score': jax.lax.map(
         lambda images: (

@@ -18,7 +18,7 @@ import vision_models
 import mergejax as mj
 from mergejax import models
 from mergejax.training import arrays
-from mergejax.training import losses
+from mergejax.training import objective
 
 FIELDS = dict(model_type='vgg', channels=(16, 0, 32, 0, 64, 0), dense=(64,))
 START_STEPS, STEPS = 1500, 400
@@ -70,7 +70,8 @@ def multi_task(seed):
     'heads': {t: with_new_head(t, seed)['head'] for t in tasks},
   }
   optimizer = optax.adamw(optax.cosine_decay_schedule(1e-3, STEPS), weight_decay=0.0)  # fmt: skip
-  fns = {t: losses.make_loss(module_of(t), z_loss=0.0) for t in tasks}
+  plain = objective.cross_entropy(z_loss=0.0)
+  fns = {t: objective.make_loss(module_of(t), plain) for t in tasks}
 
   def loss(params, batches):
     return sum(

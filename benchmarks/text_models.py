@@ -24,7 +24,6 @@ from mergejax.data import features
 from mergejax.data import stream as stream_lib
 from mergejax.data import tasks
 from mergejax.training import arrays
-from mergejax.training import losses
 from mergejax.training import step as step_lib
 
 SENTIMENT = ('movie', 'books', 'dvd', 'electronics', 'kitchen')
@@ -224,13 +223,9 @@ def train(
     optimizer = optax.transforms.selective_transform(
       optimizer, freeze_mask=still
     )
-  step = jax.jit(
-    step_lib.make_step(losses.make_loss(the_module), optimizer),
-    donate_argnums=0,
-  )
-  state = step_lib.create(
-    jax.tree.map(jax.numpy.array, params), optimizer, jax.random.key(seed)
-  )
+  made = step_lib.make_step(the_module, optimizer)
+  step = jax.jit(made.update, donate_argnums=0)
+  state = made.init(jax.tree.map(jax.numpy.array, params), jax.random.key(seed))
   stream = arrays.ArrayStream(data, batch_size, seed=seed)
   for i in range(steps):
     state, metrics = step(state, next(stream))

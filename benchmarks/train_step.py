@@ -26,17 +26,16 @@ import time
 import jax
 import numpy as np
 
-from mergejax import models
 from mergejax import partition
 from mergejax.experts import branch
 from mergejax.nn import lm
 from mergejax.nn import t5
-from mergejax.training import losses
+from mergejax.training import objective
 from mergejax.training import optim
-from mergejax.training import step as step_lib
+from mergejax.training import trainer as trainer_lib
 
 # T5 1.1 of 9.7 million parameters.
-_T5 = dict(
+T5 = dict(
   vocab_size=512,
   emb_dim=256,
   num_heads=4,
@@ -87,8 +86,11 @@ def side_by_side(rounds: int, experts: int = 4) -> dict:
     module = lm.LanguageModel(lm.LMConfig(head_dim=64, **config))
     optimizer = optim.adafactor(0.01)
     key = jax.random.key(0)
-    seed = step_lib.create(models.family_of(module).init(key), optimizer, key)
-    step_fn = step_lib.make_step(losses.make_loss(module), optimizer)
+    single = trainer_lib.Trainer(module, optimizer, mesh=mesh)
+    several = branch.BranchTrainer(
+      module, optimizer, mesh=mesh, experts=range(experts)
+    )
+    step = single.step(1)
     tokens = np.random.default_rng(0).integers(
       3, 259, (experts, batch_size, length)
     )
@@ -96,17 +98,11 @@ def side_by_side(rounds: int, experts: int = 4) -> dict:
       'decoder_input_tokens': tokens.astype(np.int32),
       'decoder_target_tokens': tokens.astype(np.int32),
     }
-    alone = [
-      branch.place_state(mesh, jax.tree.map(np.asarray, seed), stacked=False)
-      for _ in range(experts)
-    ]
-    together = branch.place_state(
-      mesh, branch.branch_state(seed, experts), stacked=True
-    )
-    one = branch.compile_step(step_fn, mesh, alone[0], stacked=False)
-    many = branch.compile_step(step_fn, mesh, together, stacked=True)
-    put_one = branch.batch_placer(mesh, stacked=False)
-    put_many = branch.batch_placer(mesh, stacked=True)
+    layout, stacked = single.layout(step), several.layout(step)
+    alone = [single.init(step, layout, key) for _ in range(experts)]
+    together = several.init(step, stacked, key)
+    one, many = single.compile(step, layout), several.compile(step, stacked)
+    put_one, put_many = single.placer(), several.placer()
 
     def in_sequence(one=one, alone=alone, batch=batch, put=put_one):
       for i in range(experts):
@@ -137,21 +133,11 @@ def side_by_side(rounds: int, experts: int = 4) -> dict:
   return results
 
 
-def t5_step():
-  """A call that makes one training step of the T5."""
-  module = t5.Transformer(t5.T5Config(**_T5))
-  optimizer = optim.adafactor(0.01)
-  key = jax.random.key(0)
-  mesh = partition.make_mesh(devices=jax.devices()[:1])
-  state = step_lib.create(models.family_of(module).init(key), optimizer, key)
-  state = branch.place_state(mesh, state, stacked=False)
-  loss = losses.make_loss(module, normalizing_factor=None)
-  step = branch.compile_step(
-    step_lib.make_step(loss, optimizer), mesh, state, stacked=False
-  )
+def t5_batch() -> dict:
+  """A batch for the T5."""
   rng = np.random.RandomState(0)
   targets = rng.randint(3, 512, (_BATCH, _LENGTH_OUT)).astype(np.int32)
-  batch = {
+  return {
     'encoder_input_tokens': rng.randint(3, 512, (_BATCH, _LENGTH_IN)).astype(
       np.int32
     ),
@@ -159,6 +145,22 @@ def t5_step():
     'decoder_target_tokens': targets,
     'decoder_loss_weights': np.ones_like(targets),
   }
+
+
+def t5_step():
+  """A call that makes one training step of the T5."""
+  module = t5.Transformer(t5.T5Config(**T5))
+  optimizer = optim.adafactor(0.01)
+  key = jax.random.key(0)
+  mesh = partition.make_mesh(devices=jax.devices()[:1])
+  trainer = trainer_lib.Trainer(
+    module, optimizer, mesh=mesh,
+    objective=objective.cross_entropy(normalizing_factor=None),
+  )  # fmt: skip
+  made = trainer.step(1)
+  layout = trainer.layout(made)
+  state, step = trainer.init(made, layout, key), trainer.compile(made, layout)
+  batch = t5_batch()
   state = [state]
 
   def call():
@@ -215,7 +217,7 @@ for line in sys.stdin:
 
 def against_t5x(python: str, path: str, rounds: int) -> dict:
   """Our step and T5X's, one after the other in turn, each in its process."""
-  settings = json.dumps([_T5, _BATCH, _LENGTH_IN, _LENGTH_OUT])
+  settings = json.dumps([T5, _BATCH, _LENGTH_IN, _LENGTH_OUT])
   process = subprocess.Popen(
     [python, '-c', _T5X, settings],
     env=dict(os.environ, PYTHONPATH=path, JAX_PLATFORMS='cpu'),

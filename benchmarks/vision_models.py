@@ -17,9 +17,10 @@ from mergejax import models
 from mergejax.checkpoints import checkpoint
 from mergejax.core import tree as tree_lib
 from mergejax.data import images
-from mergejax.search import base as search_base
+from mergejax.evaluation import base as evaluation
 from mergejax.training import arrays
 from mergejax.training import losses
+from mergejax.training import objective
 from mergejax.training import step as step_lib
 
 TASKS = ('mnist', 'notmnist', 'usps', 'omniglot_alphabets')
@@ -56,13 +57,11 @@ def train(
     optimizer = optax.multi_transform(
       {'free': optimizer, 'still': optax.set_to_zero()}, labels
     )
-  step = jax.jit(
-    step_lib.make_step(losses.make_loss(module, z_loss=0.0), optimizer),
-    donate_argnums=0,
+  made = step_lib.make_step(
+    module, optimizer, objective=objective.cross_entropy(z_loss=0.0)
   )
-  state = step_lib.create(
-    jax.tree.map(jnp.array, params), optimizer, jax.random.key(seed)
-  )
+  step = jax.jit(made.update, donate_argnums=0)
+  state = made.init(jax.tree.map(jnp.array, params), jax.random.key(seed))
   stream = arrays.ArrayStream(data, batch_size, seed=seed)
   rng = np.random.default_rng(seed)
   for _ in range(steps):
@@ -84,7 +83,7 @@ def cached(name: str, make):
   return params
 
 
-def evaluator(module, data, size=200) -> search_base.Evaluator:
+def evaluator(module, data, size=200) -> evaluation.Evaluator:
   """Loss and accuracy on a split, to be compiled with a merge."""
   count = len(data['labels']) // size * size
   stacked = {
@@ -102,7 +101,7 @@ def evaluator(module, data, size=200) -> search_base.Evaluator:
     loss, right = jax.lax.map(one, data)
     return {'loss': loss.mean(), 'accuracy': right.mean()}
 
-  return search_base.Evaluator(score, jax.device_put(stacked))
+  return evaluation.Evaluator(score, jax.device_put(stacked))
 
 
 def scorer(module, data, size=200):

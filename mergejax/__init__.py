@@ -3,19 +3,27 @@
 """mergejax: train experts and merge models in JAX.
 
 `import mergejax as mj` is light: every name below loads where it is first
-used, and none of TensorFlow, seqio or gin loads before it is needed.
+used, and none of TensorFlow, seqio or gin loads before it is needed. What an
+editor reads of them stands in `__init__.pyi`.
 """
 
-import importlib
+from mergejax.core import lazy
 
 __version__ = '0.1.0'
 
 # public name -> (module, attribute or None for the module itself)
 _PUBLIC = {
+  'CheckpointError': ('mergejax.core.errors', 'CheckpointError'),
+  'ConfigError': ('mergejax.core.errors', 'ConfigError'),
+  'DataError': ('mergejax.core.errors', 'DataError'),
   'Merge': ('mergejax.methods.base', 'Merge'),
+  'RecipeError': ('mergejax.core.errors', 'RecipeError'),
+  'Stopped': ('mergejax.core.errors', 'Stopped'),
+  'StructureError': ('mergejax.core.errors', 'StructureError'),
   'UserError': ('mergejax.core.errors', 'UserError'),
   'align': ('mergejax.align', None),
   'analogy': ('mergejax.methods.arithmetic', 'analogy'),
+  'analysis': ('mergejax.analysis', None),
   'arcee_fusion': ('mergejax.methods.swap', 'arcee_fusion'),
   'breadcrumbs': ('mergejax.methods.ties', 'breadcrumbs'),
   'breadcrumbs_ties': ('mergejax.methods.ties', 'breadcrumbs_ties'),
@@ -34,6 +42,7 @@ _PUBLIC = {
   'load_recipe': ('mergejax.merging.recipes.recipe', 'load_recipe'),
   'make_mesh': ('mergejax.partition', 'make_mesh'),
   'merge': ('mergejax.merging.api', 'merge'),
+  'methods': ('mergejax.methods', None),
   'model_stock': ('mergejax.methods.sphere', 'model_stock'),
   'models': ('mergejax.models', None),
   'multislerp': ('mergejax.methods.sphere', 'multislerp'),
@@ -41,6 +50,7 @@ _PUBLIC = {
   'negate': ('mergejax.methods.arithmetic', 'negate'),
   'nuslerp': ('mergejax.methods.sphere', 'nuslerp'),
   'open_checkpoint': ('mergejax.checkpoints.checkpoint', 'open_checkpoint'),
+  'partition': ('mergejax.partition', None),
   'passthrough': ('mergejax.methods.mean', 'passthrough'),
   'plan': ('mergejax.merging.disk.planner', 'plan'),
   'ram': ('mergejax.methods.ram', 'ram'),
@@ -48,25 +58,14 @@ _PUBLIC = {
   'regmean': ('mergejax.methods.regmean', 'regmean'),
   'save_checkpoint': ('mergejax.checkpoints.checkpoint', 'save_checkpoint'),
   'sce': ('mergejax.methods.select_erase', 'sce'),
+  'search': ('mergejax.search', None),
   'select': ('mergejax.select', None),
   'slerp': ('mergejax.methods.sphere', 'slerp'),
   'stats': ('mergejax.statistics', None),
   'task_arithmetic': ('mergejax.methods.arithmetic', 'task_arithmetic'),
+  'training': ('mergejax.training', None),
   'ties': ('mergejax.methods.ties', 'ties'),
 }
 
-__all__ = sorted(_PUBLIC) + ['__version__']
-
-
-def __getattr__(name):
-  if name not in _PUBLIC:
-    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-  module, attribute = _PUBLIC[name]
-  loaded = importlib.import_module(module)
-  value = loaded if attribute is None else getattr(loaded, attribute)
-  globals()[name] = value
-  return value
-
-
-def __dir__():
-  return __all__
+__getattr__, __dir__, __all__ = lazy.attach(__name__, _PUBLIC)
+__all__ += ['__version__']

@@ -16,6 +16,7 @@ import contextlib
 import contextvars
 import dataclasses
 import math
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
@@ -92,16 +93,6 @@ class ShardingRules:
               f'The rule {name!r} of {kind}: {errors.near(axis, AXES, "mesh axis")}'
             )
 
-  @classmethod
-  def fsdp(cls) -> 'ShardingRules':
-    """The standard rules, with parameters and moments spread over `data` too.
-
-    No device holds a whole parameter; each is gathered where it is used.
-
-    Source: Zhao et al., "PyTorch FSDP" (2023), https://arxiv.org/abs/2304.11277.
-    """
-    return cls().replace(params={'embed': 'data'})
-
   def replace(
     self,
     params: Mapping[str, Target] | None = None,
@@ -117,6 +108,16 @@ class ShardingRules:
 def standard() -> ShardingRules:
   """T5X's standard rules: tensor parallelism over `model`, rows over `data`."""
   return ShardingRules()
+
+
+def fsdp() -> ShardingRules:
+  """The standard rules, with parameters and moments spread over `data` too.
+
+  No device holds a whole parameter; each is gathered where it is used.
+
+  Source: Zhao et al., "PyTorch FSDP" (2023), https://arxiv.org/abs/2304.11277.
+  """
+  return ShardingRules().replace(params={'embed': 'data'})
 
 
 def join_processes(
@@ -154,7 +155,7 @@ def make_mesh(
   data: int = -1,
   expert: int = 1,
   model: int = 1,
-  devices: Sequence[jax.Device] | None = None,
+  devices: Sequence[Any] | None = None,
 ) -> jax.sharding.Mesh:
   """Builds the mesh `(branch, data, expert, model)`.
 
@@ -321,19 +322,23 @@ def rules_of(mesh: jax.sharding.Mesh, rules: ShardingRules) -> Iterator[None]:
     _ACTIVE.reset(token)
 
 
-def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
-  """Tells the compiler how an activation lies; the numbers stay as they are.
+def constrain(x: typing.Tree, axes: Sequence[str | None]) -> typing.Tree:
+  """Tells the compiler how activations lie; the numbers stay as they are.
 
   Modules call it where layers meet. Outside of `rules_of` it gives back `x`.
 
   Args:
-    x: `<any>[...]`.
+    x: `<any>[...]`, or several with the same axes.
     axes: a logical name for every axis, None where the compiler may choose.
   """
   active = _ACTIVE.get()
   if active is None:
     return x
   mesh, rules = active
+  return jax.tree.map(lambda leaf: _constrained(leaf, axes, mesh, rules), x)
+
+
+def _constrained(x, axes, mesh, rules):
   spec = spec_for(axes, x.shape, mesh, rules.activations)
   # What should be spread but does not divide is for the compiler to lay out.
   spec = PartitionSpec(*(

@@ -17,7 +17,6 @@ from mergejax import partition
 from mergejax.core import tree as tree_lib
 from mergejax.experts import branch
 from mergejax.merging import in_memory
-from mergejax.methods import base as merging
 from mergejax.methods import named
 
 
@@ -169,7 +168,7 @@ def run(row, models, base, weights=None, **kwargs):
   return in_memory.merge(
     models,
     method,
-    base=base if row.base or method.needs_base else None,
+    base=base if row.base or method.base == 'required' else None,
     weights=weights[: len(models)] if weights is not None else None,
     **{'stats': stats, **kwargs},
   )
@@ -233,7 +232,7 @@ def expected(row, models, base, weights=None):
   weights = weights or row.weights or (1.0,) * len(models)
   merged = row.oracle(
     [split(m) for m in models],
-    split(base) if row.base or method.needs_base else None,
+    split(base) if row.base or method.base == 'required' else None,
     weights[: len(models)],
     **options,
   )
@@ -343,7 +342,7 @@ class LawsTest(parameterized.TestCase):
     base, *models = make(row.models + 1)
     method = named.resolve(row.name, **row.options)
     self.assertTrue(method.separable)
-    given = base if row.base or method.needs_base else None
+    given = base if row.base or method.base == 'required' else None
     merge = lambda m: in_memory.merge(
       models, m, base=given, weights=row.weights, axes=AXES,
       stats=make_stats(row, models),
@@ -370,14 +369,14 @@ class LawsTest(parameterized.TestCase):
       del state
       total = states[0]
       for one in states[1:]:
-        total = merging.add_states(total, one)
+        total = jax.tree.map(jnp.add, total, one)
       states.clear()
       return method.finish(total, base=base)
 
     alone = method._replace(update=split, finish=finish)
     added = in_memory.merge(
       models, alone, weights=row.weights, axes=AXES,
-      base=base if row.base or method.needs_base else None,
+      base=base if row.base or method.base == 'required' else None,
       stats=make_stats(row, models),
     )  # fmt: skip
     assert_close(added, run(row, models, base), row.tolerance)
@@ -456,7 +455,7 @@ class LawsTest(parameterized.TestCase):
       model['ids'] = np.arange(3, dtype=np.int32) + k
       model['none'] = np.zeros((0, 2), np.float32)
     method = named.resolve(row.name, **row.options)
-    with_base = row.base or method.needs_base
+    with_base = row.base or method.base == 'required'
     merged = branch.merge_experts(
       jax.tree.map(lambda *leaves: np.stack(leaves), *models),
       method,
@@ -513,7 +512,7 @@ class LawsTest(parameterized.TestCase):
     merged = mj.merge(
       paths[1:],
       method,
-      base=paths[0] if row.base or method.needs_base else None,
+      base=paths[0] if row.base or method.base == 'required' else None,
       weights=row.weights,
       axes=AXES,
       stats=make_stats(row, models),

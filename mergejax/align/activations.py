@@ -259,4 +259,7 @@ def statistics(
     if not unit.stack:
       laid = laid.mean(axis=0, keepdims=True)
     found.setdefault(child, []).append(laid)
-  return {child: sum(some) / len(some) for child, some in found.items()}
+  return {
+    child: np.asarray(sum(several)) / len(several)
+    for child, several in found.items()
+  }

@@ -126,8 +126,9 @@ class Pairs:
 
   def _others(self, unit, path):
     """Units of a leaf beside this one."""
-    leaders = {self._leader.get(n) for n in self._factors[path]}
-    return leaders - {None, unit.name}
+    names = self._factors[path]
+    leaders = {self._leader[n] for n in names if n in self._leader}
+    return leaders - {unit.name}
 
   def settled(self, unit: Unit, waiting: Collection[str]) -> float:
     """The share of a unit's weights that touch no waiting unit."""
@@ -169,15 +170,14 @@ class Pairs:
   def _of_leaf(self, unit, child, path, others):
     """What one leaf adds; remembered, as most others stay between visits."""
     cached = self._known.get((unit.name, path))
-    moved = None
+    value, updates = None, 0
     if cached is not None:
       moved = [n for n, x in others.items() if (x != cached.others[n]).any()]
       if not moved:
         return cached.value
-    value = None
-    if moved is not None and len(moved) == 1 and cached.updates < _UPDATES:
-      value = self._updated(unit, child, path, cached, moved[0], others)
-    updates = cached.updates + 1 if value is not None else 0
+      if len(moved) == 1 and cached.updates < _UPDATES:
+        value = self._updated(unit, child, path, cached, moved[0], others)
+      updates = cached.updates + 1 if value is not None else 0
     if value is None:
       b = spec_lib.permute_leaf(self._spec, path, self._b[path], others)
       value = self._compared(unit, child, path, self._a[path], b)
@@ -210,8 +210,8 @@ class Pairs:
     """`[stack, n, m, n, m]` inner products over all other axes."""
     names = self._factors[path]
     batch = tuple(names.index(s) for s in unit.stack)
-    rows = (names.index(unit.name),)
-    rows += () if child is None else (names.index(child),)
-    found = _inner(a, b, batch, rows)
+    rows = [names.index(unit.name)]
+    rows += [] if child is None else [names.index(child)]
+    found = _inner(a, b, batch, tuple(rows))
     counts = [a.shape[rows[0]], 1 if child is None else a.shape[rows[1]]]
     return found.reshape(-1, *counts, *counts)

@@ -204,9 +204,13 @@ def permute_leaf(
 ) -> Any:
   """Applies permutations to an unfolded leaf; groups not given stay."""
   factors = [f.name for axis in spec.leaves[path] for f in axis]
-  xp = np if isinstance(leaf, np.ndarray) else jnp
+  xp: Any = np if isinstance(leaf, np.ndarray) else jnp
   # Leaders first: those that follow are numbered in their new places.
-  groups = [n for n in factors if n in spec.groups and n in permutation]
+  groups = [
+    n
+    for n in factors
+    if n is not None and n in spec.groups and n in permutation
+  ]
   for name in sorted(groups, key=lambda n: len(spec.groups[n].parents)):
     at, index = factors.index(name), permutation[name]
     parents = spec.groups[name].parents

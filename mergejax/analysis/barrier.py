@@ -14,6 +14,7 @@ from mergejax.core import errors
 from mergejax.core import numerics
 from mergejax.core import tree as tree_lib
 from mergejax.core import typing
+from mergejax.evaluation import base as evaluation
 from mergejax.search import base as search_base
 from mergejax.search import grid
 
@@ -45,7 +46,7 @@ class Line:
 def line(
   a: typing.Tree,
   b: typing.Tree,
-  evaluate: search_base.Evaluator | Callable[[typing.Tree], Mapping[str, Any]],
+  evaluate: evaluation.Evaluator | Callable[[typing.Tree], Mapping[str, Any]],
   *,
   points: int = 25,
   prepare: Callable[[typing.Tree], typing.Tree] | None = None,
@@ -130,7 +131,7 @@ def plane(
   a: typing.Tree,
   b: typing.Tree,
   c: typing.Tree,
-  evaluate: search_base.Evaluator | Callable[[typing.Tree], Mapping[str, Any]],
+  evaluate: evaluation.Evaluator | Callable[[typing.Tree], Mapping[str, Any]],
   *,
   points: int = 11,
   margin: float = 0.2,

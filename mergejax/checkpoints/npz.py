@@ -53,7 +53,7 @@ class NpzStore(base.ParamStore):
     match = _DTYPE_SUFFIX.fullmatch(member)
     kind = getattr(ml_dtypes, match['dtype'], None) if match else None
     bits = isinstance(kind, type) and np.dtype(f'u{np.dtype(kind).itemsize}')
-    if bits == dtype:
+    if match is not None and bits == dtype:
       name, dtype = match['name'], np.dtype(kind)
     elif dtype.kind == 'V' and dtype.names is None and dtype.itemsize == 2:
       # numpy.savez of a bfloat16 array; no other dtype has two nameless bytes.

@@ -4,6 +4,7 @@
 
 import pathlib
 import re
+from typing import Any
 
 import jax
 import numpy as np
@@ -80,7 +81,10 @@ class OrbaxStore(base.ParamStore):
   """
 
   def __init__(self, path: pathlib.Path):
-    self._directory = locate(path).absolute()
+    directory = locate(path)
+    if directory is None:
+      raise errors.CheckpointError(f'{path} is no orbax checkpoint.')
+    self._directory = directory.absolute()
     self._checkpointer = _checkpointer()
     self._trees = {self._directory: self._metadata(self._directory, path)}
     found = states.parameters(self._trees[self._directory], str(path))
@@ -104,7 +108,8 @@ class OrbaxStore(base.ParamStore):
 
   def _metadata(self, directory, path):
     try:
-      return self._checkpointer.metadata(directory).item_metadata.tree
+      metadata: Any = self._checkpointer.metadata(directory).item_metadata
+      return metadata.tree
     except Exception as error:  # orbax raises many kinds on damaged metadata
       raise errors.CheckpointError(
         f'{path} looks like an orbax checkpoint but its metadata cannot be '

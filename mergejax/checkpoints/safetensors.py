@@ -9,7 +9,7 @@ import pathlib
 import re
 import struct
 import sys
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -103,7 +103,7 @@ class SafetensorsStore(base.ParamStore):
       if spare != descriptor:
         os.close(descriptor)
         descriptor = spare
-    view = memoryview(out.view(np.uint8))
+    view = memoryview(out.view(np.uint8).data)
     position = self._offset[path] + start * out.itemsize
     while view:
       count = os.preadv(descriptor, [view], position)
@@ -232,7 +232,8 @@ def lay_out(
   shards = []
   for i, group in enumerate(groups, 1):
     # `format: pt` is what Hugging Face loaders ask for.
-    header, at = {'__metadata__': {'format': 'pt'}}, 0
+    header: dict[str, Any] = {'__metadata__': {'format': 'pt'}}
+    at = 0
     axes = {n: spec.axes for n, spec in group.items() if spec.axes is not None}
     if with_axes and axes:
       header['__metadata__'][axes_file.KEY] = axes_file.text(axes)

@@ -99,10 +99,12 @@ class T5xStore(base.ParamStore):
     import flax.serialization  # pylint: disable=import-outside-toplevel
 
     file = locate(path)
+    if file is None:
+      raise errors.CheckpointError(f'{path} is no T5X checkpoint.')
     self._folder = file.parent.absolute()
     self.provenance = {'format': 't5x', 'path': str(path)}
     try:
-      data = flax.serialization.msgpack_restore(file.read_bytes())
+      data: Any = flax.serialization.msgpack_restore(file.read_bytes())
       version = data.get('version')
       target = data['optimizer'].get('target') or {}
       state = data['optimizer'].get('state') or {}

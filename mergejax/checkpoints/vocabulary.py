@@ -53,7 +53,7 @@ def union(vocabularies: Sequence[Mapping[str, int]]) -> dict[str, int]:
   tokens = dict(vocabularies[0])
   row = max(tokens.values(), default=-1) + 1
   for vocabulary in vocabularies[1:]:
-    for token in sorted(vocabulary, key=vocabulary.get):
+    for token in sorted(vocabulary, key=vocabulary.__getitem__):
       if token not in tokens:
         tokens[token] = row
         row += 1
@@ -83,7 +83,7 @@ def extended_tokenizer(
     for entry in added_tokens(donor):
       said.setdefault(entry['content'], entry)
   added = list(data.get('added_tokens') or [])
-  for token in sorted(set(tokens) - set(known), key=tokens.get):
+  for token in sorted(set(tokens) - set(known), key=tokens.__getitem__):
     plain = dict.fromkeys(_FLAGS, False)
     entry = {key: said.get(token, plain).get(key, False) for key in _FLAGS}
     added.append({'id': tokens[token], 'content': token, **entry})

@@ -17,7 +17,7 @@ from mergejax.core import errors
 from mergejax.core import tree as tree_lib
 from mergejax.core import typing
 from mergejax.models import architectures
-from mergejax.training import losses
+from mergejax.training import objective
 
 METHODS = ('weights', 'activations', 'straight_through')
 
@@ -92,7 +92,7 @@ def _match(options, spec, module, a, b):
   ]
   if options.method == 'activations':
     return align.match_activations(spec, module, a, b, batches)
-  loss_fn = losses.make_loss(module, z_loss=0.0)
+  loss_fn = objective.make_loss(module, objective.cross_entropy(z_loss=0.0))
   stream = (batches[i % len(batches)] for i in range(options.steps))
   return align.match_straight_through(
     spec, lambda params, batch: loss_fn(params, batch)[0], a, b, stream,

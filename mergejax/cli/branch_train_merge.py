@@ -40,10 +40,13 @@ from mergejax.evaluation import base as evaluation_base
 from mergejax.evaluation import expert_table
 from mergejax.evaluation import plots
 from mergejax.evaluation import report
-from mergejax.evaluation import scoring
+from mergejax.evaluation import suite as suite_lib
 from mergejax.experts import branch
+from mergejax.training import checkpoints
+from mergejax.training import objective as objective_lib
 from mergejax.training import optim
-from mergejax.training import step as step_lib
+from mergejax.training import trainer as trainer_lib
+from mergejax.training import transforms as transforms_lib
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,7 +71,13 @@ class Settings:
     seed: seeds parameters and data order.
     mesh: sizes of the mesh axes `branch` and `data`; by default as many
       branches as divide both experts and devices.
-    loss: options of `losses.make_loss`.
+    loss: options of `objective.cross_entropy`.
+    objective: what is minimised, instead.
+    rules: what lies where on a mesh; see `partition.ShardingRules`.
+    transforms: what a step does besides; see `training.transforms`.
+    freeze: see `step.make_step`.
+    accumulate: likewise.
+    clip: likewise.
     scales: task arithmetic's candidates, chosen on validation.
     max_train_bytes: training text per domain; None keeps all.
     validation_sequences: rows per domain for choosing scales and priors.
@@ -91,6 +100,12 @@ class Settings:
   vocabulary: str = 'bytes'
   mesh: Mapping[str, int] | None = None
   loss: Mapping[str, Any] | None = None
+  objective: objective_lib.Objective | None = None
+  rules: partition.ShardingRules | None = None
+  transforms: Sequence[transforms_lib.StepTransform] = ()
+  freeze: Sequence[str] = ()
+  accumulate: int = 1
+  clip: float | None = None
   scales: Sequence[float] = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.6, 1.0)
   validation_sequences: int = 128
   test_sequences: int = 256
@@ -125,7 +140,7 @@ def run(settings: Callable[[], Settings] | Settings) -> None:
   task_of, mixture = prepare_data(settings)
   trained = train_all(settings, task_of, mixture)
   say('evaluating')
-  suite = scoring.of_corpora(
+  suite = suite_lib.of_corpora(
     task_of, length=settings.length, batch_size=settings.batch_size
   )
   table, roles, chosen, best_merge = expert_table.evaluate(
@@ -136,7 +151,7 @@ def run(settings: Callable[[], Settings] | Settings) -> None:
     scales=settings.scales,
     batch_size=settings.batch_size,
   )
-  train.save_model(
+  checkpoints.export(
     settings.directory / 'checkpoints' / 'best_merge',
     settings.module,
     best_merge,
@@ -151,20 +166,29 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
+# What runs of before did not have; said of a run that has it.
+_ADDED = ('objective', 'transforms', 'freeze', 'accumulate', 'clip')
+
+
 def describe(settings: Settings) -> dict[str, Any]:
   """The settings that make two runs the same, as plain data."""
-  fields = dataclasses.asdict(
-    dataclasses.replace(settings, module=None, optimizer=None, mesh=None)
-  )
-  for name in ('module', 'optimizer', 'model_dir', 'mesh', 'save_every'):
-    fields.pop(name)
+  left_out = {
+    'module', 'optimizer', 'model_dir', 'mesh', 'save_every', 'rules',
+    *_ADDED,
+  }  # fmt: skip
+  fields = {
+    field.name: getattr(settings, field.name)
+    for field in dataclasses.fields(settings)
+    if field.name not in left_out
+  }
   fields['corpora'] = (
     None if settings.corpora is None else str(settings.corpora)
   )
   fields['scales'] = list(settings.scales)
   fields['model'] = models.describe(settings.module)
   fields['optimizer'] = optim.describe(settings.optimizer)
-  return fields
+  added = {name: getattr(settings, name) for name in _ADDED}
+  return {**fields, **train.described(**added)}
 
 
 def layout(settings: Settings) -> dict[str, Any]:
@@ -244,6 +268,7 @@ def train_all(
   domains = list(task_of)
   side_by_side, single = make_meshes(settings, len(domains))
   total = settings.seed_steps + settings.branch_steps
+  data_seed = 1000 * settings.seed
 
   def stream(name, batch_size, seed):
     return stream_lib.SeqioStream(
@@ -254,65 +279,72 @@ def train_all(
       seed=seed,
     )
 
-  def phase(name, state, stream, mesh, steps, experts=None):
-    return train.fit_phase(
-      phase=name,
-      module=settings.module,
-      optimizer=settings.optimizer,
-      state=state,
-      stream=stream,
-      mesh=mesh,
+  def phase(name, stream, steps, state=None, experts=None):
+    shared = dict(
+      objective=train.objective_of(settings.objective, settings.loss),
+      rules=settings.rules,
+      transforms=settings.transforms,
+      callbacks=train.trainer_callbacks(),
+      freeze=settings.freeze,
+      accumulate=settings.accumulate,
+      clip=settings.clip,
+    )
+    model = settings.module, settings.optimizer
+    if experts is None:
+      trainer = trainer_lib.Trainer(*model, mesh=single, **shared)
+    else:
+      trainer = branch.BranchTrainer(
+        *model, mesh=side_by_side, experts=experts, **shared
+      )
+    return trainer.fit(
+      stream,
       steps=steps,
-      directory=settings.directory / 'train',
-      loss=settings.loss,
-      experts=experts,
+      directory=settings.directory / 'train' / name,
+      key=jax.random.key(settings.seed),
+      state=state,
       save_every=settings.save_every,
+      phase=name,
     )
 
-  key = jax.random.key(settings.seed)
-  data_seed = 1000 * settings.seed
-  params = models.init_params(settings.module, key)
-  seed_state = phase(
-    'seed',
-    step_lib.create(params, settings.optimizer, key),
-    stream(mixture, settings.batch_size, data_seed),
-    single,
-    settings.seed_steps,
-  )
   # Experts and dense model start from the very same host copy.
-  seed_state = partition.to_host(seed_state)
-  expert_state = phase(
+  seed = partition.to_host(
+    phase(
+      'seed',
+      stream(mixture, settings.batch_size, data_seed),
+      settings.seed_steps,
+    )
+  )
+  mine = branch.local_experts(side_by_side, len(domains))
+  experts = phase(
     'experts',
-    branch.branch_state(seed_state, len(domains)),
     # Not named: shuffle buffers of all domains must not outlive the phase.
     branch.StackedStream(
       [
         stream(task_of[domains[i]], settings.batch_size, data_seed + 1 + i)
-        for i in branch.local_experts(side_by_side, len(domains))
+        for i in mine
       ],
-      branch.local_experts(side_by_side, len(domains)),
+      mine,
     ),
-    side_by_side,
     total,
+    seed,
     domains,
   )
-  dense_state = phase(
+  dense = phase(
     'dense',
-    seed_state,
     stream(mixture, len(domains) * settings.batch_size, data_seed + 999),
-    single,
     total,
+    seed,
   )
   trained = expert_table.Models(
-    seed_state.params,
-    partition.to_host(expert_state.params),
-    partition.to_host(dense_state.params),
+    seed.params,
+    partition.to_host(experts.params),
+    partition.to_host(dense.params),
   )
   folder = settings.directory / 'checkpoints'
-  train.save_model(folder / 'seed', settings.module, trained.seed)
-  train.save_model(folder / 'dense', settings.module, trained.dense)
+  checkpoints.export(folder / 'seed', settings.module, trained.seed)
+  checkpoints.export(folder / 'dense', settings.module, trained.dense)
   for i, domain in enumerate(domains):
-    train.save_model(
+    checkpoints.export(
       folder / 'experts' / domain,
       settings.module,
       branch.unstack(trained.experts, i),

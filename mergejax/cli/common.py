@@ -13,15 +13,24 @@ import pathlib
 import re
 import signal
 import sys
-import threading
 
 from mergejax.core import errors
+from mergejax.core import stop as stop_lib
 
 # gin names of the past -> what to do instead.
 _REPLACED = {
   'TOTAL_STEPS': (
     'The learning rate spans SEED_STEPS + BRANCH_STEPS by itself: leave it out.'
   ),
+}
+# Modules of the past that gin files name -> their names now; longest first.
+_MOVED = {
+  'mergejax.train.hooks': 'mergejax.training.callbacks',
+  'mergejax.train': 'mergejax.training',
+  'mergejax.run': 'mergejax.cli',
+  'mergejax.stats': 'mergejax.statistics',
+  'mergejax.store': 'mergejax.checkpoints',
+  'mergejax.mesh': 'mergejax.partition',
 }
 
 
@@ -60,20 +69,16 @@ def run_reporting_mistakes(
     if whoever reads the output went away (`mergejax methods | head`).
   """
 
-  def stop(number, frame):
-    del number, frame
-    raise errors.Stopped('Stopped outside of a training step.')
-
-  # The training loop replaces this one while it runs, to end between steps.
-  in_main = threading.current_thread() is threading.main_thread()
-  previous = signal.signal(signal.SIGTERM, stop) if in_main else None
+  # What works in steps has a request of its own, to end between two of them.
+  stop = stop_lib.StopRequest(at_once='Stopped outside of a training step.')
   try:
-    try:
-      main()
-    except SystemExit:  # of `--help`
+    with stop:
+      try:
+        main()
+      except SystemExit:  # of `--help`
+        sys.stdout.flush()
+        raise
       sys.stdout.flush()
-      raise
-    sys.stdout.flush()
   except BrokenPipeError:
     # What is still in the buffer would complain again when Python ends.
     with contextlib.suppress(OSError):
@@ -99,9 +104,6 @@ def run_reporting_mistakes(
   except KeyboardInterrupt:
     print('mergejax: interrupted.', file=sys.stderr)
     return 130
-  finally:
-    if in_main:
-      signal.signal(signal.SIGTERM, previous)
   return 0
 
 
@@ -213,6 +215,14 @@ def parse_gin(
 
 def _explain(message: str) -> str:
   """gin's message, with near names for a parameter that does not exist."""
+  match = re.search(r"No module named '(mergejax\.[\w.]+)'", message)
+  for old, new in _MOVED.items() if match else ():
+    if (match[1] + '.').startswith(old + '.'):
+      return (
+        f'gin: there is no module {old} any more; it is {new} now. Change that '
+        'line of the gin file: what it imports is called as before. ('
+        f'{" ".join(message.split())})'
+      )
   match = re.search(
     r"Configurable '(\S+)' doesn't have a parameter named '(\w+)'", message
   )

@@ -6,23 +6,17 @@ from collections.abc import Sequence
 import json
 import pathlib
 import tempfile
-from typing import Any
-
-import flax.linen as nn
 
 from mergejax import models
 from mergejax.cli import common
 from mergejax.core import errors
-from mergejax.core import typing
 from mergejax.data import corpora
 from mergejax.data import features
 from mergejax.data import tasks
+from mergejax.evaluation import decode
 from mergejax.evaluation import plots
-from mergejax.evaluation import scoring
+from mergejax.evaluation import recipes
 from mergejax.evaluation import suite as suite_lib
-from mergejax.merging.disk import executor
-from mergejax.merging.disk import planner
-from mergejax.merging.recipes import recipe as recipe_lib
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -53,21 +47,6 @@ def main(arguments: Sequence[str]) -> None:
     pathlib.Path(options.json).write_text(text + '\n')
 
 
-def merged(recipe: Any) -> tuple[nn.Module, typing.Tree]:
-  """Module and parameters of a merge that a recipe describes.
-
-  The merge is made on disk, in a temporary folder, as `mergejax merge` does.
-  """
-  if not isinstance(recipe, dict):
-    parsed = recipe_lib.load_recipe(recipe)
-  else:
-    parsed = recipe_lib.parse_recipe(recipe)
-  with tempfile.TemporaryDirectory() as folder:
-    out = pathlib.Path(folder) / 'merged'
-    executor.execute(planner.plan(parsed), out)
-    return models.load_model(out)
-
-
 def _on_suite(options):
   suite = suite_lib.load(options.suite)
   experts = {n: t.expert for n, t in suite.tasks.items() if t.expert}
@@ -79,17 +58,13 @@ def _on_suite(options):
       '`base` or an `expert`.'
     )
 
-  def rows():
-    for path in paths:
-      recipe = pathlib.Path(path).suffix in ('.yaml', '.yml')
-      yield path, *(merged(path) if recipe else models.load_model(path))
-
-  table = suite.table(rows(), options.split)
+  rows = ((path, *recipes.load(path)) for path in paths)
+  table = suite.table(rows, options.split)
   print(suite.describe_metrics())
   print(table.to_text())
   result = {'raw': table.to_json()}
   if experts:
-    shares = table.normalised(experts)
+    shares = table.normalised(suite.experts(table))
     print("\nover the score of each task's own expert; more is better")
     print(shares.to_text())
     result['normalised'] = shares.to_json()
@@ -104,8 +79,7 @@ def _on_corpora(options):
   loaded = {}
   for path in options.checkpoints:
     loaded[path] = models.load_model(path)
-    needs = models.family_of(loaded[path][0]).example_batch()
-    if not set(needs) <= {'decoder_input_tokens', 'decoder_target_tokens'}:
+    if not decode.is_decoder_only(models.family_of(loaded[path][0])):
       raise errors.ConfigError(f'{path} is not a language model.')
   vocabulary = features.vocabulary(options.vocabulary)
   with tempfile.TemporaryDirectory() as folder:
@@ -113,7 +87,7 @@ def _on_corpora(options):
       corpora.read_folder(tasks.locate(options.corpora)), pathlib.Path(folder)
     )
     corpora.check_sizes(sizes, {options.split: 1})
-    suite = scoring.of_corpora(
+    suite = suite_lib.of_corpora(
       tasks.add_corpora(folder, vocabulary),
       length=options.length,
       batch_size=options.batch_size,

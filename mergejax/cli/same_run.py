@@ -13,7 +13,7 @@ import jax
 from mergejax.checkpoints import base
 from mergejax.checkpoints import checkpoint
 from mergejax.core import errors
-from mergejax.core import resume
+from mergejax.core import identity
 
 # Where and with what a run computes: they may change, and round otherwise.
 _LAYOUT, _CODE = 'layout', 'code'
@@ -45,16 +45,16 @@ def check(
     return
   found = checkpoint.read_json(file)
   before = {name: found.pop(name, {}) for name in (_LAYOUT, _CODE)}
-  differing = errors.differences(found, resume.canonical(wanted))
+  differing = errors.differences(found, identity.canonical(wanted))
   if differing:
     raise errors.ConfigError(
       f'{file.parent} holds a run with other settings:\n'
       f'{errors.listed(differing, 20)}\nName another folder, or remove it.'
     )
   moved = []
-  for name, now in ((_LAYOUT, where), (_CODE, resume.code())):
+  for name, now in ((_LAYOUT, where), (_CODE, identity.code())):
     if before[name] and now:
-      moved += errors.differences(before[name], resume.canonical(now))
+      moved += errors.differences(before[name], identity.canonical(now))
   if moved and jax.process_index() == 0:
     print(
       f'{file.parent} goes on where it was not begun ({"; ".join(moved)}): '
@@ -71,8 +71,8 @@ def write(
   """Notes what a run was begun with, whole or not at all; the first process."""
   if jax.process_index() == 0 and not file.exists():
     with base.atomic_path(file, overwrite=True) as temporary:
-      data = {**wanted, _LAYOUT: where, _CODE: resume.code()}
-      text = json.dumps(resume.canonical(data), indent=2) + '\n'
+      data = {**wanted, _LAYOUT: where, _CODE: identity.code()}
+      text = json.dumps(identity.canonical(data), indent=2) + '\n'
       temporary.write_text(text)
 
 

@@ -41,7 +41,6 @@ import pathlib
 import sys
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -51,11 +50,11 @@ from mergejax import models as models_lib
 from mergejax.checkpoints import base as store_base
 from mergejax.checkpoints import checkpoint
 from mergejax.cli import common
-from mergejax.cli import evaluate as evaluate_command
 from mergejax.cli import search_request
 from mergejax.core import tree as tree_lib
 from mergejax.evaluation import base as evaluation_base
 from mergejax.evaluation import plots
+from mergejax.evaluation import recipes
 from mergejax.search import base as base_lib
 from mergejax.search import evolve
 from mergejax.search import gradient
@@ -101,7 +100,11 @@ class _Search:
       recipe, log, names = self._search(params, base, evaluate)
     _write(self._out / 'recipe.yaml', yaml.safe_dump(recipe, sort_keys=False))
     if log.candidates and names:
-      plots.search(log, names, self._out / 'scores.png')
+      plots.search(
+        [one.point for one in log.candidates],
+        [one.objective for one in log.candidates],
+        names, self._out / 'scores.png',
+      )  # fmt: skip
       best = log.best()
       print(f'best      {best.objective:.4f} at {np.round(best.point, 4).tolist()}')  # fmt: skip
     print(f'recipe    {self._out / "recipe.yaml"}')
@@ -120,7 +123,7 @@ class _Search:
     """The models that rank first, by their mean place over the tasks."""
     request = self._request
     rank = {'pick': 2, 'score': 'logme', **(request.data['rank'] or {})}
-    tasks = {n: request.suite.batches(n, 'train') for n in request.tasks}
+    tasks = request.suite.read('train', request.tasks)
     table = ranking.rank(
       ((p, module, t) for p, t in zip(request.paths, params)), tasks,
       score=rank['score'],
@@ -175,25 +178,30 @@ class _Search:
 
     models = {'params': params, 'base': base, 'stats': stats}
     models = {name: one for name, one in models.items() if one is not None}
-    if request.strategy in ('grid', 'simplex'):
-      points = _points(request, space)
-      if space.vary in request.recipe.entry.counted:
-        evaluate = _plain(evaluate)
-      grid.grid(merge, models, evaluate, points, log=log, progress=_progress)
-    else:
-      score = _plain(evaluate)
-      evolve.evolve(
-        space, lambda point: score(merge(models, jnp.asarray(point, jnp.float32))),
-        budget=request.number('budget', 40), strategy=request.strategy,
-        seed=request.seed, log=log, progress=_progress,
-      )  # fmt: skip
+    with log:
+      if request.strategy in ('grid', 'simplex'):
+        points = _points(request, space)
+        if space.vary in request.recipe.entry.counted:
+          evaluate = evaluate.compiled()
+        grid.grid(merge, models, evaluate, points, log=log, progress=_progress)
+      else:
+        score = evaluate.compiled()
+        evolve.evolve(
+          space, lambda point: score(merge(models, jnp.asarray(point, jnp.float32))),
+          budget=request.number('budget', 40), strategy=request.strategy,
+          seed=request.seed, log=log, progress=_progress,
+        )  # fmt: skip
     return request.to_recipe(space, log.best().point), log, space.names
 
   def _greedy(self, params, evaluate):
     request, log = self._request, self._log()
-    soup = greedy.greedy(
-      params, _plain(evaluate), accept=request.data.get('accept', 'ge'), log=log
-    )
+    with log:
+      soup = greedy.greedy(
+        params,
+        evaluate.compiled(),
+        accept=request.data.get('accept', 'ge'),
+        log=log,
+      )
     print(f'soup      of {len(soup.ingredients)} models, {soup.score:.4f}')
     models = [{'model': request.paths[k]} for k in sorted(soup.ingredients)]
     recipe = {'merge_method': 'linear', 'models': models, **request.kept()}
@@ -202,9 +210,7 @@ class _Search:
   def _gradient(self, module, params, base):
     request = self._request
     entropy = request.data.get('loss') == 'entropy'
-    batches = {
-      n: request.suite.batches(n, request.split) for n in request.tasks
-    }
+    batches = request.suite.read(request.split, request.tasks)
     rate = request.number('learning_rate', 1e-3 if entropy else 0.05)
     total = sum(map(len, batches.values()))
     steps = request.number('budget', 1000 if entropy else 5 * total)
@@ -212,11 +218,14 @@ class _Search:
     rng = np.random.default_rng(request.seed)
     groups = batches.values() if entropy else [sum(batches.values(), [])]
     rounds = zip(*(_shuffled(some, steps, rng) for some in groups))
+    family = models_lib.family_of(module)
     one_loss = _entropy if entropy else _cross_entropy
 
-    def loss(params, several, heat):
-      found = [one_loss(module, params, batch, heat) for batch in several]
-      metrics = [own for _, own in found]
+    def loss(params, several, temperature):
+      found = [
+        one_loss(family, params, batch, temperature) for batch in several
+      ]
+      metrics = [told for _, told in found]
       worst = {n: jnp.max(jnp.stack([m[n] for m in metrics])) for n in metrics[0]}  # fmt: skip
       return sum(value for value, _ in found), worst
 
@@ -244,7 +253,7 @@ class _Search:
     rows = list(zip(request.paths, params))
     if base is not None:
       rows.insert(0, (request.recipe.base, base))
-    _, merged = evaluate_command.merged(recipe)
+    _, merged = recipes.load_merged(recipe)
     table = request.suite.table(
       [*((name, module, tree) for name, tree in rows),
        ('the merge', module, merged)],
@@ -278,27 +287,20 @@ def _shuffled(batches, steps, rng):
   return [batches[i] for i in order[:steps]]
 
 
-def _cross_entropy(module, params, batch, heat):
-  family = models_lib.family_of(module)
-  found = family.apply(family.variables(params), batch)
-  value, _ = losses.token_cross_entropy(heat * found.logits, found.targets)
-  return losses.weighted_mean(value, found.weights), {}
+def _cross_entropy(family, params, batch, temperature):
+  logits = temperature * family.logits(params, batch)
+  targets = jnp.asarray(family.targets(batch), jnp.int32)
+  value, _ = losses.token_cross_entropy(logits, targets)
+  return losses.weighted_mean(value, family.target_weights(batch)), {}
 
 
-def _entropy(module, params, batch, heat):
+def _entropy(family, params, batch, temperature):
   """Of classes, or of the first word of an answer, which no label precedes."""
-  family = models_lib.family_of(module)
-  logits = heat * family.logits(params, batch)
+  logits = temperature * family.logits(params, batch)
   weights = family.target_weights(batch)
   if logits.ndim == 3:
     logits, weights = logits[:, 0], weights[:, 0]
   return gradient.entropy(logits, weights)
-
-
-def _plain(evaluate: base_lib.Evaluator):
-  """An evaluation compiled once, apart from the merge."""
-  compiled = jax.jit(evaluate.score)
-  return lambda params: jax.device_get(compiled(params, evaluate.data))
 
 
 def _progress(done: int, total: int) -> None:

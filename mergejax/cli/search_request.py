@@ -238,6 +238,7 @@ def _checked(data):
       raise errors.ConfigError(
         errors.near(str(name), suite.tasks, 'task of the suite')
       )
+    suite.check_compiles(name)
   request = Request(
     data, strategy, recipe, inputs, suite, tuple(tasks),
     data.get('split', 'validation'),

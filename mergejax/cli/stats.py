@@ -1,6 +1,10 @@
 # Copyright 2026 The mergejax Authors.
 # SPDX-License-Identifier: Apache-2.0
-"""`mergejax stats gram|fisher|norms|survey`: what data-based merges look at."""
+"""`mergejax stats gram|fisher|norms|survey`: what data-based merges look at.
+
+`mergejax stats package.module:function MODEL OUT` collects a statistic of your
+own: what the function, called without arguments, returns.
+"""
 
 from collections.abc import Sequence
 import importlib
@@ -18,6 +22,7 @@ from mergejax.checkpoints import base as store_base
 from mergejax.checkpoints import checkpoint
 from mergejax.cli import common
 from mergejax.core import errors
+from mergejax.core import registry
 from mergejax.models import architectures
 from mergejax.models import batch_norm
 
@@ -32,8 +37,7 @@ def main(arguments: Sequence[str]) -> None:
   ):
     one = kinds.add_parser(kind, help=text)
     _add_data(one)
-    one.add_argument('--data', type=int, default=1, help='devices for rows')
-    one.add_argument('--model_parallel', type=int, default=1)
+    _add_devices(one)
     one.add_argument('--exclude', action='append', default=[])
     if kind == 'gram':
       one.add_argument('--include', action='append')
@@ -46,6 +50,11 @@ def main(arguments: Sequence[str]) -> None:
       )  # fmt: skip
       one.add_argument('--samples', type=int, default=1)
       one.add_argument('--seed', type=int, default=0)
+  own = arguments[0] if arguments else ''
+  if registry.is_import_path(own):
+    one = kinds.add_parser(own, help='a statistic of your own')
+    _add_data(one)
+    _add_devices(one)
   again = kinds.add_parser(
     'norms', help='running statistics of batch norms, measured anew'
   )
@@ -71,6 +80,11 @@ def _add_data(parser):
   parser.add_argument(
     '--max_examples', type=int, default=4096, help='of a task'
   )
+
+
+def _add_devices(parser):
+  parser.add_argument('--data', type=int, default=1, help='devices for rows')
+  parser.add_argument('--model_parallel', type=int, default=1)
 
 
 def _batches(options):
@@ -99,7 +113,7 @@ def _survey(options):
     pathlib.Path(options.json).write_text(text)
   if options.plot:
     plots = importlib.import_module('mergejax.evaluation.plots')
-    plots.norms(found, options.plot)
+    plots.norms(found.to_rows()[:-1], options.plot)
 
 
 def _norms(options):
@@ -132,7 +146,9 @@ def _collect(options):
   module, params = models.load_model(options.model)
   by_task = _batches(options)
   batches = [batch for several in by_task.values() for batch in several]
-  if options.kind == 'gram':
+  if registry.is_import_path(options.kind):
+    statistic = registry.imported(options.kind, 'statistic')()
+  elif options.kind == 'gram':
     statistic = statistics.gram(
       include=options.include, exclude=options.exclude, conv=options.conv,
       tied_head=options.tied_head,

@@ -28,18 +28,16 @@ from mergejax.cli import same_run
 from mergejax.core import errors
 from mergejax.core import tree as tree_lib
 from mergejax.data import stream as stream_lib
-from mergejax.evaluation import summaries
-from mergejax.experts import branch
 from mergejax.models import architectures
 from mergejax.statistics import saved
 from mergejax.training import batches
-from mergejax.training import checkpoints as checkpoints_lib
-from mergejax.training import hooks as hooks_lib
-from mergejax.training import loop
-from mergejax.training import losses
+from mergejax.training import callbacks as callbacks_lib
+from mergejax.training import checkpoints
+from mergejax.training import objective as objective_lib
 from mergejax.training import optim
-from mergejax.training import step as step_lib
 from mergejax.training import streams
+from mergejax.training import trainer as trainer_lib
+from mergejax.training import transforms as transforms_lib
 
 
 def run(job: Callable[[], Any]) -> None:
@@ -86,78 +84,21 @@ def main(arguments: Sequence[str]) -> None:
   gin.get_configurable(run)()
 
 
-def fit_phase(
-  *,
-  phase: str,
-  module: nn.Module,
-  optimizer: optax.GradientTransformation,
-  state: step_lib.TrainState,
-  stream: loop.Stream,
-  mesh: jax.sharding.Mesh,
-  steps: int,
-  directory: pathlib.Path,
-  loss: Mapping[str, Any] | None = None,
-  experts: Sequence[str] | None = None,
-  local_rows: bool = False,
-  save_every: int = 1000,
-  log_every: int = 10,
-) -> step_lib.TrainState:
-  """Trains one phase with its checkpoints, progress, JSONL and TensorBoard.
-
-  Args:
-    phase: its name, for folders and the progress bar.
-    module: the model.
-    optimizer: its optimizer.
-    state: where to begin; with a leading axis if `experts` is given.
-    stream: the data of this process.
-    mesh: where to run.
-    steps: the step number to reach.
-    directory: holds `PHASE/checkpoints`, `PHASE/metrics.jsonl`, `PHASE/events`.
-    loss: options of `losses.make_loss`.
-    experts: names of the experts, if these are trained side by side.
-    local_rows: see `branch.batch_placer`.
-    save_every: steps between checkpoints.
-    log_every: steps between logged metrics.
-
-  Returns:
-    The trained state, on the mesh.
-  """
-  stacked = experts is not None
-  check = batches.checker(module, str(stream), stacked=stacked)
-  placer = branch.batch_placer(mesh, stacked=stacked, local_rows=local_rows)
-  dropout = getattr(module.config, 'dropout_rate', 0.0) > 0
-  step_fn = step_lib.make_step(
-    losses.make_loss(module, **(loss or {})), optimizer, dropout=dropout
-  )
-  state = branch.place_state(mesh, state, stacked=stacked)
-  folder = directory / phase
-  checkpoints = checkpoints_lib.Checkpoints(folder / 'checkpoints')
-  hooks = []
-  if jax.process_index() == 0:
-    hooks = [
-      hooks_lib.progress(phase, steps),
-      hooks_lib.jsonl(folder / 'metrics.jsonl', experts),
-      summaries.tensorboard(folder / 'events', experts),
-    ]
-  try:
-    return loop.fit(
-      branch.compile_step(step_fn, mesh, state, stacked=stacked),
-      state,
-      stream,
-      steps=steps,
-      checkpoints=checkpoints,
-      save_every=save_every,
-      log_every=log_every,
-      hooks=hooks,
-      place=lambda batch: placer(check(batch)),
-    )
-  finally:
-    checkpoints.close()
+def trainer_callbacks(
+  callbacks: Sequence[callbacks_lib.Callback] = (),
+) -> list[callbacks_lib.Callback]:
+  """Progress, JSON lines and TensorBoard, and those of the user before them."""
+  return [
+    *callbacks,
+    callbacks_lib.progress(),
+    callbacks_lib.jsonl(),
+    callbacks_lib.tensorboard(),
+  ]
 
 
 def train_model(
   *,
-  module: nn.Module,
+  module: nn.Module | models.ModelFamily,
   optimizer: (
     optax.GradientTransformation | Callable[..., optax.GradientTransformation]
   ),
@@ -173,13 +114,20 @@ def train_model(
   initial_checkpoint: os.PathLike | str | None = None,
   log_every: int = 10,
   loss: Mapping[str, Any] | None = None,
+  objective: objective_lib.Objective | None = None,
   mesh: Mapping[str, int] | None = None,
+  rules: partition.ShardingRules | None = None,
+  transforms: Sequence[transforms_lib.StepTransform] = (),
+  callbacks: Sequence[callbacks_lib.Callback] = (),
+  freeze: Sequence[str] = (),
+  accumulate: int = 1,
+  clip: float | None = None,
 ) -> None:
   """The job that trains one model on one task or mixture.
 
   Args:
     module: a T5 or a language model.
-    optimizer: from `train.optim`; a function such as `optim.adafactor` is
+    optimizer: from `training.optim`; a function such as `optim.adafactor` is
       called with `steps=`.
     mixture_or_task: a name registered in seqio, or a function that registers
       one and returns it (`@tasks.add_table_task()` in gin).
@@ -193,27 +141,118 @@ def train_model(
     save_every: steps between checkpoints.
     initial_checkpoint: parameters to start from; fresh ones by default.
     log_every: steps between logged metrics.
-    loss: options of `losses.make_loss`.
+    loss: options of `objective.cross_entropy`.
+    objective: what is minimised, instead: a function of your own by its import
+      path, `@my_file.objective`.
     mesh: sizes for `partition.make_mesh`.
+    rules: what lies where on it: `@partition.fsdp()`.
+    transforms: for example `[@transforms.ema()]`.
+    callbacks: for example `[@scoring.evaluate()]`.
+    freeze: see `step.make_step`.
+    accumulate: likewise.
+    clip: likewise.
   """
   directory = pathlib.Path(model_dir)
   record = directory / 'run.json'
   if initial_checkpoint is not None:
     _check_initial(module, initial_checkpoint)
-  optimizer = optimizer_of(optimizer, steps)
-  the_mesh = partition.make_mesh(**(mesh or {}))
+  trainer = trainer_lib.Trainer(
+    module,
+    optimizer_of(optimizer, steps),
+    objective=objective_of(objective, loss),
+    mesh=partition.make_mesh(**(mesh or {})),
+    rules=rules,
+    transforms=transforms,
+    callbacks=trainer_callbacks(callbacks),
+    freeze=freeze,
+    accumulate=accumulate,
+    clip=clip,
+  )
+  stream, data, local_rows = _open_data(
+    trainer, mixture_or_task, record, batch_size, lengths, kind, pack, seed
+  )
+  settings = {
+    'model': models.describe(module),
+    'optimizer': optim.describe(trainer.optimizer),
+    'loss': dict(loss or {}),
+    'initial_checkpoint': initial_checkpoint
+    and saved.fingerprint(checkpoint.open_checkpoint(initial_checkpoint)),
+    **data,
+    **described(objective, transforms, freeze, accumulate, clip),
+  }
+  where = same_run.layout(trainer.mesh)
+  same_run.check(record, settings, where)
+  name = getattr(mixture_or_task, 'name', mixture_or_task)
+  if kind == 'encoder_decoder' and jax.process_index() == 0:
+    stream_lib.tell_cuts(name, 'train', lengths)
+  params = None
+  if initial_checkpoint is not None:
+    _, params = models.load_model(initial_checkpoint)
+  same_run.write(record, settings, where)
+  state = trainer.fit(
+    stream,
+    steps=steps,
+    directory=directory / 'train',
+    key=jax.random.key(seed),
+    params=params,
+    local_rows=local_rows,
+    save_every=save_every,
+    log_every=log_every,
+  )
+  checkpoints.export(directory / 'model', trainer.family, state.params)
+
+
+def objective_of(
+  objective: objective_lib.Objective | None, loss: Mapping[str, Any] | None
+) -> objective_lib.Objective:
+  """The objective of a run, given itself or by options of cross entropy.
+
+  Raises:
+    ConfigError: both are given.
+  """
+  if objective is not None and loss:
+    raise errors.ConfigError(
+      'Both objective and loss are given: loss holds options of the usual '
+      'objective, cross entropy. Leave one of them out.'
+    )
+  return objective or objective_lib.cross_entropy(**(loss or {}))
+
+
+def described(
+  objective: objective_lib.Objective | None,
+  transforms: Sequence[transforms_lib.StepTransform],
+  freeze: Sequence[str],
+  accumulate: int,
+  clip: float | None,
+) -> dict[str, Any]:
+  """What fixes a run besides what every run has, as plain data."""
+  found = {
+    'objective': objective
+    and getattr(objective, '__qualname__', repr(objective)),
+    'transforms': {each.name: dict(each.settings) for each in transforms},
+    'freeze': list(freeze),
+    'accumulate': None if accumulate == 1 else accumulate,
+    'clip': clip,
+  }
+  return {name: value for name, value in found.items() if value}
+
+
+def _open_data(
+  trainer, mixture_or_task, record, batch_size, lengths, kind, pack, seed
+):
+  """See `open_shared`; checked against the model and the mesh."""
   stream_lib.check_positive('batch size', batch_size)
-  if batch_size % the_mesh.shape['data']:
+  if batch_size % trainer.mesh.shape['data']:
     raise errors.ConfigError(
       f'A batch of {batch_size} rows does not divide over '
-      f'{the_mesh.shape["data"]} data slices of the mesh.'
+      f'{trainer.mesh.shape["data"]} data slices of the mesh.'
     )
   name = getattr(mixture_or_task, 'name', mixture_or_task)
   for feature in stream_lib.find(name, 'train').output_features.values():
-    check_vocabulary(feature.vocabulary, module)
-  stream, data, local_rows = open_shared(
+    check_vocabulary(feature.vocabulary, trainer.family.module)
+  return open_shared(
     name,
-    the_mesh,
+    trainer.mesh,
     shards=same_run.begun_with(record, 'shards', None),
     batch_size=batch_size,
     lengths=lengths,
@@ -221,50 +260,19 @@ def train_model(
     pack=pack,
     seed=seed,
   )
-  settings = {
-    'model': models.describe(module),
-    'optimizer': optim.describe(optimizer),
-    'loss': dict(loss or {}),
-    'initial_checkpoint': initial_checkpoint
-    and saved.fingerprint(checkpoint.open_checkpoint(initial_checkpoint)),
-    **data,
-  }
-  same_run.check(record, settings, same_run.layout(the_mesh))
-  if kind == 'encoder_decoder' and jax.process_index() == 0:
-    stream_lib.tell_cuts(name, 'train', lengths)
-  key = jax.random.key(seed)
-  if initial_checkpoint is None:
-    params = models.init_params(module, key)
-  else:
-    _, params = models.load_model(initial_checkpoint)
-  same_run.write(record, settings, same_run.layout(the_mesh))
-  state = fit_phase(
-    phase='train',
-    module=module,
-    optimizer=optimizer,
-    state=step_lib.create(params, optimizer, key),
-    stream=stream,
-    mesh=the_mesh,
-    local_rows=local_rows,
-    steps=steps,
-    directory=directory,
-    loss=loss,
-    save_every=save_every,
-    log_every=log_every,
-  )
-  save_model(directory / 'model', module, state.params)
 
 
 def _check_initial(module, path):
   """Raises unless a checkpoint computes what the module does; reads no weight."""
   loaded = models.load_module(path)
+  specs = lambda model: models.family_of(model).specs()
   configured = 'the configured module'
   architectures.check(
     {configured: models.describe(module), str(path): models.describe(loaded)},
     'Configure the module as the checkpoint was trained.',
   )
   tree_lib.check_same(
-    models.param_specs(module), models.param_specs(loaded),
+    specs(module), specs(loaded),
     expected_name=configured, given_name=str(path),
   )  # fmt: skip
 
@@ -293,7 +301,7 @@ def open_shared(
   Returns:
     `(stream, what fixes its batches, if it has own rows only)`.
   """
-  index, readers = branch.data_shard(mesh)
+  index, readers = batches.data_shard(mesh)
   shards = shards or readers
   own, local_rows = share(shards, index, readers)
   parts = {
@@ -352,15 +360,6 @@ def optimizer_of(
       file=sys.stderr,
     )
   return made
-
-
-def save_model(path: pathlib.Path, module: nn.Module, params: Any) -> None:
-  """Saves parameters with the module's `config.json`, replacing older ones."""
-  params = partition.to_host(params)
-  if jax.process_index() == 0:
-    checkpoint.save_checkpoint(
-      path, params, config=models.describe(module), overwrite=True
-    )
 
 
 def save_json(path: pathlib.Path, data: Any) -> None:

@@ -14,6 +14,11 @@ from mergejax.core import errors
 from mergejax.core import typing
 
 
+def is_traced(value: object) -> bool:
+  """True if JAX is tracing: what the value is cannot be looked at."""
+  return isinstance(value, jax.core.Tracer)  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def is_averaged(dtype) -> bool:
   """True for floating dtypes: step counters and ids are never averaged."""
   return jnp.issubdtype(dtype, jnp.floating)

@@ -270,5 +270,5 @@ def imported(name: str, what: str) -> Callable[..., Any]:
 
 def source_digest(constructor: Callable[..., Any]) -> str:
   """sha256 of the file that defines a function, 64 hexadecimal digits."""
-  file = inspect.getsourcefile(inspect.unwrap(constructor))
+  file = inspect.getsourcefile(inspect.unwrap(constructor)) or ''
   return hashlib.sha256(pathlib.Path(file).read_bytes()).hexdigest()

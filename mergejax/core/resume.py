@@ -1,139 +1,186 @@
 # Copyright 2026 The mergejax Authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Whether what lies on the disk is a part of the same work.
+"""The journal of unfinished work: killed, it continues from what is done.
 
-Merges, statistics, searches and training runs write down what they have done
-and continue from there. Each states its work as plain data: what was asked
-for, and of what. Two statements are the same work if their canonical forms are
-equal, in any process, whatever the order in which dicts were filled; and if
-the code that computes is the same, or the bits might differ.
+What a journal holds is continued only by the same work of the same code, see
+`identity`. Work that is asked to stop rather than killed is in `stop`.
 """
 
 from collections.abc import Mapping
-import dataclasses
-import datetime
-import functools
-import hashlib
-from importlib import metadata
 import json
 import os
 import pathlib
+import threading
 from typing import Any
 
 import numpy as np
 
 from mergejax.core import errors
+from mergejax.core import files
+from mergejax.core import identity
 
-# What computes beside this package; a new version may round otherwise.
-_LIBRARIES = ('jax', 'jaxlib', 'numpy')
+# The entry of a saved state that says what it is of; arrays have a prefix.
+_ABOUT = 'about'
+_ARRAY = 'array:'
 
 
-def canonical(value: Any) -> Any:
-  """The plain form of a value: what JSON gives back, keys in order.
+class Journal:
+  """What unfinished work has done, in one file, under a statement of the work.
 
-  Args:
-    value: numbers, texts, paths, dates, dtypes, arrays, dataclasses, mappings,
-      sequences and sets of these.
+  It has two forms, for two kinds of work. Work that consists of many answers
+  notes each as a line: `rows` and `append`. Work that carries a state from step
+  to step replaces the whole file: `load` and `save`. A file is of one form.
 
-  Returns:
-    None, bools, numbers, texts, lists, and dicts with sorted text keys. Sets
-    become sorted lists; arrays their dtype, shape and sha256.
-
-  Raises:
-    TypeError: anything else: the text of an object may hold its address, which
-      no other process has.
+  Attributes:
+    path: of the file; None keeps nothing, and nothing is ever found.
+    record: the statement of the work, `identity.record(work)`.
 
   Example:
-    >>> canonical({'b': {2, 1}, 'a': np.float32(0.5)})
-    {'a': 0.5, 'b': [1, 2]}
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...   journal = Journal(f'{folder}/log', 'search', {'seed': 0})
+    ...   journal.append({'point': 1})
+    ...   Journal(f'{folder}/log', 'search', {'seed': 0}).rows()
+    [{'point': 1}]
   """
-  if value is None or isinstance(value, (bool, int, float, str)):
-    return value
-  if isinstance(value, np.generic) and value.dtype.kind in 'biufU':
-    return value.item()
-  if isinstance(value, (os.PathLike, datetime.date)):
-    return str(value)
-  if isinstance(value, np.dtype):
-    return value.name
-  if isinstance(value, np.ndarray):
-    data = np.ascontiguousarray(value).tobytes()
-    shape, dtype = list(value.shape), value.dtype.name
-    return {
-      'dtype': dtype,
-      'sha256': hashlib.sha256(data).hexdigest(),
-      'shape': shape,
-    }
-  if dataclasses.is_dataclass(value) and not isinstance(value, type):
-    fields = dataclasses.fields(value)
-    return canonical({f.name: getattr(value, f.name) for f in fields})
-  if isinstance(value, Mapping):
-    plain = {str(key): canonical(one) for key, one in value.items()}
-    return dict(sorted(plain.items()))
-  if isinstance(value, (list, tuple)):
-    return [canonical(one) for one in value]
-  if isinstance(value, (set, frozenset)):
-    return sorted((canonical(one) for one in value), key=to_text)
-  raise TypeError(f'{type(value).__name__} has no canonical form: {value!r}')
 
+  def __init__(
+    self,
+    path: os.PathLike | str | None,
+    kind: str,
+    work: Mapping[str, Any],
+  ):
+    """Names a journal; touches no file.
 
-def to_text(value: Any) -> str:
-  """The canonical form as one line of JSON."""
-  return json.dumps(canonical(value), ensure_ascii=False, sort_keys=True)
+    Args:
+      path: of the file.
+      kind: the name under which the file states the work: 'search'.
+      work: what makes it another work if it differs, as plain data.
+    """
+    self.path = None if path is None else pathlib.Path(path)
+    self.record = identity.record(work)
+    self._kind = kind
+    self._lock = threading.Lock()
 
+  # Lines ---------------------------------------------------------------------
 
-def digest(value: Any) -> str:
-  """sha256 of the canonical form, 64 hexadecimal digits."""
-  return hashlib.sha256(to_text(value).encode()).hexdigest()
+  def rows(self) -> list[Any]:
+    """The lines that `append` wrote, in order; a torn last line is cut off.
 
+    Raises:
+      ConfigError: the file is of other work, or of another version of the code.
+      DataError: the file is no journal.
+    """
+    lines = self._lines()
+    if self.path is None or not lines:
+      return []
+    identity.check_same(self._stated(lines[0]), self.record, self.path)
+    return lines[1:]
 
-@functools.cache
-def code() -> Mapping[str, str]:
-  """The code that computes: `{'mergejax': sha256 of its source, 'jax': ...}`.
+  def stated(self) -> dict[str, Any] | None:
+    """The work that the lines are of: `record` if this one; None without any."""
+    try:
+      lines = self._lines()
+    except errors.DataError:
+      return {}
+    return (self._stated(lines[0]) or {}) if lines else None
 
-  The source rather than the release: work that was begun before a fault was
-  mended is not continued after it.
-  """
-  package = pathlib.Path(__file__).resolve().parent.parent
-  source = hashlib.sha256()
-  for file in sorted(package.rglob('*.py')):
-    data = file.read_bytes()
-    source.update(f'{file.relative_to(package)} {len(data)}\n'.encode())
-    source.update(data)
-  return {
-    'mergejax': source.hexdigest(),
-    **{name: metadata.version(name) for name in _LIBRARIES},
-  }
+  def append(self, row: Any, *, sync: bool = True) -> None:
+    """Notes one more line; thread-safe. The first one states the work.
 
+    Args:
+      row: what `json` can write.
+      sync: waits for the disk, so that the line outlives a crash of the machine
+        and not only one of the process.
+    """
+    if self.path is not None:
+      self._write(self.path, [row], sync)
 
-def record(work: Mapping[str, Any]) -> dict[str, Any]:
-  """What a journal keeps to know its work again: `{'code': ..., 'work': ...}`."""
-  return canonical({'work': work, 'code': code()})
+  def begin(self) -> None:
+    """States the work, if the file does not yet: `append` does so as well."""
+    if self.path is not None:
+      self._write(self.path, [], True)
 
+  def _write(self, path, rows, sync):
+    with self._lock:
+      path.parent.mkdir(parents=True, exist_ok=True)
+      flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+      file = os.open(path, flags, 0o644)
+      try:
+        if not os.fstat(file).st_size:
+          rows = [{self._kind: self.record}, *rows]
+        data = memoryview(''.join(json.dumps(r) + '\n' for r in rows).encode())
+        while data:
+          data = data[os.write(file, data) :]
+        if sync:
+          os.fsync(file)
+      finally:
+        os.close(file)
 
-def check_same(found: Any, wanted: Mapping[str, Any], path: os.PathLike | str):
-  """Refuses to continue other work.
+  def _lines(self):
+    if self.path is None or not self.path.exists():
+      return []
+    data = self.path.read_bytes()
+    whole = data[: data.rfind(b'\n') + 1]
+    if whole != data:  # killed while writing a line
+      os.truncate(self.path, len(whole))
+    try:
+      return [json.loads(line) for line in whole.splitlines()]
+    except ValueError as error:
+      raise self._unreadable(error) from error
 
-  Args:
-    found: the `record` that a journal holds.
-    wanted: the `record` of the work at hand.
-    path: of the journal.
+  # State ---------------------------------------------------------------------
 
-  Raises:
-    UserError: they differ; it lists how.
-  """
-  if found == wanted:
-    return
-  if not isinstance(found, Mapping) or {*found} != {'work', 'code'}:
-    found = {'work': {}, 'code': {}}
-  lines = errors.differences(found['work'], wanted['work'])
-  if lines:
-    reason = f'was begun with other settings:\n{errors.listed(lines, 12)}\n'
-  else:
-    lines = errors.differences(found['code'], wanted['code'])
-    reason = (
-      'was begun by another version of the code, which may round otherwise:\n'
-      f'{errors.listed(lines)}\n'
+  def load(self) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
+    """What `save` wrote last: `(arrays, about)`; None if there is no file.
+
+    Raises:
+      ConfigError: the file is of other work, or of another version of the code.
+      DataError: the file is no journal.
+    """
+    if self.path is None or not self.path.exists():
+      return None
+    try:
+      with np.load(self.path, allow_pickle=False) as archive:
+        entries = dict(archive)
+      about = json.loads(str(entries.pop(_ABOUT)))
+    except (ValueError, OSError, EOFError, KeyError, AttributeError) as error:
+      raise self._unreadable(error) from error
+    identity.check_same(self._stated(about), self.record, self.path)
+    del about[self._kind]
+    arrays = {name.removeprefix(_ARRAY): x for name, x in entries.items()}
+    return arrays, about
+
+  def save(
+    self, arrays: Mapping[str, np.ndarray], about: Mapping[str, Any]
+  ) -> None:
+    """Replaces what was saved before: a reader finds the old or the new.
+
+    Args:
+      arrays: by name, of dtypes that NumPy itself has.
+      about: what else belongs to the state, as `json` can write it.
+    """
+    if self.path is None:
+      return
+    text = json.dumps({**about, self._kind: self.record})
+    entries: dict[str, Any] = {_ABOUT: np.array(text)}
+    entries |= {_ARRAY + name: array for name, array in arrays.items()}
+    self.path.parent.mkdir(parents=True, exist_ok=True)
+    with files.atomic_path(self.path, overwrite=True) as temporary:
+      with open(temporary, 'wb') as stream:
+        np.savez(stream, **entries)
+
+  # Both ----------------------------------------------------------------------
+
+  def forget(self) -> None:
+    """Removes the file: the work is complete, or begins afresh."""
+    if self.path is not None:
+      self.path.unlink(missing_ok=True)
+
+  def _stated(self, found):
+    return found.get(self._kind) if isinstance(found, Mapping) else None
+
+  def _unreadable(self, error):
+    return errors.DataError(
+      f'{self.path} cannot be read ({error}); remove it to start afresh.'
     )
-  raise errors.ConfigError(
-    f'{path} {reason}Remove it to start afresh, or choose another place.'
-  )

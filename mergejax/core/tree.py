@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mergejax.core import errors
@@ -86,7 +87,7 @@ def leaf_spec(leaf: Any) -> typing.LeafSpec:
     return leaf
   if not hasattr(leaf, 'shape') or not hasattr(leaf, 'dtype'):
     leaf = np.asarray(leaf)
-  if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+  if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
     raise errors.StructureError(
       f'A random key ({leaf.dtype}) is not an array of numbers: leave it out, '
       'or put jax.random.key_data(key) in its place and make the key again '

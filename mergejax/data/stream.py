@@ -314,7 +314,7 @@ def evaluation_batches(
   if max_examples is not None:
     check_positive('number of examples', max_examples)
     provider = samples.narrowed(provider, split, max_examples)
-  if kind == 'encoder_decoder':
+  if kind in ('encoder_decoder', 'prefix_lm'):
     _check_cuts(provider, split, lengths, max_examples, answers)
   dataset = _plain(provider, split, lengths)
   rows = list(_read(_converter(kind, dataset), dataset, lengths, max_examples))

@@ -1,20 +1,60 @@
 # Copyright 2026 The mergejax Authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Scores, and tables of models by tasks: one of each for everything.
+"""Evaluators, scores, and tables of models by tasks: one of each for all.
 
 table = base.Table({'base': {'books': Score(0.7, 0.6, 0.8, ACCURACY)}})
 table['base']['books'].value
 print(table.to_text())
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 import dataclasses
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from mergejax.core import errors
+from mergejax.core import typing
+
+# `{task: score}`, higher is better.
+Scores = Mapping[str, Any]
+
+
+class Evaluator(NamedTuple):
+  """How good parameters are, in a form that can be compiled with a merge.
+
+  Searches, barriers and training are handed one; `Suite.evaluator` makes one of
+  the tasks of a suite or of a seqio mixture. A function `params -> {task:
+  score}` serves wherever nothing must be compiled.
+
+  Attributes:
+    score: `(params, data) -> {task: score}`, traceable; higher is better.
+    data: the arrays it reads, which stay on the device.
+
+  Example:
+    >>> near_one = Evaluator(lambda params, x: {'t': -abs(params - x)}, 1.0)
+    >>> near_one(3.0)
+    {'t': -2.0}
+  """
+
+  score: Callable[[typing.Tree, Any], Scores]
+  data: Any
+
+  def __call__(self, params: typing.Tree) -> Scores:
+    """`score(params, data)`, not compiled."""
+    return self.score(params, self.data)
+
+  def compiled(self) -> Callable[[typing.Tree], dict[str, float]]:
+    """A function `params -> {task: score}`, one program for all parameters."""
+    program = jax.jit(self.score)
+
+    def evaluate(params):
+      found = jax.device_get(program(params, self.data))
+      return {task: float(score) for task, score in found.items()}
+
+    return evaluate
 
 
 @dataclasses.dataclass(frozen=True)

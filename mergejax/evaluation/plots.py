@@ -1,18 +1,16 @@
 # Copyright 2026 The mergejax Authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of a table."""
+"""Pictures of tables, curves and planes, as PNG files."""
 
 from collections.abc import Mapping, Sequence
 import os
+from typing import Any
 
 import matplotlib
 from matplotlib import figure as figures
 import numpy as np
 
-from mergejax.analysis import barrier
 from mergejax.evaluation import base
-from mergejax.search import base as search_base
-from mergejax.statistics import surveys
 
 
 def heatmap(table: base.Table, reference: str, path: os.PathLike | str) -> None:
@@ -55,54 +53,89 @@ def _save(figure: figures.Figure, path: os.PathLike | str) -> None:
 
 
 def lines(
-  curves: Mapping[str, barrier.Line],
+  curves: Mapping[str, tuple[np.ndarray, np.ndarray]],
   path: os.PathLike | str,
   *,
   name: str = 'loss',
 ) -> None:
-  """Writes curves between models, one a label, as a PNG."""
+  """Writes curves between models, one a label, as a PNG.
+
+  Args:
+    curves: `{label: (lambdas <float>[points], values <float>[points])}`.
+    path: the file.
+    name: what the values are.
+  """
   figure = figures.Figure(figsize=(5, 3.5))
   axes = figure.add_subplot()
-  for label, one in curves.items():
-    axes.plot(one.lambdas, one.values[name], marker='.', label=label)
+  for label, (lambdas, values) in curves.items():
+    axes.plot(lambdas, values, marker='.', label=label)
   axes.set(xlabel='lambda', ylabel=name)
   axes.legend()
   _save(figure, path)
 
 
 def plane(
-  values: barrier.Plane, path: os.PathLike | str, *, name: str = 'loss'
+  x: np.ndarray,
+  y: np.ndarray,
+  values: np.ndarray,
+  corners: np.ndarray,
+  path: os.PathLike | str,
+  *,
+  name: str = 'loss',
 ) -> None:
-  """Writes the plane through three models as a contour PNG."""
+  """Writes the plane through three models as a contour PNG.
+
+  Args:
+    x: <float>[columns].
+    y: <float>[rows].
+    values: <float>[rows, columns].
+    corners: <float>[3, 2], where the three models lie.
+    path: the file.
+    name: what the values are.
+  """
   figure = figures.Figure(figsize=(5, 4))
   axes = figure.add_subplot()
-  filled = axes.contourf(values.x, values.y, values.values[name], levels=20)
-  axes.scatter(*values.corners.T, color='white', edgecolor='black')
-  for corner, label in zip(values.corners, 'abc'):
+  filled = axes.contourf(x, y, values, levels=20)
+  axes.scatter(*corners.T, color='white', edgecolor='black')
+  for corner, label in zip(corners, 'abc'):
     axes.annotate(label, corner)
   figure.colorbar(filled, label=name)
   _save(figure, path)
 
 
 def search(
-  log: search_base.Log, names: Sequence[str], path: os.PathLike | str
+  points: Sequence[Sequence[float]],
+  objectives: Sequence[float],
+  names: Sequence[str],
+  path: os.PathLike | str,
 ) -> None:
-  """Writes the objective against each coefficient as a PNG."""
-  points = np.array([one.point for one in log.candidates])
-  values = [one.objective for one in log.candidates]
-  columns = min(len(names), 8)
-  figure = figures.Figure(figsize=(2.6 * columns + 0.8, 3))
-  for i in range(columns):
-    axes = figure.add_subplot(1, columns, i + 1)
-    axes.scatter(points[:, i], values, s=12)
-    axes.scatter(*[[v] for v in (log.best().point[i], log.best().objective)])
+  """Writes the objective against each coefficient as a PNG.
+
+  Args:
+    points: coefficients of every candidate, one for each name.
+    objectives: what the search maximised, of every candidate.
+    names: of the coefficients; the first eight are drawn.
+    path: the file.
+  """
+  columns = np.array(points).T
+  best = int(np.argmax(objectives))
+  count = min(len(names), 8)
+  figure = figures.Figure(figsize=(2.6 * count + 0.8, 3))
+  for i in range(count):
+    axes = figure.add_subplot(1, count, i + 1)
+    axes.scatter(columns[i], objectives, s=12)
+    axes.scatter([columns[i][best]], [objectives[best]])
     axes.set(xlabel=names[i], ylabel='' if i else 'objective')
   _save(figure, path)
 
 
-def norms(found: surveys.Survey, path: os.PathLike | str) -> None:
-  """Writes a survey: relative size, cosine and sign agreement of each leaf."""
-  rows = found.to_rows()[:-1]
+def norms(rows: Sequence[Mapping[str, Any]], path: os.PathLike | str) -> None:
+  """Writes a survey: relative size, cosine and sign agreement of each leaf.
+
+  Args:
+    rows: of `Survey.to_rows`, one a leaf.
+    path: the file.
+  """
   figure = figures.Figure(figsize=(8, 1.2 + 0.16 * len(rows)))
   for i, (title, value) in enumerate((
     ('|task vector| / |base|', lambda r: np.mean([n or 0.0 for n in r['relative_norms']])),

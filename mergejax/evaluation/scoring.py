@@ -20,8 +20,10 @@ from mergejax.data import identity
 from mergejax.data import images
 from mergejax.data import stream
 from mergejax.evaluation import base as base_lib
+from mergejax.evaluation import columns
+from mergejax.evaluation import decode
+from mergejax.evaluation import generated
 from mergejax.evaluation import metrics
-from mergejax.search import base as search_base
 
 SPLITS = ('train', 'validation', 'test')
 
@@ -34,24 +36,28 @@ class Task:
     metric: 'accuracy': the share of examples whose whole answer greedy decoding
       gets right (one forward pass tells: every target token must be the most
       likely one after those before it). 'loss': nats per target token.
-      'bits_per_byte': of language models.
+      'bits_per_byte': of language models. 'exact_match': the share of examples
+      whose generated text is that of the target. 'seqio': all numbers of the
+      task's own metric functions, see `generated`.
     kind: 'encoder_decoder', 'lm' or 'images'.
     source: seqio's name of the task (its own name and a digest of its content,
       so that suites do not share tasks), or the folder of the images.
     expert: checkpoint of the task's own expert, or None.
+    lower_is_better: numbers of the metric functions of which less is better.
   """
 
   metric: str
   kind: str
   source: str
   expert: str | None = None
+  lower_is_better: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Suite:
   """Tasks, and how they are read.
 
-  `suite.load` reads one from a file, `of_corpora` makes one of plain text.
+  `suite.load` reads one from a file; `suite.of_corpora` and `of_mixture` make one.
 
   Attributes:
     tasks: by name.
@@ -70,9 +76,20 @@ class Suite:
   base: str | None = None
 
   def batches(
-    self, name: str, split: str, limit: int | None = None
+    self,
+    name: str,
+    split: str,
+    limit: int | None = None,
+    *,
+    kind: str | None = None,
   ) -> list[dict[str, np.ndarray]]:
     """Batches of equal shape of one task; a fixed sample if there is a limit.
+
+    Args:
+      name: of the task.
+      split: 'train', 'validation' or 'test'.
+      limit: most examples, instead of the suite's.
+      kind: of the features, instead of the task's; see `kind_for`.
 
     Raises:
       UserError: an unknown task or split.
@@ -88,9 +105,10 @@ class Suite:
       return images.batches(
         images.load(task.source, split), self.batch_size, limit
       )
+    whole = task.metric in ('accuracy', 'exact_match')
     found = stream.evaluation_batches(
       task.source, lengths=self._lengths(task), batch_size=self.batch_size, split=split,
-      kind=task.kind, max_examples=limit, answers=task.metric == 'accuracy',
+      kind=kind or task.kind, max_examples=limit, answers=whole,
     )  # fmt: skip
     if task.metric == 'bits_per_byte' and 'num_bytes' not in found[0]:
       raise errors.ConfigError(
@@ -100,6 +118,18 @@ class Suite:
         "'loss'."
       )
     return found
+
+  def kind_for(self, name: str, model: nn.Module | models.ModelFamily) -> str:
+    """The kind of features that a model takes of a task.
+
+    A decoder-only model reads inputs as the prefix of its targets.
+    """
+    kind = self._task(name).kind
+    if kind == 'encoder_decoder' and decode.is_decoder_only(
+      models.family_of(model)
+    ):
+      return 'prefix_lm'
+    return kind
 
   def read(
     self,
@@ -135,22 +165,50 @@ class Suite:
 
   def lower_is_better(self) -> list[str]:
     """Tasks whose score is a loss."""
-    return [n for n in self.tasks if not self.metric(n).higher_is_better]
+    return [
+      name
+      for name, task in self.tasks.items()
+      if task.metric != 'seqio' and not self.metric(name).higher_is_better
+    ]
 
   def describe_metrics(self) -> str:
     """What the numbers of a table are, in a line."""
     tasks: dict[str, list[str]] = {}
-    for name in self.tasks:
-      tasks.setdefault(self.metric(name).describe(), []).append(name)
+    for name, task in self.tasks.items():
+      words = "seqio's own metrics"
+      if task.metric != 'seqio':
+        words = self.metric(name).describe()
+      tasks.setdefault(words, []).append(name)
     if len(tasks) == 1:
       return next(iter(tasks))
     return '; '.join(
       f'{words}: {", ".join(names)}' for words, names in tasks.items()
     )
 
+  def experts(self, table: base_lib.Table) -> dict[str, str]:
+    """`{column: checkpoint of its task's own expert}`, where there is one."""
+    found = {}
+    for column in table.tasks:
+      task = self.tasks.get(column) or self.tasks[column.rpartition('/')[0]]
+      if task.expert:
+        found[column] = task.expert
+    return found
+
   def metric(self, name: str) -> base_lib.Metric:
-    """What a task is scored by."""
-    return metrics.METRICS[self._task(name).metric]
+    """What a task is scored by.
+
+    Raises:
+      ConfigError: an unknown task, or one scored by functions of seqio, which
+        may return several numbers.
+    """
+    metric = self._task(name).metric
+    if metric == 'seqio':
+      raise errors.ConfigError(
+        f'task {name} is scored by metric functions of seqio, which may return '
+        'several numbers: see its columns of a table.'
+      )
+    known = {**metrics.METRICS, 'exact_match': generated.EXACT_MATCH}
+    return known[metric]
 
   def _task(self, name):
     if name not in self.tasks:
@@ -162,16 +220,23 @@ class Suite:
     model: nn.Module | models.ModelFamily,
     split: str,
     names: Sequence[str] | None = None,
-  ) -> search_base.Evaluator:
+  ) -> base_lib.Evaluator:
     """Scores of parameters, compiled with a merge; higher is better.
 
     Losses and bits per byte are negated.
+
+    Raises:
+      ConfigError: a task that is scored by generated text.
     """
     family = models.family_of(model)
     names = list(names or self.tasks)
+    for name in names:
+      self.check_compiles(name)
     data = {}
-    for name, batches in self.read(split, names).items():
-      self._check_known(family, name, batches)
+    for name in names:
+      kind = self.kind_for(name, family)
+      batches = self.batches(name, split, kind=kind)
+      self.check_known(family, name, batches)
       data[name] = _stacked(batches)
 
     def score(params, data):
@@ -187,15 +252,38 @@ class Suite:
         result[name] = value if metric.higher_is_better else -value
       return result
 
-    return search_base.Evaluator(score, jax.device_put(data))
+    return base_lib.Evaluator(score, jax.device_put(data))
 
-  def _check_known(self, family, name, batches):
+  def check_compiles(self, name: str) -> None:
+    """Raises if the score of a task cannot be compiled with a merge."""
+    metric = self._task(name).metric
+    if metric in generated.NAMES:
+      raise errors.ConfigError(
+        f'task {name} is scored by generated text ({metric}), which cannot be '
+        "compiled with a merge: search on 'accuracy' (the same for whole "
+        "answers) or 'loss', and evaluate the result by what it says."
+      )
+
+  def check_known(
+    self,
+    family: models.ModelFamily,
+    name: str,
+    batches: Sequence[Mapping[str, Any]],
+  ) -> None:
     """Raises for classes and tokens that a model does not have."""
     for batch in batches:
       if self._task(name).kind == 'images':
         classes = getattr(family.config, 'classes', None)
         labels.check_classes(batch['labels'], classes)
       family.check_batch(batch, f'task {name}')
+
+  def by_generation(self, name: str, split: str) -> generated.Generated:
+    """How a task is scored by what models say."""
+    task = self._task(name)
+    return generated.Generated(
+      task.source, split, self._lengths(task), self.max_examples,
+      task.lower_is_better,
+    )  # fmt: skip
 
   def table(
     self,
@@ -215,49 +303,14 @@ class Suite:
       Scores in the metrics' own direction.
     """
     # What is wrong with the data is told before the first model is read.
-    data = self.read(split, names)
+    scored = [columns.Scored(self, name, split) for name in names or self.tasks]
     result: dict[str, dict[str, base_lib.Score]] = {}
-    scorers = {}
     for row, model, params in rows:
+      family, params = models.family_of(model), jax.device_put(params)
       result[row] = {}
-      params = jax.device_put(params)
-      for name, batches in data.items():
-        metric = self._task(name).metric
-        self._check_known(models.family_of(model), name, batches)
-        if (model, metric) not in scorers:
-          scorers[model, metric] = metrics.make_scorer(model, metric)
-        values, counts = scorers[model, metric](params, batches)
-        result[row][name] = metrics.score(values, counts, metric)
+      for task in scored:
+        result[row] |= task.columns(family, params)
     return base_lib.Table(result)
-
-
-def of_corpora(
-  tasks: Mapping[str, str],
-  *,
-  length: int,
-  batch_size: int = 32,
-  max_sequences: int | None = 256,
-  vocabulary: Any = None,
-) -> Suite:
-  """A suite of plain text, scored in bits per byte.
-
-  Args:
-    tasks: `{domain: name of a text task in seqio}`, from `tasks.add_corpora`.
-    length: tokens of a row.
-    batch_size: rows of a batch.
-    max_sequences: rows of each domain, a fixed sample; None takes all.
-    vocabulary: that of the tasks.
-  """
-  return Suite(
-    {
-      domain: Task('bits_per_byte', 'lm', source)
-      for domain, source in tasks.items()
-    },
-    {'targets': length},
-    batch_size,
-    max_sequences,
-    vocabulary,
-  )
 
 
 def check_count(word: str, value: Any, optional: bool = False) -> Any:
@@ -268,8 +321,7 @@ def check_count(word: str, value: Any, optional: bool = False) -> Any:
   """
   if value is None and optional:
     return value
-  whole = isinstance(value, int) and not isinstance(value, bool)
-  if not whole or value < 1:
+  if not isinstance(value, int) or isinstance(value, bool) or value < 1:
     raise errors.ConfigError(f'{word} must be 1 or more, not {value!r}.')
   return value
 

@@ -12,7 +12,7 @@
         files: tasks/sentiment_books   # a folder of {train,validation,test}.tsv
         inputs: 'sentiment: {text}'
         targets: '{label}'
-        metric: accuracy               # or loss
+        metric: accuracy               # or loss, or exact_match
         expert: path/to/expert         # its row is what others are measured by
       news: {text: corpora/news, metric: bits_per_byte}
       digits: {images: vision/mnist}
@@ -24,6 +24,13 @@ token. A file may serve several splits, which is told.
 Instead of `tasks`, `mixture: NAME` with `import: my.module` takes the tasks of
 a mixture that the module registers in seqio; `experts: {TASK: path}` then names
 their experts, and `metric` is that of all of them.
+
+`accuracy` is the share of whole answers that greedy decoding would get right,
+told by one forward pass. `exact_match` decodes: answers are generated, at most
+`lengths: targets` tokens, and compared as text. `metric: seqio`, for mixtures,
+generates too and calls the tasks' own `metric_fns`, after their
+`postprocess_fn`; every number that they return is a column, `TASK` or
+`TASK/NUMBER`. `lower_is_better: [NUMBER, ...]` names those that are losses.
 """
 
 from collections.abc import Mapping
@@ -39,12 +46,13 @@ from mergejax.core import errors
 from mergejax.data import features
 from mergejax.data import rows
 from mergejax.data import tasks as tasks_lib
+from mergejax.evaluation import generated
 from mergejax.evaluation import metrics
 from mergejax.evaluation import scoring
 
 _TOP = (
   'vocabulary', 'lengths', 'batch_size', 'max_examples', 'base', 'tasks',
-  'mixture', 'import', 'metric', 'experts',
+  'mixture', 'import', 'metric', 'experts', 'lower_is_better',
 )  # fmt: skip
 _TASK = ('files', 'inputs', 'targets', 'text', 'images', 'metric', 'expert')
 
@@ -70,6 +78,62 @@ def load(source: os.PathLike | str | Mapping[str, Any]) -> scoring.Suite:
     raise errors.ConfigError(f'{path}: {error.message}') from error
 
 
+def of_mixture(
+  name: str,
+  *,
+  lengths: Mapping[str, int],
+  metric: str | None = None,
+  batch_size: int = 32,
+  max_examples: int | None = 512,
+) -> scoring.Suite:
+  """A suite of the tasks of a mixture, or of one task, registered in seqio.
+
+  Args:
+    name: of the mixture or task.
+    lengths: tokens of `inputs` and `targets`.
+    metric: of all tasks; 'accuracy' by default, of plain text 'bits_per_byte'.
+    batch_size: rows of a batch.
+    max_examples: of each task, a fixed sample; None takes all.
+
+  Raises:
+    ConfigError: an unknown name, or a metric that does not fit.
+  """
+  words = {'metric': metric} if metric else {}
+  return _parse({
+    'mixture': name, 'lengths': dict(lengths), 'batch_size': batch_size,
+    'max_examples': max_examples, **words,
+  })  # fmt: skip
+
+
+def of_corpora(
+  tasks: Mapping[str, str],
+  *,
+  length: int,
+  batch_size: int = 32,
+  max_sequences: int | None = 256,
+  vocabulary: Any = None,
+) -> scoring.Suite:
+  """A suite of plain text, scored in bits per byte.
+
+  Args:
+    tasks: `{domain: name of a text task in seqio}`, from `tasks.add_corpora`.
+    length: tokens of a row.
+    batch_size: rows of a batch.
+    max_sequences: rows of each domain, a fixed sample; None takes all.
+    vocabulary: that of the tasks.
+  """
+  return scoring.Suite(
+    {
+      domain: scoring.Task('bits_per_byte', 'lm', source)
+      for domain, source in tasks.items()
+    },
+    {'targets': length},
+    batch_size,
+    max_sequences,
+    vocabulary,
+  )
+
+
 def _known(data, words, what):
   if not isinstance(data, Mapping):
     raise errors.ConfigError(f'{what} must be a mapping, not {data!r}.')
@@ -88,7 +152,7 @@ def _parse(data):
   vocabulary = features.vocabulary(vocabulary)
   if ('tasks' in data) == ('mixture' in data):
     raise errors.ConfigError("a suite has either 'tasks' or a 'mixture'.")
-  for word in ('import', 'metric', 'experts'):
+  for word in ('import', 'metric', 'experts', 'lower_is_better'):
     if word in data and 'mixture' not in data:
       raise errors.ConfigError(
         f'{word!r} is for a mixture; give it to each task.'
@@ -136,6 +200,11 @@ def _parse_task(name, data, vocabulary):
   default = 'bits_per_byte' if kind == 'lm' else 'accuracy'
   metric = data.get('metric', default)
   _check_metric(metric, kind, name)
+  if metric == 'seqio':
+    raise errors.ConfigError(
+      f"task {name}: 'metric: seqio' calls the functions that a task was "
+      "registered with; one of files has none. Take 'exact_match'."
+    )
   source = str(data[sources[0]])
   if kind == 'encoder_decoder':
     for word in ('inputs', 'targets'):
@@ -156,11 +225,19 @@ def _parse_task(name, data, vocabulary):
 
 
 def _check_metric(metric, kind, name):
-  if metric not in metrics.METRICS:
-    raise errors.ConfigError(errors.near(str(metric), metrics.METRICS, f'metric of {name},'))  # fmt: skip
+  known = (*metrics.METRICS, *generated.NAMES)
+  if metric not in known:
+    raise errors.ConfigError(
+      errors.near(str(metric), known, f'metric of {name},')
+    )
   if metric == 'bits_per_byte' and kind != 'lm':
     raise errors.ConfigError(
       f'task {name}: bits_per_byte is of language models.'
+    )
+  if metric in generated.NAMES and kind != 'encoder_decoder':
+    raise errors.ConfigError(
+      f'task {name}: {metric} is of generated answers to inputs, which '
+      f'{"images" if kind == "images" else "plain text"} does not have.'
     )
 
 
@@ -204,12 +281,19 @@ def _mixture(data):
   members = seqio.get_subtasks(seqio.get_mixture_or_task(name))
   experts = data.get('experts') or {}
   _known(experts, [task.name for task in members], 'experts')
+  lower = data.get('lower_is_better', [])
+  if not isinstance(lower, list) or (lower and data.get('metric') != 'seqio'):
+    raise errors.ConfigError(
+      f"lower_is_better is a list of numbers of 'metric: seqio', not {lower!r}."
+    )
   result = {}
   for task in members:
     kind = 'encoder_decoder' if 'inputs' in task.output_features else 'lm'
     metric = data.get('metric', 'bits_per_byte' if kind == 'lm' else 'accuracy')
     _check_metric(metric, kind, task.name)
+    if metric == 'seqio':
+      generated.check_functions(task)
     result[task.name] = scoring.Task(
-      metric, kind, task.name, experts.get(task.name)
+      metric, kind, task.name, experts.get(task.name), tuple(lower)
     )
   return result

@@ -14,10 +14,12 @@ https://arxiv.org/abs/2208.03306.
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mergejax import models
 from mergejax import partition
 from mergejax.core import axes as axes_lib
 from mergejax.core import errors
@@ -29,14 +31,16 @@ from mergejax.merging import in_memory
 from mergejax.merging import parts
 from mergejax.methods import base as merging
 from mergejax.methods import masks
+from mergejax.training import batches
 from mergejax.training import loop
-from mergejax.training import step as step_lib
+from mergejax.training import state as state_lib
 from mergejax.training import streams as streams_lib
+from mergejax.training import trainer
 
 
 def branch_state(
-  seed: step_lib.TrainState, experts: int
-) -> step_lib.TrainState:
+  seed: state_lib.TrainState, experts: int
+) -> state_lib.TrainState:
   """Copies a seed K times; the step, the moments and the schedule go on.
 
   Args:
@@ -108,141 +112,86 @@ def map_experts(
   return mapped
 
 
-def state_shardings(
-  mesh: jax.sharding.Mesh, state: Any, *, stacked: bool
-) -> Any:
-  """Shardings of a training state: parameters and moments by logical axes.
+class BranchTrainer(trainer.Trainer):
+  """The trainer of one model, mapped over K experts side by side.
 
-  Args:
-    mesh: from `partition.make_mesh`.
-    state: a `TrainState` of arrays or shapes.
-    stacked: leaves have a leading axis of experts.
-
-  Returns:
-    A tree of shardings. An optimizer leaf follows the parameter whose path its
-    own path ends with, if their shapes agree; other leaves are replicated
-    within a branch.
+  `fit` starts every expert from the same seed: from its parameters (`params=`)
+  or its whole state (`state=`), whose moments and step number go on. Batches
+  have a leading axis of this process's experts, see `StackedStream`.
   """
-  lead = ('branch',) if stacked else ()
-  params = {
-    path: typing.LeafSpec(spec.shape[len(lead) :], spec.dtype)
-    for path, spec in tree_lib.specs(state.params).items()
-  }
-  logical = axes_lib.logical_axes(params)
 
-  def one(path, leaf):
-    shape = tuple(leaf.shape)
-    parts = path.split('/')
-    for i in range(len(parts)):
-      name = '/'.join(parts[i:])
-      if name in params and params[name].shape == shape[len(lead) :]:
-        return partition.sharding(mesh, lead + logical[name], shape)
-    names = lead + (None,) * (len(shape) - len(lead))
-    return partition.sharding(mesh, names, shape)
+  lead = ('branch',)
 
-  return tree_lib.map_paths(one, state)
+  def __init__(
+    self,
+    model: nn.Module | models.ModelFamily,
+    optimizer: Any,
+    *,
+    experts: Sequence[str],
+    batched: bool | None = None,
+    **settings: Any,
+  ):
+    """Says what is trained, how and where.
+
+    Args:
+      model: see `Trainer`.
+      optimizer: of one model.
+      experts: their names.
+      batched: see `map_experts`.
+      **settings: as for `Trainer`; the mesh has an axis `branch`.
+
+    Raises:
+      StructureError: the experts do not divide over the branches of the mesh.
+    """
+    super().__init__(model, optimizer, **settings)
+    self.experts = list(experts)
+    self._batched = batched
+    check_experts(len(self.experts), self.mesh)
+
+  def expand(self, state):
+    return branch_state(state, len(self.experts))
+
+  def map(self, fn):
+    return map_experts(fn, self.mesh, batched=self._batched)
+
+  def placer(self, source='the data', local_rows=False):
+    del local_rows  # every process reads its experts whole
+    check = batches.checker(self.family, source, stacked=True)
+    return lambda batch: place_batch(self.mesh, self.rules, check(batch))
+
+  def _placed(self, step, state, layout):
+    state = self._put(state, self._single(step))
+    return partition.init_sharded(self.expand, layout, state)
 
 
-def place_state(mesh: jax.sharding.Mesh, state: Any, *, stacked: bool) -> Any:
-  """Puts a training state on the mesh, see `state_shardings`."""
-  return jax.jit(
-    lambda s: s, out_shardings=state_shardings(mesh, state, stacked=stacked)
-  )(state)
-
-
-def compile_step(
-  step_fn: step_lib.StepFn,
+def place_batch(
   mesh: jax.sharding.Mesh,
-  state: Any,
-  *,
-  stacked: bool,
-  batched: bool | None = None,
-) -> Callable[..., Any]:
-  """Compiles a step for a mesh; the state is donated and keeps its layout.
-
-  Args:
-    step_fn: the step of one model.
-    mesh: where to run.
-    state: a state with the shapes of the run.
-    stacked: the state holds experts.
-    batched: see `map_experts`.
-
-  Returns:
-    `step(state, batch) -> (state, metrics)`; metrics of experts are `[K]`,
-    laid out on `branch`, so that fetching them is the only communication.
-  """
-  shardings = state_shardings(mesh, state, stacked=stacked)
-  mapped = map_experts(step_fn, mesh, batched=batched) if stacked else step_fn
-  metrics = partition.sharding(mesh, ('branch',) if stacked else ())
-  return jax.jit(
-    mapped, donate_argnums=(0,), out_shardings=(shardings, metrics)
-  )
-
-
-def batch_placer(
-  mesh: jax.sharding.Mesh, *, stacked: bool, local_rows: bool = False
-) -> Callable[[Mapping[str, np.ndarray]], dict[str, jax.Array]]:
-  """Puts host batches on the mesh: experts on `branch`, rows on `data`.
+  rules: partition.ShardingRules,
+  batch: Mapping[str, np.ndarray],
+) -> dict[str, jax.Array]:
+  """Puts a stacked batch on the mesh: experts on `branch`, rows on `data`.
 
   Args:
     mesh: from `partition.make_mesh`.
-    stacked: batches have a leading axis of this process's experts (see
-      `local_experts`), each with all its rows.
-    local_rows: of one model's batch this process holds only its own rows (see
-      `data_shard`). By default it holds all of them, and each device takes its
-      part, so that the numbers do not depend on the number of processes.
+    rules: their `activations` are used.
+    batch: `[experts of this process, rows, ...]`, see `local_experts`; each
+      expert with all its rows.
   """
-  lead = ('branch',) if stacked else ()
+  mine = batches.local_slices(mesh, 'branch')
+  placed = {}
+  for name, leaf in batch.items():
+    per_branch = leaf.shape[0] // len(mine)
+    shape = (per_branch * mesh.shape['branch'], *leaf.shape[1:])
+    offset = mine[0] * per_branch
+    axes = ('branch', 'batch') + (None,) * (leaf.ndim - 2)
+    target = partition.sharding(mesh, axes, shape, rules.activations)
 
-  def place(batch):
-    placed = {}
-    for name, leaf in batch.items():
-      names = lead + ('batch',) + (None,) * (leaf.ndim - len(lead) - 1)
-      target = partition.sharding(mesh, names)
-      if local_rows:
-        placed[name] = jax.make_array_from_process_local_data(target, leaf)
-        continue
-      shape, offset = leaf.shape, 0
-      if stacked:
-        mine = local_slices(mesh, 'branch')
-        per_branch = shape[0] // len(mine)
-        shape = (per_branch * mesh.shape['branch'], *shape[1:])
-        offset = mine[0] * per_branch
+    def part(index, leaf=leaf, offset=offset, size=shape[0]):
+      start, stop, _ = index[0].indices(size)
+      return leaf[(slice(start - offset, stop - offset), *index[1:])]
 
-      def part(index, leaf=leaf, offset=offset, size=shape[0]):
-        start, stop, _ = index[0].indices(size)
-        return leaf[(slice(start - offset, stop - offset), *index[1:])]
-
-      placed[name] = jax.make_array_from_callback(shape, target, part)
-    return placed
-
-  return place
-
-
-def local_slices(mesh: jax.sharding.Mesh, axis: str) -> list[int]:
-  """The slices of a mesh axis that have a device of this process.
-
-  Raises:
-    UserError: they do not lie beside each other.
-  """
-  by_slice = np.moveaxis(mesh.devices, mesh.axis_names.index(axis), 0)
-  mine = [
-    i
-    for i, devices in enumerate(by_slice)
-    if any(d.process_index == jax.process_index() for d in devices.flat)
-  ]
-  if mine != list(range(mine[0], mine[-1] + 1)):
-    raise errors.StructureError(
-      f'The slices of mesh axis {axis!r} that one process holds must lie '
-      'beside each other.'
-    )
-  return mine
-
-
-def data_shard(mesh: jax.sharding.Mesh) -> tuple[int, int]:
-  """`(index, count)` of the part of a batch that this process reads."""
-  mine = local_slices(mesh, 'data')
-  return mine[0] // len(mine), mesh.shape['data'] // len(mine)
+    placed[name] = jax.make_array_from_callback(shape, target, part)
+  return placed
 
 
 def local_experts(mesh: jax.sharding.Mesh, experts: int) -> list[int]:
@@ -251,7 +200,7 @@ def local_experts(mesh: jax.sharding.Mesh, experts: int) -> list[int]:
   per_branch = experts // mesh.shape['branch']
   return [
     branch * per_branch + i
-    for branch in local_slices(mesh, 'branch')
+    for branch in batches.local_slices(mesh, 'branch')
     for i in range(per_branch)
   ]
 
@@ -280,7 +229,7 @@ def merge_experts(
   method: merging.Merge,
   *,
   base: typing.Tree | None = None,
-  weights: Sequence[float] | jax.Array | None = None,
+  weights: Sequence[float] | typing.Array | None = None,
   axes: axes_lib.Rules = (),
   seed: int = 0,
 ) -> typing.Tree:

@@ -13,7 +13,6 @@ import logging
 import re
 from typing import Any
 
-import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -155,7 +154,7 @@ def _walk(node, path=()):
   for name, value in node.items():
     if name.startswith(_MARK):
       yield (*path, name), value
-    elif isinstance(value, (dict, flax.core.FrozenDict)):
+    elif isinstance(value, Mapping):
       yield from _walk(value, (*path, name))
 
 

@@ -9,6 +9,7 @@ input axes, the output is `rows @ kernel.reshape(in, out)`.
 from collections.abc import Callable, Mapping
 import inspect
 import math
+from typing import Any, Protocol
 
 import flax.linen as nn
 from flax.linen import linear as flax_linear
@@ -18,10 +19,17 @@ import jax.numpy as jnp
 from mergejax.core import errors
 from mergejax.core import typing
 
-# (module, method name, arguments) -> [(parameter, inputs [..., in])]; inputs
-# that cost something may be a function without arguments.
+# <float>[..., in]; what costs something may be a function without arguments.
 Inputs = typing.Array | Callable[[], typing.Array]
-Describe = Callable[[nn.Module, str, tuple], list[tuple[str, Inputs]]]
+
+
+class Describe(Protocol):
+  """Tells of a call which linear maps it makes: `[(parameter, inputs)]`."""
+
+  def __call__(
+    self, module: Any, method: str, arguments: tuple[Any, ...], /
+  ) -> list[tuple[str, Inputs]]: ...
+
 
 # Their kernels look at patches of positions.
 CONVOLUTIONS = (nn.Conv, nn.ConvLocal, nn.ConvTranspose)
@@ -34,12 +42,12 @@ def name_of(module: nn.Module) -> str:
   return '/'.join(module.path) or f'the model ({type(module).__name__})'
 
 
-def _dense(module, method, arguments):
+def _dense(module, method, arguments, /) -> list[tuple[str, Inputs]]:
   del module
   return [('kernel', arguments[0])] if method == '__call__' else []
 
 
-def _dense_general(module, method, arguments):
+def _dense_general(module, method, arguments, /) -> list[tuple[str, Inputs]]:
   if method != '__call__':
     return []
 
@@ -61,7 +69,7 @@ def _dense_general(module, method, arguments):
   return [('kernel', laid)]
 
 
-def _conv(module, method, arguments):
+def _conv(module, method, arguments, /) -> list[tuple[str, Inputs]]:
   if method != '__call__':
     return []
   return [('kernel', lambda: _patches(module, arguments[0]))]
@@ -109,12 +117,12 @@ def _padded(inputs, padding, window, dilation):
   return inputs, padding
 
 
-def _embed(module, method, arguments):
+def _embed(module, method, arguments, /) -> list[tuple[str, Inputs]]:
   del module
   return [('embedding', arguments[0])] if method == 'attend' else []
 
 
-LINEAR: Mapping[type, Describe] = {
+LINEAR: Mapping[Any, Describe] = {
   nn.Dense: _dense,
   nn.DenseGeneral: _dense_general,
   nn.Conv: _conv,

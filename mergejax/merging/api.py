@@ -15,6 +15,7 @@ from mergejax.checkpoints import quantised
 from mergejax.checkpoints.peft import fold
 from mergejax.core import axes as axes_lib
 from mergejax.core import errors
+from mergejax.core import numerics
 from mergejax.core import typing
 from mergejax.merging import in_memory
 from mergejax.methods import base as merge_base
@@ -28,7 +29,7 @@ def merge(
   method: str | merge_base.Merge,
   *,
   base: Any = None,
-  weights: Sequence[Any] | None = None,
+  weights: Sequence[Any] | typing.Array | None = None,
   stats: Sequence[Any] | None = None,
   axes: axes_lib.Rules = (),
   rules: Sequence[tuple[str, str | merge_base.Merge]] = (),
@@ -76,7 +77,7 @@ def merge(
     ]
     for i, (model, own) in enumerate(zip(models, stats)):
       leaves = jax.tree.leaves(model)
-      if not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+      if not any(numerics.is_traced(leaf) for leaf in leaves):
         saved.check_fingerprint(
           getattr(model, 'name', f'model {i}'), model,
           f'statistics {i}', getattr(own, 'fingerprint', None),

@@ -16,6 +16,7 @@ import numpy as np
 
 from mergejax.core import errors
 from mergejax.core import numerics
+from mergejax.core import statistic_specs
 from mergejax.core import typing
 
 
@@ -54,8 +55,7 @@ def first_bad(arrays: Sequence[Any]) -> tuple[int, int] | None:
   known = [
     i
     for i, array in enumerate(arrays)
-    if not isinstance(array, jax.core.Tracer)
-    and numerics.is_averaged(array.dtype)
+    if not numerics.is_traced(array) and numerics.is_averaged(array.dtype)
   ]
   on_device = [i for i in known if isinstance(arrays[i], jax.Array)]
   bad = [
@@ -100,14 +100,14 @@ def of_input(name: str, path: typing.Path, count: int, size: int) -> str:
 
 
 def of_result(
-  path: typing.Path, count: int, dtype: Any, needs: Sequence[str] = ()
+  path: typing.Path,
+  count: int,
+  dtype: Any,
+  needs: Sequence[statistic_specs.StatisticSpec] = (),
 ) -> str:
   """The message for a result that has infinite or undefined numbers."""
-  cause = (
-    'The summed Gram matrix may be singular: lower alpha, collect more '
-    'tokens, or give a ridge.'
-    if 'gram' in needs
-    else 'Look for weights that cancel, and for options that enlarge.'
+  cause = ' '.join(spec.advice for spec in needs if spec.advice) or (
+    'Look for weights that cancel, and for options that enlarge.'
   )
   largest = float(jnp.finfo(dtype).max)
   if largest < float(jnp.finfo(np.float32).max):
@@ -118,7 +118,10 @@ def of_result(
 
 
 def stored(
-  path: typing.Path, leaf: typing.Array, dtype: Any, needs: Sequence[str] = ()
+  path: typing.Path,
+  leaf: typing.Array,
+  dtype: Any,
+  needs: Sequence[statistic_specs.StatisticSpec] = (),
 ) -> typing.Array:
   """A merged leaf in the dtype of the result.
 

@@ -3,21 +3,17 @@
 """Statistics that are given to a merge: as many and as complete as it needs."""
 
 from collections.abc import Mapping, Sequence
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from mergejax.core import axes as axes_lib
 from mergejax.core import errors
+from mergejax.core import numerics
+from mergejax.core import statistic_specs
 from mergejax.core import typing
 from mergejax.merging import finite
 from mergejax.methods import base as base_lib
-
-# Statistics with the axes of the stack in front: one matrix, or one number, for
-# each layer. All others lie like their leaf.
-STACK_FIRST = ('gram', 'count')
 
 
 def check(
@@ -36,7 +32,8 @@ def check(
   """
   if not method.needs:
     return [{} for _ in names]
-  kind = method.needs[0]
+  needs = method.statistics
+  kind = needs[0].name
   if stats is None or len(stats) != len(names):
     given = 'none' if stats is None else len(stats)
     raise errors.StructureError(
@@ -44,20 +41,22 @@ def check(
       f'models, {given} given. Collect them with mj.stats.collect, or '
       '`mergejax stats`.'
     )
-  lines = []
-  some = {path for one in stats for path in one}
-  lines += [f'{p}: no model has such a leaf' for p in sorted(some - set(specs))]
-  some &= set(paths)
-  wanted = set(paths) if kind == 'fisher' else some
-  for name, one in zip(names, stats):
-    for path in sorted(wanted):
-      lacks = [n for n in method.needs if n not in one.get(path, {})]
+  have = {path for one in stats for path in one}
+  lines = [f'{p}: no model has such a leaf' for p in sorted(have - set(specs))]
+  have &= set(paths)
+  wanted = set(paths) if any(n.required == 'all' for n in needs) else have
+  for path in sorted(wanted):
+    must = [n for n in needs if n.required == 'all' or path in have]
+    shapes = [need.shape(path, specs[path]) for need in must]
+    for name, one in zip(names, stats):
+      own = one.get(path, {})
+      lacks = [need.name for need in must if need.name not in own]
       if lacks:
         lines.append(f'{path}: {name} lacks its {lacks[0]}')
-      elif path in specs:
-        for need in method.needs:
-          lines += _misfit(path, specs[path], name, need, one[path][need])
-  if not some:
+        continue
+      for need, shape in zip(must, shapes):
+        lines += _misfit(path, specs[path], name, need, shape, own[need.name])
+  if not have:
     lines.append(f'no leaf has {kind} statistics')
   if lines:
     raise errors.StructureError(
@@ -66,34 +65,41 @@ def check(
   return list(stats)
 
 
-def _misfit(path, spec, name, kind, found):
-  """What is wrong with the statistics of one leaf of one model."""
-  fits = tuple(found.shape) == spec.shape
-  if kind in STACK_FIRST:
-    view = axes_lib.view(path, spec)
-    width = math.prod(spec.shape[i] for i in view.inputs)
-    stack = tuple(spec.shape[i] for i in view.stack)
-    sizes = (width, width) if kind == 'gram' else ()
-    fits = tuple(found.shape) == stack + sizes
-  if not fits:
+def _misfit(path, spec, name, need, shape, found):
+  """What is wrong with a statistic of one leaf of one model."""
+  if not statistic_specs.matches(tuple(found.shape), shape):
     return [
-      f'{path}: {name} has {kind} {list(found.shape)}, which does not fit '
+      f'{path}: {name} has {need.name} {list(found.shape)}, which does not fit '
       f'{list(spec.shape)}'
     ]
-  if kind not in ('fisher', 'gram') or isinstance(found, jax.core.Tracer):
+  if need.values == 'any' or numerics.is_traced(found):
     return []
   if finite.first_bad([found]) is not None:
-    return [f'{path}: the {kind} of {name} has numbers that are not finite']
+    return [
+      f'{path}: the {need.name} of {name} has numbers that are not finite'
+    ]
+  fault = unsound(need, found)
+  return [f'{path}: the {need.name} of {name} {fault}'] if fault else []
+
+
+def unsound(
+  need: statistic_specs.StatisticSpec, found: typing.Array
+) -> str | None:
+  """What of the numbers of a statistic cannot be, in words; None if nothing.
+
+  Args:
+    need: what the statistic is.
+    found: <float>[...], of which nothing is traced.
+  """
+  if need.values not in ('nonnegative', 'positive semidefinite'):
+    return None
   with jax.ensure_compile_time_eval():  # numbers are known, also under jit
-    own = jnp.asarray(found)
-    if kind == 'gram' and not symmetric(own):
-      return [f'{path}: the gram of {name} is not symmetric, as X^T X is']
-    if kind == 'gram':
-      own = jnp.diagonal(own, axis1=-2, axis2=-1)
-    sound = bool(jnp.all(own >= 0))
-  if not sound:
-    return [f'{path}: the {kind} of {name} has negative entries']
-  return []
+    checked = jnp.asarray(found)
+    if need.values == 'positive semidefinite':
+      if not symmetric(checked):
+        return 'is not symmetric, as X^T X is'
+      checked = jnp.diagonal(checked, axis1=-2, axis2=-1)
+    return None if bool(jnp.all(checked >= 0)) else 'has negative entries'
 
 
 def symmetric(gram: typing.Array) -> bool:

@@ -59,7 +59,7 @@ def merge(
   method: base_lib.Merge,
   *,
   base: Any = None,
-  weights: Sequence[Any] | None = None,
+  weights: Sequence[Any] | typing.Array | None = None,
   stats: Sequence[Mapping[typing.Path, Mapping[str, typing.Array]]]
   | None = None,
   axes: axes_lib.Rules = (),
@@ -132,10 +132,10 @@ def merge(
     )  # fmt: skip
     for path, leaf in merged:
       kind = dtype or specs[path].dtype
-      result[path] = finite.stored(path, leaf, kind, own.needs)
+      result[path] = finite.stored(path, leaf, kind, own.statistics)
       layout = inputs[0].layout(path)
       if isinstance(layout, jax.sharding.NamedSharding):
-        if not isinstance(leaf, jax.core.Tracer):
+        if not numerics.is_traced(leaf):
           result[path] = jax.device_put(result[path], layout)
   for path, spec in reference.specs.items():
     if path not in result:
@@ -286,8 +286,9 @@ class Run:
       contexts = []
       for k, own in enumerate(stats):
         own = own and {
-          n: own[n][at] if n in given.STACK_FIRST else cut(own[n])
-          for n in method.needs
+          need.name: cut(own[need.name]) if need.is_leaf else own[need.name][at]
+          for need in method.statistics
+          if need.name in own
         }
         key = masks.mask_key(self._seed, name, k)
         contexts.append(base_lib.LeafContext(k, {}, key, stats=own))
@@ -387,7 +388,7 @@ def copied(
     if path not in model.specs:
       continue
     other = model.leaf(path)
-    if isinstance(leaf, jax.core.Tracer) or isinstance(other, jax.core.Tracer):
+    if numerics.is_traced(leaf) or numerics.is_traced(other):
       continue
     if not np.array_equal(np.asarray(leaf), np.asarray(other)):
       logging.warning(

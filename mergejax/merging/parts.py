@@ -123,7 +123,7 @@ def run_triple(
   specs = {
     name: tree_lib.leaf_spec(part.leaves[0]) for name, part in slices.items()
   }
-  base = {name: part.base for name, part in slices.items()}
+  base: Any = {name: part.base for name, part in slices.items()}
   if any(leaf is None for leaf in base.values()):
     base = None
   state = method.init(specs)

@@ -7,7 +7,7 @@ https://arxiv.org/abs/2212.04089.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
@@ -52,7 +52,9 @@ def on_deltas(
   """
   base_lib.check_finite('scale', scale)
 
-  def update(state, params, *, base, weight=1.0, contexts=None):
+  def update(
+    state, params, *, base: Any = None, weight=1.0, contexts: Any = None
+  ):
     deltas = {path: leaf - base[path] for path, leaf in params.items()}
     if edit is not None:
       deltas = {
@@ -61,7 +63,7 @@ def on_deltas(
       }
     return inner.update(state, deltas, weight=weight, contexts=contexts)
 
-  def finish(state, *, base):
+  def finish(state, *, base: Any = None):
     return {
       path: base[path] + jnp.asarray(scale, delta.dtype) * delta
       for path, delta in inner.finish(state).items()

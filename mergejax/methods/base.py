@@ -1,6 +1,6 @@
 # Copyright 2026 The mergejax Authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What a merge method is: a pure triple whose state adds, and looks before it.
+"""What a merge method is: a pure triple whose state adds, after first passes.
 
 Like an optax transformation: `init` makes zeros from shapes, `update` takes
 one model in, `finish` gives the result. Models stream through one at a time,
@@ -9,7 +9,7 @@ checkpoints read from disk, averaging inside a train step, and experts on a
 mesh axis.
 
 Many methods need a few numbers of a whole leaf first: norms, a K x K matrix of
-inner products, the k-th largest magnitude. They say so with `Look`s. Once the
+inner products, the k-th largest magnitude. They declare a `FirstPass`. Once the
 numbers are known everything is element-wise again, so a leaf of any size can
 be merged in pieces, and a sharded one where it lies.
 """
@@ -24,10 +24,12 @@ import numpy as np
 
 from mergejax.core import errors
 from mergejax.core import numerics
+from mergejax.core import statistic_specs
 from mergejax.core import typing
+from mergejax.methods import protocols
 
-State = Any
-Note = Mapping[str, Any]
+State = protocols.State
+Note = protocols.Note
 
 
 class LeafContext(NamedTuple):
@@ -35,7 +37,7 @@ class LeafContext(NamedTuple):
 
   Attributes:
     model: which of the models this is, from 0; may be traced.
-    note: what the looks found, `{name: scalars}`.
+    note: what the first passes found, `{name: scalars}`.
     key: <uint32>[2], from seed, path and model alone; see `masks`.
     stats: statistics of this leaf that the model brings, `{name: array}`.
     place: shape of the piece at hand, and the flat position of its first
@@ -51,6 +53,8 @@ class LeafContext(NamedTuple):
   @property
   def index(self) -> typing.Array:
     """<uint32>[...], flat position of every element in the whole leaf."""
+    if self.place is None:
+      raise ValueError('Only a piece of a leaf has positions.')
     shape, offset = self.place
     flat = jax.lax.iota(jnp.uint32, math.prod(shape)).reshape(shape)
     return flat + jnp.asarray(offset, jnp.uint32)
@@ -60,21 +64,21 @@ class FirstPass(NamedTuple):
   """A first pass over a leaf of all models that leaves a few numbers.
 
   Attributes:
-    measure: `(leaves, base, marks, weights) -> found`. Without `ranks`: a
+    measure: `(leaves, base, contexts, weights) -> found`. Without `ranks`: a
       pytree of small arrays, already reduced, that combine over pieces of a
       leaf. With `ranks`: a list of scores <float32>[...], one per element.
-    conclude: `(found, marks, weights) -> [note per model]`; the notes are
-      added to the marks that later looks and `update` get.
-    ranks: `(size, marks) -> [(rank, ...) per score]`. Asks for exact order
+    conclude: `(found, contexts, weights) -> [note per model]`; the notes
+      are added to the contexts that later passes and `update` get.
+    ranks: `(size, contexts) -> [(rank, ...) per score]`. Asks for exact order
       statistics of each score: `found` then holds for each score one
       `Cut(threshold, index)` a rank, see `numerics.Cut`.
     combine: how pieces combine, 'sum' or 'max'.
     scope: 'leaf', or 'tree' for numbers of the whole model.
   """
 
-  measure: Callable[..., Any]
-  conclude: Callable[..., Sequence[Note]]
-  ranks: Callable[..., Sequence[Sequence[int]]] | None = None
+  measure: protocols.MeasureFn
+  conclude: protocols.ConcludeFn
+  ranks: protocols.RanksFn | None = None
   combine: str = 'sum'
   scope: str = 'leaf'
 
@@ -84,12 +88,13 @@ class Merge(NamedTuple):
 
   Attributes:
     init: `(specs) -> state`, zeros.
-    update: `(state, params, *, base=None, weight=1.0, marks=None) -> state`;
-      params and base are `{path: array}` of floating leaves, already in their
-      accumulation dtype; marks is `{path: Mark}`.
+    update: `(state, params, *, base=None, weight=1.0, contexts=None) ->
+      state`; params and base are `{path: array}` of floating leaves, already
+      in their accumulation dtype; contexts is `{path: LeafContext}`.
     finish: `(state, *, base=None) -> {path: array}`, not yet cast.
-    looks: passes that must come first, in order.
-    needs: statistics every model must bring, such as `('fisher',)`.
+    first_passes: what must be measured first, in order.
+    needs: statistics that every model brings, such as `(FISHER,)`; the name
+      alone means one of the package, or one that lies like its leaf.
     base: 'required' for methods on differences from a common ancestor,
       'optional' for those that then work on differences, 'ignored'.
     counts: smallest and largest number of models, None for no limit.
@@ -103,11 +108,11 @@ class Merge(NamedTuple):
     numbered: numbers or counts elements in 32 bits, as random masks do.
   """
 
-  init: Callable[[typing.SpecTree], State]
-  update: Callable[..., State]
-  finish: Callable[..., dict[typing.Path, typing.Array]]
+  init: protocols.InitFn
+  update: protocols.UpdateFn
+  finish: protocols.FinishFn
   first_passes: tuple[FirstPass, ...] = ()
-  needs: tuple[str, ...] = ()
+  needs: tuple[statistic_specs.StatisticSpec | str, ...] = ()
   base: str = 'ignored'
   counts: tuple[int, int | None] = (1, None)
   default_weights: tuple[float, ...] | None = None
@@ -125,32 +130,37 @@ class Merge(NamedTuple):
     return self.numbered or ranks
 
   @property
-  def needs_base(self) -> bool:
-    """True if the method cannot run without a base."""
-    return self.base == 'required'
+  def statistics(self) -> tuple[statistic_specs.StatisticSpec, ...]:
+    """The specs of the statistics that it needs."""
+    return tuple(
+      need
+      if isinstance(need, statistic_specs.StatisticSpec)
+      else statistic_specs.named(need) or statistic_specs.StatisticSpec(need)
+      for need in self.needs
+    )
 
   @property
   def of_whole_leaves(self) -> bool:
     """True if a stack of leaves has other numbers than its slices."""
-    leaf_looks = any(
+    of_leaves = any(
       first_pass.scope == 'leaf' for first_pass in self.first_passes
     )
-    return leaf_looks or self.view != 'element'
+    return of_leaves or self.view != 'element'
 
   @property
   def of_slices(self) -> bool:
     """True if a stack is merged slice by slice, as leaves of their own.
 
-    Looks at the whole model alone see the same numbers either way; without any
-    look random masks, which have a key for each slice, may.
+    Passes over the whole model alone see the same numbers either way; without
+    any pass random masks, which have a key for each slice, may not.
     """
     return self.of_whole_leaves or not self.first_passes
 
 
 def leafwise(
   init: Callable[[typing.Array], State],
-  update: Callable[..., State],
-  finish: Callable[..., typing.Array],
+  update: protocols.LeafUpdateFn,
+  finish: protocols.LeafFinishFn,
   **fields: Any,
 ) -> Merge:
   """A `Merge` from functions of one leaf.
@@ -158,7 +168,7 @@ def leafwise(
   Args:
     init: `(zeros) -> state` of a leaf; zeros have its shape and accumulation
       dtype.
-    update: `(state, leaf, base, weight, mark) -> state`; base is None where
+    update: `(state, leaf, base, weight, context) -> state`; base is None where
       there is none, weight a scalar of the leaf's dtype.
     finish: `(state, base) -> leaf`.
     **fields: the other fields of `Merge`.
@@ -194,14 +204,14 @@ def leafwise(
   return Merge(init_tree, update_tree, finish_tree, **fields)
 
 
-def gathered(combine: Callable[..., typing.Array], **fields: Any) -> Merge:
+def gathered(combine: protocols.CombineFn, **fields: Any) -> Merge:
   """A method that must see the K copies of a leaf at once.
 
   It holds K times the leaf (or the piece of it), which the plan counts; its
   states do not add.
 
   Args:
-    combine: `(leaves, base, weights, marks) -> leaf`.
+    combine: `(leaves, base, weights, contexts) -> leaf`.
     **fields: fields of `Merge`.
 
   Returns:
@@ -244,7 +254,7 @@ def check_option(
   """
   values = option if isinstance(option, (list, tuple, np.ndarray)) else [option]
   for value in values:
-    if isinstance(value, jax.core.Tracer):
+    if numerics.is_traced(value):
       continue
     plain = isinstance(value, (int, float, np.number, np.ndarray, jax.Array))
     if isinstance(value, bool) or not plain or not test(float(value)):
@@ -269,7 +279,7 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 
 
 def check_weights(
-  method: Merge, weights: Sequence[Any] | None, count: int
+  method: Merge, weights: Sequence[Any] | typing.Array | None, count: int
 ) -> list[Any]:
   """The coefficient of every model, checked as far as it is known.
 
@@ -301,13 +311,8 @@ def check_weights(
       f'{len(weights)} weight(s) for {count} model(s): give one for each.'
     )
   for weight in weights:
-    if not isinstance(weight, jax.core.Tracer) and not np.isfinite(weight):
+    if not numerics.is_traced(weight) and not np.isfinite(weight):
       raise errors.ConfigError(
         f'Weights must be finite numbers, not {weights}.'
       )
   return weights
-
-
-def add_states(first: State, second: State) -> State:
-  """Sum of two states of an additive method: one longer stream of models."""
-  return jax.tree.map(jnp.add, first, second)

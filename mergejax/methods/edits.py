@@ -38,9 +38,11 @@ def check_density(density: Any) -> None:
 
 def _number(option: Any, model: int) -> float:
   """The number that an option has for a model, needed to count elements."""
-  values = option if isinstance(option, (list, tuple)) else np.asarray(option)
+  values: Any = option
+  if not isinstance(option, (list, tuple)):
+    values = np.asarray(option)
   one = values[model] if np.ndim(values) else values
-  if isinstance(one, jax.core.Tracer):
+  if numerics.is_traced(one):
     raise errors.ConfigError(
       'density and gamma count elements, so they must be plain numbers, not '
       'values that jit traces; mark them static.'
@@ -279,7 +281,7 @@ def drop_by_rank(density: Any, epsilon: Any, *, rescale: str = 'paper') -> Edit:
 
 def _check_range_of_chances(density, epsilon):
   given = jax.tree.leaves([density, epsilon])
-  if any(isinstance(value, jax.core.Tracer) for value in given):
+  if any(numerics.is_traced(value) for value in given):
     return
   count = max(np.size(density), np.size(epsilon))
   for share, spread in zip(

@@ -92,7 +92,7 @@ class MethodEntry(registry.Entry):
     Raises:
       ConfigError: options that do not fit, or a function that gives no `Merge`.
     """
-    if self.is_value:
+    if self.value is not None:
       if options:
         raise errors.ConfigError(
           f'{sorted(options)} belong to the constructor of the method: build '

@@ -4,6 +4,7 @@
 
 import jax.numpy as jnp
 
+from mergejax.core import statistic_specs
 from mergejax.methods import base as base_lib
 from mergejax.methods import entries
 
@@ -126,7 +127,11 @@ def fisher(
     base_lib.FirstPass(_measure, conclude, scope=scope),
   )
   return base_lib.leafwise(
-    init, update, finish, first_passes=first_passes, needs=('fisher',)
+    init,
+    update,
+    finish,
+    first_passes=first_passes,
+    needs=(statistic_specs.FISHER,),
   )
 
 

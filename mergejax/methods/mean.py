@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from mergejax.core import errors
+from mergejax.core import numerics
 from mergejax.core import typing
 from mergejax.methods import base as base_lib
 from mergejax.methods import entries
@@ -67,7 +68,7 @@ def checked_sum(weight: typing.Array) -> typing.Array:
   Raises:
     UserError: it is zero. A sum that JAX traces is checked by the caller.
   """
-  if not isinstance(weight, jax.core.Tracer):
+  if not numerics.is_traced(weight):
     if abs(float(weight)) < TINY_WEIGHT:
       raise errors.ConfigError(
         'The weights sum to zero, so their average is not defined. Give '
@@ -127,7 +128,7 @@ def interpolate(*, alpha: float) -> base_lib.Merge:
   base_lib.check_finite('alpha', alpha)
   average = linear()
 
-  def finish(state, *, base):
+  def finish(state, *, base=None):
     def between(origin, model):
       share = jnp.asarray(alpha, origin.dtype)
       return (1 - share) * origin + share * model

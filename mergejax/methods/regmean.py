@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.scipy import linalg
 
+from mergejax.core import numerics
+from mergejax.core import statistic_specs
 from mergejax.methods import base as base_lib
 from mergejax.methods import entries
 
@@ -104,7 +106,9 @@ def regmean(
     del base
     return {path: solve(path, leaf) for path, leaf in state.items()}
 
-  needs = ('gram', 'count') if by_tokens else ('gram',)
+  needs = (statistic_specs.GRAM,)
+  if by_tokens:
+    needs += (statistic_specs.COUNT,)
   method = base_lib.leafwise(init, update, solve, needs=needs, view='matrix')
   # Not leaf by leaf: the warning names the kernel.
   return method._replace(finish=finish)
@@ -112,7 +116,7 @@ def regmean(
 
 def _warn_if_ill(path, factor, dead):
   """Warns of a badly conditioned system, where its numbers can be seen."""
-  if isinstance(factor, jax.core.Tracer):
+  if numerics.is_traced(factor):
     return
   pivots = jnp.where(dead, 1.0, jnp.square(jnp.diagonal(factor)))
   least = jnp.min(jnp.where(dead, jnp.inf, pivots))

@@ -4,7 +4,6 @@
 
 import math
 
-import jax
 import jax.numpy as jnp
 
 from mergejax.core import numerics
@@ -50,7 +49,8 @@ def sce(*, select_topk: float = 1.0) -> base_lib.Merge:
 
   def variance(deltas):
     middle = sum(deltas) / len(deltas)
-    return sum(jnp.square(d - middle) for d in deltas) / len(deltas)
+    squares = sum(jnp.square(d - middle) for d in deltas)
+    return jnp.asarray(squares) / len(deltas)
 
   def count(leaves, base, contexts, weights):
     del contexts, weights
@@ -69,7 +69,7 @@ def sce(*, select_topk: float = 1.0) -> base_lib.Merge:
     if select_topk >= 1:
       return [(size,)]
     varying = contexts[0].note['varying']
-    if isinstance(varying, jax.core.Tracer):  # under the caller's jit
+    if numerics.is_traced(varying):  # under the caller's jit
       share = jnp.float32(select_topk) * varying.astype(jnp.float32)
       return [(jnp.floor(share).astype(jnp.uint32),)]
     return [(math.floor(select_topk * int(varying)),)]

@@ -159,14 +159,16 @@ def compare(
   problems, remarks = [], []
   if not configs or configs[names[0]] is None:
     return problems, remarks
+  first = configs[names[0]]
   for name in names[1:]:
-    if configs[name] is None:
+    given = configs[name]
+    if first is None or given is None:
       remarks.append(
         f'{name} has no config.json: whether it computes what {names[0]} does '
         'is not known'
       )
       continue
-    for one in differences(configs[names[0]], configs[name]):
+    for one in differences(first, given):
       line = (
         f'{one.field}: {_shown(one.expected)} in {names[0]}, '
         f'{_shown(one.given)} in {name}'

@@ -21,6 +21,7 @@ import numpy as np
 
 from mergejax import partition
 from mergejax.core import errors
+from mergejax.core import numerics
 from mergejax.core import typing
 
 # Added to float32 logits where attention is not allowed. Large enough to
@@ -218,14 +219,16 @@ class Attention(nn.Module):
     def project(name, inputs, scale=1.0):
       init = initializers.variance_scaling(scale, 'fan_in', 'normal')
       # [batch, length, embed] -> [batch, length, heads, head_dim]
-      projected = dense(joined, self.dtype, init, name)(inputs).reshape(
+      return dense(joined, self.dtype, init, name)(inputs).reshape(
         *inputs.shape[:-1], self.num_heads, self.head_dim
       )
-      return partition.constrain(projected, ('batch', 'length', 'heads', 'kv'))
 
     query = project('query', queries, 1.0 / self.head_dim)
     key = project('key', keys_values)
     value = project('value', keys_values)
+    query, key, value = partition.constrain(
+      (query, key, value), ('batch', 'length', 'heads', 'kv')
+    )
     if decode:
       key, value, bias = self._update_cache(key, value, bias)
     if self.float32_logits:
@@ -273,7 +276,7 @@ class Attention(nn.Module):
         f'The cache has {length} positions, but the bias of the attention is '
         f'for {list(bias.shape[2:])} queries and keys.'
       )
-    if not isinstance(at, jax.core.Tracer) and at >= length:
+    if not numerics.is_traced(at) and at >= length:
       raise errors.ConfigError(
         f'The cache has {length} positions and all of them are taken: create '
         'it with as many as are decoded.'

@@ -70,9 +70,8 @@ class T5Config(StackConfig):
   num_decoder_layers: int = 8
 
 
-def residual(x: typing.Array) -> typing.Array:
-  """The stream between layers, `[batch, length, embed]`, where it is split."""
-  return partition.constrain(x, ('batch', 'length', 'embed'))
+# The residual stream, where layers meet.
+_STREAM = ('batch', 'length', 'embed')
 
 
 class DecoderLayer(nn.Module):
@@ -92,14 +91,14 @@ class DecoderLayer(nn.Module):
     y = block.attention('self_attention')(
       y, y, self_bias, deterministic=deterministic, decode=decode
     )
-    x = residual(x + block.dropout(y))
+    x = x + block.dropout(y)
     if encoded is not None:
       y = block.norm('pre_cross_attention_layer_norm')(x)
       y = block.attention('encoder_decoder_attention')(
         y, encoded, cross_bias, deterministic=deterministic
       )
-      x = residual(x + block.dropout(y))
-    return residual(x + block.mlp(x))
+      x = x + block.dropout(y)
+    return partition.constrain(x + block.mlp(x), _STREAM)
 
 
 class EncoderLayer(nn.Module):
@@ -112,8 +111,8 @@ class EncoderLayer(nn.Module):
     block = _Block(self.config, deterministic)
     y = block.norm('pre_attention_layer_norm')(x)
     y = block.attention('attention')(y, y, bias, deterministic=deterministic)
-    x = residual(x + block.dropout(y))
-    return residual(x + block.mlp(x))
+    x = x + block.dropout(y)
+    return partition.constrain(x + block.mlp(x), _STREAM)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,7 +199,7 @@ class Encoder(nn.Module):
     block = _Block(config, deterministic)
     length = embedded.shape[1]
     bias = relative_bias(config, bidirectional=True)(length, length) + mask_bias
-    x = residual(block.dropout(embedded))
+    x = partition.constrain(block.dropout(embedded), _STREAM)
     for i in range(config.num_encoder_layers):
       x = EncoderLayer(config, name=f'layers_{i}')(
         x, bias, deterministic=deterministic
@@ -249,7 +248,7 @@ class Decoder(nn.Module):
     bias = relative_bias(config, bidirectional=False)(length, length)
     if mask_bias is not None:
       bias = bias + mask_bias
-    x = residual(block.dropout(embedder(tokens)))
+    x = partition.constrain(block.dropout(embedder(tokens)), _STREAM)
     for i in range(self.num_layers):
       x = DecoderLayer(config, name=f'layers_{i}')(
         x,

@@ -9,12 +9,10 @@ questions again and finds the first answers in the log.
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
-import json
 import math
 import os
-import pathlib
 import re
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -22,29 +20,15 @@ from mergejax.core import axes as axes_lib
 from mergejax.core import errors
 from mergejax.core import registry
 from mergejax.core import resume
+from mergejax.core import stop as stop_lib
 from mergejax.core import typing
+from mergejax.evaluation import base as evaluation
 from mergejax.merging import in_memory
 from mergejax.methods import named
 from mergejax.names import known
 
-# `{task: score}`, higher is better.
-Scores = Mapping[str, Any]
-
-
-class Evaluator(NamedTuple):
-  """How good parameters are, in a form that can be compiled with a merge.
-
-  Attributes:
-    score: `(params, data) -> {task: score}`, traceable; higher is better.
-    data: the arrays it reads, which stay on the device.
-  """
-
-  score: Callable[[typing.Tree, Any], Scores]
-  data: Any
-
-  def __call__(self, params: typing.Tree) -> Scores:
-    """`score(params, data)`, not compiled."""
-    return self.score(params, self.data)
+# Coefficients, <float>[n].
+Point = Sequence[float] | np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,13 +46,16 @@ class Candidate:
   objective: float
 
 
-def mean_score(scores: Scores) -> float:
+def mean_score(scores: evaluation.Scores) -> float:
   """The default objective: unweighted mean over tasks."""
   return float(np.mean([float(s) for s in scores.values()]))
 
 
 class Log:
   """The candidates of a search, in order, in a file of JSON lines or in memory.
+
+  Entered as a context, it hears SIGTERM: the search ends when what it is trying
+  is written down, and the same search continues from there.
 
   Args:
     path: the file; None keeps them in memory only.
@@ -84,39 +71,32 @@ class Log:
     self,
     path: os.PathLike | str | None = None,
     settings: Mapping[str, Any] | None = None,
-    objective: Callable[[Scores], float] = mean_score,
+    objective: Callable[[evaluation.Scores], float] = mean_score,
   ):
     self.candidates: list[Candidate] = []
     self._recorded: list[Candidate] = []
     self._objective = objective
-    self._path = None if path is None else pathlib.Path(path)
-    if self._path is not None:
-      self._open(resume.record(settings or {}))
-
-  def _open(self, record):
-    first = json.dumps({'search': record})
-    if not self._path.exists():
-      self._path.parent.mkdir(parents=True, exist_ok=True)
-      self._append(first)
-      return
-    text = self._path.read_text(encoding='utf-8')
-    whole = text[: text.rfind('\n') + 1]
-    if whole != text:  # killed while writing a line
-      os.truncate(self._path, len(whole.encode()))
-    lines = whole.splitlines()
-    if not lines:
-      self._append(first)
-      return
-    resume.check_same(json.loads(lines[0]).get('search'), record, self._path)
-    for line in lines[1:]:
-      row = json.loads(line)
+    self._journal = resume.Journal(path, 'search', settings or {})
+    for row in self._journal.rows():
       self._recorded.append(self._candidate(row['point'], row['scores']))
+    self._journal.begin()
+    self._stop = stop_lib.StopRequest()
 
-  def _append(self, line):
-    with open(self._path, 'a', encoding='utf-8') as stream:
-      stream.write(line + '\n')
-      stream.flush()
-      os.fsync(stream.fileno())
+  def __enter__(self) -> 'Log':
+    self._stop.__enter__()
+    return self
+
+  def __exit__(self, *exception) -> None:
+    self._stop.__exit__(*exception)
+
+  def check_stop(self) -> None:
+    """Ends the search here if that was asked for.
+
+    Raises:
+      errors.Stopped: SIGTERM came since the log was entered.
+    """
+    done = len(self.candidates)
+    self._stop.check(f'Stopped after {done} candidates.')
 
   def _candidate(self, point, scores):
     scores = {name: float(score) for name, score in scores.items()}
@@ -125,7 +105,7 @@ class Log:
       objective = -math.inf
     return Candidate(tuple(float(x) for x in point), scores, objective)
 
-  def recorded(self, point: Sequence[float]) -> Candidate | None:
+  def recorded(self, point: Point) -> Candidate | None:
     """The next candidate of the log, if it was tried before.
 
     Raises:
@@ -137,19 +117,18 @@ class Log:
     found = self._recorded[at]
     if found.point != tuple(float(x) for x in point):
       raise errors.ConfigError(
-        f'{self._path}: candidate {at} of the log is {list(found.point)}, but '
+        f'{self._journal.path}: candidate {at} of the log is {list(found.point)}, but '
         f'this search asks for {list(map(float, point))}: the log is of '
         'another search.'
       )
     self.candidates.append(found)
     return found
 
-  def add(self, point: Sequence[float], scores: Scores) -> Candidate:
+  def add(self, point: Point, scores: evaluation.Scores) -> Candidate:
     """Writes down a candidate that has just been tried."""
     one = self._candidate(point, scores)
     self.candidates.append(one)
-    if self._path is not None:
-      self._append(json.dumps({'point': one.point, 'scores': one.scores}))
+    self._journal.append({'point': one.point, 'scores': one.scores})
     return one
 
   def best(self) -> Candidate:
@@ -194,10 +173,10 @@ class Space:
   blocks: tuple[str, ...] = ('*',)
 
   def __post_init__(self):
-    known = ('weights', 'weight', *named.entry_of(self.method).options)
-    if self.vary not in known:
+    arguments = ('weights', 'weight', *named.entry_of(self.method).options)
+    if self.vary not in arguments:
       raise errors.ConfigError(
-        errors.near(self.vary, known, f'argument of {self.method} to vary,')
+        errors.near(self.vary, arguments, f'argument of {self.method} to vary,')
       )
     if not self.low < self.high or not self.low <= self.start <= self.high:
       raise errors.ConfigError(
@@ -296,7 +275,7 @@ class Space:
       if entry.options[name].default is not registry.Option.empty
     }
     parameters |= self.options
-    entries = [{'model': model} for model in models]
+    entries: list[dict[str, Any]] = [{'model': name} for name in models]
     if self.vary in ('weights', 'weight'):
       for k, item in enumerate(entries):
         item['parameters'] = {'weight': setting(k)}
@@ -310,7 +289,7 @@ class Space:
         for item, own in zip(entries, parameters.pop(name)):
           item.setdefault('parameters', {})[name] = own
     parameters = {entry.recipe_name(n): v for n, v in parameters.items()}
-    recipe = {'merge_method': self.method, 'models': entries}
+    recipe: dict[str, Any] = {'merge_method': self.method, 'models': entries}
     if base:
       recipe['base_model'] = base
     if parameters:

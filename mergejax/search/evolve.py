@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from mergejax.core import errors
+from mergejax.evaluation import base as evaluation
 from mergejax.methods import base as merge_base
 from mergejax.search import base
 
@@ -17,7 +18,7 @@ STRATEGIES = ('random', 'one_plus_one', 'cmaes')
 
 def evolve(
   space: base.Space,
-  evaluate: Callable[[np.ndarray], base.Scores],
+  evaluate: Callable[[np.ndarray], evaluation.Scores],
   *,
   budget: int,
   strategy: str = 'cmaes',
@@ -58,6 +59,7 @@ def evolve(
       found = log.add(point, evaluate(point))
     tell(point, found.objective)
     progress(done + 1, budget)
+    log.check_stop()
   return log
 
 

@@ -10,9 +10,7 @@ models are never on the device at once.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
-import json
 import os
-import pathlib
 from typing import Any
 
 import jax
@@ -24,6 +22,7 @@ from mergejax.checkpoints import base as store_base
 from mergejax.core import errors
 from mergejax.core import numerics
 from mergejax.core import resume
+from mergejax.core import stop as stop_lib
 from mergejax.core import tree as tree_lib
 from mergejax.core import typing
 from mergejax.merging import in_memory
@@ -133,6 +132,7 @@ def learn(
   Raises:
     UserError: no model, models that differ, a loss that is not finite, a
       journal of something else.
+    errors.Stopped: SIGTERM came; the journal has every update so far.
 
   Source: Wortsman et al. (2022), https://arxiv.org/abs/2203.05482, appendix I;
   Yang et al., "AdaMerging" (2024), https://arxiv.org/abs/2310.02575.
@@ -177,30 +177,38 @@ def learn(
       return optax.apply_updates(variables, steps), state
 
   about = {'constraint': constraint, 'initial': initial, **(settings or {})}
-  record = _Journal(journal, {'groups': mixer.groups, **about})
-  (variables, state), losses, metrics = record.load((variables, state))
+  record = resume.Journal(
+    journal, 'gradient', {'groups': mixer.groups, **about}
+  )
+  losses, metrics = [], []
+  found = record.load()
+  if found is not None:
+    variables, state = _restored((variables, state), found[0])
+    losses, metrics = found[1]['losses'], found[1]['metrics']
   done = len(losses)
-  for i, batch in enumerate(batches):
-    if i < done:
-      continue
-    params = mixer.mix(constrained(variables['raw']))
-    (value, told), (gradient, heat) = backward(
-      params, variables['temperature'], batch
-    )
-    value = float(value)
-    if not np.isfinite(value):
-      raise errors.ConfigError(
-        f'The loss of update {i} is {value}. Check the models and the batch, '
-        'or lower the learning rate.'
+  with stop_lib.StopRequest() as stop:
+    for i, batch in enumerate(batches):
+      if i < done:
+        continue
+      params = mixer.mix(constrained(variables['raw']))
+      (value, told), (gradient, heat) = backward(
+        params, variables['temperature'], batch
       )
-    products = mixer.products(gradient)
-    del params, gradient
-    variables, state = update(variables, state, products, heat)
-    losses.append(value)
-    metrics.append({name: float(one) for name, one in told.items()})
-    progress(len(losses), value)
-    if len(losses) % save_every == 0:
-      record.save((variables, state), losses, metrics)
+      value = float(value)
+      if not np.isfinite(value):
+        raise errors.ConfigError(
+          f'The loss of update {i} is {value}. Check the models and the batch, '
+          'or lower the learning rate.'
+        )
+      products = mixer.products(gradient)
+      del params, gradient
+      variables, state = update(variables, state, products, heat)
+      losses.append(value)
+      metrics.append({name: float(one) for name, one in told.items()})
+      progress(len(losses), value)
+      if stop.received or len(losses) % save_every == 0:
+        _save(record, (variables, state), losses, metrics)
+      stop.check(f'Stopped after {len(losses)} updates.')
   coefficients = constrained(variables['raw'])
   params = mixer.mix(coefficients)
   record.forget()
@@ -323,38 +331,20 @@ class _Mixer:
     return sums
 
 
-class _Journal:
-  """Coefficients and optimizer state after some updates: a few numbers."""
+def _restored(fresh, arrays):
+  """Coefficients and optimizer state as a journal holds them."""
+  leaves, structure = jax.tree.flatten(fresh)
+  saved = [
+    jnp.asarray(arrays[str(i)].astype(leaf.dtype))
+    for i, leaf in enumerate(leaves)
+  ]
+  return jax.tree.unflatten(structure, saved)
 
-  def __init__(self, path, about):
-    self._path = None if path is None else pathlib.Path(path)
-    self._about = resume.record(about)
 
-  def load(self, fresh):
-    if self._path is None or not self._path.exists():
-      return fresh, [], []
-    data = json.loads(self._path.read_text(encoding='utf-8'))
-    resume.check_same(data.get('about'), self._about, self._path)
-    leaves, structure = jax.tree.flatten(fresh)
-    saved = [
-      jnp.asarray(np.array(value, leaf.dtype).reshape(leaf.shape))
-      for value, leaf in zip(data['leaves'], leaves)
-    ]
-    return jax.tree.unflatten(structure, saved), data['losses'], data['metrics']
-
-  def save(self, kept, losses, metrics):
-    if self._path is None:
-      return
-    # A float32 written as a decimal number of Python reads back as itself.
-    leaves = [np.asarray(x, np.float64).tolist() for x in jax.tree.leaves(kept)]
-    data = {
-      'about': self._about, 'leaves': leaves, 'losses': losses,
-      'metrics': metrics,
-    }  # fmt: skip
-    self._path.parent.mkdir(parents=True, exist_ok=True)
-    with store_base.atomic_path(self._path, overwrite=True) as temporary:
-      temporary.write_text(json.dumps(data))
-
-  def forget(self):
-    if self._path is not None:
-      self._path.unlink(missing_ok=True)
+def _save(journal, kept, losses, metrics):
+  # float64 holds every number of the optimizer exactly, and NumPy has it.
+  arrays = {
+    str(i): np.asarray(leaf, np.float64)
+    for i, leaf in enumerate(jax.tree.leaves(kept))
+  }
+  journal.save(arrays, {'losses': losses, 'metrics': metrics})

@@ -107,6 +107,7 @@ def greedy(
       if not isinstance(scores, dict):
         scores = {'score': scores}
       found = log.add(point, scores)
+      log.check_stop()
     value = base.mean_score(found.scores)
     value = value if higher_is_better else -value
     return value if math.isfinite(value) else -math.inf

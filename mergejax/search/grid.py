@@ -12,6 +12,7 @@ import numpy as np
 
 from mergejax.core import errors
 from mergejax.core import typing
+from mergejax.evaluation import base as evaluation
 from mergejax.search import base
 
 _MOST_POINTS = 20_000
@@ -57,7 +58,7 @@ def dirichlet(count: int, draws: int, seed: int = 0) -> np.ndarray:
 def grid(
   merge: Callable[[Any, typing.Array], typing.Tree],
   models: Any,
-  evaluate: base.Evaluator | Callable[[typing.Tree], base.Scores],
+  evaluate: evaluation.Evaluator | Callable[[typing.Tree], evaluation.Scores],
   points: np.ndarray,
   *,
   log: base.Log | None = None,
@@ -87,11 +88,12 @@ def grid(
   points = np.asarray(points, np.float64)
   todo = [point for point in points if log.recorded(point) is None]
   done = len(points) - len(todo)
-  if not isinstance(evaluate, base.Evaluator):
+  if not isinstance(evaluate, evaluation.Evaluator):
     for point in todo:
       log.add(point, evaluate(merge(models, jnp.asarray(point, jnp.float32))))
       done += 1
       progress(done, len(points))
+      log.check_stop()
     return log
 
   @jax.jit
@@ -112,4 +114,5 @@ def grid(
       log.add(point, {name: values[i] for name, values in found.items()})
     done += len(some)
     progress(done, len(points))
+    log.check_stop()
   return log

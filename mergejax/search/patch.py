@@ -13,6 +13,7 @@ import numpy as np
 from mergejax.core import errors
 from mergejax.core import tree as tree_lib
 from mergejax.core import typing
+from mergejax.evaluation import base as evaluation
 from mergejax.merging import in_memory
 from mergejax.methods import arithmetic
 from mergejax.methods import mean
@@ -44,7 +45,7 @@ def objective(
   *,
   most_lost: float | None = None,
   before: Mapping[str, float] | None = None,
-) -> Callable[[base.Scores], float]:
+) -> Callable[[evaluation.Scores], float]:
   """What patching maximises.
 
   Args:
@@ -98,7 +99,7 @@ def single(
   base_model: typing.Tree,
   tuned: typing.Tree,
   evaluate: Any,
-  goal: Callable[[base.Scores], float],
+  goal: Callable[[evaluation.Scores], float],
   *,
   alphas: Sequence[float] = ALPHAS,
   allow_outside: bool = False,
@@ -152,7 +153,8 @@ def at(base_model, tuned, alpha: float) -> typing.Tree:
 
 
 def _interpolated(models, point):
-  return at(*models, point[0])
+  base_model, tuned = models
+  return at(base_model, tuned, point[0])
 
 
 def _check_frozen(base_model, tuned, pattern):
@@ -214,7 +216,7 @@ def joint(
 def sequential(
   base_model: typing.Tree,
   fine_tune: Callable[[typing.Tree, int], typing.Tree],
-  evaluate: Callable[[typing.Tree, Sequence[str]], base.Scores],
+  evaluate: Callable[[typing.Tree, Sequence[str]], evaluation.Scores],
   supported: Sequence[str],
   patching: Sequence[str],
   *,
@@ -254,8 +256,8 @@ def sequential(
 def parallel(
   base_model: typing.Tree,
   tuned: Sequence[typing.Tree],
-  evaluate: Callable[[typing.Tree], base.Scores],
-  goal: Callable[[base.Scores], float],
+  evaluate: Callable[[typing.Tree], evaluation.Scores],
+  goal: Callable[[evaluation.Scores], float],
   *,
   budget: int = 50,
   strategy: str = 'one_plus_one',

@@ -5,16 +5,16 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mergejax import models
 from mergejax.core import errors
+from mergejax.core import numerics
 from mergejax.core import typing
 from mergejax.methods import base as merge_base
 from mergejax.training import losses
+from mergejax.training import objective as objective_lib
 
 
 def teacher_weights(
@@ -36,7 +36,7 @@ def teacher_weights(
 def _check_finite(what, values):
   """Refuses undefined numbers, where they can be seen."""
   for i, value in enumerate(values):
-    if isinstance(value, jax.core.Tracer):
+    if numerics.is_traced(value):
       continue
     if not np.isfinite(np.asarray(value)).all():
       raise errors.DataError(f'The {what} of teacher {i} is not finite.')
@@ -111,16 +111,8 @@ def loss(
   return losses.weighted_mean(apart, jnp.broadcast_to(rows, apart.shape))
 
 
-def _real_rows(module, batch):
-  """`<bool>[batch]`, or None: a batch of other names does not tell."""
-  try:
-    return jnp.asarray(models.family_for(module, batch).real_rows(batch))
-  except errors.ConfigError:
-    return None
-
-
 def with_teachers(
-  loss_fn: losses.LossFn,
+  objective: objective_lib.Objective,
   features: Callable[[typing.Tree, Any], jax.Array],
   means: typing.Array,
   teachers: Sequence[tuple[Callable[[Any], jax.Array], typing.Array]],
@@ -128,14 +120,13 @@ def with_teachers(
   *,
   trade_off: float = 100.0,
   temperature: float = 0.1,
-  model: nn.Module | models.ModelFamily | None = None,
-) -> losses.LossFn:
-  """A training loss with the B-Tuning term, for `train.step.make_step`.
+) -> objective_lib.Objective:
+  """An objective with the B-Tuning term added, for a `training.Trainer`.
 
   Rows of a batch that have no weight in the loss have none in the term.
 
   Args:
-    loss_fn: the task's loss, from `losses.make_loss`.
+    objective: the task's, such as `training.cross_entropy()`.
     features: `(params, batch) -> <float>[batch, D]` of the student; see
       `select.features`.
     means: <float>[C, D] of the student.
@@ -144,21 +135,21 @@ def with_teachers(
     scores: LogME of each teacher.
     trade_off: lambda; 100 in the paper.
     temperature: of the teachers' weights; 0.1 in the paper.
-    model: whose family says which rows are real; by default the names of a
-      batch do, and in one of other names every row counts.
 
   Returns:
-    A loss with the further metric `b_tuning`.
+    An objective with the further metric `b_tuning`.
   """
   weights = teacher_weights(scores, temperature)
   _check_finite('matrix of means', [m for _, m in teachers])
 
-  def combined(params, batch, key=None):
-    value, metrics = loss_fn(params, batch, key)
+  def combined(family, params, batch, rngs):
+    value, outputs = objective(family, params, batch, rngs)
+    rows = outputs.weights.reshape(len(outputs.weights), -1)
     extra = loss(
       features(params, batch), means, [f(batch) for f, _ in teachers],
-      [m for _, m in teachers], weights, _real_rows(model, batch),
+      [m for _, m in teachers], weights, jnp.any(rows > 0, axis=1),
     )  # fmt: skip
-    return value + trade_off * extra, dict(metrics, b_tuning=extra)
+    metrics = {**outputs.metrics, 'b_tuning': extra}
+    return value + trade_off * extra, outputs._replace(metrics=metrics)
 
   return combined

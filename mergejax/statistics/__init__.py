@@ -6,6 +6,7 @@ statistics = mj.stats.collect(mj.stats.gram(), module, params, batches)
 merged = mj.merge([a, b], 'regmean', stats=[statistics_of_a, statistics_of_b])
 """
 
+from mergejax.core.statistic_specs import StatisticSpec
 from mergejax.statistics.base import Statistic
 from mergejax.statistics.base import collect
 from mergejax.statistics.fishers import fisher
@@ -17,6 +18,6 @@ from mergejax.statistics.saved import load
 from mergejax.statistics.surveys import survey
 
 __all__ = [
-  'Statistic', 'Statistics', 'collect', 'combine', 'fingerprint', 'fisher',
+  'Statistic', 'StatisticSpec', 'Statistics', 'collect', 'combine', 'fingerprint', 'fisher',
   'gram', 'load', 'survey',
 ]  # fmt: skip

@@ -9,9 +9,7 @@ are kept in float64, so a long stream loses nothing.
 
 from collections.abc import Callable, Iterable, Mapping
 import os
-import signal
-import threading
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import flax.linen as nn
 import jax
@@ -22,27 +20,44 @@ import numpy as np
 
 from mergejax import partition
 from mergejax.core import errors
+from mergejax.core import statistic_specs
+from mergejax.core import stop as stop_lib
 from mergejax.core import typing
-from mergejax.statistics import journal as journal_lib
+from mergejax.statistics import progress as progress_lib
 from mergejax.statistics import saved
+
+
+class MeasureFn(Protocol):
+  """Measures one batch: `{path: {'sum': arrays, 'count': array}}`.
+
+  Every array has a leading axis of `shards` parts of the batch, whose number in
+  the stream is `number`. It raises if something asked for was not seen.
+  """
+
+  def __call__(
+    self,
+    module: nn.Module,
+    params: typing.Tree,
+    batch: Mapping[str, Any],
+    number: Any,
+    shards: int,
+    /,
+  ) -> dict[typing.Path, dict[str, Any]]: ...
 
 
 class Statistic(NamedTuple):
   """A mean over examples of something a model does.
 
   Attributes:
-    kind: its name in files and in `Merge.needs`: 'gram' or 'fisher'.
-    measure: `(module, params, batch, number, shards) -> {path: {'sum': arrays,
-      'count': array}}` of one batch, each with a leading axis of `shards`
-      parts; number is that of the batch. Raises if something asked for was
-      not seen.
+    spec: its name and shape, which methods list in `Merge.needs`.
+    measure: what one batch adds to the sums, see `MeasureFn`.
     whole: `sum -> array`, from what devices add up, without the axis of shards
       and fetched, to the sum itself.
     settings: what a reader of the file should know.
   """
 
-  kind: str
-  measure: Callable[..., dict[typing.Path, dict[str, Any]]]
+  spec: statistic_specs.StatisticSpec
+  measure: MeasureFn
   whole: Callable[[Any], np.ndarray] = lambda total: total
   settings: Mapping[str, Any] = {}
 
@@ -61,7 +76,7 @@ def collect(
   """Collects a statistic of a model over batches, in evaluation mode.
 
   Args:
-    statistic: `gram(...)` or `fisher(...)`.
+    statistic: `gram(...)`, `fisher(...)` or one of your own.
     module: the model.
     params: its parameters; left as they are.
     batches: dicts of arrays of equal shapes. `images` with `labels`, and
@@ -105,12 +120,13 @@ def collect(
   mesh = mesh or partition.make_mesh(devices=jax.devices()[:1])
   shards = mesh.shape['data']
   fingerprint = saved.fingerprint(params)
-  settings = {'kind': statistic.kind, **statistic.settings}
-  journal = journal_lib.Journal(out, {**settings, 'model': fingerprint})
+  settings = {'kind': statistic.spec.name, **statistic.settings}
+  journal = progress_lib.Progress(out, {**settings, 'model': fingerprint})
   totals, done, aliases = journal.load()
   batches = journal.after(done, batches)
   params = jax.device_put(params, _param_layout(mesh, params))
-  zeros = step = None
+  zeros: Callable[[], Any] = dict
+  step = None
 
   @jax.jit
   def measure(params, batch, number):
@@ -123,13 +139,13 @@ def collect(
     return jax.tree.map(jnp.add, sums, measure(params, batch, number))
 
   sums, number = None, done
-  with _Stopping() as stopping:
+  with stop_lib.StopRequest() as stop:
     for number, batch in enumerate(batches, done + 1):
       batch = _placed(mesh, batch)
       index = np.uint32(number - 1)
       if step is None:
         shapes = jax.eval_shape(measure, params, batch, index)
-        layout = _sum_layout(mesh, statistic.kind, shapes)
+        layout = _sum_layout(mesh, statistic.spec, shapes)
         zeros = jax.jit(
           lambda shapes=shapes: jax.tree.map(
             lambda x: jnp.zeros(x.shape, x.dtype), shapes
@@ -142,16 +158,15 @@ def collect(
       if number % save_every == 0:
         totals, sums = _fetched(statistic, totals, sums), None
         journal.save(totals, number, aliases)
-      if stopping.received:
-        # What came after the last save is not kept: sums are added up in the
-        # same groups however often a collection is interrupted.
-        raise errors.Stopped(f'Stopped after {number} batches.')
+      # What came after the last save is not kept: sums are added up in the same
+      # groups however often a collection is interrupted.
+      stop.check(f'Stopped after {number} batches.')
   if sums is not None:
     totals = _fetched(statistic, totals, sums)
   if totals is None:
     raise errors.DataError('There was no batch to collect statistics from.')
   result = _means(
-    statistic.kind, totals, aliases, fingerprint, settings, number
+    statistic.spec, totals, aliases, fingerprint, settings, number
   )
   if out is not None and not jax.process_index():
     result.save(out)
@@ -214,15 +229,15 @@ def _placed(mesh, batch):
   return result
 
 
-def _sum_layout(mesh, kind, shapes):
-  """One part a data slice; rows of a Gram matrix over `model`."""
+def _sum_layout(mesh, spec, shapes):
+  """One part a data slice; rows of a matrix over `model`."""
 
   def of(shape):
-    spec = ['data'] + [None] * (len(shape.shape) - 1)
-    if kind == 'gram' and len(shape.shape) >= 3:
+    parts = ['data'] + [None] * (len(shape.shape) - 1)
+    if len(spec.sizes) == 2 and len(shape.shape) >= 3:
       if shape.shape[-2] % mesh.shape['model'] == 0:
-        spec[-2] = 'model'
-    return NamedSharding(mesh, PartitionSpec(*spec))
+        parts[-2] = 'model'
+    return NamedSharding(mesh, PartitionSpec(*parts))
 
   return jax.tree.map(of, shapes)
 
@@ -241,7 +256,7 @@ def _fetched(statistic, totals, sums):
   return {path: totals[path] + leaf for path, leaf in host.items()}
 
 
-def _means(kind, totals, aliases, fingerprint, settings, batches):
+def _means(spec, totals, aliases, fingerprint, settings, batches):
   if not any(leaf.any() for n, leaf in totals.items() if n.endswith('/count')):
     raise errors.DataError(
       'No batch had a real row to collect statistics from: all weights are 0, or '
@@ -260,34 +275,13 @@ def _means(kind, totals, aliases, fingerprint, settings, batches):
     )
     if not np.isfinite(mean).all():
       bad.append(path)
-    result[path] = {kind: mean.astype(np.float32), 'count': count}
+    result[path] = {spec.name: mean.astype(np.float32), 'count': count}
   if bad:
     raise errors.DataError(
-      f'The {kind} statistics of these parameters are not finite; does the '
+      f'The {spec.name} statistics of these parameters are not finite; does the '
       'model give finite outputs on this data, and has it all of its tokens '
       f'and labels?\n{errors.listed(bad)}'
     )
   return saved.Statistics(
-    result, kind, fingerprint, {**settings, 'batches': batches}
+    result, spec, fingerprint, {**settings, 'batches': batches}
   )
-
-
-class _Stopping:
-  """Notes SIGTERM, so that a collection ends between two batches."""
-
-  def __init__(self):
-    self.received = False
-    self._main = threading.current_thread() is threading.main_thread()
-
-  def __enter__(self):
-    if self._main:
-      self._previous = signal.signal(signal.SIGTERM, self._note)
-    return self
-
-  def _note(self, number, frame):
-    del number, frame
-    self.received = True
-
-  def __exit__(self, *_):
-    if self._main:
-      signal.signal(signal.SIGTERM, self._previous)

@@ -3,12 +3,14 @@
 """The diagonal Fisher information of a model's parameters."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from mergejax import models
 from mergejax.core import errors
+from mergejax.core import statistic_specs
 from mergejax.core import tree as tree_lib
 from mergejax.methods import base as merge_base
 from mergejax.statistics import base
@@ -118,7 +120,7 @@ def fisher(
     'estimator': estimator, 'samples': samples, 'per_token': per_token,
     'seed': seed,
   }  # fmt: skip
-  return base.Statistic('fisher', measure, settings=settings)
+  return base.Statistic(statistic_specs.FISHER, measure, settings=settings)
 
 
 def _check_packing(family, batch, estimator):
@@ -235,7 +237,7 @@ def _square(gradient):
   return jax.tree.map(lambda g: jnp.square(g.astype(jnp.float32)), gradient)
 
 
-def _sum_up(total, own, by=1.0):
+def _sum_up(total: Any, own: Any, by: Any = 1.0) -> Any:
   return jax.tree.map(lambda t, o: t + by * o, total, own)
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mergejax.core import errors
+from mergejax.core import statistic_specs
 from mergejax.core import tree as tree_lib
 from mergejax.intercept import capture
 from mergejax.intercept import linear
@@ -105,7 +106,7 @@ def gram(
     'include': include and list(include), 'exclude': list(exclude),
     'conv': conv, 'tied_head': tied_head,
   }  # fmt: skip
-  return base.Statistic('gram', measure, _whole, settings)
+  return base.Statistic(statistic_specs.GRAM, measure, _whole, settings)
 
 
 def _trace(array):

@@ -16,20 +16,23 @@ from mergejax.checkpoints import checkpoint
 from mergejax.checkpoints import safetensors
 from mergejax.core import errors
 from mergejax.core import numerics
+from mergejax.core import statistic_specs
 from mergejax.core import tree as tree_lib
 from mergejax.core import typing
 
 _SIDE_CAR = 'statistics.json'
 _WEIGHTS = 'statistics.safetensors'
+# Where the side car keeps the spec.
+_SPEC = 'statistic'
 # A fingerprint looks at this many numbers at each of so many places of a leaf.
 _SAMPLE, _PLACES = 64, 4
 
 
 class Statistics(dict):
-  """`{path: {kind: array, 'count': array}}` of one model.
+  """`{path: {name of the statistic: array, 'count': array}}` of one model.
 
   Attributes:
-    kind: 'gram' or 'fisher'.
+    spec: what the statistic is.
     fingerprint: of the model they were collected with.
     settings: how they were collected.
   """
@@ -37,14 +40,19 @@ class Statistics(dict):
   def __init__(
     self,
     means: Mapping[typing.Path, Mapping[str, typing.Array]],
-    kind: str,
+    spec: statistic_specs.StatisticSpec,
     fingerprint: str | None,
     settings: Mapping[str, Any],
   ):
     super().__init__(means)
-    self.kind = kind
+    self.spec = spec
     self.fingerprint = fingerprint
     self.settings = dict(settings)
+
+  @property
+  def kind(self) -> str:
+    """Name of the statistic: 'gram', 'fisher', ..."""
+    return self.spec.name
 
   def save(self, path: os.PathLike | str) -> None:
     """Writes a directory: a safetensors file, and what it is in JSON.
@@ -57,7 +65,11 @@ class Statistics(dict):
       for path, own in self.items()
       for name, leaf in own.items()
     }
-    about = {'fingerprint': self.fingerprint, **self.settings}
+    about = {
+      'fingerprint': self.fingerprint,
+      **self.settings,
+      _SPEC: self.spec.record(),
+    }
     with store_base.atomic_path(path) as temporary:
       temporary.mkdir()
       safetensors.write(temporary / _WEIGHTS, leaves)
@@ -82,13 +94,25 @@ def load(path: os.PathLike | str) -> Statistics:
   for name, leaf in leaves.items():
     parameter, _, what = name.rpartition('/')
     means.setdefault(parameter, {})[what] = leaf
-  kinds = {k for own in means.values() for k in own} & {'gram', 'fisher'}
-  if len(kinds) != 1:
+  spec = _spec_of(settings, {name for own in means.values() for name in own})
+  if spec is None:
     raise errors.DataError(
       f'{path} does not hold statistics: its leaves should be called '
-      'PARAMETER/gram or PARAMETER/fisher. `mergejax stats` collects them.'
+      'PARAMETER/gram or PARAMETER/fisher, or as its '
+      f'{_SIDE_CAR} says. `mergejax stats` collects them.'
     )
-  return Statistics(means, kinds.pop(), settings.get('fingerprint'), settings)
+  return Statistics(means, spec, settings.get('fingerprint'), settings)
+
+
+def _spec_of(settings, names) -> statistic_specs.StatisticSpec | None:
+  """What statistic leaves of these names are; None if that is not known."""
+  record = settings.pop(_SPEC, None)
+  if record is not None:
+    spec = statistic_specs.read(record)
+    return spec if spec.name in names else None
+  # Files of before specs were kept, and of other makers.
+  known = [spec for spec in map(statistic_specs.named, names) if spec]
+  return known[0] if len(known) == 1 else None
 
 
 def fingerprint(model: typing.Tree | store_base.ParamStore) -> str:
@@ -179,9 +203,11 @@ def combine(
     UserError: Fisher statistics (their scales are a matter of the merge), or
       parts with different parameters.
   """
-  if any(part.kind != 'gram' for part in parts):
+  spec = parts[0].spec
+  if any(part.spec != spec for part in parts) or not spec.combines:
     raise errors.DataError(
-      'Only Gram statistics combine: a Fisher merge rescales each model.'
+      'Only Gram statistics, and others that say so, combine: a Fisher merge '
+      'rescales each model.'
     )
   weights = [1.0] * len(parts) if weights is None else list(weights)
   if len(weights) != len(parts):
@@ -196,9 +222,10 @@ def combine(
     )
   means = {}
   for path in parts[0]:
-    wide = [np.asarray(part[path]['gram'], np.float64) for part in parts]
-    total = sum(w * gram for w, gram in zip(weights, wide)) / sum(weights)
+    wide = [np.asarray(part[path][spec.name], np.float64) for part in parts]
+    total = np.asarray(sum(w * each for w, each in zip(weights, wide)))
+    total = total / sum(weights)
     count = sum(np.asarray(part[path]['count']) for part in parts)
-    means[path] = {'gram': total.astype(np.float32), 'count': count}
+    means[path] = {spec.name: total.astype(np.float32), 'count': count}
   settings = {**parts[0].settings, 'combined': len(parts)}
-  return Statistics(means, 'gram', fingerprint(merged), settings)
+  return Statistics(means, spec, fingerprint(merged), settings)

@@ -1,6 +1,6 @@
 # Copyright 2026 The mergejax Authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of training batches in host memory, before a device sees them.
+"""Training batches in host memory: checked, then put on the mesh.
 
 A compiled program cannot refuse a token that the model has no row for: it
 would train on, with a number that is wrong or none. A minimum and a maximum of
@@ -12,13 +12,16 @@ import sys
 from typing import Any, TextIO
 
 import flax.linen as nn
+import jax
 import numpy as np
 
 from mergejax import models
+from mergejax import partition
+from mergejax.core import errors
 
 
 def checker(
-  module: nn.Module,
+  module: nn.Module | models.ModelFamily,
   source: str = 'the data',
   *,
   stacked: bool = False,
@@ -44,13 +47,13 @@ def checker(
     >>> check(batch) is batch
     True
   """
-  models.describe(module)
+  family = models.family_of(module)
   told = False
 
   def check(batch):
     nonlocal told
-    models.check_batch(module, batch, source)
-    if not told and _empty(batch, stacked):
+    family.check_batch(batch, source)
+    if not told and _empty(family, batch, stacked):
       told = True
       print(
         f'A batch of {source} has no token to learn from: it is padding alone. '
@@ -62,8 +65,98 @@ def checker(
   return check
 
 
-def _empty(batch, stacked):
+def _empty(family, batch, stacked):
   """Whether there is nothing to learn from, for any of the stacked experts."""
-  weights = np.asarray(models.given_weights(batch))
+  weights = np.asarray(family.given_weights(batch))
   real = weights.reshape(len(weights) if stacked else 1, -1).any(axis=1)
   return not real.all()
+
+
+def placer(
+  mesh: jax.sharding.Mesh,
+  rules: partition.ShardingRules,
+  *,
+  local_rows: bool = False,
+) -> Callable[[Mapping[str, np.ndarray]], dict[str, jax.Array]]:
+  """A function that puts batches of one model on the mesh, rows on `data`.
+
+  Args:
+    mesh: from `partition.make_mesh`.
+    rules: their `activations` say what `batch` is spread over.
+    local_rows: this process holds only its own rows (see `data_shard`). By
+      default it holds all of them, and each device takes its part, so that the
+      numbers do not depend on the number of processes.
+
+  Returns:
+    `place(batch) -> batch`. It raises a `DataError` for rows that do not
+    divide over the mesh.
+  """
+  layouts = {}
+
+  def layout(name, leaf):
+    shape = np.shape(leaf)
+    if (name, shape) not in layouts:
+      axes = ('batch',) + (None,) * (len(shape) - 1) if shape else ()
+      rows = (
+        shape[0] * (data_shard(mesh)[1] if local_rows else 1) if shape else 0
+      )
+      size = mesh.shape['data']
+      if rows % size and rules.activations['batch']:
+        raise errors.DataError(
+          f'{name} of a batch has {rows} rows, which do not divide over '
+          f'{size} data slices of the mesh.'
+        )
+      layouts[name, shape] = partition.sharding(
+        mesh, axes, (rows, *shape[1:]), rules.activations
+      )
+    return layouts[name, shape]
+
+  def place(batch):
+    placed = {}
+    for name, leaf in batch.items():
+      target = layout(name, leaf)
+      if local_rows:
+        placed[name] = jax.make_array_from_process_local_data(target, leaf)
+      else:
+        placed[name] = whole(leaf, target)
+    return placed
+
+  return place
+
+
+def whole(
+  leaf: np.ndarray | jax.Array, target: jax.sharding.Sharding
+) -> jax.Array:
+  """An array that every process has all of, each device taking its part."""
+  if jax.process_count() == 1:
+    return jax.device_put(leaf, target)
+  leaf = np.asarray(leaf)
+  return jax.make_array_from_callback(
+    leaf.shape, target, lambda index: leaf[index]
+  )
+
+
+def local_slices(mesh: jax.sharding.Mesh, axis: str) -> list[int]:
+  """The slices of a mesh axis that have a device of this process.
+
+  Raises:
+    UserError: they do not lie beside each other.
+  """
+  by_slice = np.moveaxis(mesh.devices, mesh.axis_names.index(axis), 0)
+  mine = [
+    i
+    for i, devices in enumerate(by_slice)
+    if any(d.process_index == jax.process_index() for d in devices.flat)
+  ]
+  if mine != list(range(mine[0], mine[-1] + 1)):
+    raise errors.StructureError(
+      f'The slices of mesh axis {axis!r} that one process holds must lie '
+      'beside each other.'
+    )
+  return mine
+
+
+def data_shard(mesh: jax.sharding.Mesh) -> tuple[int, int]:
+  """`(index, count)` of the part of a batch that this process reads."""
+  mine = local_slices(mesh, 'data')
+  return mine[0] // len(mine), mesh.shape['data'] // len(mine)

@@ -13,9 +13,13 @@ import pathlib
 import jax
 import orbax.checkpoint as ocp
 
+from mergejax import models
+from mergejax import partition
 from mergejax.checkpoints import base
+from mergejax.checkpoints import checkpoint
 from mergejax.core import errors
-from mergejax.training import step as step_lib
+from mergejax.core import typing
+from mergejax.training import state as state_lib
 
 
 @dataclasses.dataclass
@@ -72,7 +76,7 @@ class Checkpoints:
     """The newest complete step, or None."""
     return self._manager.latest_step()
 
-  def save(self, state: step_lib.TrainState, data: bytes) -> None:
+  def save(self, state: state_lib.TrainState, data: bytes) -> None:
     """Saves a step; returns once the state may change, writes meanwhile.
 
     Args:
@@ -83,24 +87,25 @@ class Checkpoints:
       UserError: this or the previous write failed (a full disk, say). Earlier
         steps are untouched.
     """
-    step = step_lib.step_number(state)
+    step = state_lib.step_number(state)
     if step == self.latest():
       return
     with self._writing():
       self._manager.save(
         step,
         args=ocp.args.Composite(
-          state=ocp.args.StandardSave(state), data=_BytesSave(data)
+          state=ocp.args.StandardSave(_stored(state)), data=_BytesSave(data)
         ),
       )
 
   def restore(
-    self, like: step_lib.TrainState
-  ) -> tuple[step_lib.TrainState, list[bytes]]:
+    self, like: state_lib.TrainState
+  ) -> tuple[state_lib.TrainState, list[bytes]]:
     """Restores the newest step.
 
     Args:
-      like: a state with the wanted structure, shapes and shardings.
+      like: a state, or shapes, with the wanted structure and shardings; each
+        device reads its shards, whatever the mesh was that saved them.
 
     Returns:
       `(state, positions in the data)`, one of each process that saved.
@@ -109,7 +114,7 @@ class Checkpoints:
       UserError: the step does not fit `like`: another model or optimizer.
     """
     step = self.latest()
-    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _stored(like))
     try:
       restored = self._manager.restore(
         step,
@@ -123,7 +128,7 @@ class Checkpoints:
         f'({str(error).splitlines()[0][:200]}). It was made by another model, '
         'optimizer or number of experts: choose another folder, or remove it.'
       ) from error
-    return restored['state'], restored['data']
+    return state_lib.TrainState(**restored['state']), restored['data']
 
   def wait(self) -> None:
     """Returns when everything is on disk; raises if a write failed."""
@@ -138,6 +143,38 @@ class Checkpoints:
 
   def _writing(self):
     return _WriteErrors(self._directory)
+
+
+def _stored(state):
+  """A state as it lies on the disk: without extras where there are none."""
+  fields = dict(vars(state))
+  if not fields['extras']:
+    del fields['extras']
+  return fields
+
+
+def export(
+  path: os.PathLike | str, model: models.ModelFamily, params: typing.Tree
+) -> None:
+  """Saves parameters as a model, with its `config.json`, replacing an older one.
+
+  Arrays of one process are written from their shards; those that are spread
+  over processes are fetched, and the first process writes them.
+
+  Args:
+    path: a folder.
+    model: the family of the model; one that cannot be described is saved
+      without `config.json`.
+    params: its parameters.
+  """
+  family = models.family_of(model)
+  config = None
+  if family.config_class is not None:
+    config = models.describe(family)
+  if jax.process_count() > 1:
+    params = partition.to_host(params)
+  if jax.process_index() == 0:
+    checkpoint.save_checkpoint(path, params, config=config, overwrite=True)
 
 
 class _WriteErrors:

@@ -1,24 +1,24 @@
 # Copyright 2026 The mergejax Authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The training loop: steps, hooks, checkpoints, exact resume, clean stop."""
+"""The training loop: steps, callbacks, checkpoints, exact resume, clean stop."""
 
 from collections.abc import Callable, Mapping, Sequence
-import signal
-import threading
 from typing import Any, Protocol
 
 import jax
-from jax.experimental import multihost_utils
 import numpy as np
 
 from mergejax import partition
 from mergejax.core import errors
+from mergejax.core import stop as stop_lib
+from mergejax.training import callbacks as callbacks_lib
 from mergejax.training import checkpoints as checkpoints_lib
-from mergejax.training import step as step_lib
+from mergejax.training import state as state_lib
 from mergejax.training import streams
 
-# (step, metrics in host memory); metrics of experts have a leading axis.
-Hook = Callable[[int, Mapping[str, np.ndarray]], None]
+StepFn = Callable[
+  [state_lib.TrainState, Any], tuple[state_lib.TrainState, dict[str, jax.Array]]
+]
 
 
 class Stream(Protocol):
@@ -31,53 +31,19 @@ class Stream(Protocol):
   def restore(self, state: bytes) -> None: ...
 
 
-class _StopSignal:
-  """Notes SIGTERM while the loop runs, so that it can end between steps."""
-
-  def __init__(self):
-    self.received = False
-
-  def __enter__(self):
-    self._is_main = threading.current_thread() is threading.main_thread()
-    if self._is_main:  # Python delivers signals to the main thread only
-      self._previous = signal.signal(signal.SIGTERM, self._note)
-    return self
-
-  def _note(self, number, frame):
-    del number, frame
-    self.received = True
-
-  def agreed(self, *, may_wait: bool) -> bool:
-    """True if the run should end here, the same in every process.
-
-    Processes may get the signal between different steps; they ask each other
-    only where they wait for each other anyway.
-    """
-    if jax.process_count() == 1:
-      return self.received
-    if not may_wait:
-      return False
-    return bool(
-      multihost_utils.process_allgather(np.array(self.received)).any()
-    )
-
-  def __exit__(self, *_):
-    if self._is_main:
-      signal.signal(signal.SIGTERM, self._previous)
-
-
 def fit(
-  step_fn: step_lib.StepFn,
-  state: step_lib.TrainState,
+  step_fn: StepFn,
+  state: state_lib.TrainState,
   stream: Stream,
   *,
   steps: int,
   checkpoints: checkpoints_lib.Checkpoints | None = None,
   save_every: int = 1000,
   log_every: int = 10,
-  hooks: Sequence[Hook] = (),
+  callbacks: Sequence[callbacks_lib.Callback] = (),
+  checks: Sequence[Callable[[int, Mapping[str, np.ndarray]], None]] = (),
   place: Callable[[Any], Any] = lambda batch: batch,
-) -> step_lib.TrainState:
+) -> state_lib.TrainState:
   """Trains until `steps`, from the newest checkpoint if there is one.
 
   A run that is killed and started again ends with the same bits as one that
@@ -86,14 +52,17 @@ def fit(
 
   Args:
     step_fn: a compiled step; its state argument may be donated.
-    state: where to begin when there is no checkpoint.
+    state: where to begin when there is no checkpoint; where there is one,
+      shapes with shardings are enough.
     stream: the data, see `Stream`.
     steps: the step number to reach.
     checkpoints: where to save; None saves nothing.
     save_every: steps between checkpoints; the last step is always saved.
-    log_every: steps between calls of the hooks. In between nothing waits for
-      the device.
-    hooks: called with the step and its metrics.
+    log_every: steps between logged metrics. In between nothing waits for the
+      device.
+    callbacks: see `callbacks.Callback`; they are started and closed elsewhere.
+    checks: called with logged metrics, and with those of a step that is to be
+      saved, before it is; they raise to end the run.
     place: puts a batch of the stream on the devices.
 
   Returns:
@@ -104,38 +73,33 @@ def fit(
     UserError: a checkpoint could not be written or does not fit, the run is
       beyond the last step already, or a number of steps is none.
   """
-  for name, number, least in (
-    ('steps', steps, 0), ('save_every', save_every, 1), ('log_every', log_every, 1),
-  ):  # fmt: skip
-    if not isinstance(number, (int, np.integer)) or number < least:
-      raise errors.ConfigError(
-        f'{name} must be a whole number of {least} or more, not {number!r}.'
-      )
+  check_numbers(steps=steps, save_every=save_every, log_every=log_every)
   if checkpoints is not None and checkpoints.latest() is not None:
     state, positions = checkpoints.restore(state)
     streams.restore(stream, positions)
-  step = step_lib.step_number(state)
+  step = state_lib.step_number(state)
   if step > steps:
     raise errors.ConfigError(
       f'This run has made {step} steps already, more than the {steps} asked '
       'for, and an earlier step is not kept: name another folder, or ask for '
       f'at least {step}.'
     )
-  with _StopSignal() as stop:
+  with stop_lib.StopRequest() as stop:
     while step < steps:
       state, metrics = step_fn(state, place(next(stream)))
       step += 1
       log = step == steps or step % log_every == 0
-      if log:
-        # Fetched by every process, whether it has hooks or not: the metrics of
-        # experts are spread over all of them.
-        metrics = partition.to_host(metrics)
-        for hook in hooks:
-          hook(step, metrics)
+      tell(callbacks, checks, step, state, metrics, log)
       stopping = stop.agreed(may_wait=log)
       save = stopping or step == steps or step % save_every == 0
       if checkpoints is not None and save:
+        if checks and not log:
+          found = partition.to_host(metrics)
+          for check in checks:
+            check(step, found)
         checkpoints.save(state, stream.state())
+        for callback in callbacks:
+          callback.on_save(step, state)
       if stopping:
         if checkpoints is not None:
           checkpoints.wait()
@@ -143,3 +107,36 @@ def fit(
   if checkpoints is not None:
     checkpoints.wait()
   return state
+
+
+def check_numbers(*, steps: int, save_every: int, log_every: int) -> None:
+  """Raises for a number of steps that is none."""
+  for name, number, least in (
+    ('steps', steps, 0), ('save_every', save_every, 1), ('log_every', log_every, 1),
+  ):  # fmt: skip
+    if not isinstance(number, (int, np.integer)) or number < least:
+      raise errors.ConfigError(
+        f'{name} must be a whole number of {least} or more, not {number!r}.'
+      )
+
+
+def tell(
+  callbacks: Sequence[callbacks_lib.Callback],
+  checks: Sequence[Callable[..., None]],
+  step: int,
+  state: state_lib.TrainState,
+  metrics: Mapping[str, jax.Array],
+  log: bool,
+) -> None:
+  """Tells callbacks of a step, and of what there is to log of it."""
+  logged = {}
+  if log:
+    # Fetched by every process, whether it has callbacks or not: the metrics of
+    # experts are spread over all of them.
+    logged.update(partition.to_host(metrics))
+    for check in checks:
+      check(step, logged)
+  for callback in callbacks:
+    logged.update(callback.on_step(step, state) or {})
+  for callback in callbacks if logged else ():
+    callback.on_log(step, logged)

@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cross entropy as T5X defines it: label smoothing, z-loss, normalisation."""
 
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -13,9 +12,6 @@ import numpy as np
 from mergejax import models
 from mergejax.core import errors
 from mergejax.core import typing
-
-# (params, batch, key, train) -> (loss to differentiate, metrics)
-LossFn = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
 
 NORMALIZERS = (
   'NUM_REAL_TARGET_TOKENS',
@@ -137,8 +133,8 @@ def normalizer(
   )
 
 
-def _weighted_sum(values, weights):
-  """What has no weight has no part, be it NaN."""
+def weighted_sum(values: typing.Array, weights: typing.Array) -> jax.Array:
+  """`sum w v`; what has no weight has no part, be it NaN."""
   return jnp.sum(jnp.where(weights != 0, values, 0.0) * weights)
 
 
@@ -158,65 +154,14 @@ def weighted_mean(values: typing.Array, weights: typing.Array) -> jax.Array:
     3.0
   """
   total = jnp.sum(weights)
-  return _weighted_sum(values, weights) / jnp.where(total > 0, total, 1.0)
-
-
-def make_loss(
-  module: nn.Module,
-  *,
-  z_loss: float = 1e-4,
-  label_smoothing: float = 0.0,
-  normalizing_factor: str | float | None = 'NUM_REAL_TARGET_TOKENS',
-) -> LossFn:
-  """The training loss of a model.
-
-  Args:
-    module: a T5, a language model or an image classifier.
-    z_loss: see `token_cross_entropy`; T5's 1e-4.
-    label_smoothing: likewise; T5's 0.
-    normalizing_factor: see `normalizer`. Per real token by default, so that
-      the loss and its gradient do not depend on the batch size; T5X's default
-      is None, the plain sum.
-
-  Returns:
-    `loss(params, batch, key=None) -> (loss, metrics)` with the metrics `loss`
-    (nats per token, without z-loss), `z_loss`, `accuracy` and `tokens`. With
-    a key, dropout is drawn from it. Models with batch norm add `batch_stats`,
-    which the step stores in the parameters. Of a batch of padding alone loss,
-    metrics and gradient are 0.
-  """
-
-  def loss_fn(params, batch, key=None):
-    logits, batch_stats = models.training_logits(module, params, batch, key)
-    targets = models.targets(batch)
-    weights = models.target_weights(batch)
-    factor, scaled = normalizer(
-      normalizing_factor, targets, weights, batch.get('decoder_segment_ids')
-    )
-    token_loss, z_part = token_cross_entropy(
-      logits, targets, z_loss=z_loss, label_smoothing=label_smoothing
-    )
-    tokens = jnp.sum(weights)
-    mean = lambda values: weighted_mean(values, weights)
-    correct = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
-    metrics = {
-      'loss': mean(token_loss - z_part),
-      'z_loss': mean(z_part),
-      'accuracy': mean(correct),
-      'tokens': tokens,
-    }
-    if batch_stats is not None:
-      metrics[models.BATCH_STATS] = batch_stats
-    factor = jnp.where(tokens > 0, factor, 1.0)
-    return _weighted_sum(token_loss, scaled) / factor, metrics
-
-  return loss_fn
+  return weighted_sum(values, weights) / jnp.where(total > 0, total, 1.0)
 
 
 def token_log_likelihood(
   module: nn.Module, params: typing.Tree, batch: dict[str, Any]
 ) -> jax.Array:
   """`log p(target)` of every position, `<float32>[batch, length]`, in nats."""
-  logits = models.logits(module, params, batch)
-  loss, _ = token_cross_entropy(logits, models.targets(batch))
+  family = models.family_of(module)
+  outputs = family.apply(family.variables(params), batch)
+  loss, _ = token_cross_entropy(outputs.logits, outputs.targets)
   return -loss

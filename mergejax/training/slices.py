@@ -88,7 +88,7 @@ def _stacks(
       raise errors.ConfigError(
         f'{path} stacks several models on the axis `branch`, but '
         'max_gradient_norm clips the gradient of one. Train them with '
-        '`experts.branch.compile_step`, which maps the optimizer of one model '
+        '`experts.branch.BranchTrainer`, which maps the step of one model '
         'over them, or leave max_gradient_norm out.'
       )
   found = {path: axes_lib.stacked(spec) for path, spec in specs.items()}

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Streams made of numbered parts, which any number of processes can share."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import flax.serialization
@@ -79,6 +79,49 @@ class PartsStream:
       )
     for number, part in self._parts.items():
       part.restore(positions[str(number)])
+
+
+class IterableStream:
+  """Batches of any iterable; its position is how many were taken.
+
+  Continuing skips as many of a fresh iterable, so this suits what gives the
+  same batches each time.
+  """
+
+  def __init__(self, batches: Iterable[Mapping[str, Any]]):
+    self._batches = iter(batches)
+    self._taken = 0
+
+  def __next__(self) -> Mapping[str, Any]:
+    try:
+      batch = next(self._batches)
+    except StopIteration:
+      raise errors.DataError(
+        f'The batches ended after {self._taken}: ask for fewer steps, or give '
+        'a stream without end, such as training.arrays.ArrayStream(arrays, '
+        'batch_size).'
+      ) from None
+    self._taken += 1
+    return batch
+
+  def __str__(self) -> str:
+    return 'the batches'
+
+  def state(self) -> bytes:
+    """The position."""
+    return str(self._taken).encode()
+
+  def restore(self, state: bytes) -> None:
+    """Takes what an earlier run took."""
+    while self._taken < int(state):
+      next(self)
+
+
+def of(batches: Any) -> Any:
+  """A stream with a position, of a stream or of any iterable of batches."""
+  if all(hasattr(batches, name) for name in ('state', 'restore', '__next__')):
+    return batches
+  return IterableStream(batches)
 
 
 def restore(stream: Any, states: Sequence[bytes]) -> None:

@@ -9,8 +9,8 @@ import numpy as np
 
 from mergejax.analysis import barrier
 from mergejax.core import errors
+from mergejax.evaluation import base as evaluation
 from mergejax.evaluation import plots
-from mergejax.search import base
 
 
 def bowl(params, data=0.0):
@@ -30,7 +30,7 @@ class LineTest(absltest.TestCase):
       self.a, self.b, lambda p: jax.tree.map(float, bowl(p)), points=5
     )
     compiled = barrier.line(
-      self.a, self.b, base.Evaluator(bowl, jnp.float32(0.5)), points=5
+      self.a, self.b, evaluation.Evaluator(bowl, jnp.float32(0.5)), points=5
     )
     np.testing.assert_allclose(plain.values['loss'], [0, 0.75, 1, 0.75, 0])
     np.testing.assert_allclose(
@@ -49,7 +49,7 @@ class LineTest(absltest.TestCase):
     a, b, c = (
       {'w': np.array(w, np.float32)} for w in ([1, 1], [3, 1], [1.5, 4])
     )
-    seen = base.Evaluator(
+    seen = evaluation.Evaluator(
       lambda p, data: {'loss': p['w'][0], 'other': p['w'][1]}, jnp.zeros(())
     )
     found = barrier.plane(a, b, c, seen, points=4)
@@ -65,9 +65,13 @@ class LineTest(absltest.TestCase):
         found.values[name], 1 + np.broadcast_to(offset, (4, 4)), atol=1e-4
       )
     folder = self.create_tempdir().full_path
-    plots.plane(found, f'{folder}/plane.png')
+    plots.plane(
+      found.x, found.y, found.values['loss'], found.corners,
+      f'{folder}/plane.png',
+    )  # fmt: skip
     line = barrier.line(a, b, seen, points=3)
-    plots.lines({'a to b': line}, f'{folder}/line.png')
+    curve = line.lambdas, line.values['loss']
+    plots.lines({'a to b': curve}, f'{folder}/line.png')
 
   def test_bad_input(self):
     with self.assertRaisesRegex(errors.UserError, '- w'):

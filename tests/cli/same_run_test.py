@@ -13,6 +13,7 @@ from absl.testing import parameterized
 
 import gin
 from mergejax import models
+from mergejax import partition
 from mergejax.cli import branch_train_merge
 from mergejax.cli import common
 from mergejax.cli import same_run
@@ -20,6 +21,7 @@ from mergejax.cli import train
 from mergejax.core import errors
 from mergejax.data import tasks
 from mergejax.nn import t5
+from mergejax.training import objective
 from mergejax.training import optim
 from mergejax.training import schedules
 
@@ -213,6 +215,43 @@ class GinTest(parameterized.TestCase):
   def test_the_old_name_says_what_replaced_it(self):
     with self.assertRaisesRegex(errors.UserError, 'SEED_STEPS . BRANCH_STEPS'):
       parse('branch_train_merge', TOTAL_STEPS='3000')
+
+  @parameterized.parameters(
+    ('mergejax.run import train', 'mergejax.cli now'),
+    ('mergejax.train import optim', 'mergejax.training now'),
+  )
+  def test_old_modules_say_where_they_went(self, line, words):
+    file = pathlib.Path(self.create_tempdir().full_path) / 'old.gin'
+    file.write_text(f'from __gin__ import dynamic_registration\nfrom {line}\n')
+    with self.assertRaisesRegex(errors.ConfigError, words):
+      common.parse_gin([str(file)], [])
+
+  def test_what_a_run_does_besides_is_bound_by_gin(self):
+    folder = pathlib.Path(self.create_tempdir().full_path)
+    (folder / 'more.gin').write_text(
+      'from __gin__ import dynamic_registration\n'
+      'from mergejax import partition\n'
+      'from mergejax.cli import train\n'
+      'from mergejax.training import objective\n'
+      'from mergejax.training import transforms\n'
+      'train.train_model:\n'
+      '  objective = @objective.cross_entropy()\n'
+      '  rules = @partition.fsdp()\n'
+      '  transforms = [@transforms.skip_nonfinite(), @transforms.ema()]\n'
+      '  accumulate = 2\n'
+      '  clip = 1.0\n'
+      "  freeze = ['token_embedder/.*']\n"
+      'objective.cross_entropy.label_smoothing = 0.1\n'
+      'transforms.ema.decay = 0.9\n'
+    )
+    parse('text_to_text', str(folder / 'more.gin'))
+    bound = lambda name: gin.query_parameter(f'train.train_model.{name}')
+    self.assertEqual(bound('accumulate'), 2)
+    made = [each.scoped_configurable_fn() for each in bound('transforms')]
+    self.assertEqual([each.name for each in made], ['skipped', 'ema'])
+    self.assertEqual(bound('objective').scoped_configurable_fn(), (
+      objective.cross_entropy(label_smoothing=0.1)))  # fmt: skip
+    self.assertEqual(bound('rules').scoped_configurable_fn(), partition.fsdp())
 
   @parameterized.parameters(*RUNS)
   def test_numbers_of_a_job_stand_once(self, run):

@@ -1,104 +1,158 @@
 # Copyright 2026 The mergejax Authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The same work has the same record, in whatever process."""
+"""A journal holds what was done, however the process ended."""
 
-import dataclasses
+import concurrent.futures
+import json
+import os
 import pathlib
+from unittest import mock
 
 from absl.testing import absltest
 from absl.testing import parameterized
 import numpy as np
 
 from mergejax.core import errors
+from mergejax.core import identity
 from mergejax.core import resume
-from mergejax.core import typing
+
+# Several settings, put in another order by another process.
+WORK = {'seed': 0, 'options': {'density': 0.5, 'gamma': 0.1}}
+SAME = {'options': {'gamma': 0.1, 'density': 0.5}, 'seed': 0}
+OTHER = {'seed': 0, 'options': {'density': 0.5, 'gamma': 0.2}}
 
 
-@dataclasses.dataclass(frozen=True)
-class Work:
-  options: dict
-  spec: typing.LeafSpec
+class LinesTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.path = pathlib.Path(self.create_tempdir().full_path) / 'new' / 'log'
+    self.journal = resume.Journal(self.path, 'search', WORK)
 
+  def again(self, work=SAME, kind='search'):
+    return resume.Journal(self.path, kind, work)
 
-class CanonicalTest(parameterized.TestCase):
-  def test_order_does_not_count(self):
-    spec = typing.LeafSpec((2, 3), np.dtype('float32'))
-    one = Work({'a': 1, 'b': {'x', 'y', 'z'}}, spec)
-    two = Work({'b': {'z', 'y', 'x'}, 'a': 1}, spec)
-    self.assertEqual(resume.digest(one), resume.digest(two))
-    self.assertEqual(list(resume.canonical(two)['options']), ['a', 'b'])
+  def test_nothing_is_there_at_first(self):
+    self.assertEqual(self.journal.rows(), [])
+    self.assertIsNone(self.journal.stated())
+    self.assertFalse(self.path.parent.exists())
 
-  @parameterized.parameters(
-    ({'a': 1}, {'a': 2}),
-    ({'a': 1}, {'b': 1}),
-    ([1, 2], [2, 1]),
-    (1, '1'),
-    (1, 1.5),
-    (True, 'true'),
-    (None, 0.0),
-    (np.zeros(2), np.zeros((2, 1))),
-    (np.zeros(2), np.zeros(2, np.float32)),
-    (np.zeros(2), np.array([0.0, 1e-300])),
-    (np.dtype('float32'), np.dtype('float16')),
-  )
-  def test_different_work_differs(self, first, second):
-    self.assertNotEqual(resume.digest(first), resume.digest(second))
+  def test_rows_come_back_in_order(self):
+    rows = [{'point': [0.1, -1e-300]}, 'a/b', 'two\nlines', None]
+    for row in rows:
+      self.journal.append(row)
+    self.assertEqual(self.again().rows(), rows)
+    self.assertEqual(self.again().stated(), identity.record(WORK))
+    header = json.loads(self.path.read_text().splitlines()[0])
+    self.assertEqual(header, {'search': identity.record(WORK)})
 
-  def test_comes_back_from_json_as_it_was(self):
-    import json
+  def test_begun_is_the_same_without_a_row(self):
+    self.journal.begin()
+    self.journal.begin()
+    self.assertEqual(self.again().stated(), identity.record(WORK))
+    self.assertEqual(self.again().rows(), [])
 
-    value = resume.canonical({
-      'a': (1, np.float32(0.1), pathlib.Path('x/y')), 'b': np.int64(3), 2: None,
-    })  # fmt: skip
-    self.assertEqual(json.loads(json.dumps(value)), value)
-    self.assertEqual(list(value), ['2', 'a', 'b'])
+  def test_every_cut_leaves_whole_lines(self):
+    self.journal.append({'point': 'é' * 3})
+    self.journal.append({'point': 2})
+    data = self.path.read_bytes()
+    for size in range(len(data)):
+      self.path.write_bytes(data[:size])
+      rows = self.again().rows()
+      self.assertEqual(rows, [{'point': 'é' * 3}, {'point': 2}][: len(rows)])
+      self.again().append({'point': 3})
+      self.assertEqual(self.again().rows(), [*rows, {'point': 3}])
 
-  def test_an_object_of_its_own_is_refused(self):
-    with self.assertRaisesRegex(TypeError, 'object has no canonical form'):
-      resume.canonical({'a': object()})
-
-
-class RecordTest(absltest.TestCase):
-  def test_differences_are_told(self):
-    found = resume.record({'seed': 0, 'data': {'rows': 2, 'name': 'x'}})
-    wanted = resume.record({'seed': 1, 'data': {'rows': 2}})
+  def test_other_work_is_refused(self):
+    self.journal.append(1)
+    self.assertNotEqual(self.again().stated(), self.again(OTHER).record)
     with self.assertRaisesRegex(
-      errors.UserError,
-      'log was begun with other settings:\n  data/name: x there, None asked for'
-      '\n  seed: 0 there, 1 asked for\nRemove it',
+      errors.ConfigError, 'options/gamma: 0.1 there, 0.2 asked for'
     ):
-      resume.check_same(found, wanted, 'log')
-    resume.check_same(found, resume.record(found['work']), 'log')
+      self.again(OTHER).rows()
+    with self.assertRaisesRegex(errors.ConfigError, 'other settings'):
+      self.again(kind='merge').rows()
+    with mock.patch.object(identity, 'code', lambda: {'mergejax': 'x'}):
+      with self.assertRaisesRegex(errors.ConfigError, 'version of the code'):
+        self.again().rows()
 
-  def test_other_code_is_other_work(self):
-    wanted = resume.record({'seed': 0})
-    found = {**wanted, 'code': {**wanted['code'], 'jax': '0.1'}}
-    with self.assertRaisesRegex(errors.UserError, 'jax: 0.1 there'):
-      resume.check_same(found, wanted, 'log')
+  def test_what_is_no_journal_is_refused(self):
+    self.journal.begin()
+    self.path.write_text('{"search": 1}\nnot json\n')
+    self.assertEqual(self.again().stated(), {})
+    with self.assertRaisesRegex(errors.DataError, 'cannot be read'):
+      self.again().rows()
 
-  def test_old_journals_are_refused(self):
-    for found in (None, {}, {'kind': 'grid'}, 'text'):
-      with self.assertRaisesRegex(errors.UserError, 'begun with other'):
-        resume.check_same(found, resume.record({'seed': 0}), 'log')
+  def test_forgotten(self):
+    self.journal.append(1)
+    self.journal.forget()
+    self.journal.forget()
+    self.assertEqual(self.again().rows(), [])
 
-  def test_the_code_is_the_source(self):
-    package = pathlib.Path(resume.__file__).parent.parent
-    self.assertLen(resume.code()['mergejax'], 64)
-    self.assertTrue((package / 'merging').is_dir())
+  def test_many_threads_write_whole_lines(self):
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+      list(pool.map(lambda n: self.journal.append('x' * n), range(200)))
+    self.assertEqual(sorted(map(len, self.again().rows())), list(range(200)))
+
+  def test_a_row_is_on_the_disk_when_that_is_asked_for(self):
+    with mock.patch.object(os, 'fsync') as fsync:
+      self.journal.append(1, sync=False)
+      fsync.assert_not_called()
+      self.journal.append(2)
+      fsync.assert_called_once()
+
+  def test_no_path_keeps_nothing(self):
+    journal = resume.Journal(None, 'search', WORK)
+    journal.begin()
+    journal.append(1)
+    journal.save({}, {})
+    journal.forget()
+    self.assertEqual(journal.rows(), [])
+    self.assertIsNone(journal.load())
+    self.assertIsNone(journal.stated())
 
 
-class DifferencesTest(absltest.TestCase):
-  def test_long_values_are_shown_where_they_differ(self):
-    models = lambda name: [{'model': 'a' * 70, 'weight': 1}, {'model': name}]
-    (line,) = errors.differences(
-      {'models': models('b')}, {'models': models('c')}
-    )
-    there, asked = line.removesuffix(' asked for').split(' there, ')
-    self.assertIn("'b'", there)
-    self.assertIn("'c'", asked)
-    self.assertLess(len(line), 160)
-    line = errors.differences({'a': 'x' * 99}, {'a': 'y'})[0]
-    self.assertEqual(line, f'a: {"x" * 57}... there, y asked for')
+class StateTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.path = pathlib.Path(self.create_tempdir().full_path) / 'new' / 'state'
+    self.journal = resume.Journal(self.path, 'statistics', WORK)
+
+  def test_comes_back_with_the_same_bits(self):
+    arrays = {
+      'a/b|c': np.random.default_rng(0).normal(size=(3, 2)),
+      'file': np.arange(3, dtype=np.int32),
+      'about': np.float32(np.nan),
+    }
+    self.assertIsNone(self.journal.load())
+    self.journal.save({'old': np.ones(2)}, {'batches': 1})
+    self.journal.save(arrays, {'batches': 2, 'aliases': {'a': 'b'}})
+    again = resume.Journal(self.path, 'statistics', SAME)
+    found, about = again.load()
+    self.assertEqual(about, {'batches': 2, 'aliases': {'a': 'b'}})
+    self.assertEqual(sorted(found), sorted(arrays))
+    for name, array in arrays.items():
+      self.assertEqual(found[name].dtype, array.dtype)
+      self.assertEqual(found[name].tobytes(), array.tobytes())
+    self.assertEqual([p.name for p in self.path.parent.iterdir()], ['state'])
+
+  def test_a_save_that_fails_leaves_the_one_before(self):
+    self.journal.save({'x': np.ones(2)}, {})
+    with mock.patch.object(np, 'savez', side_effect=KeyboardInterrupt):
+      with self.assertRaises(KeyboardInterrupt):
+        self.journal.save({'x': np.zeros(2)}, {})
+    np.testing.assert_array_equal(self.journal.load()[0]['x'], 1)
+
+  def test_other_work_is_refused(self):
+    self.journal.save({}, {})
+    with self.assertRaisesRegex(errors.ConfigError, 'gamma: 0.1 there, 0.2'):
+      resume.Journal(self.path, 'statistics', OTHER).load()
+
+  @parameterized.parameters(b'', b'{}', b'PK')
+  def test_what_is_no_state_is_refused(self, data):
+    self.journal.save({}, {})
+    self.path.write_bytes(data)
+    with self.assertRaisesRegex(errors.DataError, 'remove it'):
+      self.journal.load()
 
 
 if __name__ == '__main__':

@@ -17,7 +17,6 @@ from mergejax.data import features
 from mergejax.data import stream
 from mergejax.data import tasks
 from mergejax.evaluation import expert_table
-from mergejax.evaluation import scoring
 from mergejax.evaluation import suite as suite_lib
 
 # White space in front, doubled, behind and alone; what NFKC changes (a
@@ -109,7 +108,7 @@ class BytesTest(parameterized.TestCase):
     total = sum(len(text.encode('utf-8')) for text in TEXTS)
     count = sum(len(vocabulary.encode(t)) + 1 for t in TEXTS)
     for length in (3, 17):
-      suite = scoring.of_corpora(
+      suite = suite_lib.of_corpora(
         {'all': self.text(vocabulary)}, length=length, batch_size=4,
         max_sequences=10_000,
       )  # fmt: skip

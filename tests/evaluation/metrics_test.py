@@ -14,7 +14,7 @@ from mergejax.core import errors
 from mergejax.data import tasks
 from mergejax.evaluation import expert_table
 from mergejax.evaluation import metrics
-from mergejax.evaluation import scoring
+from mergejax.evaluation import suite as suite_lib
 from mergejax.nn import lm
 
 
@@ -53,7 +53,7 @@ class MetricsTest(absltest.TestCase):
     path = pathlib.Path(self.create_tempdir().full_path) / 't.txt'
     path.write_text('aé\nb\n')
     task = tasks.add_text_task('counted', {'test': path}, by_content=True)
-    suite = scoring.of_corpora({'t': task.name}, length=4, batch_size=3)
+    suite = suite_lib.of_corpora({'t': task.name}, length=4, batch_size=3)
     batches = suite.batches('t', 'test')
     targets = np.array([[100, 198, 172, 1], [101, 1, 0, 0], [0, 0, 0, 0]])
     np.testing.assert_array_equal(batches[0]['decoder_target_tokens'], targets)

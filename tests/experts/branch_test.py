@@ -209,17 +209,8 @@ class BranchTest(parameterized.TestCase):
   def test_optimizer_leaves_follow_their_parameters(self):
     mesh = partition.make_mesh(branch=2, data=1, model=4)
     _, state, *_ = side_by_side.build(mesh, optim.adamw(0.01))
-    found = tree.flatten(
-      jax.tree.map(
-        lambda s: tuple(s.spec),
-        branch.state_shardings(mesh, state, stacked=True),
-      )
-    )
-    path = 'decoder/layers_0/mlp/wi_0/kernel'
-    followers = [k for k in found if k.endswith(path) or f'{path}/' in k]
-    self.assertNotEmpty(followers)
     flat = jax.tree_util.tree_flatten_with_path(
-      branch.state_shardings(mesh, state, stacked=True)
+      jax.tree.map(lambda leaf: leaf.sharding, state)
     )[0]
     matching = [s for p, s in flat if "'wi_0'" in str(p)]
     self.assertLen(matching, 3)  # the parameter and two moments

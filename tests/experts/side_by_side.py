@@ -29,35 +29,30 @@ def tokens(expert):
 
 def build(mesh, optimizer=None, batched=None):
   """`(compiled step, state, stream, place)` of four experts."""
-  from mergejax import models
   from mergejax.experts import branch
   from mergejax.nn import lm
   from mergejax.training import arrays
-  from mergejax.training import losses
   from mergejax.training import optim
-  from mergejax.training import step as step_lib
 
   module = lm.LanguageModel(
       lm.LMConfig(vocab_size=20, emb_dim=16, num_heads=2, head_dim=8,
                   num_layers=1, mlp_dim=32)
   )  # fmt: skip
   optimizer = optimizer or optim.adafactor(0.05)
-  key = jax.random.key(0)
-  seed = step_lib.create(models.init_params(module, key), optimizer, key)
-  state = branch.place_state(
-    mesh, branch.branch_state(seed, EXPERTS), stacked=True
+  trainer = branch.BranchTrainer(
+    module, optimizer, experts='abcd', mesh=mesh, batched=batched
   )
-  step_fn = step_lib.make_step(losses.make_loss(module), optimizer)
+  one_step = trainer.step(1)
+  layout = trainer.layout(one_step)
+  state = trainer.init(one_step, layout, jax.random.key(0))
   stream = branch.StackedStream(
     [
       arrays.ArrayStream(tokens(i), 8, seed=i)
       for i in branch.local_experts(mesh, EXPERTS)
     ]
   )
-  step = branch.compile_step(
-    step_fn, mesh, state, stacked=True, batched=batched
-  )
-  return step, state, stream, branch.batch_placer(mesh, stacked=True), step_fn
+  step = trainer.compile(one_step, layout)
+  return step, state, stream, trainer.placer(), one_step.update
 
 
 def main(branches, data, *distributed):

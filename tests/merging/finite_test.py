@@ -45,7 +45,7 @@ class InputsTest(parameterized.TestCase):
   @parameterized.named_parameters(laws_test.ALL)
   def test_numbers_that_are_not_finite_are_refused(self, row):
     method = named.resolve(row.name, **row.options)
-    with_base = row.base or method.needs_base
+    with_base = row.base or method.base == 'required'
     for where in (row.models, 0) if with_base else (row.models,):
       base, *models = copies = laws_test.make(row.models + 1)
       copies[where]['a/bias'][1:] = [np.nan, -np.inf]

@@ -129,13 +129,15 @@ class ScannedTest(parameterized.TestCase):
       side_by_side = branch.merge_experts(
         jax.tree.map(lambda *own: np.stack(own), *(s.read() for s in stores)),
         method,
-        base=opened('base').read() if row.base or method.needs_base else None,
+        base=opened('base').read()
+        if row.base or method.base == 'required'
+        else None,
         weights=row.weights,
         axes=stores[0].axes(),
       )
       laws_test.assert_close(tree.flatten(side_by_side), expected, 2e-7)
     if any(row is one for _, one in laws_test.ONE):
-      with_base = row.base or method.needs_base
+      with_base = row.base or method.base == 'required'
       result = on_disk(self.folder, row, with_base, row.models, stats)
       found = tree.flatten(result.read())
       laws_test.assert_close(found, expected, max(row.tolerance, 2e-6))
@@ -168,7 +170,7 @@ class ScannedTest(parameterized.TestCase):
       side_by_side = branch.merge_experts(
         jax.tree.map(lambda *leaves: np.stack(leaves), *scanned),
         method,
-        base=origin if row.base or method.needs_base else None,
+        base=origin if row.base or method.base == 'required' else None,
         weights=row.weights,
         axes=SCANNED_AXES,
       )

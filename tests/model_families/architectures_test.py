@@ -230,7 +230,9 @@ class OwnModelsTest(parameterized.TestCase):
     with (
       mock.patch.object(train.stream_lib, 'find'),
       mock.patch.object(train, 'open_shared', return_value=(None, {}, True)),
-      mock.patch.object(train, 'fit_phase', side_effect=InterruptedError),
+      mock.patch.object(
+        train.trainer_lib.Trainer, 'fit', side_effect=InterruptedError
+      ),
       self.assertRaises(InterruptedError),
     ):
       self.fine_tune(seed)

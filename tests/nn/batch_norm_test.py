@@ -15,7 +15,6 @@ from mergejax.core import errors
 from mergejax.core import tree
 from mergejax.data import images
 from mergejax.nn import vision
-from mergejax.training import losses
 from mergejax.training import optim
 from mergejax.training import step as step_lib
 
@@ -96,9 +95,9 @@ class BatchNormTest(parameterized.TestCase):
       before = tree.flatten(params)[f'batch_stats/{path}']
       np.testing.assert_array_equal(leaf, before, err_msg=path)
     optimizer = optim.adafactor(0.1)
-    step = jax.jit(step_lib.make_step(losses.make_loss(module), optimizer))
-    state = step_lib.create(params, optimizer, jax.random.key(0))
-    after, metrics = step(state, batch)
+    step = step_lib.make_step(module, optimizer)
+    state = step.init(params, jax.random.key(0))
+    after, metrics = jax.jit(step.update)(state, batch)
     jax.tree.map(np.testing.assert_array_equal, after.params, params)
     self.assertEqual(float(metrics['grad_norm']), 0.0)
 

@@ -18,6 +18,7 @@ from mergejax.models import t5_hf as t5_names
 from mergejax.nn import layers
 from mergejax.nn import t5
 from mergejax.training import losses
+from mergejax.training import objective
 from mergejax.training import optim
 from mergejax.training import step as step_lib
 
@@ -138,7 +139,8 @@ class T5XTest(parameterized.TestCase):
     arrays = goldens.load(version)
     module, params = tiny(version), goldens.subtree(arrays, 'params/')
     batch = batch_of(arrays)
-    loss_fn = losses.make_loss(module, z_loss=1e-4, normalizing_factor=None)
+    summed = objective.cross_entropy(z_loss=1e-4, normalizing_factor=None)
+    loss_fn = objective.make_loss(module, summed)
     graded = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
     (loss, _), grads = graded(params, batch)
     np.testing.assert_allclose(loss, arrays['train/loss0'], rtol=1e-5)
@@ -147,8 +149,9 @@ class T5XTest(parameterized.TestCase):
         leaf, arrays[f'grad/{path}'], rtol=1e-3, atol=1e-4, err_msg=path
       )
     optimizer = optim.adafactor(0.01)
-    state = step_lib.create(params, optimizer, jax.random.key(0))
-    step = jax.jit(step_lib.make_step(loss_fn, optimizer))
+    made = step_lib.make_step(module, optimizer, objective=summed)
+    state = made.init(params, jax.random.key(0))
+    step = jax.jit(made.update)
     seen = []
     for _ in range(3):
       seen.append(graded(state.params, batch)[0][0])

@@ -14,7 +14,7 @@ import optax
 from mergejax import models
 from mergejax.core import errors
 from mergejax.core import tree
-from mergejax.training import losses
+from mergejax.training import objective
 from mergejax.training import step as step_lib
 
 SMALL = dict(image_shape=(8, 8, 1), classes=3)
@@ -40,10 +40,11 @@ class VisionTest(parameterized.TestCase):
     images[np.arange(24), :, labels * 2] = 1.0
     batch = {'images': images, 'labels': labels}
     optimizer = optax.sgd(0.3)
-    step = jax.jit(
-      step_lib.make_step(losses.make_loss(module, z_loss=0.0), optimizer)
+    made = step_lib.make_step(
+      module, optimizer, objective=objective.cross_entropy(z_loss=0.0)
     )
-    state = step_lib.create(params, optimizer, jax.random.key(0))
+    step = jax.jit(made.update)
+    state = made.init(params, jax.random.key(0))
     state, first = step(state, batch)
     for _ in range(80):
       state, last = step(state, batch)

@@ -4,6 +4,7 @@
 
 import json
 import pathlib
+import signal
 
 from absl.testing import absltest
 from absl.testing import parameterized
@@ -16,6 +17,7 @@ import optax
 import mergejax as mj
 from mergejax import partition
 from mergejax.core import errors
+from mergejax.evaluation import base as evaluation
 from mergejax.merging.recipes import recipe as recipe_lib
 from mergejax.search import base
 from mergejax.search import evolve
@@ -232,7 +234,7 @@ class PaintGoldenTest(DoubleCase):
 
 def quadratic(target):
   """An evaluator whose score is best where 'w' is the target."""
-  return base.Evaluator(
+  return evaluation.Evaluator(
     lambda params, data: {'t': -jnp.sum(jnp.square(params['w'] - data))},
     jnp.asarray(target, jnp.float32),
   )
@@ -492,6 +494,23 @@ class GradientTest(parameterized.TestCase):
     jax.tree.map(np.testing.assert_array_equal, again.params, whole.params)
     self.assertFalse(journal.exists())
 
+    def terminate(step, loss):
+      self.assertGreater(step, 0)
+      if step == 5:
+        signal.raise_signal(signal.SIGTERM)
+
+    with self.assertRaisesRegex(errors.Stopped, 'after 5 updates'):
+      run(progress=terminate)
+    steps = []
+    again = run(progress=lambda step, loss: steps.append(step))
+    self.assertEqual(steps, [6, 7, 8, 9])  # all five were kept, not four
+    self.assertEqual(again.losses, whole.losses)
+    jax.tree.map(np.testing.assert_array_equal, again.params, whole.params)
+    with self.assertRaises(KeyboardInterrupt):
+      run(progress=progress)
+    with self.assertRaisesRegex(errors.UserError, 'constraint: softmax there'):
+      run(constraint='clip')
+
   def test_bad_input(self):
     models = make_models(2)
     nan = lambda params, batch, heat: jnp.nan * params['norm'][0]
@@ -644,6 +663,56 @@ class EvolveTest(parameterized.TestCase):
     self.assertLen(calls, 35)
     self.assertEqual(
       (folder / 'whole').read_bytes(), (folder / 'killed').read_bytes()
+    )
+
+  @parameterized.parameters('evolve', 'grid', 'grid_compiled', 'greedy')
+  def test_stopped_when_the_answer_is_written(self, strategy):
+    folder = pathlib.Path(self.create_tempdir().full_path)
+    rng = np.random.default_rng(0)
+    models = [{'w': rng.normal(size=3).astype(np.float32)} for _ in range(4)]
+    space = base.Space('linear', 4)
+    calls = []
+
+    def score(params):
+      calls.append(1)
+      if len(calls) == 3 and terminate:
+        signal.raise_signal(signal.SIGTERM)
+      return {'t': -float(np.square(params['w']).sum())}
+
+    traced = base.Evaluator(lambda p, data: {'t': -jnp.vdot(p['w'], p['w'])}, 0)
+    points = grid.dirichlet(4, 6)
+
+    def progress(done, total):
+      if terminate and done == 2 and strategy == 'grid_compiled':
+        signal.raise_signal(signal.SIGTERM)
+
+    def run(name):
+      with base.Log(folder / name, {'strategy': strategy, 'n': 4}) as log:
+        if strategy == 'greedy':
+          greedy.greedy(models, score, log=log)
+        elif strategy == 'evolve':
+          evaluate = lambda p: score(space.merge(models, jnp.asarray(p)))
+          evolve.evolve(space, evaluate, budget=6, log=log)
+        else:
+          evaluate = score if strategy == 'grid' else traced
+          grid.grid(
+              space.merge, models, evaluate, points, log=log, chunk=2,
+              progress=progress,
+          )  # fmt: skip
+      return log
+
+    terminate = False
+    run('whole')
+    terminate = True
+    calls.clear()
+    count = 2 if strategy == 'grid_compiled' else 3
+    with self.assertRaisesRegex(errors.Stopped, f'after {count} candidates'):
+      run('stopped')
+    self.assertLen((folder / 'stopped').read_text().splitlines(), 1 + count)
+    terminate = False
+    run('stopped')
+    self.assertEqual(
+      (folder / 'whole').read_bytes(), (folder / 'stopped').read_bytes()
     )
 
   def test_log_of_another_search(self):

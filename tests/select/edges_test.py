@@ -149,16 +149,20 @@ class OthersTest(absltest.TestCase):
       'weights': np.array([1.0, 0.5, 2.0, 0.0, 0.0], np.float32),
     }  # fmt: skip
     combined = b_tuning.with_teachers(
-      lambda params, batch, key: (jnp.zeros(()), {}),
+      lambda family, params, batch, rngs: (
+        jnp.zeros(()), models.Outputs(None, None, batch['weights'])
+      ),
       lambda params, batch: batch['images'] * params,
       jnp.asarray(means, jnp.float32),
       [(lambda batch: jnp.asarray(other, jnp.float32),
         jnp.asarray(others, jnp.float32))],
       [0.5], trade_off=1.0,
     )  # fmt: skip
-    found, metrics = combined(jnp.ones(()), batch)
+    found, outputs = combined(None, jnp.ones(()), batch, None)
     self.assertAlmostEqual(float(found), expected, places=4)
-    self.assertAlmostEqual(float(metrics['b_tuning']), expected, places=4)
+    self.assertAlmostEqual(
+      float(outputs.metrics['b_tuning']), expected, places=4
+    )
 
 
 if __name__ == '__main__':

@@ -16,7 +16,7 @@ from mergejax.core import labels as labels_lib
 from mergejax.select import b_tuning
 from mergejax.select import bayes
 from mergejax.select import features as features_lib
-from mergejax.training import losses
+from mergejax.training import objective
 
 CASES = ('cls_tall', 'cls_wide', 'reg_tall', 'cls_relu')
 
@@ -293,11 +293,11 @@ class FeaturesTest(parameterized.TestCase):
     )
     teacher = jnp.ones((4, 3)), jnp.ones((10, 3))
     combined = b_tuning.with_teachers(
-      losses.make_loss(module), features, jnp.ones((10, 5)),
+      objective.cross_entropy(), features, jnp.ones((10, 5)),
       [(lambda batch: teacher[0], teacher[1])], [0.3], trade_off=2.0,
     )  # fmt: skip
-    plain, _ = losses.make_loss(module)(params, batch)
-    value, metrics = combined(params, batch)
+    plain, _ = objective.make_loss(module)(params, batch)
+    value, metrics = objective.make_loss(module, combined)(params, batch)
     np.testing.assert_allclose(
       value, plain + 2 * metrics['b_tuning'], rtol=1e-5
     )

@@ -4,6 +4,7 @@
 
 import json
 import pathlib
+import signal
 
 from absl.testing import absltest
 from absl.testing import parameterized
@@ -535,6 +536,23 @@ class SavedTest(parameterized.TestCase):
     self.assertEqual(
       sorted(p.name for p in self.folder.iterdir()), ['out', 'whole']
     )
+
+  def test_stopped_and_resumed_gives_the_same_bytes(self):
+    whole, out = self.folder / 'whole', self.folder / 'out'
+    self.collect(whole, save_every=2)
+
+    def progress(number):
+      if number == 3:
+        signal.raise_signal(signal.SIGTERM)
+
+    with self.assertRaisesRegex(errors.Stopped, 'after 3 batches'):
+      self.collect(out, save_every=2, progress=progress)
+    self.assertFalse(out.exists())
+    numbers = []
+    self.collect(out, save_every=2, progress=numbers.append)
+    self.assertEqual(numbers[0], 3)
+    for name in ('statistics.safetensors', 'statistics.json'):
+      self.assertEqual((out / name).read_bytes(), (whole / name).read_bytes())
 
   def test_continuing_something_else_is_refused(self):
     class Killed(Exception):

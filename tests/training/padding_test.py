@@ -17,9 +17,11 @@ from mergejax.core import errors
 from mergejax.nn import lm
 from mergejax.nn import vision
 from mergejax.training import batches
-from mergejax.training import hooks
+from mergejax.training import callbacks
 from mergejax.training import losses
+from mergejax.training import objective
 from mergejax.training import optim
+from mergejax.training import run as run_lib
 from mergejax.training import step as step_lib
 
 VOCAB = 11
@@ -32,6 +34,10 @@ def tiny():
   )  # fmt: skip
   module = lm.LanguageModel(config)
   return module, models.init_params(module, jax.random.key(0))
+
+
+def run_of(*, steps=1, **settings):
+  return run_lib.Run(None, None, steps, **settings)
 
 
 def batch_of(lengths, width=5):
@@ -93,7 +99,10 @@ class PaddingTest(parameterized.TestCase):
     def graded(params, batch):
       return [
         jax.value_and_grad(
-          losses.make_loss(module, normalizing_factor=kind, z_loss=1e-2),
+          objective.make_loss(
+            module,
+            objective.cross_entropy(normalizing_factor=kind, z_loss=1e-2),
+          ),
           has_aux=True,
         )(params, batch)
         for kind in kinds
@@ -112,7 +121,9 @@ class PaddingTest(parameterized.TestCase):
 
   def test_weights_alone_say_what_counts(self):
     module, params = tiny()
-    graded = jax.jit(jax.value_and_grad(losses.make_loss(module), has_aux=True))
+    graded = jax.jit(
+      jax.value_and_grad(objective.make_loss(module), has_aux=True)
+    )
     batch = batch_of([5, 2])
     targets = batch['decoder_target_tokens']
     real = (targets > 0).astype(np.float32)
@@ -138,8 +149,8 @@ class PaddingTest(parameterized.TestCase):
   def test_a_step_without_tokens_changes_nothing_but_its_number(self):
     optimizer = optim.adamw(0.1)  # with moments and a decay of weights
     module, params = tiny()
-    step = jax.jit(step_lib.make_step(losses.make_loss(module), optimizer))
-    state = step_lib.create(params, optimizer, jax.random.key(0))
+    made = step_lib.make_step(module, optimizer)
+    step, state = jax.jit(made.update), made.init(params, jax.random.key(0))
     # optax raises floats to integer powers for Adam's bias correction.
     with jax.numpy_dtype_promotion('standard'):
       state, _ = step(state, batch_of([5, 2]))  # moments that would move it
@@ -156,21 +167,27 @@ class PaddingTest(parameterized.TestCase):
   def test_logs_say_that_there_was_nothing(self):
     path = pathlib.Path(self.create_tempdir().full_path) / 'm.jsonl'
     alone = {'loss': np.array(0.0), 'tokens': np.array(0.0)}
-    hooks.jsonl(path)(1, alone)
+    callbacks.jsonl(path).on_log(1, alone)
     pair = {'loss': np.array([0.0, 2.5]), 'tokens': np.array([0.0, 3.0])}
-    hooks.jsonl(path, ['a', 'b'])(2, pair)
+    hook = callbacks.jsonl(path)
+    hook.on_start(run_of(experts=['a', 'b']))
+    hook.on_log(2, pair)
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     self.assertEqual(rows, [
         {'step': 1, 'tokens': 0.0},
         {'step': 2, 'loss/b': 2.5, 'tokens/a': 0.0, 'tokens/b': 3.0},
     ])  # fmt: skip
     out = io.StringIO()
-    hooks.progress('seed', 1, out)(1, alone)
+    hook = callbacks.progress(out)
+    hook.on_start(run_of(phase='seed', steps=1))
+    hook.on_log(1, alone)
     self.assertEqual(
       out.getvalue(), 'seed: step 1/1, no token to learn from: skipped\n'
     )
     out = io.StringIO()
-    hooks.progress('seed', 2, out)(2, pair)
+    hook = callbacks.progress(out)
+    hook.on_start(run_of(phase='seed', steps=2))
+    hook.on_log(2, pair)
     self.assertEqual(out.getvalue(), 'seed: step 2/2, loss 2.500\n')
 
 

@@ -21,11 +21,12 @@ from mergejax import models
 from mergejax.core import errors
 from mergejax.nn import lm
 from mergejax.training import arrays
+from mergejax.training import callbacks
 from mergejax.training import checkpoints as checkpoints_lib
-from mergejax.training import hooks
 from mergejax.training import loop
 from mergejax.training import losses
 from mergejax.training import optim
+from mergejax.training import run as run_lib
 from mergejax.training import schedules
 from mergejax.training import step as step_lib
 
@@ -44,14 +45,8 @@ def setup(**changes):
   )  # fmt: skip
   optimizer = optim.adafactor(0.1)
   key = jax.random.key(0)
-  state = step_lib.create(models.init_params(module, key), optimizer, key)
-  step = jax.jit(
-      step_lib.make_step(
-          losses.make_loss(module), optimizer,
-          dropout=changes.get('dropout_rate', 0) > 0,
-      )
-  )  # fmt: skip
-  return state, step
+  step = step_lib.make_step(module, optimizer)
+  return step.init(models.init_params(module, key), key), jax.jit(step.update)
 
 
 def same_bits(a, b):
@@ -218,7 +213,7 @@ class LoopTest(parameterized.TestCase):
     with self.assertRaisesRegex(errors.Stopped, 'step 5 of 50'):
       loop.fit(
           step, state, stream, steps=50, checkpoints=checkpoints,
-          save_every=100, log_every=1, hooks=[stop],
+          save_every=100, log_every=1, callbacks=[callbacks.on_log(stop)],
       )  # fmt: skip
     self.assertEqual(checkpoints.latest(), 5)
     checkpoints.close()
@@ -264,27 +259,31 @@ class LoopTest(parameterized.TestCase):
     self.assertFalse((epochs[0] == epochs[1]).all())
 
 
-class HooksTest(absltest.TestCase):
+class CallbacksTest(absltest.TestCase):
   def test_jsonl_has_every_step_once(self):
     path = pathlib.Path(self.create_tempdir().full_path) / 'm.jsonl'
     loss = lambda value: {'loss': np.array([value, value + 1])}
-    hook = hooks.jsonl(path, ['a', 'b'])
+    run = run_lib.Run(None, None, 4, experts=['a', 'b'])
+    hook = callbacks.jsonl(path)
+    hook.on_start(run)
     for step in (1, 2, 3):
-      hook(step, loss(step))
+      hook.on_log(step, loss(step))
     with path.open('a') as file:
       file.write('{"step": 4, "lo')  # a line cut short by a kill
-    hook = hooks.jsonl(path, ['a', 'b'])
+    hook = callbacks.jsonl(path)
+    hook.on_start(run)
     for step in (3, 4):
-      hook(step, loss(10 * step))
+      hook.on_log(step, loss(10 * step))
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     self.assertEqual([row['step'] for row in rows], [1, 2, 3, 4])
     self.assertEqual(rows[2], {'step': 3, 'loss/a': 30.0, 'loss/b': 31.0})
 
   def test_plain_lines_without_a_terminal(self):
     out = io.StringIO()
-    hook = hooks.progress('seed', 20, out)
+    hook = callbacks.progress(out)
+    hook.on_start(run_lib.Run(None, None, 20, 'seed'))
     for step in (10, 20):
-      hook(step, {'loss': np.array(2.0)})
+      hook.on_log(step, {'loss': np.array(2.0)})
     self.assertEqual(
         out.getvalue(), 'seed: step 10/20, loss 2.000\nseed: step 20/20, '
         'loss 2.000\n'

@@ -26,6 +26,10 @@ class Layer(NamedTuple):
   shared: Mapping[str, np.ndarray]
   config: Mapping[str, Any]
 
+  def part(self, *names: str) -> np.ndarray:
+    """The first of these tensors that the layer has."""
+    return next(self.parts[name] for name in names if name in self.parts)
+
   def setting(self, key: str, pattern: str, default: float) -> float:
     """A setting, or its exception for this layer (`alpha_pattern`)."""
     for expression, value in (self.config.get(pattern) or {}).items():

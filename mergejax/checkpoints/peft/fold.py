@@ -112,7 +112,8 @@ class AdapterStore(base.ParamStore):
     self._kind = self._known_kind()
     self._adapter = self._weights()
     self.provenance = {'format': 'adapter', 'path': f'{model.name}+{path}'}
-    self.tied = dict(model.tied)
+    self._tied = dict(model.tied)
+    self.tied = self._tied
     self.config: dict[str, Any] = {}
     self.untied: set[typing.Path] = set()
     self.remarks: list[str] = []
@@ -187,7 +188,7 @@ class AdapterStore(base.ParamStore):
       reason = kinds.REFUSED.get(
         name, f'known are {", ".join(sorted({*kinds.KINDS, *kinds.REFUSED}))}'
       )
-    if reason is not None:
+    if reason is not None or kind is None:
       raise errors.CheckpointError(
         f'{self._folder} is an adapter of kind {name or "(none)"}, which cannot '
         f'be folded into a model: {reason}.'
@@ -226,7 +227,7 @@ class AdapterStore(base.ParamStore):
         continue
       if self._config.get('ensure_weight_tying') and head not in changed:
         continue  # saved once, for both
-      del self.tied[head]
+      del self._tied[head]
       if head not in self._specs:
         self._aliases[head] = embedding
         self._specs[head] = self._specs[embedding]

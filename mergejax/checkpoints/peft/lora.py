@@ -93,8 +93,8 @@ def weight(kernel: np.ndarray, layer: base.Layer) -> np.ndarray:
   https://arxiv.org/abs/2406.01775; Wang et al., KaSA, 2024,
   https://arxiv.org/abs/2412.06071.
   """
-  a = layer.parts.get('lora_A', layer.parts.get('lora_embedding_A'))
-  b = layer.parts.get('lora_B', layer.parts.get('lora_embedding_B'))
+  a = layer.part('lora_A', 'lora_embedding_A')
+  b = layer.part('lora_B', 'lora_embedding_B')
   rank = a.shape[0]
   if 'lora_diag' in layer.parts:
     b = b * layer.parts['lora_diag']

@@ -22,7 +22,7 @@ def oft(kernel: np.ndarray, layer: base.Layer) -> np.ndarray:
   Finetuning, 2023, https://arxiv.org/abs/2306.07280; Qiu et al., Orthogonal
   Finetuning Made Scalable, 2025, https://arxiv.org/abs/2506.19847.
   """
-  stored = layer.parts.get('oft_R', layer.parts.get('oft_embedding_R'))
+  stored = layer.part('oft_R', 'oft_embedding_R')
   # size (size - 1) / 2 = elements
   size = round((1 + np.sqrt(1 + 8 * stored.shape[1])) / 2)
   skew = np.zeros((len(stored), size, size), np.float32)

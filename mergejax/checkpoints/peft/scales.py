@@ -52,7 +52,7 @@ def hira(kernel: np.ndarray, layer: base.Layer) -> np.ndarray:
 
   Source: Huang et al., HiRA, 2025, https://openreview.net/forum?id=TwJrTz9cRS.
   """
-  a = layer.parts.get('hira_A', layer.parts.get('hira_embedding_A'))
-  b = layer.parts.get('hira_B', layer.parts.get('hira_embedding_B'))
+  a = layer.part('hira_A', 'hira_embedding_A')
+  b = layer.part('hira_B', 'hira_embedding_B')
   product = b.reshape(-1, len(a)) @ a.reshape(len(a), -1)
   return kernel * (1 + product.reshape(kernel.shape))

@@ -30,7 +30,8 @@ from mergejax.checkpoints import checkpoint
 from mergejax.checkpoints import safetensors
 from mergejax.core import checksums
 from mergejax.core import errors
-from mergejax.core import resume as resume_lib
+from mergejax.core import identity as identity_lib
+from mergejax.core import stop as stop_lib
 from mergejax.merging.disk import pieces
 from mergejax.merging.disk import plans
 from mergejax.merging.disk import programs
@@ -208,7 +209,7 @@ class _Execution:
     for file in sorted({f for store in stores for f in store.files()}):
       status = file.stat()
       sources[str(file)] = [status.st_size, status.st_mtime_ns]
-    return resume_lib.record({
+    return identity_lib.record({
       'plan': self._plan.identity,
       'format': self._format,
       'files': [[shard.file, shard.nbytes] for shard in self._shards],
@@ -222,7 +223,7 @@ class _Execution:
       return None
     manifest = self._manifest_file(self._out)
     found = checkpoint.read_json(manifest) if manifest.is_file() else {}
-    if found.get('identity') != resume_lib.digest(identity['work']):
+    if found.get('identity') != identity_lib.digest(identity['work']):
       raise errors.CheckpointError(
         f'{self._out} already exists and is not the result of this recipe on '
         'these sources. Choose another name, or remove it.'
@@ -280,7 +281,6 @@ class _Execution:
         place.update({p: (file, at) for p, at in shard.offsets.items()})
       files = sorted({file for file, _ in place.values()})
       stack.enter_context(work_folder.writing_behind(files))
-      note = stack.enter_context(self._work.journal())
 
       def run(task):
         if self._stop.is_set():
@@ -306,17 +306,19 @@ class _Execution:
           leaf.merge(write)
         else:
           pieces.merge_whole(self._plan, task, write, self._timers)
-        note(task.path)
+        self._work.note(task.path)
         with lock:
           state['bytes'] += task.spec.nbytes
           if progress is not None:
             progress(state['bytes'], total)
 
+      stop = stack.enter_context(stop_lib.StopRequest())
       with concurrent.futures.ThreadPoolExecutor(plans.WORKERS) as pool:
         futures = [pool.submit(run, task) for task in tasks]
         try:
           for future in concurrent.futures.as_completed(futures):
             future.result()
+            stop.check(f'Stopped; what is done is in {self._work.path}.')
         except BaseException:
           self._stop.set()
           pool.shutdown(cancel_futures=True)
@@ -363,7 +365,7 @@ class _Execution:
     if self._format != 'safetensors':
       result = self._converted(result)
     manifest = {
-      'identity': resume_lib.digest(identity['work']),
+      'identity': identity_lib.digest(identity['work']),
       'code': identity['code'],
       'mergejax': mergejax.__version__,
       'method': self._plan.recipe.entry.name,
@@ -383,7 +385,7 @@ class _Execution:
       ],
       'remarks': list(self._plan.remarks),
     }
-    text = json.dumps(resume_lib.canonical(manifest), indent=2) + '\n'
+    text = json.dumps(identity_lib.canonical(manifest), indent=2) + '\n'
     if self._single:
       side_cars.write_text(self._manifest_file(self._out), text)
       names = [shard.file for shard in self._shards]

@@ -364,17 +364,19 @@ def merge_whole(
     for store, own in zip(plan.stats, task.stats)
   ] or [{} for _ in leaves]
   for store, own in zip(plan.stats, stats):
-    if 'gram' in own and not given.symmetric(own['gram']):
-      raise errors.CheckpointError(
-        f'{store.name}: the gram of {task.path} is not symmetric, as X^T X is.'
-      )
+    for need in task.settings.method.statistics:
+      fault = need.name in own and given.unsound(need, own[need.name])
+      if fault:
+        raise errors.CheckpointError(
+          f'{store.name}: the {need.name} of {task.path} {fault}.'
+        )
 
   def compute():
     method, path, spec = task.settings.method, task.path, task.spec
     run = in_memory.Run(method, task.weights, {path: spec}, plan.recipe.seed)
     own = run.look_at_leaf(run.parts(path, leaves, base, stats))
     merged = run.finish({path: own})[path]
-    merged = finite.stored(path, merged, spec.dtype, method.needs)
+    merged = finite.stored(path, merged, spec.dtype, method.statistics)
     return np.asarray(merged).reshape(-1)
 
   timers.timed('write', write, 0, timers.timed('compute', compute))

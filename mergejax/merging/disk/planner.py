@@ -9,7 +9,6 @@ once, before the first weight is read.
 
 from collections.abc import Mapping
 import dataclasses
-import math
 import os
 import re
 from typing import Any
@@ -23,6 +22,7 @@ from mergejax.core import axes as axes_lib
 from mergejax.core import errors
 from mergejax.core import numerics
 from mergejax.core import stacks
+from mergejax.core import statistic_specs
 from mergejax.core import typing
 from mergejax.merging.disk import choices
 from mergejax.merging.disk import inputs as inputs_lib
@@ -237,32 +237,32 @@ class _Planner:
   def _stats_of(self, path, spec, method, refs):
     if not method.needs:
       return ()
-    kind = method.needs[0]
     if len(self._stats) != len(refs):
       raise errors.RecipeError(
         f'this method needs `stats:`, one path for each of the {len(refs)} '
         f'models, {len(self._stats)} given. `mergejax stats` collects them.'
       )
-    own = [f'{path}/{kind}' for _ in self._stats]
-    have = [name in store.specs() for name, store in zip(own, self._stats)]
-    if not any(have) and kind == 'gram':
-      return tuple({} for _ in own)
-    for name, store, there in zip(own, self._stats, have):
-      if not there:
-        raise errors.RecipeError(f'{store.name} lacks {name}.')
-      shape = store.specs()[name].shape
-      fits = shape == spec.shape
-      if kind == 'gram':
-        view = axes_lib.view(path, spec)
-        width = math.prod(spec.shape[i] for i in view.inputs)
-        stack = tuple(spec.shape[i] for i in view.stack)
-        fits = shape == stack + (width, width)
-      if not fits:
-        raise errors.RecipeError(
-          f'{store.name}: {name} is {list(shape)}, which does not fit {path} '
-          f'{list(spec.shape)}. Are these the statistics of another model?'
-        )
-    return tuple({n: f'{path}/{n}' for n in method.needs} for _ in own)
+    have = any(
+      f'{path}/{need.name}' in store.specs()
+      for need in method.statistics
+      for store in self._stats
+    )
+    found = {}
+    for need in method.statistics:
+      if need.required == 'some' and not have:
+        continue
+      name = found[need.name] = f'{path}/{need.name}'
+      wanted = need.shape(path, spec)
+      for store in self._stats:
+        if name not in store.specs():
+          raise errors.RecipeError(f'{store.name} lacks {name}.')
+        shape = store.specs()[name].shape
+        if not statistic_specs.matches(shape, wanted):
+          raise errors.RecipeError(
+            f'{store.name}: {name} is {list(shape)}, which does not fit {path} '
+            f'{list(spec.shape)}. Are these the statistics of another model?'
+          )
+    return tuple(dict(found) for _ in self._stats)
 
   def _with_axes(self, path, refs, base):
     """The spec of the base or first model, with axes: the recipe's come first."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from mergejax.checkpoints import base as store_base
 from mergejax.core import axes as axes_lib
-from mergejax.core import resume
+from mergejax.core import identity
 from mergejax.core import typing
 from mergejax.merging.disk import companions
 from mergejax.merging.disk import programs
@@ -116,7 +116,7 @@ class Plan:
     }
     if self.methods:
       work['methods'] = self.methods
-    return resume.digest(work)
+    return identity.digest(work)
 
   @property
   def read_bytes(self) -> int:
@@ -170,7 +170,7 @@ class Plan:
       return True
     method = task.settings.method
     stack = axes_lib.stacked(task.spec) and method.of_slices
-    if stack or 'gram' in method.needs:
+    if stack or not all(need.is_leaf for need in method.statistics):
       return False
     if method.view == 'element':
       return True

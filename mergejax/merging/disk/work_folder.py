@@ -2,22 +2,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """The hidden folder beside a result in which a merge works, and its journal."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import fcntl
-import json
 import os
 import pathlib
 import shutil
 import threading
 from typing import Any
 
-from mergejax.checkpoints import checkpoint
 from mergejax.checkpoints import safetensors
 from mergejax.core import errors
 from mergejax.core import resume as resume_lib
 from mergejax.core import typing
-from mergejax.merging.disk import side_cars
 
 
 class WorkFolder:
@@ -34,8 +31,7 @@ class WorkFolder:
     self.path = out.with_name(f'.{out.name}.partial')
     self.result = self.path / 'result'
     self.keep = False
-    self._journal = self.path / 'journal'
-    self._journal_lock = threading.Lock()
+    self._journal: resume_lib.Journal | None = None
 
   @contextlib.contextmanager
   def locked(self) -> Iterator[None]:
@@ -98,7 +94,7 @@ class WorkFolder:
     """Finds what an interrupted call left, or lays the files out anew.
 
     Args:
-      identity: `resume.record` of the merge.
+      identity: `identity.record` of the merge.
       shards: the files of the result.
       sizes: bytes of each parameter of the result.
       resume: continue what is there, if it is the same merge.
@@ -111,21 +107,21 @@ class WorkFolder:
       UserError: the disk has no room for the others; or an anonymous merge is
         there that cannot be known to be this one.
     """
-    state = self.path / 'state.json'
-    wanted = {'identity': resume_lib.digest(identity), 'boot': _boot()}
-    found = checkpoint.read_json(state) if state.is_file() else None
+    # A crash of the machine may have lost what a line of the journal says.
+    self._journal = resume_lib.Journal(
+      self.path / 'journal', 'merge', {**identity['work'], 'boot': _boot()}
+    )
     done = set()
-    if resume and anonymous and found not in (None, wanted):
+    found = self._journal.stated() if resume else None
+    if anonymous and found not in (None, self._journal.record):
       raise errors.CheckpointError(
         f'{self.path} holds a merge that was interrupted, and whether it is '
         'this one is not known: its method is a Merge without a name. Give '
         '`plan` an `identity=` that changes whenever its numbers do, or '
         'start afresh with `resume=False`.'
       )
-    if resume and found == wanted:
-      if self._journal.is_file():
-        # A line that was cut short has no newline and does not count.
-        done = set(self._journal.read_text(encoding='utf-8').split('\n')[:-1])
+    if found == self._journal.record:
+      done = set(self._journal.rows())
     else:
       for child in self.path.iterdir():
         if child.name != 'lock':
@@ -135,15 +131,24 @@ class WorkFolder:
     self.keep = bool(done)
     self._check_space(sum(n for path, n in sizes.items() if path not in done))
     self.keep = False
-    for shard in shards:
-      file = self.result / shard.file
-      if not file.exists() or file.stat().st_size != shard.nbytes:
-        with open(file, 'wb') as stream:
-          stream.write(shard.header)
-          stream.truncate(shard.nbytes)
-        done -= set(shard.offsets)
-    side_cars.write_text(state, json.dumps(wanted))
-    return done
+    lost = [shard for shard in shards if not self._has_its_size(shard)]
+    still = done - {path for shard in lost for path in shard.offsets}
+    if still != done:
+      # Before the file is laid out anew, or it would look complete.
+      self._journal.forget()
+    for shard in lost:
+      with open(self.result / shard.file, 'wb') as stream:
+        stream.write(shard.header)
+        stream.truncate(shard.nbytes)
+    self._journal.begin()
+    if still != done:
+      for path in sorted(still):
+        self.note(path)
+    return still
+
+  def _has_its_size(self, shard):
+    file = self.result / shard.file
+    return file.exists() and file.stat().st_size == shard.nbytes
 
   def _check_space(self, needed):
     free = shutil.disk_usage(self.path).free
@@ -154,19 +159,10 @@ class WorkFolder:
         'space, or write elsewhere, and run this again.'
       )
 
-  @contextlib.contextmanager
-  def journal(self) -> Iterator[Callable[[typing.Path], None]]:
-    """Gives a function that notes one more merged parameter; thread-safe."""
-    file = os.open(self._journal, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-
-    def note(path):
-      with self._journal_lock:
-        os.write(file, f'{path}\n'.encode())
-
-    try:
-      yield note
-    finally:
-      os.close(file)
+  def note(self, path: typing.Path) -> None:
+    """Notes one more merged parameter; thread-safe, once it is prepared."""
+    # The arrays are on their way to the disk too, and are waited for at the end.
+    self._journal.append(path, sync=False)
 
   def remove(self) -> None:
     """Removes the folder with everything in it."""

@@ -222,7 +222,7 @@ def parse_recipe(data: Any, *, imports: bool = True) -> Recipe:
   """
   reader = _Reader(imports)
   recipe = reader.recipe(data)
-  if reader.problems:
+  if reader.problems or recipe is None:
     lines = list(dict.fromkeys(reader.problems))
     if len(lines) == 1:
       raise errors.RecipeError(lines[0])
@@ -400,7 +400,7 @@ class _Reader:
         layers = values.layers(entry.get('layer_range'), where, self._report)
       inputs.append(
         Input(
-          self._name(entry['model'], 'model'),
+          self._name(entry['model'], 'model') or '',
           self._parameters(
             entry.get('parameters'),
             method,

@@ -23,7 +23,7 @@ import numpy as np
 import mergejax as mj
 from mergejax import partition
 from mergejax.core import errors
-from mergejax.core import resume
+from mergejax.core import identity
 from mergejax.core import tree as tree_lib
 from mergejax.merging.disk import executor
 from mergejax.merging.disk import pieces
@@ -85,7 +85,7 @@ class EqualityTest(parameterized.TestCase):
         }
         mj.save_checkpoint(stats_paths[-1], flat)
     method = named.resolve(row.name, **row.options)
-    with_base = row.base or method.needs_base
+    with_base = row.base or method.base == 'required'
     recipe = laws_test.recipe_of(
       row,
       str(folder / 'base') if with_base else None,
@@ -320,6 +320,43 @@ class WholeOrNothingTest(parameterized.TestCase):
       self.files(self.folder / 'out'), self.files(self.folder / 'whole')
     )
 
+  def test_a_file_written_again_does_not_count_as_merged_later(self):
+    def stop(done, total):
+      if done > total // 2:
+        raise KeyboardInterrupt
+
+    def first(done, total):
+      raise KeyboardInterrupt
+
+    mj.execute(mj.plan(self.recipe), self.folder / 'whole')
+    out = self.folder / 'out'
+    with self.assertRaises(KeyboardInterrupt):
+      mj.execute(mj.plan(self.recipe), out, progress=stop)
+    os.truncate(
+      self.folder / '.out.partial' / 'result' / 'model.safetensors', 100
+    )
+    with self.assertRaises(KeyboardInterrupt):  # the file has its size again
+      mj.execute(mj.plan(self.recipe), out, progress=first)
+    mj.execute(mj.plan(self.recipe), out)
+    self.assertEqual(self.files(out), self.files(self.folder / 'whole'))
+
+  def test_sigterm_ends_between_parameters(self):
+    mj.execute(mj.plan(self.recipe), self.folder / 'whole')
+    out, tasks = self.folder / 'out', len(mj.plan(self.recipe).tasks)
+    asked = []
+
+    def ask(done, total):
+      if not asked:
+        asked.append(done)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with self.assertRaisesRegex(errors.Stopped, r'\.out\.partial'):
+      mj.execute(mj.plan(self.recipe), out, progress=ask)
+    self.assertFalse(out.exists())
+    report = mj.execute(mj.plan(self.recipe), out)
+    self.assertBetween(report.computed, 1, tasks - 1)
+    self.assertEqual(self.files(out), self.files(self.folder / 'whole'))
+
   def test_a_changed_source_starts_afresh(self):
     out = self.folder / 'out'
 
@@ -444,8 +481,8 @@ class WholeOrNothingTest(parameterized.TestCase):
   def test_results_of_other_code_are_told_apart(self):
     out = self.folder / 'out'
     mj.execute(mj.plan(self.recipe), out)
-    code = {**resume.code(), 'mergejax': 'other'}
-    with mock.patch.object(resume, 'code', lambda: code):
+    code = {**identity.code(), 'mergejax': 'other'}
+    with mock.patch.object(identity, 'code', lambda: code):
       with self.assertRaisesRegex(
         mj.UserError,
         r'by another version of the code.*\n  mergejax: \w+\.\.\. there, other asked',
@@ -569,7 +606,10 @@ class WholeOrNothingTest(parameterized.TestCase):
         time.sleep(0.005)
       process.wait()
     # What was done counts, though every process hashes in another order.
-    done = set(work.read_text().split('\n')[:-1])
+    lines = work.read_text().split('\n')[
+      1:-1
+    ]  # below the statement of the work
+    done = set(map(json.loads, lines))
     self.assertNotEmpty(done)
     left = len(mj.plan(self.recipe).tasks) - len(done)
     self.assertIn(f'{left} parameters', run(out).stdout.decode())

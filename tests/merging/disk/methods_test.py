@@ -203,7 +203,7 @@ class MethodsTest(absltest.TestCase):
       mj.execute(plan(), out)
     out.unlink()
     full = OSError(errno.ENOSPC, 'full')
-    with mock.patch.object(work_folder.WorkFolder, 'journal', side_effect=full):
+    with mock.patch.object(work_folder.WorkFolder, 'note', side_effect=full):
       with self.assertRaisesRegex(errors.CheckpointError, 'free some space'):
         mj.execute(plan(), out)
     with self.assertRaisesRegex(errors.CheckpointError, 'identity='):

@@ -5,7 +5,6 @@
 from collections.abc import Iterable, Iterator, Mapping
 import hashlib
 import itertools
-import json
 import os
 import pathlib
 from typing import Any
@@ -14,21 +13,21 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
-from mergejax.checkpoints import base as store_base
 from mergejax.core import errors
+from mergejax.core import files
 from mergejax.core import resume
 from mergejax.core import typing
 
 Totals = dict[typing.Path, np.ndarray]
 
 
-class Journal:
+class Progress:
   """Sums and position, beside the result, saved whole or not at all."""
 
   def __init__(
     self, out: os.PathLike | str | None, settings: Mapping[str, Any]
   ):
-    """Begins or finds a journal.
+    """Begins or finds the journal of a collection.
 
     Args:
       out: where the result will be; None keeps no journal.
@@ -37,12 +36,12 @@ class Journal:
     Raises:
       UserError: the result exists.
     """
-    self._path = None
+    path = None
     if out is not None:
       out = pathlib.Path(out)
-      store_base.check_new(out)
-      self._path = out.with_name(f'.{out.name}.collecting.npz')
-    self._record = resume.record(settings)
+      files.check_new(out)
+      path = out.with_name(f'.{out.name}.collecting.npz')
+    self._journal = resume.Journal(path, 'statistics', settings)
     # Of all batches so far, in their order.
     self._data = hashlib.sha256()
     self._expected = None
@@ -54,32 +53,19 @@ class Journal:
       UserError: it cannot be read, or is of another model or settings; or
         processes do not find the same one.
     """
-    totals, done, aliases = self._load()
-    if self._path is not None and jax.process_count() > 1:
+    totals, done, aliases = None, 0, {}
+    found = self._journal.load()
+    if found is not None:
+      totals, about = found
+      done, aliases = about['batches'], about['aliases']
+      self._expected = about['data']
+    if self._journal.path is not None and jax.process_count() > 1:
       everywhere = multihost_utils.process_allgather(np.int32(done))
       if (everywhere != done).any():
         raise errors.DataError(
-          f'Of the processes of this run some find {self._path} and others do '
-          'not: put the result where all of them see it.'
+          f'Of the processes of this run some find {self._journal.path} and '
+          'others do not: put the result where all of them see it.'
         )
-    return totals, done, aliases
-
-  def _load(self):
-    if self._path is None or not self._path.exists():
-      return None, 0, {}
-    try:
-      with np.load(self._path, allow_pickle=False) as archive:
-        leaves = dict(archive)
-    except (ValueError, OSError, EOFError) as error:
-      raise errors.DataError(
-        f'{self._path} cannot be read ({error}); remove it to start afresh.'
-      ) from error
-    found = json.loads(str(leaves.pop('settings')))
-    resume.check_same(found, self._record, self._path)
-    done = int(leaves.pop('batches'))
-    aliases = json.loads(str(leaves.pop('aliases')))
-    self._expected = str(leaves.pop('data', ''))
-    totals = {n.replace('|', '/'): x for n, x in leaves.items()}
     return totals, done, aliases
 
   def after(
@@ -97,7 +83,7 @@ class Journal:
       seen += 1
     if done and (seen < done or self._data.hexdigest() != self._expected):
       raise errors.DataError(
-        f'{self._path} holds a collection over other data: its first {done} '
+        f'{self._journal.path} holds a collection over other data: its first {done} '
         f'batches are not those that were given now ({seen} of them). Give the '
         'same batches in the same order, or remove it to start afresh.'
       )
@@ -106,7 +92,7 @@ class Journal:
       yield batch
 
   def _note(self, batch):
-    if self._path is None:
+    if self._journal.path is None:
       return
     for name in sorted(batch):
       leaf = np.asarray(batch[name])
@@ -120,21 +106,17 @@ class Journal:
     aliases: Mapping[typing.Path, typing.Path],
   ) -> None:
     """Replaces what was saved before."""
-    if self._path is None or jax.process_index():
-      return
-    leaves = {n.replace('/', '|'): x for n, x in totals.items()}
-    with store_base.atomic_path(self._path, overwrite=True) as temporary:
-      with open(temporary, 'wb') as stream:
-        np.savez(
-          stream,
-          settings=json.dumps(self._record),
-          batches=np.int64(batches),
-          aliases=json.dumps(aliases),
-          data=self._data.hexdigest(),
-          **leaves,
-        )
+    if not jax.process_index():
+      self._journal.save(
+        totals,
+        {
+          'batches': batches,
+          'aliases': dict(aliases),
+          'data': self._data.hexdigest(),
+        },
+      )
 
   def forget(self) -> None:
     """Removes the journal of a collection that is complete."""
-    if self._path is not None and not jax.process_index():
-      self._path.unlink(missing_ok=True)
+    if not jax.process_index():
+      self._journal.forget()

@@ -9,7 +9,7 @@ from unittest import mock
 from absl.testing import absltest
 from absl.testing import parameterized
 
-from mergejax.checkpoints import base
+from mergejax.core import files
 
 
 def make(path, kind, text):
@@ -45,9 +45,9 @@ class AtomicPathTest(parameterized.TestCase):
   @parameterized.product(kinds=KINDS, swaps=(True, False))
   def test_replaces(self, kinds, swaps):
     make(self.path, kinds[0], 'old')
-    swap = base._renameat2 if swaps else lambda a, b: False
-    with mock.patch.object(base, '_renameat2', swap):
-      with base.atomic_path(self.path, overwrite=True) as temporary:
+    swap = files._renameat2 if swaps else lambda a, b: False
+    with mock.patch.object(files, '_renameat2', swap):
+      with files.atomic_path(self.path, overwrite=True) as temporary:
         make(temporary, kinds[1], 'new')
         self.assertEqual(read(self.path), 'old')
     self.assertEqual(read(self.path), 'new')
@@ -72,10 +72,10 @@ class AtomicPathTest(parameterized.TestCase):
 
     with (
       mock.patch.multiple(os, rename=hit(os.rename), replace=hit(os.replace)),
-      mock.patch.object(base, '_renameat2', lambda a, b: False),
+      mock.patch.object(files, '_renameat2', lambda a, b: False),
     ):
       try:
-        with base.atomic_path(self.path, overwrite=True) as temporary:
+        with files.atomic_path(self.path, overwrite=True) as temporary:
           make(temporary, kinds[1], 'new')
       except Signal:
         pass
@@ -89,7 +89,7 @@ class AtomicPathTest(parameterized.TestCase):
   def test_the_old_one_survives_a_failure(self, old, new):
     make(self.path, old, 'old')
     with self.assertRaises(Signal):
-      with base.atomic_path(self.path, overwrite=True) as temporary:
+      with files.atomic_path(self.path, overwrite=True) as temporary:
         make(temporary, new, 'new')
         raise Signal
     self.assert_old_is_whole()
@@ -109,7 +109,7 @@ class AtomicPathTest(parameterized.TestCase):
       os.replace(source, target)
 
     with mock.patch.multiple(os, fsync=fsync, rename=rename):
-      with base.atomic_path(self.path) as temporary:
+      with files.atomic_path(self.path) as temporary:
         make(temporary, kind, 'new')
         inside = [str(p) for p in temporary.rglob('*')] + [str(temporary)]
     at = events.index('renamed')

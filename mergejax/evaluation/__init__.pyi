@@ -1,0 +1,25 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+from mergejax.evaluation import expert_table
+from mergejax.evaluation import metrics
+from mergejax.evaluation import plots
+from mergejax.evaluation import report
+from mergejax.evaluation import suite
+from mergejax.evaluation.base import Metric
+from mergejax.evaluation.base import Score
+from mergejax.evaluation.base import Table
+from mergejax.evaluation.scoring import Suite
+from mergejax.evaluation.scoring import Task
+
+__all__ = [
+  'Metric',
+  'Score',
+  'Suite',
+  'Table',
+  'Task',
+  'expert_table',
+  'metrics',
+  'plots',
+  'report',
+  'suite',
+]

@@ -1,0 +1,159 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What training minimises: `(family, params, batch, rngs) -> (loss, Outputs)`.
+
+An objective of your own is such a function, in a file of yours; gin names it by
+its import path, `train.train_model.objective = @my_file.objective`.
+"""
+
+from collections.abc import Callable, Mapping
+import dataclasses
+from typing import Any, Protocol
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mergejax import models
+from mergejax.core import typing
+from mergejax.training import losses
+
+
+class Objective(Protocol):
+  """A number to minimise, and what was found on the way.
+
+  The metrics of the outputs are logged. `tokens`, the sum of the weights, says
+  how much a batch counts: where it is 0 the step changes nothing.
+  An objective may have a method `normalizer(outputs) -> <float32>[] | None`:
+  what its loss is a mean over, None if it is a sum; by default `tokens`. With
+  it microbatches add up to the whole batch.
+  """
+
+  def __call__(
+    self,
+    family: models.ModelFamily,
+    params: typing.Tree,
+    batch: Mapping[str, Any],
+    rngs: Mapping[str, jax.Array],
+  ) -> tuple[jax.Array, models.Outputs]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class CrossEntropy:
+  """See `cross_entropy`; two with the same numbers are the same objective."""
+
+  z_loss: float
+  label_smoothing: float
+  normalizing_factor: str | float | None
+
+  def __call__(self, family, params, batch, rngs):
+    outputs = family.apply(
+      family.variables(params), batch, train=True, rngs=rngs
+    )
+    weights, targets, logits = outputs.weights, outputs.targets, outputs.logits
+    factor, scaled = self._factor(outputs)
+    token_loss, z_part = losses.token_cross_entropy(
+      logits, targets, z_loss=self.z_loss, label_smoothing=self.label_smoothing
+    )
+    tokens = jnp.sum(weights)
+    mean = lambda values: losses.weighted_mean(values, weights)
+    correct = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
+    metrics = {
+      'loss': mean(token_loss - z_part),
+      'z_loss': mean(z_part),
+      'accuracy': mean(correct),
+      'tokens': tokens,
+    }
+    factor = jnp.where(tokens > 0, factor, 1.0)
+    value = losses.weighted_sum(token_loss, scaled) / factor
+    for extra in outputs.losses.values():
+      # A batch of nothing else than padding has nothing to learn from.
+      value = value + jnp.where(tokens > 0, extra, 0.0)
+    return value, outputs._replace(
+      metrics={**metrics, **outputs.losses, **outputs.metrics}
+    )
+
+  def normalizer(self, outputs: models.Outputs) -> jax.Array | None:
+    if not isinstance(self.normalizing_factor, str):
+      return None
+    return jnp.asarray(self._factor(outputs)[0], jnp.float32)
+
+  def _factor(self, outputs):
+    return losses.normalizer(
+      self.normalizing_factor,
+      outputs.targets,
+      outputs.weights,
+      outputs.segments,
+    )
+
+
+def cross_entropy(
+  *,
+  z_loss: float = 1e-4,
+  label_smoothing: float = 0.0,
+  normalizing_factor: str | float | None = 'NUM_REAL_TARGET_TOKENS',
+) -> CrossEntropy:
+  """Cross entropy with the losses that the model brings added.
+
+  `sum_i w_i (cross entropy_i + z_loss (log Z_i)^2) / factor + sum of
+  outputs.losses`.
+
+  Args:
+    z_loss: see `losses.token_cross_entropy`; T5's 1e-4.
+    label_smoothing: likewise; T5's 0.
+    normalizing_factor: see `losses.normalizer`. Per real token by default, so
+      that the loss and its gradient do not depend on the batch size; T5X's
+      default is None, the plain sum.
+
+  Returns:
+    An objective with the metrics `loss` (nats per token, without z-loss),
+    `z_loss`, `accuracy` and `tokens`, and the model's own. Of a batch of
+    padding alone loss, metrics and gradient are 0.
+  """
+  return CrossEntropy(z_loss, label_smoothing, normalizing_factor)
+
+
+def rng_streams(
+  family: models.ModelFamily, key: jax.Array
+) -> dict[str, jax.Array]:
+  """A key for every random stream of a model in training.
+
+  The first stream has the key itself, further ones fold in their place.
+  """
+  names = family.rng_streams(train=True)
+  return {
+    name: jax.random.fold_in(key, i) if i else key
+    for i, name in enumerate(names)
+  }
+
+
+def make_loss(
+  model: nn.Module | models.ModelFamily, objective: Objective | None = None
+) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
+  """An objective as a plain function of parameters, for `jax.grad`.
+
+  Args:
+    model: a module, or its family.
+    objective: `cross_entropy()` by default.
+
+  Returns:
+    `loss(params, batch, key=None) -> (loss, metrics)`; random streams are
+    drawn from the key, if there is one.
+
+  Example:
+    >>> module = models.build({'model_type': 'mlp', 'hidden': (4,)})
+    >>> family = models.family_of(module)
+    >>> params = family.init(jax.random.key(0))
+    >>> loss, _ = make_loss(module)(params, family.example_batch(2))
+    >>> float(loss) > 0
+    True
+  """
+  family = models.family_of(model)
+  objective = objective or cross_entropy()
+
+  def loss(params, batch, key=None):
+    rngs = {} if key is None else rng_streams(family, key)
+    value, outputs = objective(family, params, batch, rngs)
+    return value, dict(outputs.metrics)
+
+  return loss

@@ -1,0 +1,282 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Training as a library: a model, an optimizer, batches; the rest has defaults."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+import functools
+import os
+import pathlib
+from typing import Any
+
+import flax.linen as nn
+import jax
+import optax
+
+from mergejax import models
+from mergejax import partition
+from mergejax.core import tree
+from mergejax.core import typing
+from mergejax.training import batches as batches_lib
+from mergejax.training import callbacks as callbacks_lib
+from mergejax.training import checkpoints as checkpoints_lib
+from mergejax.training import loop
+from mergejax.training import objective as objective_lib
+from mergejax.training import optim
+from mergejax.training import run as run_lib
+from mergejax.training import state as state_lib
+from mergejax.training import step as step_lib
+from mergejax.training import streams
+from mergejax.training import transforms as transforms_lib
+
+
+class Trainer:
+  """Trains one model on a mesh.
+
+  Parameters and moments are born in their shards, saved from them, and read
+  back into those of any other mesh.
+
+  Example:
+    >>> module = models.build({'model_type': 'mlp', 'hidden': (4,)})
+    >>> batch = models.family_of(module).example_batch(8)
+    >>> trainer = Trainer(module, optax.sgd(0.1))
+    >>> int(trainer.fit([batch] * 3, steps=3).step)
+    3
+  """
+
+  # Logical axes in front of every array of the state.
+  lead: tuple[str, ...] = ()
+  # Names of experts that train side by side.
+  experts: Sequence[str] | None = None
+
+  def __init__(
+    self,
+    model: nn.Module | models.ModelFamily,
+    optimizer: (
+      optax.GradientTransformation | Callable[..., optax.GradientTransformation]
+    ),
+    *,
+    objective: objective_lib.Objective | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    rules: partition.ShardingRules | None = None,
+    transforms: Sequence[transforms_lib.StepTransform] = (),
+    callbacks: Sequence[callbacks_lib.Callback] = (),
+    freeze: Sequence[str] = (),
+    accumulate: int = 1,
+    clip: float | None = None,
+  ):
+    """Says what is trained, how and where.
+
+    Args:
+      model: a module that a family knows, or a family: your own module in
+        `models.Classifier(module, example=batch)`.
+      optimizer: an optax transformation, or a function that makes one when it
+        is given `steps=`, such as `functools.partial(optim.adafactor, rate)`.
+      objective: what is minimised; `objective.cross_entropy()` by default.
+      mesh: where; by default all devices, rows of a batch over them.
+      rules: what lies where on the mesh; `partition.ShardingRules()` by
+        default, tensor parallelism over `model`.
+      transforms: what a step does besides; see `transforms`.
+      callbacks: what the run tells and asks; see `callbacks`, `scoring.evaluate`.
+      freeze: see `step.make_step`.
+      accumulate: likewise.
+      clip: likewise.
+    """
+    self.family = models.family_of(model)
+    self.mesh = partition.make_mesh() if mesh is None else mesh
+    self.rules = rules or partition.ShardingRules()
+    self.optimizer = optimizer
+    self._transforms = tuple(transforms)
+    self._callbacks = tuple(callbacks)
+    self._settings = {
+      'objective': objective,
+      'transforms': self._transforms,
+      'freeze': tuple(freeze),
+      'accumulate': accumulate,
+      'clip': clip,
+    }
+
+  def fit(
+    self,
+    batches: Iterable[Mapping[str, Any]] | loop.Stream,
+    *,
+    steps: int,
+    directory: os.PathLike | str | None = None,
+    key: jax.Array | None = None,
+    params: typing.Tree | None = None,
+    state: state_lib.TrainState | None = None,
+    local_rows: bool = False,
+    save_every: int = 1000,
+    log_every: int = 10,
+    phase: str = 'train',
+  ) -> state_lib.TrainState:
+    """Trains until step `steps`; the same call continues a run in its folder.
+
+    Args:
+      batches: dicts of arrays, a stream without end or an iterable.
+      steps: the step number to reach.
+      directory: where the run is kept: `checkpoints`, and what callbacks
+        write. Without it nothing is saved.
+      key: seeds fresh parameters and everything random; `key(0)` by default.
+      params: to start from; fresh ones by default.
+      state: to start from, with its moments and step number, instead.
+      local_rows: see `batches.placer`.
+      save_every: steps between checkpoints.
+      log_every: steps between logged metrics.
+      phase: its name, for people.
+
+    Returns:
+      The trained state, on the mesh.
+
+    Raises:
+      errors.Stopped: SIGTERM came; the state is saved.
+      UserError: see `loop.fit`; a batch that the model does not know.
+    """
+    loop.check_numbers(steps=steps, save_every=save_every, log_every=log_every)
+    key = jax.random.key(0) if key is None else key
+    stream = streams.of(batches)
+    step = self.step(steps)
+    layout = self.layout(step)
+    directory = None if directory is None else pathlib.Path(directory)
+    checkpoints = None
+    if directory is not None:
+      checkpoints = checkpoints_lib.Checkpoints(directory / 'checkpoints')
+    run = run_lib.Run(
+      self.family, self.mesh, steps, phase, directory, self.experts,
+      {each.name: each for each in self._transforms},
+    )  # fmt: skip
+    callbacks = [
+      each
+      for each in self._callbacks
+      if each.everywhere or jax.process_index() == 0
+    ]
+    try:
+      for callback in callbacks:
+        callback.on_start(run)
+      if checkpoints is not None and checkpoints.latest() is not None:
+        begin = self._shapes(step, layout)
+      else:
+        begin = self.init(step, layout, key, params, state)
+      return loop.fit(
+        self.compile(step, layout),
+        begin,
+        stream,
+        steps=steps,
+        checkpoints=checkpoints,
+        save_every=save_every,
+        log_every=log_every,
+        callbacks=callbacks,
+        checks=[each.check for each in self._transforms if each.check],
+        place=self.placer(str(stream), local_rows),
+      )
+    finally:
+      for callback in callbacks:
+        callback.close()
+      if checkpoints is not None:
+        checkpoints.close()
+
+  # Its parts, for whoever runs a loop of their own ----------------------------
+
+  @functools.cached_property
+  def specs(self) -> typing.SpecTree:
+    """What the parameters are, found out once: it traces the model."""
+    return self.family.specs()
+
+  def step(self, steps: int) -> step_lib.Step:
+    """The step of one model in a run of `steps` steps."""
+    optimizer = optim.of_run(self.optimizer, steps)
+    return step_lib.make_step(self.family, optimizer, **self._settings)
+
+  def layout(self, step: step_lib.Step) -> state_lib.TrainState:
+    """Where every array of the state lies: a `TrainState` of shardings."""
+    return state_lib.shardings(
+      self._abstract(step), self.specs, self.mesh, self.rules,
+      lead=self.lead,
+    )  # fmt: skip
+
+  def init(
+    self,
+    step: step_lib.Step,
+    layout: state_lib.TrainState,
+    key: jax.Array,
+    params: typing.Tree | None = None,
+    state: state_lib.TrainState | None = None,
+  ) -> state_lib.TrainState:
+    """A state to start from, every array born in its shards."""
+    if state is not None:
+      return self._placed(step, state, layout)
+    if params is None:
+      fresh = lambda key: self.expand(step.init(self.family.init(key), key))
+      return partition.init_sharded(fresh, layout, key)
+    tree.check_same(
+      self.specs, tree.specs(params),
+      expected_name='the model', given_name='the given parameters',
+    )  # fmt: skip
+    params = self._put(params, self._single(step).params)
+    begin = lambda params, key: self.expand(step.init(params, key))
+    return partition.init_sharded(begin, layout, params, key)
+
+  def compile(
+    self, step: step_lib.Step, layout: state_lib.TrainState
+  ) -> loop.StepFn:
+    """The compiled step; its state is donated and keeps its layout."""
+
+    def update(state, batch):
+      with partition.rules_of(self.mesh, self.rules):
+        return step.update(state, batch)
+
+    metrics = partition.sharding(self.mesh, self.lead)
+    return jax.jit(
+      self.map(update), donate_argnums=(0,), out_shardings=(layout, metrics)
+    )
+
+  def placer(
+    self, source: str = 'the data', local_rows: bool = False
+  ) -> Callable[[Mapping[str, Any]], dict[str, jax.Array]]:
+    """A function that checks a batch and puts it on the mesh."""
+    check = batches_lib.checker(self.family, source)
+    place = batches_lib.placer(self.mesh, self.rules, local_rows=local_rows)
+    return lambda batch: place(check(batch))
+
+  # What a trainer of several models does otherwise -----------------------------
+
+  def expand(self, state: state_lib.TrainState) -> state_lib.TrainState:
+    """The state of this run from that of one model; traceable."""
+    return state
+
+  def map(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+    """A step of this run from that of one model."""
+    return fn
+
+  def _abstract(self, step):
+    """Shapes of the state of one model."""
+    params = tree.unflatten(
+      {
+        path: jax.ShapeDtypeStruct(spec.shape, spec.dtype)
+        for path, spec in self.specs.items()
+      }
+    )
+    return jax.eval_shape(step.init, params, jax.random.key(0))
+
+  def _shapes(self, step, layout):
+    """Shapes of the state of this run, each with its sharding."""
+    return jax.tree.map(
+      lambda leaf, place: jax.ShapeDtypeStruct(
+        leaf.shape, leaf.dtype, sharding=place
+      ),
+      jax.eval_shape(self.expand, self._abstract(step)),
+      layout,
+    )
+
+  def _single(self, step):
+    """Where the state of one model lies."""
+    return state_lib.shardings(
+      self._abstract(step), self.specs, self.mesh, self.rules
+    )
+
+  def _placed(self, step, state, layout):
+    """A state of one model as that of this run, in its shards."""
+    del step
+    return self._put(state, layout)
+
+  def _put(self, values, layout):
+    return jax.tree.map(batches_lib.whole, values, layout)

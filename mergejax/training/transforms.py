@@ -1,0 +1,280 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What a step does besides its update: averages, and steps that are skipped.
+
+A step transform is a pure pair, as an optax transformation is, with a state of
+its own in `TrainState.extras`. Transforms run one after the other; each sees
+what the one before made of the new state.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mergejax.core import errors
+from mergejax.core import numerics
+from mergejax.core import tree
+from mergejax.core import typing
+from mergejax.methods import base as methods
+from mergejax.methods import mean
+from mergejax.training import state as state_lib
+
+Metrics = Mapping[str, jax.Array]
+
+
+class StepTransform(NamedTuple):
+  """Something that a step does after its update.
+
+  Attributes:
+    name: of its state in `TrainState.extras`.
+    init: `(params) -> extra`; traceable.
+    update: `(extra, old state, new state, metrics) -> (extra, new state,
+      metrics)`; traceable. The states have no extras that may be relied on.
+    check: `(step, metrics in host memory)`, called where metrics are logged
+      and before a state is saved; it may raise to end the run there.
+    averaged: `(extra, params) -> params` to evaluate beside the live ones;
+      None if there are none.
+    settings: plain data; two transforms with the same do the same.
+  """
+
+  name: str
+  init: Callable[[typing.Tree], Any]
+  update: Callable[..., tuple[Any, state_lib.TrainState, Metrics]]
+  check: Callable[[int, Mapping[str, np.ndarray]], None] | None = None
+  averaged: Callable[[Any, typing.Tree], typing.Tree] | None = None
+  settings: Mapping[str, Any] = {}
+
+
+def ema(decay: float, *, name: str = 'ema') -> StepTransform:
+  """An exponential moving average of the parameters.
+
+  `sum_i d^(n-i) theta_i / sum_i d^(n-i)` over the states after every step: the
+  mean that `mj.merge(states, 'linear', weights=[d^(n-1), ..., d, 1])` gives,
+  valid from the first step on.
+
+  Args:
+    decay: d; 0.999 looks back over about a thousand steps.
+    name: of its state.
+
+  Source: Polyak and Juditsky (1992); the division is Adam's bias correction.
+  """
+  _check_decay(decay)
+  return running(mean.linear(), decay=decay, name=name)
+
+
+def lawa(every: int, window: int, *, name: str = 'lawa') -> StepTransform:
+  """The mean of the newest parameters, taken every so many steps.
+
+  Args:
+    every: steps between two states that are averaged.
+    window: how many of them; it holds as many copies of the parameters.
+    name: of its state.
+
+  Source: Kaddour, "Stop wasting my time! Saving days of ImageNet and BERT
+  training with latest weight averaging" (2022),
+  https://arxiv.org/abs/2209.14981.
+  """
+  return running(mean.linear(), every=every, window=window, name=name)
+
+
+def running(
+  merge: methods.Merge,
+  *,
+  every: int = 1,
+  decay: float | None = None,
+  window: int | None = None,
+  name: str = 'merge',
+) -> StepTransform:
+  """A merge of the states that a run goes through, kept while it runs.
+
+  Args:
+    merge: an additive method without first passes or a base, such as
+      `mj.linear()`.
+    every: steps between two states that are merged.
+    decay: what is there already is multiplied by it, and the new state has the
+      weight `1 - decay`. By default all weigh 1.
+    window: merge the newest so many alone. It keeps a state of the method for
+      each, and adds them up where the result is asked for.
+    name: of its state.
+
+  Returns:
+    A transform whose `averaged` is the merge so far; the live parameters
+    before the first.
+
+  Raises:
+    ConfigError: a method that must see all models at once, or numbers that
+      are none.
+  """
+  _check_merge(merge)
+  for what, number in (('every', every), ('window', window)):
+    if number is not None and (not isinstance(number, int) or number < 1):
+      raise errors.ConfigError(
+        f'{what} must be a whole number of 1 or more, not {number!r}.'
+      )
+  if decay is not None:
+    _check_decay(decay)
+  slots = window or 1
+
+  def init(params):
+    zeros = merge.init(tree.specs(_floating(params)))
+    if window is not None:
+      zeros = jax.tree.map(
+        lambda x: jnp.zeros((slots, *x.shape), x.dtype), zeros
+      )
+    return {'taken': jnp.zeros((), jnp.int32), 'state': _nested(zeros)}
+
+  def take(extra, params):
+    paths = list(_floating(params))
+    before = _by_path(extra['state'], paths)
+    if window is not None:
+      fresh = merge.update(merge.init(tree.specs(params)), params, weight=1.0)
+      slot = extra['taken'] % slots
+      after = jax.tree.map(
+        lambda ring, new: ring.at[slot].set(new), before, fresh
+      )
+    else:
+      kept = before
+      if decay is not None:
+        kept = jax.tree.map(lambda x: jnp.asarray(decay, x.dtype) * x, before)
+      weight = 1.0 if decay is None else 1.0 - decay
+      after = merge.update(kept, params, weight=weight)
+    return {'taken': extra['taken'] + 1, 'state': _nested(after)}
+
+  def update(extra, old, new, metrics):
+    del old
+    params = _wide(_floating(new.params))
+    if every == 1:
+      return take(extra, params), new, metrics
+    due = new.step % every == 0
+    extra = jax.lax.cond(due, take, lambda extra, params: extra, extra, params)
+    return extra, new, metrics
+
+  def averaged(extra, params):
+    leaves = _floating(params)
+    states = _by_path(extra['state'], list(leaves))
+    if window is not None:
+      # Slots that were never filled hold zeros, which add nothing.
+      states = jax.tree.map(lambda ring: jnp.sum(ring, axis=0), states)
+    merged = jax.jit(merge.finish)(states)
+    any_taken = extra['taken'] > 0
+    return tree.map_paths(
+      lambda path, leaf: (
+        jnp.where(any_taken, merged[path].astype(leaf.dtype), leaf)
+        if path in merged
+        else leaf
+      ),
+      params,
+    )
+
+  settings = {'every': every, 'decay': decay, 'window': window}
+  return StepTransform(name, init, update, None, averaged, settings)
+
+
+def skip_nonfinite(
+  stop_after: int = 10, *, name: str = 'skipped'
+) -> StepTransform:
+  """Steps whose loss or gradient is not finite change no parameter.
+
+  They move the step number, and are counted in the metric `skipped`. Put it
+  before the averages: what comes after sees the state that was kept.
+
+  Args:
+    stop_after: end the run once so many steps were skipped. A batch now and
+      then is the data; ten of them are the learning rate or a fault.
+    name: of its state and of its metric.
+
+  Raises:
+    ConfigError: in training, when the run ends; what was saved stays.
+  """
+  if not isinstance(stop_after, int) or stop_after < 1:
+    raise errors.ConfigError(
+      f'stop_after must be a whole number of 1 or more, not {stop_after!r}.'
+    )
+
+  def update(extra, old, new, metrics):
+    fine = jnp.isfinite(metrics['loss']) & jnp.isfinite(metrics['grad_norm'])
+    keep = lambda after, before: jnp.where(fine, after, before)
+    new = new.replace(
+      params=jax.tree.map(keep, new.params, old.params),
+      opt_state=jax.tree.map(keep, new.opt_state, old.opt_state),
+    )
+    extra = extra + jnp.where(fine, 0, 1).astype(jnp.int32)
+    return extra, new, {**metrics, name: extra}
+
+  def check(step, metrics):
+    found = np.asarray(metrics[name])
+    if found.max(initial=0) >= stop_after:
+      raise errors.ConfigError(
+        f'{int(found.max())} steps up to step {step} had a loss or a gradient '
+        'that is not finite, and were skipped; the run ends here '
+        f'(skip_nonfinite(stop_after={stop_after})). The newest checkpoint is '
+        'good. Lower the learning rate, clip the gradient (clip=1.0), look at '
+        'the data around that step, or raise stop_after.'
+      )
+
+  return StepTransform(
+    name,
+    lambda params: jnp.zeros((), jnp.int32),
+    update,
+    check,
+    settings={'stop_after': stop_after},
+  )
+
+
+def _check_decay(decay):
+  if not 0 <= decay < 1:
+    raise errors.ConfigError(
+      f'decay must be a number from 0 to below 1, not {decay!r}.'
+    )
+
+
+def _check_merge(merge):
+  lacking = [
+    what
+    for what, there in (
+      ('looks at all models first', bool(merge.first_passes)),
+      ('must see all models at once', not merge.additive),
+      ('needs statistics', bool(merge.needs)),
+      ('needs a base', merge.base == 'required'),
+      ('lays leaves out by their axes', merge.view != 'element'),
+    )
+    if there
+  ]
+  if lacking:
+    raise errors.ConfigError(
+      f'A method that {lacking[0]} cannot run beside training: take an additive '
+      'one, such as mj.linear().'
+    )
+
+
+def _floating(params):
+  """`{path: leaf}` of the leaves that a merge may change."""
+  return {
+    path: leaf
+    for path, leaf in tree.flatten(params).items()
+    if jnp.issubdtype(leaf.dtype, jnp.floating)
+  }
+
+
+def _wide(leaves):
+  """Leaves in the dtype that merges accumulate in."""
+  return {path: numerics.widen(leaf) for path, leaf in leaves.items()}
+
+
+def _nested(by_path):
+  """`{path: state of a leaf}` as nested dicts, as checkpoints keep them."""
+  return tree.unflatten(by_path)
+
+
+def _by_path(nested, paths):
+  """The inverse of `_nested`."""
+  found = {}
+  for path in paths:
+    node = nested
+    for part in path.split('/'):
+      node = node[part]
+    found[path] = node
+  return found

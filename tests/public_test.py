@@ -1,0 +1,167 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The front door and its rooms: what they name is there, typed and explained."""
+
+import ast
+import importlib
+import inspect
+import pathlib
+import re
+import subprocess
+import sys
+import types
+
+from absl.testing import absltest
+from absl.testing import parameterized
+
+import mergejax as mj
+from mergejax.core import lazy
+from mergejax.methods import named
+
+ROOT = pathlib.Path(__file__).parent.parent
+ROOMS = (
+  'models', 'methods', 'stats', 'align', 'search', 'select', 'training',
+  'experts', 'evaluation', 'analysis', 'partition',
+)  # fmt: skip
+# Rooms whose names are still to come.
+LATER = ('training',)
+
+
+def packages():
+  rooms = {f'mergejax.{room}': getattr(mj, room) for room in ROOMS}
+  every = {'mergejax': mj, **rooms}
+  return {name: p for name, p in every.items() if hasattr(p, '_PUBLIC')}
+
+
+# Packages whose names load when they are first used.
+LAZY = packages()
+
+
+def read_stub(package):
+  """`({name: (module, attribute)}, __all__)` of the stub beside a package."""
+  file = pathlib.Path(package.__file__).with_suffix('.pyi')
+  found, every = {}, []
+  for node in ast.parse(file.read_text()).body:
+    if isinstance(node, ast.ImportFrom):
+      for alias in node.names:
+        found[alias.asname or alias.name] = (node.module, alias.name)
+    elif isinstance(node, ast.Assign):
+      every = ast.literal_eval(node.value)
+  return found, every
+
+
+class PublicTest(parameterized.TestCase):
+  def test_rooms_are_there(self):
+    self.assertContainsSubset(ROOMS, mj.__all__)
+    self.assertContainsSubset(
+      [
+        'mergejax',
+        'mergejax.methods',
+        'mergejax.search',
+        'mergejax.evaluation',
+      ],
+      LAZY,
+    )
+
+  @parameterized.parameters(*LAZY)
+  def test_stub_says_the_same(self, name):
+    package = LAZY[name]
+    table = {
+      public: (module, attribute) if attribute else tuple(module.rsplit('.', 1))
+      for public, (module, attribute) in package._PUBLIC.items()
+    }
+    found, every = read_stub(package)
+    self.assertEqual(found, table)
+    beside = ['__version__'] if package is mj else []
+    self.assertEqual(package.__all__, [*sorted(table), *beside])
+    self.assertEqual(every, package.__all__)
+    self.assertEqual(dir(package), sorted(package.__all__))
+
+  def test_every_method_is_at_the_front_door(self):
+    for name in named.METHODS:
+      self.assertIs(getattr(mj, name), named.METHODS[name])
+    self.assertNotEmpty(list(named.METHODS))
+
+  @parameterized.parameters('mergejax', *ROOMS)
+  def test_names_are_explained(self, room):
+    package = mj if room == 'mergejax' else getattr(mj, room)
+    self.assertGreater(len(inspect.getdoc(package) or ''), 15)
+    public = getattr(package, '__all__', None) or [
+      name
+      for name, value in vars(package).items()
+      if getattr(value, '__module__', None) == package.__name__
+      and not name.startswith('_')
+    ]
+    if room not in LATER:
+      self.assertNotEmpty(public)
+    for name in public:
+      value = getattr(package, name)
+      if isinstance(value, types.ModuleType) and name not in LATER:
+        self.assertNotEmpty(
+          [n for n in dir(value) if not n.startswith('_')], name
+        )
+      if callable(value) or isinstance(value, types.ModuleType):
+        explained = re.sub(r'\s+', ' ', inspect.getdoc(value) or '')
+        self.assertGreater(len(explained), 15, f'{room}.{name}')
+
+  @parameterized.parameters(*LAZY)
+  def test_a_name_of_a_module_is_that_module(self, name):
+    """Whoever imports the module sets the name to it."""
+    package = LAZY[name]
+    folder = pathlib.Path(package.__file__).parent
+    for public, entry in package._PUBLIC.items():
+      if (folder / f'{public}.py').exists() or (folder / public).is_dir():
+        self.assertEqual(entry, (f'{name}.{public}', None))
+
+  def test_rooms_name_what_is_theirs(self):
+    """A table of names is an import that the floors do not see."""
+    for name, package in LAZY.items():
+      for public, (module, _) in package._PUBLIC.items():
+        self.assertStartsWith(module, f'{name}.', public)
+
+  def test_patches_and_branches_are_reached(self):
+    code = (
+      'import mergejax as mj; mj.experts.branch.map_experts; '
+      'mj.search.patch.single; mj.search.greedy.greedy; mj.evaluation.Score; '
+      'mj.evaluation.metrics.bootstrap; import sys; '
+      "print([m for m in ('tensorflow', 'seqio', 'gin') if m in sys.modules])"
+    )
+    done = subprocess.run(
+      [sys.executable, '-c', code], capture_output=True, text=True, check=True
+    )
+    self.assertEqual(done.stdout.strip(), '[]')
+
+  def test_types_are_shipped(self):
+    self.assertTrue((ROOT / 'mergejax' / 'py.typed').exists())
+    setup = (ROOT / 'setup.py').read_text()
+    self.assertIn("'mergejax': ['py.typed', '**/*.pyi']", setup)
+
+  def test_errors_have_kinds(self):
+    for name in ('Recipe', 'Checkpoint', 'Structure', 'Config', 'Data'):
+      self.assertTrue(issubclass(getattr(mj, f'{name}Error'), mj.UserError))
+    self.assertFalse(issubclass(mj.Stopped, mj.UserError))
+
+
+class LazyTest(absltest.TestCase):
+  def test_an_unknown_name_has_neighbours(self):
+    with self.assertRaisesRegex(AttributeError, "Did you mean 'task_arith"):
+      _ = mj.task_arithmetics
+    with self.assertRaises(AttributeError):
+      _ = mj.search.nothing
+
+  def test_loads_once_and_only_what_is_used(self):
+    module = types.ModuleType('a_lazy_package')
+    sys.modules[module.__name__] = module
+    self.addCleanup(sys.modules.pop, module.__name__)
+    names = {'pi': ('math', 'pi'), 'gone': ('no_such_module', None)}
+    load, names_in, every = lazy.attach(module.__name__, names)
+    self.assertEqual(names_in(), ['gone', 'pi'])
+    self.assertEqual(every, ['gone', 'pi'])
+    self.assertIs(load('pi'), importlib.import_module('math').pi)
+    self.assertIn('pi', vars(module))
+    with self.assertRaises(ModuleNotFoundError):
+      load('gone')
+
+
+if __name__ == '__main__':
+  absltest.main()

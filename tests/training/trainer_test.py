@@ -1,0 +1,395 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The trainer: any model, any layout, from Python."""
+
+import json
+import pathlib
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import mergejax as mj
+from mergejax import models
+from mergejax import partition
+from mergejax import training
+from mergejax.core import errors
+from mergejax.core import tree
+from mergejax.nn import t5
+from mergejax.training import checkpoints as checkpoints_lib
+from mergejax.training import objective as objective_lib
+from mergejax.training import step as step_lib
+
+
+def pictures(count=16, seed=0):
+  rng = np.random.default_rng(seed)
+  return {
+    'images': rng.uniform(size=(count, 8, 8, 1)).astype(np.float32),
+    'labels': rng.integers(0, 3, count).astype(np.int32),
+  }
+
+
+def mlp(**changes):
+  fields = dict(model_type='mlp', hidden=(5,), image_shape=(8, 8, 1), classes=3)
+  return models.build(fields | changes)
+
+
+def one_device():
+  return partition.make_mesh(devices=jax.devices()[:1])
+
+
+def losses_of(
+  model, steps, data, *, batch_size=8, directory=None, key=0, **settings
+):
+  """`(loss of every step, the trained state)`."""
+  seen = []
+  callbacks = [
+    *settings.pop('callbacks', ()),
+    training.callbacks.on_log(lambda _, m: seen.append(float(m['loss']))),
+  ]
+  settings.setdefault('optimizer', optax.sgd(0.2))
+  optimizer = settings.pop('optimizer')
+  trainer = training.Trainer(model, optimizer, callbacks=callbacks, **settings)
+  state = trainer.fit(
+    training.ArrayStream(data, batch_size, seed=1), steps=steps, log_every=1,
+    directory=directory, key=jax.random.key(key),
+  )  # fmt: skip
+  return seen, state
+
+
+class LayoutsTest(parameterized.TestCase):
+  def test_sharded_replicated_and_tensor_parallel_are_one(self):
+    module = t5.Transformer(
+      t5.T5Config(
+        vocab_size=32, emb_dim=8, num_heads=2, head_dim=4, mlp_dim=16,
+        num_encoder_layers=1, num_decoder_layers=1,
+      )
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    targets = rng.integers(3, 32, (16, 6)).astype(np.int32)
+    data = {
+      'encoder_input_tokens': targets[:, ::-1].copy(),
+      'decoder_input_tokens': np.pad(targets[:, :-1], [(0, 0), (1, 0)]),
+      'decoder_target_tokens': targets,
+    }
+    folder = pathlib.Path(self.create_tempdir().full_path)
+    optimizer = training.optim.adafactor(0.1, min_dim_size_to_factor=8)
+    run = lambda steps, rules=None, **sizes: losses_of(
+      module, steps, data, optimizer=optimizer, rules=rules,
+      mesh=partition.make_mesh(**sizes), directory=folder / str(sizes),
+    )  # fmt: skip
+    replicated, _ = run(4, data=8)
+    _, state = run(2, partition.fsdp(), data=2, model=4)
+    kernel = state.params['encoder']['layers_0']['mlp']['wi_0']['kernel']
+    self.assertEqual(kernel.addressable_shards[0].data.shape, (4, 4))
+    moved = [
+      leaf.addressable_shards[0].data.shape
+      for path, leaf in tree.flatten(state.opt_state).items()
+      if path.endswith('v_col/encoder/layers_0/mlp/wi_0/kernel')
+    ]
+    self.assertEqual(moved, [(4,)])
+    # What was saved in these shards continues in others, moments included.
+    (folder / str(dict(data=2, model=4))).rename(
+      folder / str(dict(data=4, model=2))
+    )
+    rest, _ = run(4, data=4, model=2)
+    np.testing.assert_allclose(rest, replicated[2:], rtol=1e-5)
+
+  @parameterized.parameters(
+    (dict(model_type='vgg', channels=(4, 0, 4), dense=(5,)),),
+    (dict(model_type='resnet', stages=(1,), channels=(4,), norm='batch'),),
+    (dict(model_type='vit', patch=4, emb_dim=8, num_heads=2, num_layers=1,
+          mlp_dim=8),),
+    (dict(model_type='mlp', hidden=(5,)),),
+  )  # fmt: skip
+  def test_image_models_on_one_and_on_eight_devices(self, fields):
+    module = models.build(dict(image_shape=(8, 8, 1), classes=3) | fields)
+    one, first = losses_of(module, 3, pictures(), mesh=one_device())
+    eight, second = losses_of(
+      module, 3, pictures(), mesh=partition.make_mesh(data=4, model=2)
+    )
+    np.testing.assert_allclose(eight, one, rtol=1e-5)
+    self.assertNotEqual(one[0], one[1])
+    # Running statistics have no moments, and are those of all rows.
+    for path, leaf in tree.flatten(first.params).items():
+      if 'batch_stats' in path:
+        np.testing.assert_allclose(
+          leaf, tree.flatten(second.params)[path], rtol=1e-4, atol=1e-6
+        )
+
+  def test_a_module_of_ones_own(self):
+    class Mine(nn.Module):
+      @nn.compact
+      def __call__(self, x, *, train=False):
+        x = nn.Dropout(0.1)(nn.relu(nn.Dense(4)(x)), deterministic=not train)
+        return nn.Dense(3)(x)
+
+    data = {
+      'x': pictures()['images'].reshape(16, -1),
+      'y': pictures()['labels'],
+    }
+    family = models.Classifier(
+      Mine(), inputs='x', labels='y', example={k: v[:1] for k, v in data.items()},
+      train_argument='train', rng_streams=('dropout',),
+    )  # fmt: skip
+    one, _ = losses_of(family, 3, data, mesh=one_device())
+    eight, _ = losses_of(family, 3, data)
+    np.testing.assert_allclose(eight, one, rtol=1e-5)
+    other, _ = losses_of(family, 1, data, key=1)
+    self.assertNotEqual(other[0], one[0])
+
+  def test_rows_that_do_not_divide(self):
+    with self.assertRaisesRegex(errors.DataError, '6 rows.* over 8 data'):
+      losses_of(mlp(), 1, pictures(), batch_size=6)
+
+  def test_batches_that_end(self):
+    trainer = training.Trainer(mlp(), optax.sgd(0.1))
+    with self.assertRaisesRegex(errors.DataError, 'ended after 2'):
+      trainer.fit([pictures(8)] * 2, steps=3)
+
+
+class TransformsTest(parameterized.TestCase):
+  def test_averages_equal_the_merge_of_the_same_checkpoints(self):
+    states = {}
+
+    class Keep(training.Callback):
+      def on_step(self, step, state):
+        states[step] = jax.tree.map(np.array, state.params)
+
+    transforms = [training.ema(0.5), training.lawa(2, 2), training.running(
+      mj.linear(normalize=False), every=3, name='sum')]  # fmt: skip
+    _, state = losses_of(
+      mlp(), 7, pictures(), transforms=transforms, callbacks=[Keep()]
+    )
+    expected = {
+      'ema': mj.merge(
+        list(states.values()), 'linear', weights=[2.0**i for i in range(7)]
+      ),
+      'lawa': mj.merge([states[4], states[6]], 'linear'),
+      'sum': mj.merge(
+        [states[3], states[6]], mj.linear(normalize=False)
+      ),
+    }  # fmt: skip
+    for each in transforms:
+      found = each.averaged(state.extras[each.name], state.params)
+      for path, leaf in tree.flatten(expected[each.name]).items():
+        np.testing.assert_allclose(
+          tree.flatten(found)[path], leaf, rtol=1e-6, atol=1e-7,
+          err_msg=f'{each.name} {path}',
+        )  # fmt: skip
+
+  def test_before_the_first_an_average_is_the_model(self):
+    lawa = training.lawa(5, 2)
+    _, state = losses_of(mlp(), 1, pictures(), transforms=[lawa])
+    found = lawa.averaged(state.extras['lawa'], state.params)
+    jax.tree.map(np.testing.assert_array_equal, found, state.params)
+
+  def test_averages_go_on_where_a_run_does(self):
+    folder = pathlib.Path(self.create_tempdir().full_path)
+    run = lambda steps, directory=None: losses_of(
+      mlp(), steps, pictures(), transforms=[training.ema(0.9)],
+      directory=directory,
+    )[1]  # fmt: skip
+    run(2, folder)
+    jax.tree.map(np.testing.assert_array_equal, run(4, folder), run(4))
+
+  @parameterized.parameters(
+    (mj.ties(), 'looks at all models'),
+    (mj.task_arithmetic(), 'needs a base'),
+  )
+  def test_methods_that_cannot_run(self, method, words):
+    with self.assertRaisesRegex(errors.ConfigError, words):
+      training.running(method)
+
+  def test_steps_that_are_not_finite(self):
+    good, bad = pictures(8), pictures(8)
+    bad['images'][0] = np.nan
+    skipped = []
+    settings = dict(
+      callbacks=[training.callbacks.on_log(
+        lambda _, m: skipped.append(int(m['skipped'])))],
+      transforms=[training.skip_nonfinite(stop_after=2), training.ema(0.5)],
+    )  # fmt: skip
+    folder = pathlib.Path(self.create_tempdir().full_path)
+    fit = lambda batches, steps, directory=None: training.Trainer(
+      mlp(), optax.adam(0.1), **settings
+    ).fit(batches, steps=steps, directory=directory, log_every=1, save_every=1)
+    # optax raises floats to integer powers for Adam's bias correction.
+    with jax.numpy_dtype_promotion('standard'):
+      found = fit([good, bad, good], 3)
+      self.assertEqual(skipped, [0, 1, 1])
+      clean = fit([good, good], 2)
+      for name in ('params', 'opt_state'):
+        jax.tree.map(
+          np.testing.assert_array_equal, getattr(found, name),
+          getattr(clean, name),
+        )  # fmt: skip
+      with self.assertRaisesRegex(errors.ConfigError, '2 steps up to step 4'):
+        fit([good, bad, good, bad, good], 5, folder)
+    kept = checkpoints_lib.Checkpoints(folder / 'checkpoints')
+    self.assertEqual(kept.latest(), 3)
+    kept.close()
+
+  def test_two_of_a_name(self):
+    with self.assertRaisesRegex(errors.ConfigError, "called 'ema'"):
+      step_lib.make_step(
+        mlp(), optax.sgd(0.1), transforms=[training.ema(0.5), training.ema(0.9)]
+      )
+
+
+class GradientsTest(parameterized.TestCase):
+  @parameterized.product(
+    kind=['NUM_REAL_TARGET_TOKENS', 'NUM_TOTAL_TARGET_TOKENS', None, 3.0],
+    parts=[2, 4],
+  )
+  def test_parts_of_a_batch_add_up_to_the_whole(self, kind, parts):
+    batch = pictures(8)
+    # Parts of other weight, one of them of none.
+    batch['weights'] = np.array([1, 0, 0.5, 1, 1, 0, 2, 0], np.float32)
+    objective = objective_lib.cross_entropy(normalizing_factor=kind)
+    found = []
+    for accumulate in (1, parts):
+      step = step_lib.make_step(
+        mlp(), optax.sgd(1.0), objective=objective, accumulate=accumulate
+      )
+      params = models.family_of(mlp()).init(jax.random.key(0))
+      state = step.init(params, jax.random.key(0))
+      found.append(jax.jit(step.update)(state, batch))
+    (whole, metrics), (summed, others) = found
+    for path, leaf in tree.flatten(whole.params).items():
+      np.testing.assert_allclose(
+        tree.flatten(summed.params)[path], leaf, rtol=1e-5, atol=1e-6
+      )
+    for name, value in metrics.items():
+      np.testing.assert_allclose(others[name], value, rtol=1e-5, err_msg=name)
+
+  def test_clipping(self):
+    step = lambda clip: step_lib.make_step(mlp(), optax.sgd(1.0), clip=clip)
+    params = models.family_of(mlp()).init(jax.random.key(0))
+    moved = {}
+    for clip in (None, 0.01, 1e6):
+      state = step(clip).init(params, jax.random.key(0))
+      state, metrics = jax.jit(step(clip).update)(state, pictures(8))
+      delta = jax.tree.map(jnp.subtract, state.params, params)
+      moved[clip] = float(optax.tree.norm(delta))
+    np.testing.assert_allclose(moved[None], metrics['grad_norm'], rtol=1e-4)
+    np.testing.assert_allclose(moved[1e6], moved[None], rtol=1e-6)
+    np.testing.assert_allclose(moved[0.01], 0.01, rtol=1e-3)
+
+  def test_what_is_frozen_has_no_moments(self):
+    module = mlp(hidden=(5, 4))
+    family = models.family_of(module)
+    step = step_lib.make_step(
+      module, optax.adam(0.1), freeze=['dense_0/.*', '.*bias']
+    )
+    params = family.init(jax.random.key(0))
+    state = step.init(params, jax.random.key(0))
+    moments = {
+      path for path in tree.flatten(state.opt_state) if 'mu' in path.split('/')
+    }
+    self.assertEqual(
+      {path.split('mu/')[1] for path in moments},
+      {'dense_1/kernel', 'head/kernel'},
+    )
+    with jax.numpy_dtype_promotion('standard'):
+      after, _ = jax.jit(step.update)(state, pictures(8))
+    for path, leaf in tree.flatten(after.params).items():
+      changed = bool(np.any(leaf != tree.flatten(params)[path]))
+      self.assertEqual(changed, path in ('dense_1/kernel', 'head/kernel'), path)
+    with self.assertRaisesRegex(errors.ConfigError, 'matches no parameter'):
+      step_lib.make_step(module, optax.adam(0.1), freeze=['dense']).init(
+        params, jax.random.key(0)
+      )
+
+
+class Auxiliary(models.Classifier):
+  """A model that brings a loss and a metric of its own."""
+
+  def apply(self, variables, batch, **settings):
+    outputs = super().apply(variables, batch, **settings)
+    return outputs._replace(
+      losses={'size': 0.1 * jnp.mean(outputs.logits**2)},
+      metrics={'largest': jnp.max(outputs.logits)},
+    )
+
+
+class ObjectiveTest(absltest.TestCase):
+  def test_losses_of_the_model_are_added(self):
+    data = {'inputs': pictures()['images'].reshape(16, -1)[:8],
+            'labels': pictures()['labels'][:8]}  # fmt: skip
+    family = Auxiliary(nn.Dense(3), example=data)
+    params = family.init(jax.random.key(0))
+    value, metrics = objective_lib.make_loss(family)(params, data)
+    outputs = family.apply(family.variables(params), data)
+    np.testing.assert_allclose(
+      value,
+      metrics['loss'] + metrics['z_loss'] + 0.1 * jnp.mean(outputs.logits**2),
+      rtol=1e-5,
+    )
+    self.assertIn('largest', metrics)
+    np.testing.assert_allclose(metrics['size'], outputs.losses['size'])
+
+  def test_one_of_ones_own(self):
+    def squares(family, params, batch, rngs):
+      outputs = family.apply(
+        family.variables(params), batch, train=True, rngs=rngs
+      )
+      return jnp.mean(outputs.logits**2), outputs
+
+    seen, _ = losses_of(mlp(), 3, pictures(), objective=squares)
+    self.assertLess(seen[-1], seen[0])
+
+
+class EvaluationTest(absltest.TestCase):
+  def test_scores_and_the_best_model(self):
+    folder = pathlib.Path(self.create_tempdir().full_path)
+    rows, asked = [], []
+
+    def score(params):
+      asked.append(float(jnp.sum(params['head']['bias'])))
+      return {
+        'task': {2: 1.0, 4: 3.0, 5: 2.0}[
+          2 + 2 * (len(asked) > 2) + (len(asked) > 4)
+        ]
+      }
+
+    callback = training.evaluate(
+      score, every=2, averages=['ema'], keep_best='mean'
+    )
+    log = training.callbacks.on_log(lambda s, m: rows.append((s, dict(m))))
+    fit = lambda: training.Trainer(
+      mlp(), optax.sgd(0.5), transforms=[training.ema(0.5)],
+      callbacks=[callback, log, training.callbacks.jsonl()],
+    ).fit(
+      training.ArrayStream(pictures(), 8), steps=5, log_every=5,
+      directory=folder,
+    )  # fmt: skip
+    fit()
+    self.assertEqual([step for step, _ in rows], [2, 4, 5])
+    self.assertEqual(rows[0][1], {'eval/task': 1.0, 'eval/ema/task': 1.0})
+    self.assertIn('loss', rows[2][1])
+    self.assertNotEqual(asked[0], asked[1])
+    best = json.loads((folder / 'best.json').read_text())
+    self.assertEqual(best, {'step': 4, 'metric': 'mean', 'score': 3.0})
+    _, params = mj.load_model(folder / 'best')
+    np.testing.assert_allclose(
+      np.sum(params['head']['bias']), asked[2], rtol=1e-5
+    )
+    lines = (folder / 'metrics.jsonl').read_text().splitlines()
+    self.assertEqual([json.loads(line)['step'] for line in lines], [2, 4, 5])
+
+  def test_an_average_that_nobody_keeps(self):
+    callback = training.evaluate(lambda p: {}, every=1, averages=['emma'])
+    with self.assertRaisesRegex(errors.ConfigError, "'ema'"):
+      losses_of(
+        mlp(), 1, pictures(), callbacks=[callback],
+        transforms=[training.ema(0.5)],
+      )  # fmt: skip
+
+
+if __name__ == '__main__':
+  absltest.main()
