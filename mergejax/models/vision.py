@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from mergejax.models import base
 from mergejax.models import batch_norm
 from mergejax.models import registry
+from mergejax.names import images
 from mergejax.nn import vision
 
 BATCH_STATS = batch_norm.COLLECTION
@@ -19,22 +20,7 @@ class ImageFamily(base.ModelFamily):
   <float>[batch]` where rows are padding (0) or count in part.
   """
 
-  axes = (
-    (r'batch_stats/.*', ('embed',)),
-    (r'(.*/)?(\w*norm\w*)/(scale|bias)', ('embed',)),
-    (r'(.*/)?(query|key|value)/kernel', ('embed', 'heads', 'kv')),
-    (r'(.*/)?(query|key|value)/bias', ('heads', 'kv')),
-    (r'(.*/)?attention/out/kernel', ('heads', 'kv', 'embed')),
-    (r'(.*/)?(attention/out|wo|patches)/bias', ('embed',)),
-    (r'(.*/)?wo/kernel', ('mlp', 'embed')),
-    (r'(.*/)?(wi|dense_\d+)/kernel', ('embed', 'mlp')),
-    (r'(.*/)?patches/kernel', ('height', 'width', 'channels', 'embed')),
-    (r'(.*/)?(conv_\d+|stem|shortcut)/kernel', ('height', 'width', 'embed', 'mlp')),
-    (r'(.*/)?(wi|dense_\d+|conv_\d+|stem|shortcut)/bias', ('mlp',)),
-    (r'head/kernel', ('embed', 'classes')),
-    (r'head/bias', ('classes',)),
-    (r'positions', ('one', 'length', 'embed')),
-  )  # fmt: skip
+  axes = images.NAMING.axes
   collections = (BATCH_STATS,)
   features = 'head/kernel'
 

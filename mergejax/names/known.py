@@ -11,6 +11,7 @@ from mergejax.core import typing
 from mergejax.names import base
 from mergejax.names import bert
 from mergejax.names import gpt2
+from mergejax.names import images
 from mergejax.names import llama
 from mergejax.names import t5
 from mergejax.names import t5x
@@ -18,7 +19,7 @@ from mergejax.names import vit
 
 # In the order in which their tied names are looked for.
 NAMINGS = tuple(
-  module.NAMING for module in (t5, llama, gpt2, bert, vit, t5x)
+  module.NAMING for module in (t5, llama, gpt2, bert, vit, t5x, images)
 )  # fmt: skip
 # Axes of families that were registered, by model type.
 _REGISTERED: dict[str, axes_lib.Rules] = {}
@@ -87,12 +88,13 @@ def axes(
     {'encoder/layers_0/mlp/wi/kernel': ('embed', 'mlp')}
   """
   found = {}
-  for pattern, names in _rules(config):
-    for path, spec in specs.items():
-      if path not in found and re.fullmatch(pattern, path):
-        if len(names) == len(spec.shape):
-          found[path] = tuple(names)
-  return {path: found[path] for path in specs if path in found}
+  rules = _rules(config)
+  for path, spec in specs.items():
+    names = next((n for p, n in rules if re.fullmatch(p, path)), ())
+    # A parameter of another rank is stacked, or another one.
+    if names and len(names) == len(spec.shape):
+      found[path] = tuple(names)
+  return found
 
 
 def _rules(config):

@@ -141,9 +141,13 @@ class StacksTest(parameterized.TestCase):
   )
   def test_own_models_need_no_axes(self, **config):
     specs = models.family_of(models.build(config)).specs()
-    for path, one in specs.items():
+    for path, named in specs.items():
+      one = typing.LeafSpec(named.shape, named.dtype)
       self.assertFalse(stacks.may_be_stack(path, one), path)
       view = axes.view(path, one)
+      # Those that a checkpoint stores change nothing either.
+      self.assertIsNotNone(named.axes)
+      self.assertEqual(axes.view(path, named), view, path)
       self.assertCountEqual(
         view.inputs + view.outputs, range(len(one.shape)), path
       )

@@ -251,7 +251,8 @@ class _Execution:
         a = np.empty(plans.PIECE, store.specs()[alias].dtype)
         b = np.empty_like(a)
         size = store.specs()[path].size
-        same = store.specs()[alias] == store.specs()[path]
+        kind = lambda spec: (spec.shape, spec.dtype)
+        same = kind(store.specs()[alias]) == kind(store.specs()[path])
         for start in range(0, size, plans.PIECE):
           count = min(plans.PIECE, size - start)
           if same:

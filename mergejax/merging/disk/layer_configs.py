@@ -53,7 +53,7 @@ class Stack(NamedTuple):
   """Where the layers of a result come from.
 
   Attributes:
-    module: which part of the model they are; see `layouts.module_names`.
+    module: which part of the model they are; see `names.modules.module_names`.
     order: `(model, number of the layer there)` of every layer.
     counts: `{model: number of its layers}`.
     other_side: layers of the reference's decoder, if it has one.

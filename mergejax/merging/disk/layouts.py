@@ -8,7 +8,7 @@ recipe takes models as they are, stacks slices of them, or does either for each
 module of the model.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 import re
 from typing import NamedTuple
 
@@ -19,26 +19,9 @@ from mergejax.merging.disk import inputs as inputs_lib
 from mergejax.merging.disk import layer_configs
 from mergejax.merging.recipes import recipe as recipe_lib
 from mergejax.names import known
+from mergejax.names import modules
 
 Ref = tuple[str, typing.Path]
-
-# Parts of models that join several; first match wins.
-_TOWERS = (
-  ('multi_modal_projector', re.compile(
-    r'(.*[./])?(multi_modal_projector|mm_projector|connector|'
-    r'visual[./](merger|deepstack_merger)\w*)[./].*')),
-  ('vision_tower', re.compile(
-    r'(.*[./])?(vision_tower|vision_model|vision_encoder|visual)[./].*')),
-  ('audio_tower', re.compile(r'(.*[./])?(audio_tower|audio_model)[./].*')),
-)  # fmt: skip
-TEXT, REST, WHOLE = 'text_decoder', 'shared', 'default'
-_ALIASES = {
-  'vision_model': 'vision_tower',
-  'vision_encoder': 'vision_tower',
-  'visual': 'vision_tower',
-  'language_model': TEXT,
-  'text_model': TEXT,
-}
 
 
 class Entry(NamedTuple):
@@ -71,53 +54,6 @@ class _Part(NamedTuple):
   stem: str | None  # of the layers that slices choose from
 
 
-def layer_counts(paths: Iterable[typing.Path]) -> dict[str, int]:
-  """`{stem: number of layers}` of every stack.
-
-  Example:
-    >>> layer_counts(['a.layers.0.w', 'a.layers.1.w', 'norm'])
-    {'a.layers.': 2}
-  """
-  counts: dict[str, int] = {}
-  for path in paths:
-    match = known.LAYER.fullmatch(path)
-    if match:
-      stem = match['stem']
-      counts[stem] = max(counts.get(stem, 0), int(match['index']) + 1)
-  return counts
-
-
-def module_names(
-  paths: Iterable[typing.Path],
-) -> Callable[[typing.Path], str]:
-  """A function that tells the module of a parameter, as mergekit calls it.
-
-  Args:
-    paths: the parameters of a model.
-
-  Returns:
-    `path -> 'text_decoder'`, `'vision_tower'`, `'multi_modal_projector'` or
-    `'audio_tower'` for models that join several; `'encoder'`, `'decoder'` or
-    `'shared'` for those; `'default'` otherwise.
-  """
-  paths = list(paths)
-  if any(_tower(path) for path in paths):
-    return lambda path: _tower(path) or TEXT
-  sides = {_side(stem) for stem in layer_counts(paths)}
-  if {'encoder', 'decoder'} <= sides:
-    return lambda path: _side(path) or REST
-  return lambda path: WHOLE
-
-
-def _tower(path):
-  return next((n for n, own in _TOWERS if own.fullmatch(path)), None)
-
-
-def _side(path):
-  parts = re.split('[./]', path)
-  return next((part for part in parts if part in ('encoder', 'decoder')), None)
-
-
 def lay_out(
   recipe: recipe_lib.Recipe, inputs: inputs_lib.Inputs
 ) -> list[Entry]:
@@ -144,8 +80,10 @@ class _Layout:
     self._inputs = inputs
     self._specs = {n: store.specs() for n, store in inputs.stores.items()}
     self._reference = self._specs[inputs.reference]
-    self._module = module_names(self._reference)
-    self._counts = {n: layer_counts(own) for n, own in self._specs.items()}
+    self._module = modules.module_names(self._reference)
+    self._counts = {
+      n: modules.layer_counts(own) for n, own in self._specs.items()
+    }
 
   def entries(self):
     result = []
@@ -179,18 +117,20 @@ class _Layout:
     if recipe.modules:
       return self._modules()
     if not recipe.sliced:
-      return [_Part(WHOLE, recipe.slices, everything, None)]
+      return [_Part(modules.WHOLE, recipe.slices, everything, None)]
     stem = self._only_stack(self._counts_all())
-    return [_Part(WHOLE, recipe.slices, everything, stem)]
+    return [_Part(modules.WHOLE, recipe.slices, everything, stem)]
 
   def _counts_all(self):
     """Stacks of any model: those of one that is not the reference count too."""
     stems = {stem for own in self._counts.values() for stem in own}
-    texts = {stem for stem in stems if self._module(f'{stem}0.') == TEXT}
+    texts = {
+      stem for stem in stems if self._module(f'{stem}0.') == modules.TEXT
+    }
     if texts and texts != stems:
       others = ', '.join(sorted(stem[:-1] for stem in stems - texts))
       self._remarks.append(
-        f'slices choose from the layers of the {TEXT}; {others}: merged as '
+        f'slices choose from the layers of the {modules.TEXT}; {others}: merged as '
         'they are, from the models of the first slice (`modules:` tells more)'
       )
     return texts or stems
@@ -223,7 +163,7 @@ class _Layout:
         continue
       stem = None
       if one.sliced:
-        stem = self._only_stack(set(layer_counts(paths)))
+        stem = self._only_stack(set(modules.layer_counts(paths)))
       parts.append(_Part(one.name, one.slices, covers, stem))
     return parts
 
@@ -231,13 +171,13 @@ class _Layout:
     """The listed module that a parameter belongs to, or None."""
     own = self._module(path)
     for name in names:
-      if _ALIASES.get(name, name) == own:
+      if modules.ALIASES.get(name, name) == own:
         return name
     for name in names:
       part = re.escape(name).replace(r'\.', '[./]')
       if re.fullmatch(rf'(.*[./])?{part}[./].*', path):
         return name
-    return WHOLE if WHOLE in names else None
+    return modules.WHOLE if modules.WHOLE in names else None
 
   # Models as they are ---------------------------------------------------------
 
@@ -391,7 +331,7 @@ class _Layout:
       order=tuple(order),
       counts={n: own.get(part.stem, 0) for n, own in self._counts.items()},
       other_side=max(
-        [n for stem, n in counts.items() if _side(stem) == 'decoder'],
+        [n for stem, n in counts.items() if modules.side(stem) == 'decoder'],
         default=0,
       ),
     )

@@ -33,6 +33,7 @@ from mergejax.merging.recipes import recipe as recipe_lib
 from mergejax.merging.recipes import settings
 from mergejax.methods import named
 from mergejax.names import known
+from mergejax.names import modules
 
 
 def plan(
@@ -127,7 +128,7 @@ class _Planner:
       return []
     tasks = []
     used_rules: set[int] = set()
-    counts = layouts.layer_counts(entry.path for entry in entries)
+    counts = modules.layer_counts(entry.path for entry in entries)
     for entry in entries:
       if entry.depth is None:
         entry = entry._replace(depth=_depth(entry.path, counts))

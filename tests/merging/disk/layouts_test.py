@@ -12,7 +12,7 @@ import numpy as np
 import mergejax as mj
 from mergejax.core import tree as tree_lib
 from mergejax.merging.disk import layer_configs
-from mergejax.merging.disk import layouts
+from mergejax.names import modules
 
 WIDTH = 3
 
@@ -383,7 +383,7 @@ class LayoutTest(parameterized.TestCase):
   )  # fmt: skip
   def test_names_of_modules(self, path, module):
     paths = [path, 'visual.patch_embed.proj.weight']
-    self.assertEqual(layouts.module_names(paths)(path), module)
+    self.assertEqual(modules.module_names(paths)(path), module)
 
 
 class LayerConfigsTest(parameterized.TestCase):
