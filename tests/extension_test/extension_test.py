@@ -221,7 +221,9 @@ optim.adafactor.learning_rate = 0.1
     model = str(folder / 'run' / 'model')
     table = folder / 'table.json'
     mergejax('evaluate', model, '--suite', str(suite), '--json', str(table))
-    self.assertIn('share_even', table.read_text(), table.read_text())
+    (scores,) = json.loads(table.read_text())['raw'].values()
+    self.assertEqual(scores['tasks']['toy_even/even']['value'], 0.5)
+    self.assertIn('toy_even/said_even', scores['tasks'])
 
 
 if __name__ == '__main__':

@@ -24,10 +24,9 @@ def _numbers(split, shuffle_files=False, seed=None):
 
 
 def _share_even(targets, predictions):
-  del targets
-  return {
-    'share_even': sum(p == 'even' for p in predictions) / len(predictions)
-  }
+  even = sum(target == 'even' for target in targets)
+  said = sum(prediction == 'even' for prediction in predictions)
+  return {'even': even / len(targets), 'said_even': said / len(targets)}
 
 
 seqio.TaskRegistry.add(
