@@ -279,16 +279,15 @@ def shardings(
   Returns:
     A tree of `NamedSharding` in the structure of `shapes`.
   """
-  leaves, structure = jax.tree_util.tree_flatten_with_path(shapes)
   made: dict[tuple, NamedSharding] = {}
   found = []
-  for key, leaf in leaves:
-    names = axes.get(tree_lib.path_name(key))
+  for path, leaf in tree_lib.flatten(shapes).items():
+    names = axes.get(path)
     kind = (None if names is None else tuple(names), tuple(leaf.shape))
     if kind not in made:
       made[kind] = sharding(mesh, *kind, rules.params)
     found.append(made[kind])
-  return jax.tree.unflatten(structure, found)
+  return jax.tree.unflatten(jax.tree.structure(shapes), found)
 
 
 def init_sharded(

@@ -40,11 +40,22 @@ def imported_modules(path: pathlib.Path):
     elif isinstance(node, ast.ImportFrom):
       assert node.level == 0, f'{path}: relative import'
       yield from (f'{node.module}.{alias.name}' for alias in node.names)
+    elif isinstance(node, ast.Call):
+      # importlib.import_module('mergejax.room.module')
+      if getattr(node.func, 'attr', None) == 'import_module':
+        first = node.args[0]
+        if isinstance(first, ast.Constant):
+          yield first.value
 
 
 class FloorsTest(absltest.TestCase):
   def test_imports_point_down(self):
-    for path in sorted(PACKAGE.rglob('*.py')):
+    paths = sorted(PACKAGE.rglob('*.py'))
+    self.assertGreater(len(paths), 150)
+    rooms = {p.relative_to(PACKAGE).parts[0].removesuffix('.py') for p in paths}
+    self.assertEqual(rooms, set(FLOORS))
+    arrows = 0
+    for path in paths:
       here = path.relative_to(PACKAGE).parts[0].removesuffix('.py')
       self.assertIn(here, FLOORS, f'{path} stands on no floor')
       for name in imported_modules(path):
@@ -53,9 +64,11 @@ class FloorsTest(absltest.TestCase):
           there = rest[0]
           if here != there:
             self.assertLess(FLOORS[there], FLOORS[here], f'{path}: {name}')
+            arrows += 1
         if top in LOWEST:
           self.assertGreaterEqual(FLOORS[here], LOWEST[top], f'{path}: {name}')
         self.assertNotIn(top, ('torch', 'transformers', 't5x'), str(path))
+    self.assertGreater(arrows, 500)  # or none was looked at
 
   def test_only_partition_builds_meshes(self):
     for path in PACKAGE.rglob('*.py'):
@@ -94,7 +107,9 @@ class FloorsTest(absltest.TestCase):
 
   def test_every_file_has_its_licence_header(self):
     for folder in ('mergejax', 'tests', 'benchmarks'):
-      for path in (ROOT / folder).rglob('*.py'):
+      files = [*(ROOT / folder).rglob('*.py'), *(ROOT / folder).rglob('*.pyi')]
+      self.assertGreater(len(files), 5)
+      for path in files:
         lines = path.read_text().splitlines()[:2]
         self.assertEqual(
           lines,

@@ -15,8 +15,8 @@ from reference import merging as oracles
 import mergejax as mj
 from mergejax import partition
 from mergejax.core import tree as tree_lib
-from mergejax.experts import branch
 from mergejax.merging import in_memory
+from mergejax.merging import on_mesh
 from mergejax.methods import named
 
 
@@ -456,7 +456,7 @@ class LawsTest(parameterized.TestCase):
       model['none'] = np.zeros((0, 2), np.float32)
     method = named.resolve(row.name, **row.options)
     with_base = row.base or method.base == 'required'
-    merged = branch.merge_experts(
+    merged = on_mesh.merge_experts(
       jax.tree.map(lambda *leaves: np.stack(leaves), *models),
       method,
       base=base if with_base else None,

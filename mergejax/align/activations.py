@@ -109,7 +109,7 @@ def match_activations(
     else:
       totals = jax.tree.map(np.add, totals, found)
   if totals is None:
-    raise errors.StructureError('There was no batch to compare activations on.')
+    raise errors.DataError('There was no batch to compare activations on.')
   permutation = spec_lib.identity(spec)
   stay = []
   for name, unit in every.items():

@@ -306,7 +306,7 @@ def check_function(
 
 
 def random_permutation(spec: PermutationSpec, seed: int = 0) -> Permutation:
-  """A random permutation of every group, for tests of invariance."""
+  """A random permutation of every group: the model must compute the same."""
   rng = np.random.default_rng(seed)
   return {
     name: rng.permuted(index, axis=-1) for name, index in identity(spec).items()
@@ -323,7 +323,7 @@ def matching(spec: PermutationSpec, patterns: Sequence[str]) -> set[str]:
   for pattern in patterns:
     own = {n for n in spec.groups if re.fullmatch(pattern, n)}
     if not own:
-      raise errors.StructureError(
+      raise errors.ConfigError(
         f'{pattern!r} matches no permutation group:\n'
         f'{errors.listed(list(spec.groups))}'
       )

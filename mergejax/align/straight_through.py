@@ -126,11 +126,11 @@ def match_straight_through(
     losses.append(float(value))
     progress(i + 1, losses[-1])
   if not losses:
-    raise errors.StructureError('There was no batch to search with.')
+    raise errors.DataError('There was no batch to search with.')
   found, projected = project(free, found)
   best, best_loss = compare(found, projected, best, best_loss)
   if best is None:
-    raise errors.StructureError(
+    raise errors.DataError(
       'The midpoint loss was never finite; check the models and the batches.'
     )
   return Found(best, best_loss, tuple(losses))

@@ -202,7 +202,7 @@ def assign(
   host = {c: np.asarray(s, np.float64) for c, s in similarities.items()}
   for values in host.values():
     if not np.isfinite(values).all():
-      raise errors.StructureError(
+      raise errors.DataError(
         f'The similarities of {unit.name} are not finite: look for infinite or '
         'undefined numbers in the models.'
       )
@@ -280,7 +280,7 @@ def merge_many(
   Source: Ainsworth et al. (2023), algorithm 3.
   """
   if len(models) < 2:
-    raise errors.StructureError(
+    raise errors.ConfigError(
       f'Aligning models with each other takes at least two, {len(models)} given.'
     )
   rng = make_rng(key)

@@ -15,6 +15,9 @@ from mergejax.core import numerics
 from mergejax.core import tree as tree_lib
 from mergejax.core import typing
 from mergejax.evaluation import base as evaluation
+from mergejax.merging import in_memory
+from mergejax.methods import arithmetic
+from mergejax.methods import mean
 from mergejax.search import base as search_base
 from mergejax.search import grid
 
@@ -73,9 +76,7 @@ def line(
     expected_name='model a', given_name='model b',
   )  # fmt: skip
   if points < 2:
-    raise errors.StructureError(
-      f'A line has at least two points, not {points}.'
-    )
+    raise errors.ConfigError(f'A line has at least two points, not {points}.')
   lambdas = np.linspace(0.0, 1.0, points)
   return Line(
     lambdas, _values(between, (a, b), evaluate, lambdas[:, None], prepare)
@@ -85,14 +86,8 @@ def line(
 def between(pair: Any, point: typing.Array) -> typing.Tree:
   """`(1 - point[0]) a + point[0] b`, in float32, cast back; traceable."""
 
-  def mix(x, y):
-    if not numerics.is_averaged(x.dtype):
-      return x
-    wide = numerics.widen(x)
-    by = point[0].astype(wide.dtype)
-    return ((1 - by) * wide + by * numerics.widen(y)).astype(x.dtype)
-
-  return jax.tree.map(mix, *pair)
+  a, b = pair
+  return in_memory.merge([b], mean.interpolate(alpha=point[0]), base=a)
 
 
 def _values(mix, inputs, evaluate, points, prepare):
@@ -198,12 +193,9 @@ def plane(
 
 
 def _on_plane(corners, point):
-  def mix(x, y, z):
-    if not numerics.is_averaged(x.dtype):
-      return x
-    origin = numerics.widen(x)
-    s, t = point[0].astype(origin.dtype), point[1].astype(origin.dtype)
-    moved = origin + s * (numerics.widen(y) - origin)
-    return (moved + t * (numerics.widen(z) - origin)).astype(x.dtype)
-
-  return jax.tree.map(mix, *corners)
+  """`a + point[0] (b - a) + point[1] (c - a)`; traceable."""
+  a, *others = corners
+  weights = [point[0], point[1]]
+  return in_memory.merge(
+    others, arithmetic.task_arithmetic(), base=a, weights=weights
+  )

@@ -63,7 +63,7 @@ def refresh_norms(
       own = np.stack([mean, variance + mean**2]) * count
       totals[path] = totals.get(path, 0.0) + own
   if not rows:
-    raise errors.StructureError(
+    raise errors.DataError(
       'There was no real row of data to measure batch norms on.'
     )
   new = {}
@@ -73,7 +73,7 @@ def refresh_norms(
     new[f'{path}/var'] = np.maximum(square - mean**2, 0.0)
   bad = [path for path, leaf in new.items() if not np.isfinite(leaf).all()]
   if bad:
-    raise errors.StructureError(
+    raise errors.DataError(
       'These running statistics are not finite; does the model give finite '
       f'outputs on this data?\n{errors.listed(bad)}'
     )
@@ -89,7 +89,7 @@ def _real_rows(batch):
   if weights is None:
     return batch, rows
   if not np.isin(weights, (0, 1)).all():
-    raise errors.StructureError(
+    raise errors.DataError(
       'Batch norms count a row or they do not: `weights` of a batch must be 0 '
       'or 1 to measure them anew.'
     )

@@ -165,7 +165,7 @@ class MemoryStore(ParamStore):
   def specs(self) -> typing.SpecTree:
     return axes_lib.with_axes(tree_lib.specs(self._leaves), self._axes)
 
-  def leaves(self, paths):
+  def leaves(self, paths: list[typing.Path]) -> Mapping[typing.Path, Any]:
     return {path: self._leaves[path] for path in paths}
 
 

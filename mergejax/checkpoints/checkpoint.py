@@ -187,14 +187,12 @@ def save_checkpoint(
     path.suffix, 'orbax'
   )
   if format not in FORMATS:
-    raise errors.CheckpointError(
-      errors.near(format, FORMATS, 'checkpoint format')
-    )
+    raise errors.ConfigError(errors.near(format, FORMATS, 'checkpoint format'))
   leaves = tree_lib.flatten(tree)
   specs = tree_lib.specs(leaves)  # refuses what is no array of numbers
   single_file = path.suffix == f'.{format}' or format == 'npz'
   if single_file and config is not None:
-    raise errors.CheckpointError(
+    raise errors.ConfigError(
       f'{path} is a single file and has no place for config.json; give a '
       'directory name instead.'
     )

@@ -2,8 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """NumPy archives: for small trees and for exchange with plain NumPy."""
 
+from collections.abc import Mapping
 import pathlib
 import re
+from typing import Any
 import zipfile
 
 import ml_dtypes
@@ -70,7 +72,7 @@ class NpzStore(base.ParamStore):
   def specs(self) -> typing.SpecTree:
     return self._specs
 
-  def leaves(self, paths):
+  def leaves(self, paths: list[typing.Path]) -> Mapping[typing.Path, Any]:
     with np.load(self._path, allow_pickle=False) as archive:
       return {
         path: archive[self._member[path]].view(self._specs[path].dtype)

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Orbax checkpoints: a parameter tree, an item of a step, or a run's folder."""
 
+from collections.abc import Mapping
 import pathlib
 import re
 from typing import Any
@@ -120,11 +121,11 @@ class OrbaxStore(base.ParamStore):
   def specs(self) -> typing.SpecTree:
     return self._specs
 
-  def files(self):
+  def files(self) -> list[pathlib.Path]:
     # Of this step: a run's folder holds others as well.
     return sorted(f for d in self._trees for f in d.rglob('*') if f.is_file())
 
-  def leaves(self, paths):
+  def leaves(self, paths: list[typing.Path]) -> Mapping[typing.Path, Any]:
     result = {}
     for directory in self._trees:
       own = [path for path in paths if self._place[path][0] == directory]

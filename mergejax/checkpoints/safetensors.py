@@ -73,7 +73,7 @@ class SafetensorsStore(base.ParamStore):
   def specs(self) -> typing.SpecTree:
     return self._specs
 
-  def leaves(self, paths):
+  def leaves(self, paths: list[typing.Path]) -> Mapping[typing.Path, Any]:
     leaves = {}
     # In the order of the files, so that reading goes forward.
     for path in sorted(
@@ -87,13 +87,13 @@ class SafetensorsStore(base.ParamStore):
     return leaves
 
   @property
-  def reads_pieces(self):
+  def reads_pieces(self) -> bool:
     return True
 
-  def files(self):
+  def files(self) -> list[pathlib.Path]:
     return sorted(set(self._file_of.values()))
 
-  def read_into(self, path, start, out):
+  def read_into(self, path: typing.Path, start: int, out: np.ndarray) -> None:
     file = self._file_of[path]
     descriptor = self._open_files.get(file)
     if descriptor is None:

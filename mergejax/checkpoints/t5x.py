@@ -165,7 +165,7 @@ class T5xStore(base.ParamStore):
   def specs(self) -> typing.SpecTree:
     return self._specs
 
-  def files(self):
+  def files(self) -> list[pathlib.Path]:
     # Files, not the folder: a run's folder holds other steps as well.
     files = [self._folder / _FILE]
     for entry in self._entries.values():
@@ -182,7 +182,7 @@ class T5xStore(base.ParamStore):
       )
     return place
 
-  def leaves(self, paths):
+  def leaves(self, paths: list[typing.Path]) -> Mapping[typing.Path, Any]:
     import tensorstore  # pylint: disable=import-outside-toplevel
 
     waiting = {}

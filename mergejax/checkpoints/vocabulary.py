@@ -166,13 +166,13 @@ class RowsStore(base.ParamStore):
   def specs(self) -> typing.SpecTree:
     return self._specs
 
-  def stored_dtype(self, path):
+  def stored_dtype(self, path: typing.Path) -> np.dtype:
     return self._store.stored_dtype(path)
 
-  def files(self):
+  def files(self) -> list[pathlib.Path]:
     return self._store.files()
 
-  def leaves(self, paths):
+  def leaves(self, paths: list[typing.Path]) -> Mapping[typing.Path, Any]:
     return {
       path: self._aligned(path)
       if path in self._rows
@@ -239,20 +239,20 @@ class AliasStore(base.ParamStore):
   def specs(self) -> typing.SpecTree:
     return self._specs
 
-  def stored_dtype(self, path):
+  def stored_dtype(self, path: typing.Path) -> np.dtype:
     return self._store.stored_dtype(self._aliases.get(path, path))
 
   @property
-  def reads_pieces(self):
+  def reads_pieces(self) -> bool:
     return self._store.reads_pieces
 
-  def files(self):
+  def files(self) -> list[pathlib.Path]:
     return self._store.files()
 
-  def read_into(self, path, start, out):
+  def read_into(self, path: typing.Path, start: int, out: np.ndarray) -> None:
     self._store.read_into(self._aliases.get(path, path), start, out)
 
-  def leaves(self, paths):
+  def leaves(self, paths: list[typing.Path]) -> Mapping[typing.Path, Any]:
     real = [self._aliases.get(path, path) for path in paths]
     leaves = self._store.leaves(list(dict.fromkeys(real)))
     return {path: leaves[self._aliases.get(path, path)] for path in paths}

@@ -80,7 +80,7 @@ def _on_corpora(options):
   for path in options.checkpoints:
     loaded[path] = models.load_model(path)
     if not decode.is_decoder_only(models.family_of(loaded[path][0])):
-      raise errors.ConfigError(f'{path} is not a language model.')
+      raise errors.CheckpointError(f'{path} is not a language model.')
   vocabulary = features.vocabulary(options.vocabulary)
   with tempfile.TemporaryDirectory() as folder:
     sizes = corpora.write_splits(

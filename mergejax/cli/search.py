@@ -210,7 +210,8 @@ class _Search:
   def _gradient(self, module, params, base):
     request = self._request
     entropy = request.data.get('loss') == 'entropy'
-    batches = request.suite.read(request.split, request.tasks)
+    family = models_lib.family_of(module)
+    batches = request.suite.read(request.split, request.tasks, model=family)
     rate = request.number('learning_rate', 1e-3 if entropy else 0.05)
     total = sum(map(len, batches.values()))
     steps = request.number('budget', 1000 if entropy else 5 * total)
@@ -218,7 +219,6 @@ class _Search:
     rng = np.random.default_rng(request.seed)
     groups = batches.values() if entropy else [sum(batches.values(), [])]
     rounds = zip(*(_shuffled(some, steps, rng) for some in groups))
-    family = models_lib.family_of(module)
     one_loss = _entropy if entropy else _cross_entropy
 
     def loss(params, several, temperature):
@@ -299,7 +299,10 @@ def _entropy(family, params, batch, temperature):
   logits = temperature * family.logits(params, batch)
   weights = family.target_weights(batch)
   if logits.ndim == 3:
-    logits, weights = logits[:, 0], weights[:, 0]
+    # A prompt may stand before it.
+    first = jnp.argmax(weights > 0, axis=1)
+    logits = jnp.take_along_axis(logits, first[:, None, None], axis=1)[:, 0]
+    weights = jnp.take_along_axis(weights, first[:, None], axis=1)[:, 0]
   return gradient.entropy(logits, weights)
 
 

@@ -190,20 +190,20 @@ def load(path: os.PathLike | str) -> Request:
   """
   file = pathlib.Path(path)
   if not file.is_file():
-    raise errors.ConfigError(f'There is no search recipe at {path}.')
+    raise errors.RecipeError(f'There is no search recipe at {path}.')
   try:
     data = yaml.safe_load(file.read_text(encoding='utf-8'))
   except (yaml.YAMLError, UnicodeDecodeError) as error:
-    raise errors.ConfigError(f'{path} is not YAML: {error}') from error
+    raise errors.RecipeError(f'{path} is not YAML: {error}') from error
   try:
     return _checked(data)
   except errors.UserError as error:
-    raise errors.ConfigError(f'{path}: {error.message}') from error
+    raise error.at(path) from error
 
 
 def _checked(data):
   if not isinstance(data, dict):
-    raise errors.ConfigError('a search recipe holds `word: value` lines.')
+    raise errors.RecipeError('a search recipe holds `word: value` lines.')
   strategy = data.get('strategy', 'grid')
   if strategy not in STRATEGIES:
     raise errors.ConfigError(

@@ -120,7 +120,7 @@ def _norms(options):
   store_base.check_new(options.out)
   module, params = models.load_model(options.model)
   if batch_norm.COLLECTION not in params:
-    raise errors.ConfigError(
+    raise errors.CheckpointError(
       f'{options.model} has no batch norms, so nothing has to be measured anew.'
     )
   by_task = _batches(options)
@@ -138,7 +138,7 @@ def _norms(options):
 def _collect(options):
   if models.is_converted(options.model):
     # Statistics are named as the parameters they are of.
-    raise errors.ConfigError(
+    raise errors.CheckpointError(
       f'{options.model} has the names of Hugging Face, whose kernels lie '
       'transposed. Convert it first, and merge what was converted: `mergejax '
       f'convert {options.model} DST`.'

@@ -20,6 +20,15 @@ class UserError(ValueError):
     # Kept apart from str(), to which gin adds a trail of configurables.
     self.message = message
 
+  def at(self, where: object) -> 'UserError':
+    """The same mistake, of the same kind, with where it was made before it.
+
+    Example:
+      >>> DataError('There is no row.').at('a.tsv')
+      DataError('a.tsv: There is no row.')
+    """
+    return type(self)(f'{where}: {self.message}')
+
 
 class RecipeError(UserError):
   """A recipe, or a plan of it, asks for what cannot be done."""

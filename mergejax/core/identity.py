@@ -110,7 +110,9 @@ def record(work: Mapping[str, Any]) -> dict[str, Any]:
   return canonical({'work': work, 'code': code()})
 
 
-def check_same(found: Any, wanted: Mapping[str, Any], path: os.PathLike | str):
+def check_same(
+  found: Any, wanted: Mapping[str, Any], path: os.PathLike | str
+) -> None:
   """Refuses to continue other work.
 
   Args:

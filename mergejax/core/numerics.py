@@ -19,12 +19,12 @@ def is_traced(value: object) -> bool:
   return isinstance(value, jax.core.Tracer)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def is_averaged(dtype) -> bool:
+def is_averaged(dtype: Any) -> bool:
   """True for floating dtypes: step counters and ids are never averaged."""
   return jnp.issubdtype(dtype, jnp.floating)
 
 
-def accumulation_dtype(dtype) -> np.dtype:
+def accumulation_dtype(dtype: Any) -> np.dtype:
   """float64 for float64 if JAX has it enabled, float32 for every other float.
 
   bfloat16 keeps about three digits of a weight: the difference of two such

@@ -21,7 +21,7 @@ def _key_name(key) -> str:
   return str(key)
 
 
-def path_name(key) -> typing.Path:
+def path_name(key: Any) -> typing.Path:
   """The '/'-joined path of a key path of `jax.tree_util`."""
   return '/'.join(map(_key_name, key))
 
@@ -103,7 +103,7 @@ def specs(tree: typing.Tree) -> typing.SpecTree:
     try:
       result[path] = leaf_spec(leaf)
     except errors.UserError as error:
-      raise errors.StructureError(f'{path}: {error.message}') from error
+      raise error.at(path) from error
   return result
 
 

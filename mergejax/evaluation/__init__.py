@@ -10,6 +10,7 @@ print(table.to_text())
 from mergejax.core import lazy
 
 _PUBLIC = {
+  'Evaluator': ('mergejax.evaluation.base', 'Evaluator'),
   'Metric': ('mergejax.evaluation.base', 'Metric'),
   'Score': ('mergejax.evaluation.base', 'Score'),
   'Suite': ('mergejax.evaluation.scoring', 'Suite'),

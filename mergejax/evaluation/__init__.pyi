@@ -5,6 +5,7 @@ from mergejax.evaluation import metrics
 from mergejax.evaluation import plots
 from mergejax.evaluation import report
 from mergejax.evaluation import suite
+from mergejax.evaluation.base import Evaluator
 from mergejax.evaluation.base import Metric
 from mergejax.evaluation.base import Score
 from mergejax.evaluation.base import Table
@@ -12,6 +13,7 @@ from mergejax.evaluation.scoring import Suite
 from mergejax.evaluation.scoring import Task
 
 __all__ = [
+  'Evaluator',
   'Metric',
   'Score',
   'Suite',

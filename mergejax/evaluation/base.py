@@ -10,7 +10,7 @@ print(table.to_text())
 from collections.abc import Callable, Iterator, Mapping
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -20,6 +20,12 @@ from mergejax.core import typing
 
 # `{task: score}`, higher is better.
 Scores = Mapping[str, Any]
+
+
+class ScoreFn(Protocol):
+  """Scores parameters on data, `{task: score}`, traceable; higher is better."""
+
+  def __call__(self, params: typing.Tree, data: Any, /) -> Scores: ...
 
 
 class Evaluator(NamedTuple):
@@ -39,7 +45,7 @@ class Evaluator(NamedTuple):
     {'t': -2.0}
   """
 
-  score: Callable[[typing.Tree, Any], Scores]
+  score: ScoreFn
   data: Any
 
   def __call__(self, params: typing.Tree) -> Scores:

@@ -136,10 +136,22 @@ class Suite:
     split: str,
     names: Iterable[str] | None = None,
     limit: int | None = None,
+    *,
+    model: nn.Module | models.ModelFamily | None = None,
   ) -> dict[str, list[dict[str, np.ndarray]]]:
-    """`{task: batches}` of several tasks, all by default; see `batches`."""
+    """`{task: batches}` of several tasks, all by default; see `batches`.
+
+    Args:
+      split: 'train', 'validation' or 'test'.
+      names: tasks; all by default.
+      limit: most examples of each task, instead of the suite's.
+      model: whose kind of features is wanted, see `kind_for`; by default the
+        tasks' own.
+    """
+    kind = lambda name: None if model is None else self.kind_for(name, model)
     return {
-      name: self.batches(name, split, limit) for name in names or self.tasks
+      name: self.batches(name, split, limit, kind=kind(name))
+      for name in names or self.tasks
     }
 
   def content(self, name: str, split: str) -> dict[str, Any]:
@@ -187,12 +199,12 @@ class Suite:
 
   def experts(self, table: base_lib.Table) -> dict[str, str]:
     """`{column: checkpoint of its task's own expert}`, where there is one."""
-    found = {}
-    for column in table.tasks:
-      task = self.tasks.get(column) or self.tasks[column.rpartition('/')[0]]
-      if task.expert:
-        found[column] = task.expert
-    return found
+    return {
+      column: task.expert
+      for column in table.tasks
+      for name, task in self.tasks.items()
+      if task.expert and (column == name or column.startswith(f'{name}/'))
+    }
 
   def metric(self, name: str) -> base_lib.Metric:
     """What a task is scored by.
@@ -233,9 +245,7 @@ class Suite:
     for name in names:
       self.check_compiles(name)
     data = {}
-    for name in names:
-      kind = self.kind_for(name, family)
-      batches = self.batches(name, split, kind=kind)
+    for name, batches in self.read(split, names, model=family).items():
       self.check_known(family, name, batches)
       data[name] = _stacked(batches)
 

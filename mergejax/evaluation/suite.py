@@ -75,7 +75,7 @@ def load(source: os.PathLike | str | Mapping[str, Any]) -> scoring.Suite:
   except yaml.YAMLError as error:
     raise errors.ConfigError(f'{path} is not YAML: {error}') from error
   except errors.UserError as error:
-    raise errors.ConfigError(f'{path}: {error.message}') from error
+    raise error.at(path) from error
 
 
 def of_mixture(
@@ -251,14 +251,14 @@ def _split_files(source):
     found = [path / f'{split}{suffix}' for suffix in rows.SUFFIXES]
     found = [file for file in found if file.is_file()]
     if len(found) > 1:
-      raise errors.ConfigError(
+      raise errors.DataError(
         f'{path} holds more than one {split} file: '
         f'{", ".join(file.name for file in found)}. Leave one.'
       )
     if found:
       files[split] = found[0]
   if not files:
-    raise errors.ConfigError(
+    raise errors.DataError(
       f'{path} holds no train, validation or test file '
       f'({", ".join(rows.SUFFIXES)}).'
     )

@@ -21,16 +21,8 @@ import numpy as np
 
 from mergejax import models
 from mergejax import partition
-from mergejax.core import axes as axes_lib
 from mergejax.core import errors
-from mergejax.core import numerics
-from mergejax.core import tree as tree_lib
 from mergejax.core import typing
-from mergejax.merging import finite
-from mergejax.merging import in_memory
-from mergejax.merging import parts
-from mergejax.methods import base as merging
-from mergejax.methods import masks
 from mergejax.training import batches
 from mergejax.training import loop
 from mergejax.training import state as state_lib
@@ -64,7 +56,7 @@ def check_experts(experts: int, mesh: jax.sharding.Mesh) -> None:
   """Raises if K experts do not divide over the branch axis of a mesh."""
   size = mesh.shape['branch']
   if experts % size:
-    raise errors.StructureError(
+    raise errors.ConfigError(
       f'{experts} experts do not divide over {size} branches of the mesh: '
       f'choose a number of branches that divides {experts}.'
     )
@@ -222,145 +214,6 @@ class StackedStream(streams_lib.PartsStream):
     """
     numbers = range(len(streams)) if experts is None else experts
     super().__init__(dict(zip(numbers, streams, strict=True)), join=np.stack)
-
-
-def merge_experts(
-  stacked: typing.Tree,
-  method: merging.Merge,
-  *,
-  base: typing.Tree | None = None,
-  weights: Sequence[float] | typing.Array | None = None,
-  axes: axes_lib.Rules = (),
-  seed: int = 0,
-) -> typing.Tree:
-  """Merges stacked experts where they lie: one all-reduce over `branch`.
-
-  Every expert's own `update(init, params)` runs on its slice, the states are
-  summed over the branch axis, `finish` gives the result on every slice.
-  Methods that look at all experts first, or whose states do not add, take the
-  experts one after the other instead.
-
-  Args:
-    stacked: parameters with a leading axis `[K, ...]`.
-    method: a merge method without statistics.
-    base: the seed, for methods on differences.
-    weights: `[K]`; see `merging.driver.merge`.
-    axes: `(regular expression, logical axes)` of leaves that are stacks of
-      layers within an expert, the axis of experts left out.
-    seed: seeds random methods.
-
-  Returns:
-    One tree, without the leading axis, in the dtypes of `stacked`: the numbers
-    of `merging.driver.merge`, with the same masks. Leaves that are not floating
-    (step counters, ids) are those of the base or the first expert.
-
-  Raises:
-    UserError: weights or the number of experts do not fit the method, leaves
-      without the axis of experts or that may be stacks, a base of other
-      parameters or none where one is needed, numbers that are not finite; see
-      `merging.driver.merge`.
-  """
-  leaves = tree_lib.flatten(stacked)
-  experts = _count(leaves)
-  if method.first_passes or not method.additive or method.view != 'element':
-    # Numbers of all experts first, or all copies at once: taken one by one.
-    return in_memory.merge(
-      [unstack(stacked, i) for i in range(experts)],
-      method,
-      base=base,
-      weights=weights,
-      axes=axes,
-      seed=seed,
-    )
-  weights = jnp.asarray(in_memory.check_call(method, weights, experts, base))
-  specs = {
-    path: typing.LeafSpec(spec.shape[1:], spec.dtype)
-    for path, spec in tree_lib.specs(leaves).items()
-  }
-  if base is not None:
-    tree_lib.check_same(
-      tree_lib.specs(base), specs,
-      expected_name='the base', given_name='an expert',
-    )  # fmt: skip
-  specs = axes_lib.with_axes(specs, axes)
-  used = None
-  if base is not None and method.base != 'ignored':
-    used = tree_lib.flatten(base)
-  result = _merged_where_they_lie(leaves, specs, method, used, weights, seed)
-  inputs = [
-    in_memory.Source(
-      {p: x[i] for p, x in leaves.items() if p not in result}, f'model {i}'
-    )
-    for i in range(experts)
-  ]
-  reference = inputs[0] if base is None else in_memory.Source(base, 'the base')
-  for path in leaves:
-    if path not in result:
-      result[path] = in_memory.copied(path, reference, inputs)
-  return jax.tree.unflatten(
-    jax.tree.structure(stacked), [result[path] for path in leaves]
-  )
-
-
-def _count(leaves):
-  """K, the size of the first axis of every leaf."""
-  counts = {path: tuple(leaf.shape)[:1] for path, leaf in leaves.items()}
-  if len(set(counts.values())) != 1 or () in counts.values():
-    lines = [f'{path}: {list(leaf.shape)}' for path, leaf in leaves.items()]
-    raise errors.StructureError(
-      'Stacked experts have one first axis, of the experts, in every leaf; '
-      f'these do not:\n{errors.listed(lines)}'
-    )
-  return next(iter(counts.values()))[0]
-
-
-def _merged_where_they_lie(leaves, specs, method, base, weights, seed):
-  """`{path: merged leaf}` of the floating leaves, by one sum over experts."""
-  run = in_memory.Run(method, list(weights), specs, seed)
-  slices = {path: run.slices(path) for path in in_memory.merged_paths(specs)}
-  names = [f'model {i}' for i in range(len(weights))]
-  for path in slices:
-    finite.check_stacked(path, leaves[path], names)
-    if base is not None:
-      finite.check_inputs(path, [base[path]], ['the base'])
-  cut = lambda tree: {
-    name: run.cut(path, numerics.widen(tree[path]), at)
-    for path, own in slices.items()
-    for name, at in own
-  }
-  base = None if base is None else cut(base)
-  keys = {
-    name: np.stack([masks.mask_key(seed, name, i) for i in range(len(weights))])
-    for own in slices.values()
-    for name, _ in own
-  }
-
-  def one(params, weight, model, keys):
-    wide = cut(params)
-    contexts = {
-      name: parts.Part(
-        [leaf], None, [merging.LeafContext(model, key=keys[name])]
-      )
-      for name, leaf in wide.items()
-    }
-    return method.update(
-      method.init(tree_lib.specs(wide)),
-      wide,
-      base=base,
-      weight=weight,
-      contexts={name: part.placed()[0] for name, part in contexts.items()},
-    )
-
-  floating = {path: leaves[path] for path in slices}
-  states = jax.vmap(one)(floating, weights, jnp.arange(len(weights)), keys)
-  summed = jax.tree.map(lambda x: jnp.sum(x, axis=0), states)
-  merged = method.finish(summed, base=base)
-  return {
-    path: finite.stored(
-      path, run.join(path, [merged[name] for name, _ in own]), specs[path].dtype
-    )
-    for path, own in slices.items()
-  }
 
 
 def unstack(stacked: typing.Tree, index: int) -> typing.Tree:

@@ -36,12 +36,12 @@ def check_prior(prior: typing.Array, experts: int) -> np.ndarray:
   """
   prior = np.asarray(prior, np.float64)
   if prior.shape != (experts,):
-    raise errors.StructureError(
+    raise errors.ConfigError(
       f'The prior has shape {list(prior.shape)} for {experts} experts: give '
       'one probability each.'
     )
   if (prior < 0).any() or abs(prior.sum() - 1) > 1e-4:
-    raise errors.StructureError(
+    raise errors.ConfigError(
       f'The prior {prior.tolist()} is not a distribution: its entries must '
       'be non-negative and sum to 1.'
     )
@@ -100,7 +100,7 @@ def log_posterior(
   if kind == 'simple_average':
     shape = (*likelihood.shape[:-1], likelihood.shape[-1] + 1)
     return jnp.full(shape, -np.log(experts), jnp.float32)
-  raise errors.StructureError(errors.near(kind, POSTERIORS, 'domain posterior'))
+  raise errors.ConfigError(errors.near(kind, POSTERIORS, 'domain posterior'))
 
 
 def _hold_last(values, mask):
@@ -182,7 +182,7 @@ def cached_prior(
   for lp, mask in batches:
     prior = update_prior(prior, batch_posterior(lp, mask, prior, kind=kind))
   if prior is None:
-    raise errors.StructureError('A cached prior needs at least one batch.')
+    raise errors.DataError('A cached prior needs at least one batch.')
   prior = np.maximum(prior, floor)
   return prior / prior.sum()
 
@@ -198,7 +198,7 @@ def keep_top(prior: typing.Array, k: int) -> np.ndarray:
   """
   prior = np.asarray(prior, np.float64)
   if k < 1:
-    raise errors.StructureError(f'top-k must keep at least 1 expert, not {k}.')
+    raise errors.ConfigError(f'top-k must keep at least 1 expert, not {k}.')
   if k >= len(prior):
     return prior
   kept = np.argsort(prior, kind='stable')[-k:]
@@ -216,4 +216,4 @@ def average_weights(prior: typing.Array, kind: str) -> np.ndarray:
     return np.eye(len(prior))[int(np.argmax(prior))]
   if kind == 'posterior':
     return prior
-  raise errors.StructureError(errors.near(kind, AVERAGES, 'kind of average'))
+  raise errors.ConfigError(errors.near(kind, AVERAGES, 'kind of average'))

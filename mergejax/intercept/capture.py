@@ -180,7 +180,7 @@ def wanted_kernels(
   """
   for pattern in (*(include or ()), *exclude):
     if not any(re.fullmatch(pattern, path) for path in specs):
-      raise errors.StructureError(
+      raise errors.ConfigError(
         f'{pattern!r} matches no parameter. They begin with:\n'
         f'{errors.listed(list(specs), 5)}'
       )

@@ -57,7 +57,7 @@ def merge(
     **options: options of the named method.
 
   Returns:
-    The merged tree; see `merging.driver.merge` for precision, sharding and jit.
+    The merged tree; see `merging.in_memory.merge` for precision, sharding and jit.
 
   Raises:
     UserError: unknown method or option, a missing base, differing trees,

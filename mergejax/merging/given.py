@@ -36,7 +36,7 @@ def check(
   kind = needs[0].name
   if stats is None or len(stats) != len(names):
     given = 'none' if stats is None else len(stats)
-    raise errors.StructureError(
+    raise errors.DataError(
       f'This method needs the {kind} statistics of every model: {len(names)} '
       f'models, {given} given. Collect them with mj.stats.collect, or '
       '`mergejax stats`.'
@@ -59,7 +59,7 @@ def check(
   if not have:
     lines.append(f'no leaf has {kind} statistics')
   if lines:
-    raise errors.StructureError(
+    raise errors.DataError(
       f'The {kind} statistics do not fit the models:\n{errors.listed(lines)}'
     )
   return list(stats)

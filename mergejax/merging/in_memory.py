@@ -1,16 +1,13 @@
 # Copyright 2026 The mergejax Authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Runs a merge method over trees and stores: looks first, then the triple."""
+"""Runs a merge method over trees and stores: first passes, then the triple."""
 
 from collections.abc import Mapping, Sequence
-import functools
 import logging
-import math
 import re
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mergejax.core import axes as axes_lib
@@ -19,6 +16,7 @@ from mergejax.core import numerics
 from mergejax.core import stacks
 from mergejax.core import tree as tree_lib
 from mergejax.core import typing
+from mergejax.merging import engine
 from mergejax.merging import finite
 from mergejax.merging import given
 from mergejax.merging import parts as parts_lib
@@ -30,7 +28,7 @@ COPY = 'copy'
 
 
 class Source:
-  """One input of a merge, a tree or a store, seen leaf by leaf."""
+  """One input of a merge, a tree or a store, read leaf by leaf."""
 
   def __init__(self, source, name: str):
     self._store = source if hasattr(source, 'read') else None
@@ -43,12 +41,12 @@ class Source:
       self.specs = source.specs()
       self.structure = None
 
-  def leaf(self, path):
+  def leaf(self, path: typing.Path) -> typing.Array:
     if self._store is None:
       return self._leaves[path]
     return tree_lib.flatten(self._store.read([path]))[path]
 
-  def layout(self, path):
+  def layout(self, path: typing.Path) -> Any:
     """The sharding of a leaf of a tree; stores have none."""
     leaf = None if self._store is not None else self._leaves[path]
     return getattr(leaf, 'sharding', None)
@@ -101,13 +99,13 @@ def merge(
   Raises:
     UserError: no model, no base where one is needed, differing trees (listed),
       weights or statistics that do not fit; parameters that may be stacks of
-      layers under a method that looks at whole parameters (see `stacks`); a
+      layers under a method that needs numbers of whole parameters (see `stacks`); a
       model, a statistic or a result that is not finite, or that the dtype of
       the result cannot hold. Arrays that JAX traces cannot be looked at: under
       `jit` such numbers go through.
   """
   if not models:
-    raise errors.StructureError(
+    raise errors.ConfigError(
       'A merge needs at least one model; none was given.'
     )
   inputs = [Source(m, f'model {i}') for i, m in enumerate(models)]
@@ -160,7 +158,7 @@ def merged_paths(specs: typing.SpecTree) -> list[typing.Path]:
 
 
 def _check_stacks(groups, specs):
-  """Raises if a method is to look at leaves whose layout is not known."""
+  """Raises if a method must know the layout of leaves, and nothing says it."""
   whole = [
     (own, path)
     for own, paths in groups
@@ -203,7 +201,7 @@ def check_call(method, weights, count, base_input):
   """
   weights = base_lib.check_weights(method, weights, count)
   if method.base == 'required' and base_input is None:
-    raise errors.StructureError(
+    raise errors.ConfigError(
       'This method works on differences from a common ancestor: give it with '
       '`base=` (in a recipe: `base_model:`).'
     )
@@ -214,7 +212,7 @@ def _by_rule(rules, method, paths):
   """`[(method, paths)]`: the leaves of each rule, then those of none."""
   for pattern, own in rules:
     if isinstance(own, str) and own != COPY:
-      raise errors.StructureError(
+      raise errors.ConfigError(
         f'The rule {pattern!r} should give a method, such as mj.linear(), or '
         f'{COPY!r}, not {own!r}.'
       )
@@ -226,7 +224,7 @@ def _by_rule(rules, method, paths):
     )
   unused = [table[i][0] for i in range(len(rules)) if i not in chosen.values()]
   if unused:
-    raise errors.StructureError(
+    raise errors.ConfigError(
       f'These rules are the first match of no leaf:\n{errors.listed(unused)}'
     )
   groups = [
@@ -246,20 +244,23 @@ def _merge_leaves(
     base_input = None
   run = Run(method, weights, specs, seed)
 
-  def parts_of(path):
+  def laid(path):
     leaves = [one.leaf(path) for one in inputs]
     origin = None if base_input is None else base_input.leaf(path)
     known = [*leaves, *([] if origin is None else [origin])]
     names = [one.name for one in (*inputs, base_input) if one is not None]
     finite.check_inputs(path, known, names)
-    return run.parts(path, leaves, origin, [one.get(path) for one in stats])
+    return run.laid(path, leaves, origin, [one.get(path) for one in stats])
 
-  whole_tree = {p: parts_of(p) for p in paths if run.looks_at_trees}
-  whole_tree = run.look_at_tree(whole_tree)
+  together = {}
+  if any(one.scope == 'tree' for one in method.first_passes):
+    together = {path: laid(path) for path in paths}
+    run.first_passes(
+      [leaf for own in together.values() for leaf in own], 'tree'
+    )
   for group in [[p] for p in paths] if method.separable else [paths]:
-    parts = {p: whole_tree.get(p) or parts_of(p) for p in group}
-    merged = run.finish({p: run.look_at_leaf(q) for p, q in parts.items()})
-    yield from merged.items()
+    slices = {p: together.pop(p, None) or laid(p) for p in group}
+    yield from run.finish(slices).items()
 
 
 class Run:
@@ -270,113 +271,60 @@ class Run:
     self._weights = list(weights)
     self._specs = specs
     self._seed = seed
-    self.looks_at_trees = any(
-      first_pass.scope == 'tree' for first_pass in method.first_passes
-    )
+    self._layouts: dict[str, parts_lib.Layout] = {}
 
-  def parts(self, path, leaves, base, stats) -> list[parts_lib.Part]:
-    """The slices of one leaf, laid for the method, with their marks."""
-    method = self._method
+  def layout(self, path: str) -> parts_lib.Layout:
+    """How a leaf is laid before the method."""
+    found = self._layouts.get(path)
+    if found is None:
+      found = parts_lib.Layout(path, self._specs[path], self._method)
+      self._layouts[path] = found
+    return found
+
+  def laid(self, path, leaves, base, stats) -> list[engine.ArrayLeaf]:
+    """The slices of one leaf, laid for the method, with their contexts."""
+    needs, layout = self._method.statistics, self.layout(path)
     wide = [numerics.widen(leaf) for leaf in leaves]
     base = None if base is None else numerics.widen(base)
     result = []
-    for name, at in self.slices(path):
-      cut = functools.partial(self.cut, path, at=at)
-      first = cut(wide[0])
+    for name, at in layout.slices:
       contexts = []
       for k, own in enumerate(stats):
         own = own and {
-          need.name: cut(own[need.name]) if need.is_leaf else own[need.name][at]
-          for need in method.statistics
+          need.name: layout.cut_statistic(need, own[need.name], at)
+          for need in needs
           if need.name in own
         }
         key = masks.mask_key(self._seed, name, k)
         contexts.append(base_lib.LeafContext(k, {}, key, stats=own))
-      result.append(
-        parts_lib.Part(
-          [first, *(cut(leaf) for leaf in wide[1:])],
-          None if base is None else cut(base),
-          contexts,
-        )
+      part = parts_lib.Part(
+        [layout.cut(leaf, at) for leaf in wide],
+        None if base is None else layout.cut(base, at),
+        contexts,
       )
+      result.append(engine.ArrayLeaf(self._method, part, self._weights))
     return result
 
-  def slices(self, path: str) -> list[tuple[str, tuple[int, ...]]]:
-    """`(name, position in the stack)` of every slice of a leaf."""
-    spec = self._specs[path]
-    if self._method.numbers_elements:
-      numerics.check_countable(path, axes_lib.slice_size(spec))
-    shape = spec.shape
-    stack = np.ndindex(*(shape[i] for i in self._view(path).stack))
-    return [(path + ''.join(f'[{i}]' for i in at), at) for at in stack]
-
-  def cut(self, path: str, leaf: typing.Array, at: tuple[int, ...]):
-    """A slice of a leaf, laid before the method; `join` takes it back."""
-    return parts_lib.lay_slice(leaf, self._view(path), at, self._method.view)
-
-  def look_at_leaf(self, parts: list[parts_lib.Part]) -> list[parts_lib.Part]:
-    """Runs the looks of scope 'leaf', each slice by itself."""
-    for i, first_pass in enumerate(self._method.first_passes):
-      if first_pass.scope == 'leaf':
-        parts = [self._look(i, [part])[0] for part in parts]
-    return parts
-
-  def look_at_tree(
-    self, parts: dict[str, list[parts_lib.Part]]
-  ) -> dict[str, list[parts_lib.Part]]:
-    """Runs the looks of scope 'tree', over all leaves together."""
-    flat = [part for several in parts.values() for part in several]
-    for i, first_pass in enumerate(self._method.first_passes):
-      if first_pass.scope == 'tree' and flat:
-        flat = self._look(i, flat)
-    flat = iter(flat)
-    return {p: [next(flat) for _ in several] for p, several in parts.items()}
-
-  def _look(self, i, parts):
-    first_pass = self._method.first_passes[i]
-    if first_pass.ranks is None:
-      found = parts_lib.measure(first_pass, parts, self._weights)
-    else:
-      size = sum(math.prod(part.leaves[0].shape) for part in parts)
-      ranks = first_pass.ranks(size, parts[0].contexts)
-      found = parts_lib.rank(first_pass, parts, self._weights, ranks)
-    result = []
-    for part, own in zip(parts, found):
-      notes = first_pass.conclude(own, part.contexts, self._weights_of(part))
-      contexts = parts_lib.with_notes(part.contexts, notes)
-      result.append(part._replace(contexts=contexts))
-    return result
-
-  def _weights_of(self, part):
-    return [jnp.asarray(w, part.leaves[0].dtype) for w in self._weights]
+  def first_passes(self, leaves: list[engine.ArrayLeaf], scope: str) -> None:
+    """Runs the first passes of one scope over leaves taken together."""
+    engine.run_first_passes(self._method, leaves, scope, engine.array_cuts)
 
   def finish(
-    self, parts: dict[str, list[parts_lib.Part]]
+    self, slices: dict[str, list[engine.ArrayLeaf]]
   ) -> dict[str, typing.Array]:
-    """Merges laid slices and puts the leaves together again."""
+    """Merges laid slices, each by itself, and puts leaves together again."""
+    parts = {}
+    for path, leaves in slices.items():
+      for (name, _), leaf in zip(self.layout(path).slices, leaves):
+        self.first_passes([leaf], 'leaf')
+        parts[name] = leaf.part
     merged = parts_lib.run_triple(self._method, parts, self._weights)
-    return {path: self.join(path, outs) for path, outs in merged.items()}
-
-  def _view(self, path):
-    """The view of a leaf, as far as the method must know it."""
-    spec = self._specs[path]
-    if self._method.view != 'element':
-      return axes_lib.view(path, spec)
-    stack = axes_lib.stacked(spec) if self._method.of_slices else ()
-    return axes_lib.View(stack, (), ())
-
-  def join(self, path: str, outs: list[typing.Array]) -> typing.Array:
-    """A leaf from its merged slices, in the order of `slices`."""
-    spec, view = self._specs[path], self._view(path)
-    kind = self._method.view
-    stack_shape = tuple(spec.shape[i] for i in view.stack)
-    rest = tuple(n for i, n in enumerate(spec.shape) if i not in view.stack)
-    one = parts_lib.unstacked(view)
-    laid = [axes_lib.unlay(out, rest, one, kind) for out in outs]
-    if not view.stack:
-      return laid[0]
-    whole = jnp.stack(laid).reshape(stack_shape + rest)
-    return jnp.moveaxis(whole, range(len(view.stack)), view.stack)
+    return {
+      path: self.layout(path).join(
+        [merged[name] for name, _ in self.layout(path).slices]
+      )
+      for path in slices
+    }
 
 
 def copied(

@@ -1,20 +1,21 @@
 # Copyright 2026 The mergejax Authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Parts of leaves laid before a method, and what is run on them.
+"""Parts of leaves laid before a method, and the triple that is run on them.
 
-A part is a leaf, a slice of a stack or a piece on disk, of all models. Looks
-and the triple see nothing else, so merges in memory, on disk and on a mesh
-share these lines.
+A part is a leaf, a slice of a stack or a piece on disk, of all models. First
+passes and the triple see nothing else, so merges in memory, on disk and on a
+mesh share these lines.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mergejax.core import axes as axes_lib
 from mergejax.core import numerics
+from mergejax.core import statistic_specs
 from mergejax.core import tree as tree_lib
 from mergejax.core import typing
 from mergejax.methods import base as base_lib
@@ -26,7 +27,7 @@ class Part(NamedTuple):
   Attributes:
     leaves: one array a model, in the accumulation dtype.
     base: the base's, or None.
-    marks: one a model, without `place`.
+    contexts: one a model, without `place`.
     offset: flat position of the first element in the whole leaf.
   """
 
@@ -36,89 +37,94 @@ class Part(NamedTuple):
   offset: Any = 0
 
   def placed(self) -> list[base_lib.LeafContext]:
-    """The marks, knowing where their elements are."""
+    """The contexts, knowing where their elements are."""
     place = (self.leaves[0].shape, self.offset)
     return [context._replace(place=place) for context in self.contexts]
 
 
-def unstacked(view):
-  """The view of one slice of a stack."""
-  rest = sorted(view.inputs + view.outputs)
-  return axes_lib.View(
-    (),
-    tuple(rest.index(i) for i in view.inputs),
-    tuple(rest.index(i) for i in view.outputs),
-  )
+class Layout:
+  """How one leaf is laid before a method: its slices, and their axes.
 
+  The roles of the axes are found once for a leaf, whatever the number of models
+  and statistics.
+  """
 
-def lay_slice(leaf, view, at, kind):
-  """Slice `at` of a stack, laid before the method."""
-  if view.stack:
-    leaf = jnp.moveaxis(leaf, view.stack, range(len(view.stack)))[at]
-  return axes_lib.lay(leaf, unstacked(view), kind)
+  def __init__(
+    self, path: typing.Path, spec: typing.LeafSpec, method: base_lib.Merge
+  ):
+    """Finds the roles of the axes, as far as the method must know them.
 
-
-def with_notes(
-  contexts: Sequence[base_lib.LeafContext], notes: Sequence[base_lib.Note]
-) -> list[base_lib.LeafContext]:
-  """Marks with what a look found added."""
-  return [m._replace(note={**m.note, **n}) for m, n in zip(contexts, notes)]
-
-
-def _measured(first_pass, parts, weights):
-  result = []
-  for part in parts:
-    own = [jnp.asarray(w, part.leaves[0].dtype) for w in weights]
-    result.append(
-      first_pass.measure(part.leaves, part.base, part.placed(), own)
+    Raises:
+      UserError: the method must know which axes are inputs, and nothing says
+        so; it numbers elements, and a slice has too many.
+    """
+    if method.numbers_elements:
+      numerics.check_countable(path, axes_lib.slice_size(spec))
+    self._kind = method.view
+    self._shape = spec.shape
+    if method.view != 'element':
+      view = axes_lib.view(path, spec)
+    else:
+      stack = axes_lib.stacked(spec) if method.of_slices else ()
+      view = axes_lib.View(stack, (), ())
+    self._stack = view.stack
+    rest = sorted(view.inputs + view.outputs)
+    self._view = axes_lib.View(
+      (),
+      tuple(rest.index(i) for i in view.inputs),
+      tuple(rest.index(i) for i in view.outputs),
     )
-  return result
+    stack = np.ndindex(*(spec.shape[i] for i in view.stack))
+    # `(name, position in the stack)` of every slice.
+    self.slices = [(path + ''.join(f'[{i}]' for i in at), at) for at in stack]
+
+  def cut(self, leaf: typing.Array, at: tuple[int, ...]) -> typing.Array:
+    """A slice of a leaf, laid before the method; `join` takes it back."""
+    if self._stack:
+      front = range(len(self._stack))
+      leaf = jnp.moveaxis(leaf, self._stack, front)[at]
+    return axes_lib.lay(leaf, self._view, self._kind)
+
+  def cut_statistic(
+    self,
+    need: statistic_specs.StatisticSpec,
+    found: typing.Array,
+    at: tuple[int, ...],
+  ) -> typing.Array:
+    """The statistic of a slice: all but those like leaves are stack first."""
+    return self.cut(found, at) if need.is_leaf else found[at]
+
+  def join(self, outs: Sequence[typing.Array]) -> typing.Array:
+    """A leaf from its merged slices, in the order of `slices`."""
+    rest = tuple(n for i, n in enumerate(self._shape) if i not in self._stack)
+    laid = [axes_lib.unlay(out, rest, self._view, self._kind) for out in outs]
+    if not self._stack:
+      return laid[0]
+    front = tuple(self._shape[i] for i in self._stack)
+    whole = jnp.stack(laid).reshape(front + rest)
+    return jnp.moveaxis(whole, range(len(self._stack)), self._stack)
+
+
+def at_dtype(weights: Sequence[Any], leaf: typing.Array) -> list[typing.Array]:
+  """The weights as numbers of a leaf's dtype."""
+  return [jnp.asarray(weight, leaf.dtype) for weight in weights]
 
 
 def measure(
-  first_pass: base_lib.FirstPass, parts: Sequence[Part], weights: Sequence[Any]
-) -> list[Any]:
-  """What a look without ranks finds, for each part: the same for all."""
-  combine = jnp.maximum if first_pass.combine == 'max' else jnp.add
-  total, *rest = _measured(first_pass, parts, weights)
-  for one in rest:
-    total = jax.tree.map(combine, total, one)
-  return [total] * len(parts)
-
-
-def rank(
-  first_pass: base_lib.FirstPass,
-  parts: Sequence[Part],
-  weights: Sequence[Any],
-  ranks: Sequence[Sequence[Any]],
-) -> list[list[list[numerics.Cut]]]:
-  """What a look with ranks finds: `[part][score][rank]` cuts."""
-  measured = _measured(first_pass, parts, weights)
-  found = [[] for _ in parts]
-  indices = [part.placed()[0].index for part in parts]
-  for s, wanted in enumerate(ranks):
-    scores = [one[s] for one in measured]
-    cuts = [numerics.largest(scores, one, indices) for one in wanted]
-    for p, own in enumerate(found):
-      own.append([cut[p] for cut in cuts])
-  return found
+  first_pass: base_lib.FirstPass, part: Part, weights: Sequence[Any]
+) -> Any:
+  """What a first pass finds in one part."""
+  return first_pass.measure(
+    part.leaves, part.base, part.placed(), at_dtype(weights, part.leaves[0])
+  )
 
 
 def run_triple(
   method: base_lib.Merge,
-  parts: Mapping[str, Sequence[Part]],
+  slices: Mapping[str, Part],
   weights: Sequence[Any],
-) -> dict[str, list[typing.Array]]:
-  """The triple over laid slices: `{path: results}` for `{path: slices}`."""
-  names = {
-    path: [path if len(own) == 1 else f'{path}[{j}]' for j in range(len(own))]
-    for path, own in parts.items()
-  }
-  slices = {
-    name: part
-    for path, own in parts.items()
-    for name, part in zip(names[path], own)
-  }
+) -> dict[str, typing.Array]:
+  """The triple over laid slices: `{name: result}` for `{name: slice}`."""
   contexts = {name: part.placed() for name, part in slices.items()}
   specs = {
     name: tree_lib.leaf_spec(part.leaves[0]) for name, part in slices.items()
@@ -135,5 +141,4 @@ def run_triple(
       weight=weight,
       contexts={name: own[k] for name, own in contexts.items()},
     )
-  merged = method.finish(state, base=base)
-  return {path: [merged[name] for name in own] for path, own in names.items()}
+  return method.finish(state, base=base)

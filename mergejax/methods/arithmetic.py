@@ -21,8 +21,8 @@ class Edit(NamedTuple):
   """A change to one task vector before it is merged.
 
   Attributes:
-    apply: `(delta, mark) -> delta`.
-    looks: what it must know first; their leaves are task vectors.
+    apply: `(delta, context) -> delta`.
+    first_passes: what it must know first; their leaves are task vectors.
     view: see `Merge.view`.
     numbered: see `Merge.numbered`.
   """

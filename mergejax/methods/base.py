@@ -33,7 +33,7 @@ Note = protocols.Note
 
 
 class LeafContext(NamedTuple):
-  """What a method may know of one leaf of one model, beside its numbers.
+  """What a method knows of one leaf of one model, beside the numbers in it.
 
   Attributes:
     model: which of the models this is, from 0; may be traced.
@@ -103,7 +103,7 @@ class Merge(NamedTuple):
       piece of it will do), 'unit' as `[units, inputs]` with one row for each
       output unit, 'input' as `[inputs, units]`, 'matrix' as `[inputs,
       outputs]` with nothing cut off; see `axes.View`.
-    separable: leaves do not look at each other, so the tree may be split.
+    separable: no leaf depends on another, so the tree may be split.
     additive: states add.
     numbered: numbers or counts elements in 32 bits, as random masks do.
   """

@@ -68,7 +68,7 @@ def trim(density: Any, *, scope: str = 'tensor', keep: str = 'exact') -> Edit:
       element more, and all ties.
 
   Returns:
-    An edit whose look finds one `Cut` a model.
+    An edit whose first pass finds one `Cut` a model.
   """
   check_density(density)
   base_lib.check_choice('trim_scope', scope, ('tensor', 'global'))
@@ -123,7 +123,7 @@ def trim_both_ends(density: Any, gamma: Any) -> Edit:
     gamma: share of outliers that go, one number or one a model.
 
   Returns:
-    An edit whose look finds two `Cut`s a model.
+    An edit whose first pass finds two `Cut`s a model.
   """
   check_density(density)
   base_lib.check_option(
@@ -167,7 +167,7 @@ def rescaled(edit: Edit, rescale: str) -> Edit:
       'none' the edit is left as it is.
 
   Returns:
-    An edit with one look more, of the two norms.
+    An edit with one first pass more, of the two norms.
   """
   if rescale not in ('l1', 'l2', 'linf'):
     return edit
@@ -207,7 +207,7 @@ def rescaled(edit: Edit, rescale: str) -> Edit:
 
 
 def _dropped(probability, rescale: str, view: str) -> Edit:
-  """Drops elements at random; `probability(delta, mark)` keeps each."""
+  """Drops elements at random; `probability(delta, context)` keeps each."""
   base_lib.check_choice('rescale', rescale, RESCALES)
 
   def masked(delta, context):

@@ -60,6 +60,24 @@ def fisher(
   for name, value in (('floor', floor), ('smoothing', smoothing)):
     base_lib.check_option(name, value, lambda v: v >= 0, '0 or above')
 
+  conclude = _scales(normalize_fishers, floor, floor_mode, smoothing)
+  scope = 'tree' if normalize_fishers != 'leaf' else 'leaf'
+  first_passes = (
+    base_lib.FirstPass(_peak, _peaks, combine='max', scope=scope),
+    base_lib.FirstPass(_measure, conclude, scope=scope),
+  )
+  return base_lib.leafwise(
+    _init,
+    _update(favor_first, smoothing),
+    _finish,
+    first_passes=first_passes,
+    needs=(statistic_specs.FISHER,),
+  )
+
+
+def _scales(normalize_fishers, floor, floor_mode, smoothing):
+  """What the second pass concludes: factor and floor of each Fisher."""
+
   def conclude(found, contexts, weights):
     del weights
     squares = jnp.asarray(found['squares'])
@@ -82,11 +100,18 @@ def fisher(
       scale = jnp.ones_like(scale)
     return [{'scale': scale[k], 'floor': least} for k in range(len(contexts))]
 
-  def init(zeros):
-    return {
-      'sum': zeros, 'weight': zeros, 'fallback': zeros,
-      'fallback_weight': jnp.zeros((), zeros.dtype),
-    }  # fmt: skip
+  return conclude
+
+
+def _init(zeros):
+  return {
+    'sum': zeros, 'weight': zeros, 'fallback': zeros,
+    'fallback_weight': jnp.zeros((), zeros.dtype),
+  }  # fmt: skip
+
+
+def _update(favor_first, smoothing):
+  """Adds a model, each entry by its information."""
 
   def update(state, leaf, base, weight, context):
     del base
@@ -111,27 +136,17 @@ def fisher(
       'fallback_weight': state['fallback_weight'] + backing,
     }
 
-  def finish(state, base):
-    del base
-    known = state['weight'] > 0
-    safe = jnp.where(known, state['weight'], jnp.ones_like(state['weight']))
-    return jnp.where(
-      known,
-      state['sum'] / safe,
-      state['fallback'] / state['fallback_weight'],
-    )
+  return update
 
-  scope = 'tree' if normalize_fishers != 'leaf' else 'leaf'
-  first_passes = (
-    base_lib.FirstPass(_peak, _peaks, combine='max', scope=scope),
-    base_lib.FirstPass(_measure, conclude, scope=scope),
-  )
-  return base_lib.leafwise(
-    init,
-    update,
-    finish,
-    first_passes=first_passes,
-    needs=(statistic_specs.FISHER,),
+
+def _finish(state, base):
+  del base
+  known = state['weight'] > 0
+  safe = jnp.where(known, state['weight'], jnp.ones_like(state['weight']))
+  return jnp.where(
+    known,
+    state['sum'] / safe,
+    state['fallback'] / state['fallback_weight'],
   )
 
 

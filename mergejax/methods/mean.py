@@ -77,16 +77,16 @@ def checked_sum(weight: typing.Array) -> typing.Array:
   return weight
 
 
-def combination(**fields) -> base_lib.Merge:
-  """`sum_k c_k theta_k` with the coefficients that the looks found.
+def combination(**fields: Any) -> base_lib.Merge:
+  """`sum_k c_k theta_k` with coefficients that first passes found.
 
-  Spherical means and model stock are of this form: their looks need only the
-  inner products of the models. With a base it is `base + sum_k c_k (theta_k -
+  Spherical means and model stock are of this form: their first passes need only
+  the inner products of the models. With a base it is `base + sum_k c_k (theta_k -
   base)`.
 
   Args:
-    **fields: `looks` and other fields of `Merge`; the last look's notes must
-      hold 'coefficient'.
+    **fields: `first_passes` and other fields of `Merge`; the notes of the last
+      pass must hold 'coefficient'.
   """
 
   def update(state, leaf, base, weight, context):

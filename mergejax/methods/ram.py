@@ -35,7 +35,7 @@ def _method(epsilon, factor, first_passes=()):
     shared = state['sum'] / jnp.maximum(state['count'], 1.0)
     return base + jnp.where(state['count'] == 1, state['alone'], shared)
 
-  # The looks count elements.
+  # First passes count elements.
   return base_lib.leafwise(
     init,
     update,

@@ -44,27 +44,6 @@ def sce(*, select_topk: float = 1.0) -> base_lib.Merge:
     'select_topk', select_topk, lambda value: 0 < value <= 1, 'in (0, 1]'
   )
 
-  def deltas_of(leaves, base):
-    return [leaf - base for leaf in leaves]
-
-  def variance(deltas):
-    middle = sum(deltas) / len(deltas)
-    squares = sum(jnp.square(d - middle) for d in deltas)
-    return jnp.asarray(squares) / len(deltas)
-
-  def count(leaves, base, contexts, weights):
-    del contexts, weights
-    spread = variance(deltas_of(leaves, base))
-    return jnp.sum(spread != 0, dtype=jnp.uint32)
-
-  def counted(found, contexts, weights):
-    del weights
-    return [{'varying': found}] * len(contexts)
-
-  def spreads(leaves, base, contexts, weights):
-    del contexts, weights
-    return [variance(deltas_of(leaves, base)).astype(jnp.float32)]
-
   def ranks(size, contexts):
     if select_topk >= 1:
       return [(size,)]
@@ -74,46 +53,77 @@ def sce(*, select_topk: float = 1.0) -> base_lib.Merge:
       return [(jnp.floor(share).astype(jnp.uint32),)]
     return [(math.floor(select_topk * int(varying)),)]
 
-  def selected(found, contexts, weights):
-    del weights
-    return [{'selected': found[0][0]}] * len(contexts)
-
-  def masked(leaves, base, contexts):
-    deltas = deltas_of(leaves, base)
-    keep = numerics.above(
-      variance(deltas), contexts[0].note['selected'], contexts[0].index
-    )
-    return [jnp.where(keep, d, jnp.zeros_like(d)) for d in deltas]
-
-  def energies(leaves, base, contexts, weights):
-    del weights
-    return jnp.stack(
-      [jnp.sum(jnp.square(d)) for d in masked(leaves, base, contexts)]
-    )
-
-  def weighed(found, contexts, weights):
-    del weights
-    total = jnp.sum(found)
-    even = jnp.full_like(found, 1 / len(contexts))
-    small = total < 1e-6
-    shares = jnp.where(small, even, found / jnp.where(small, 1.0, total))
-    return [{'share': share} for share in shares]
-
-  def combine(leaves, base, weights, contexts):
-    del weights
-    deltas = masked(leaves, base, contexts)
-    up = sum(deltas) >= 0
-    top, bottom = jnp.zeros_like(base), jnp.zeros_like(base)
-    for delta, context in zip(deltas, contexts):
-      share = jnp.asarray(context.note['share'], base.dtype)
-      agrees = jnp.where(up, delta > 0, delta < 0)
-      top = top + jnp.where(agrees, share * delta, jnp.zeros_like(delta))
-      bottom = bottom + jnp.where(agrees, share, jnp.zeros_like(share))
-    return base + top / jnp.maximum(bottom, jnp.asarray(1e-6, base.dtype))
-
   first_passes = (
-    base_lib.FirstPass(count, counted),
-    base_lib.FirstPass(spreads, selected, ranks),
-    base_lib.FirstPass(energies, weighed),
+    base_lib.FirstPass(_count, _counted),
+    base_lib.FirstPass(_spreads, _selected, ranks),
+    base_lib.FirstPass(_energies, _weighed),
   )
-  return base_lib.gathered(combine, first_passes=first_passes, base='required')
+  return base_lib.gathered(_combine, first_passes=first_passes, base='required')
+
+
+def _deltas_of(leaves, base):
+  return [leaf - base for leaf in leaves]
+
+
+def _variance(deltas):
+  middle = sum(deltas) / len(deltas)
+  squares = sum(jnp.square(d - middle) for d in deltas)
+  return jnp.asarray(squares) / len(deltas)
+
+
+def _count(leaves, base, contexts, weights):
+  del contexts, weights
+  spread = _variance(_deltas_of(leaves, base))
+  return jnp.sum(spread != 0, dtype=jnp.uint32)
+
+
+def _counted(found, contexts, weights):
+  del weights
+  return [{'varying': found}] * len(contexts)
+
+
+def _spreads(leaves, base, contexts, weights):
+  del contexts, weights
+  return [_variance(_deltas_of(leaves, base)).astype(jnp.float32)]
+
+
+def _selected(found, contexts, weights):
+  del weights
+  return [{'selected': found[0][0]}] * len(contexts)
+
+
+def _masked(leaves, base, contexts):
+  deltas = _deltas_of(leaves, base)
+  keep = numerics.above(
+    _variance(deltas), contexts[0].note['selected'], contexts[0].index
+  )
+  return [jnp.where(keep, d, jnp.zeros_like(d)) for d in deltas]
+
+
+def _energies(leaves, base, contexts, weights):
+  del weights
+  return jnp.stack(
+    [jnp.sum(jnp.square(d)) for d in _masked(leaves, base, contexts)]
+  )
+
+
+def _weighed(found, contexts, weights):
+  del weights
+  total = jnp.sum(found)
+  even = jnp.full_like(found, 1 / len(contexts))
+  small = total < 1e-6
+  shares = jnp.where(small, even, found / jnp.where(small, 1.0, total))
+  return [{'share': share} for share in shares]
+
+
+def _combine(leaves, base, weights, contexts):
+  del weights
+  deltas = _masked(leaves, base, contexts)
+  up = sum(deltas) >= 0
+  top, bottom = jnp.zeros_like(base), jnp.zeros_like(base)
+  for delta, context in zip(deltas, contexts):
+    share = jnp.asarray(context.note['share'], base.dtype)
+    agrees = jnp.where(up, delta > 0, delta < 0)
+    top = top + jnp.where(agrees, share * delta, jnp.zeros_like(delta))
+    bottom = bottom + jnp.where(agrees, share, jnp.zeros_like(share))
+  return base + top / jnp.maximum(bottom, jnp.asarray(1e-6, base.dtype))

@@ -30,8 +30,8 @@ def inner_products(
   return jnp.stack([jnp.stack(row) for row in rows])
 
 
-def _inner_product_look(coefficients) -> base_lib.FirstPass:
-  """A look that turns inner products into a coefficient for each model."""
+def _inner_product_pass(coefficients) -> base_lib.FirstPass:
+  """A first pass that turns inner products into a coefficient for each model."""
 
   def measure(leaves, base, contexts, weights):
     del contexts, weights
@@ -163,7 +163,7 @@ def nuslerp(
 
   fields = dict(base='optional', counts=(2, 2))
   if flatten:
-    first_pass = _inner_product_look(coefficients)
+    first_pass = _inner_product_pass(coefficients)
     return mean.combination(first_passes=(first_pass,), **fields)
 
   def combine(leaves, base, weights, contexts):
@@ -219,7 +219,7 @@ def multislerp(
     return jnp.where(cancelled, weights, arc)
 
   return mean.combination(
-    first_passes=(_inner_product_look(coefficients),), base='optional'
+    first_passes=(_inner_product_pass(coefficients),), base='optional'
   )
 
 
@@ -281,7 +281,7 @@ def karcher(*, max_iter: int = 10, tol: float = 1e-5) -> base_lib.Merge:
     return u / safe * jnp.mean(norms)
 
   return mean.combination(
-    first_passes=(_inner_product_look(coefficients),),
+    first_passes=(_inner_product_pass(coefficients),),
     default_weights=None,
   )
 
@@ -335,7 +335,7 @@ def model_stock(
 
   fields = dict(base='required', counts=(2, None))
   if not filter_wise:
-    first_pass = _inner_product_look(lambda products, weights: (
+    first_pass = _inner_product_pass(lambda products, weights: (
       jnp.broadcast_to(share(products), (products.shape[0],))
     ))  # fmt: skip
     return mean.combination(first_passes=(first_pass,), **fields)

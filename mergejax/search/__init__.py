@@ -12,7 +12,6 @@ from mergejax.core import lazy
 
 _PUBLIC = {
   'Candidate': ('mergejax.search.base', 'Candidate'),
-  'Evaluator': ('mergejax.search.base', 'Evaluator'),
   'Log': ('mergejax.search.base', 'Log'),
   'Space': ('mergejax.search.base', 'Space'),
   'blocks_of': ('mergejax.search.base', 'blocks_of'),

@@ -6,7 +6,6 @@ from mergejax.search import greedy
 from mergejax.search import grid
 from mergejax.search import patch
 from mergejax.search.base import Candidate
-from mergejax.search.base import Evaluator
 from mergejax.search.base import Log
 from mergejax.search.base import Space
 from mergejax.search.base import blocks_of
@@ -15,7 +14,6 @@ from mergejax.search.base import mean_score
 
 __all__ = [
   'Candidate',
-  'Evaluator',
   'Log',
   'Space',
   'blocks_of',

@@ -137,7 +137,7 @@ class Log:
       raise errors.ConfigError('A search must try at least one candidate.')
     best = max(self.candidates, key=lambda one: one.objective)
     if best.objective == -math.inf:
-      raise errors.ConfigError(
+      raise errors.DataError(
         'No candidate has a finite score; look at the models, and at the log.'
       )
     return best

@@ -26,11 +26,17 @@ from mergejax.core import stop as stop_lib
 from mergejax.core import tree as tree_lib
 from mergejax.core import typing
 from mergejax.merging import in_memory
+from mergejax.merging import streaming
+from mergejax.methods import arithmetic
 from mergejax.methods import base as merge_base
+from mergejax.methods import mean
 from mergejax.search import base
 
 GRANULARITIES = ('model', 'block', 'leaf')
 _HIGHEST = jax.lax.Precision.HIGHEST
+# `sum_k w_k theta_k`, and `theta_0 + sum_k w_k (theta_k - theta_0)`.
+_MIX = streaming.Stream(mean.linear(normalize=False))
+_MIX_OF_DELTAS = streaming.Stream(arithmetic.task_arithmetic())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +143,7 @@ def learn(
   Source: Wortsman et al. (2022), https://arxiv.org/abs/2203.05482, appendix I;
   Yang et al., "AdaMerging" (2024), https://arxiv.org/abs/2310.02575.
   """
-  merge_base.check_choice('constraint', constraint, ('softmax', 'none', 'clip'))
+  merge_base.check_choice('constraint', constraint, tuple(_CONSTRAINTS))
   if not models:
     raise errors.ConfigError('There must be at least one model to mix.')
   mixer = _Mixer(models, base_model, granularity)
@@ -149,32 +155,9 @@ def learn(
   variables = {'raw': raw, 'temperature': jnp.ones((), wide)}
   state = optimizer.init(variables)
 
-  def constrained(raw):
-    if constraint == 'softmax':
-      return jax.tree.map(jax.nn.softmax, raw)
-    if constraint == 'clip':
-      return jax.tree.map(lambda a: jnp.clip(a, 0.0, 1.0), raw)
-    return raw
-
-  def with_metrics(params, heat, batch):
-    result = loss(params, batch, heat)
-    return result if isinstance(result, tuple) else (result, {})
-
-  backward = jax.jit(
-    jax.value_and_grad(with_metrics, argnums=(0, 1), has_aux=True)
-  )
-
-  @jax.jit
-  def update(variables, state, products, heat_gradient):
-    _, pull = jax.vjp(constrained, variables['raw'])
-    gradient = {
-      'raw': pull(products)[0],
-      'temperature': heat_gradient if temperature else jnp.zeros((), wide),
-    }
-    # optax counts in integers and multiplies them with floats.
-    with jax.numpy_dtype_promotion('standard'):
-      steps, state = optimizer.update(gradient, state, variables)
-      return optax.apply_updates(variables, steps), state
+  constrained = _CONSTRAINTS[constraint]
+  backward = _backward(loss)
+  update = _update(optimizer, constrained, temperature)
 
   about = {'constraint': constraint, 'initial': initial, **(settings or {})}
   record = resume.Journal(
@@ -196,7 +179,7 @@ def learn(
       )
       value = float(value)
       if not np.isfinite(value):
-        raise errors.ConfigError(
+        raise errors.DataError(
           f'The loss of update {i} is {value}. Check the models and the batch, '
           'or lower the learning rate.'
         )
@@ -234,13 +217,41 @@ def folded(head: typing.Tree, temperature: float) -> typing.Tree:
   )
 
 
-@jax.jit
-def _accumulate(total, leaf, origin, weight):
-  """`total + weight (leaf - origin)`; origin None for a plain mix."""
-  wide = numerics.widen(leaf)
-  if origin is not None:
-    wide = wide - numerics.widen(origin)
-  return total + weight.astype(wide.dtype) * wide
+_CONSTRAINTS = {
+  'softmax': lambda raw: jax.tree.map(jax.nn.softmax, raw),
+  'none': lambda raw: raw,
+  'clip': lambda raw: jax.tree.map(lambda a: jnp.clip(a, 0.0, 1.0), raw),
+}
+
+
+def _backward(loss):
+  """`(params, temperature, batch) -> ((loss, metrics), gradients)`, compiled."""
+
+  def with_metrics(params, heat, batch):
+    result = loss(params, batch, heat)
+    return result if isinstance(result, tuple) else (result, {})
+
+  return jax.jit(jax.value_and_grad(with_metrics, argnums=(0, 1), has_aux=True))
+
+
+def _update(optimizer, constrained, temperature):
+  """A step of the optimizer from the products of the gradient, compiled."""
+
+  @jax.jit
+  def update(variables, state, products, heat_gradient):
+    _, pull = jax.vjp(constrained, variables['raw'])
+    gradient = {
+      'raw': pull(products)[0],
+      'temperature': heat_gradient
+      if temperature
+      else jnp.zeros_like(heat_gradient),
+    }
+    # optax counts in integers and multiplies them with floats.
+    with jax.numpy_dtype_promotion('standard'):
+      steps, state = optimizer.update(gradient, state, variables)
+      return optax.apply_updates(variables, steps), state
+
+  return update
 
 
 @jax.jit
@@ -271,7 +282,7 @@ class _Mixer:
       p for p, s in first.specs.items() if numerics.is_averaged(s.dtype)
     ]
     if not self._mixed:
-      raise errors.ConfigError(
+      raise errors.StructureError(
         'These models have no floating parameters to mix.'
       )
     self.dtype = max(
@@ -304,12 +315,10 @@ class _Mixer:
         leaf = self._first.leaf(path)
       else:
         weights = coefficients[self._group[path]]
-        start = origin if origin is not None else self._sources[0].leaf(path)
-        leaf = numerics.widen(start)
-        leaf = leaf if origin is not None else jnp.zeros_like(leaf)
+        stream, state = _MIX if origin is None else _MIX_OF_DELTAS, None
         for k, source in enumerate(self._sources):
-          leaf = _accumulate(leaf, source.leaf(path), origin, weights[k])
-        leaf = leaf.astype(jax.dtypes.canonicalize_dtype(spec.dtype))
+          state = stream.add(state, source.leaf(path), weights[k], origin)
+        leaf = stream.result(state, spec.dtype, origin)
       leaves[path] = leaf
     if self._first.structure is not None:
       return jax.tree.unflatten(self._first.structure, list(leaves.values()))

@@ -16,9 +16,13 @@ from mergejax.core import numerics
 from mergejax.core import tree as tree_lib
 from mergejax.core import typing
 from mergejax.merging import in_memory
+from mergejax.merging import streaming
 from mergejax.methods import base as merge_base
 from mergejax.methods import mean
 from mergejax.search import base
+
+# The state of a soup: sums, and how many models they are of.
+_MEAN = streaming.Stream(mean.linear())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,44 +116,29 @@ def greedy(
     value = value if higher_is_better else -value
     return value if math.isfinite(value) else -math.inf
 
+  alone = lambda k: score([k], lambda: _tree(_params(sources[k]), sources[k]))
+  single = None
   if order is None:
-    single = tuple(
-      score([k], lambda k=k: _tree(_params(sources[k]), sources[k]))
-      for k in range(count)
-    )
-    # Stable by ascending score, then reversed.
-    order = tuple(reversed(np.argsort(single, kind='stable').tolist()))
-  else:
-    order, single = tuple(int(k) for k in order), None
-    if sorted(order) != list(range(count)):
-      raise errors.ConfigError(
-        f'order must hold each of 0 to {count - 1} once, not {list(order)}.'
-      )
+    single = tuple(alone(k) for k in range(count))
+  order = _order(order, single, count)
   first = order[0]
-  best = (
-    single[first]
-    if single
-    else score([first], lambda: _tree(_params(sources[first]), sources[first]))
-  )
+  best = alone(first) if single is None else single[first]
   if best == -math.inf:
-    raise errors.ConfigError(
+    raise errors.DataError(
       'The best model has no finite score: check the evaluation, and the models.'
     )
   chosen, tried = [first], [best]
-  total = _sum(None, _params(sources[first]))
+  states = _add(None, _params(sources[first]))
   for k in order[1:]:
-    bigger = _sum(total, _params(sources[k]))
-    size = len(chosen) + 1
-    value = score(
-      [*chosen, k], lambda b=bigger, n=size: _mean(b, n, sources[0])
-    )
+    bigger = _add(states, _params(sources[k]))
+    value = score([*chosen, k], lambda b=bigger: _soup(b, sources[0]))
     tried.append(value)
     if value > best or (value == best and accept == 'ge'):
-      total, best = bigger, value
+      states, best = bigger, value
       chosen.append(k)
   sign = 1 if higher_is_better else -1
   return Soup(
-    _mean(total, len(chosen), sources[0]),
+    _soup(states, sources[0]),
     tuple(chosen),
     sign * best,
     None if single is None else tuple(sign * s for s in single),
@@ -158,37 +147,39 @@ def greedy(
   )
 
 
+def _order(order, single, count):
+  """The numbers of the models, in the order to try them."""
+  if order is None:
+    # Stable by ascending score, then reversed.
+    return tuple(reversed(np.argsort(single, kind='stable').tolist()))
+  order = tuple(int(k) for k in order)
+  if sorted(order) != list(range(count)):
+    raise errors.ConfigError(
+      f'order must hold each of 0 to {count - 1} once, not {list(order)}.'
+    )
+  return order
+
+
 def _params(source):
   return {path: source.leaf(path) for path in source.specs}
 
 
-@jax.jit
-def _add(total, leaf):
-  return total + numerics.widen(leaf)
-
-
-def _sum(total, params):
-  """Float leaves summed in float32, others of the first model."""
-  if total is None:
-    return {
-      path: numerics.widen(leaf) if numerics.is_averaged(leaf.dtype) else leaf
-      for path, leaf in params.items()
-    }
+def _add(states, params):
+  """The soup with one model more; other than float leaves are the first's."""
   return {
-    path: _add(total[path], leaf)
+    path: _MEAN.add(states and states[path], leaf)
     if numerics.is_averaged(leaf.dtype)
-    else total[path]
+    else (leaf if states is None else states[path])
     for path, leaf in params.items()
   }
 
 
-def _mean(total, count, source):
+def _soup(states, source):
   leaves = {}
-  for path, leaf in total.items():
+  for path, state in states.items():
     dtype = source.specs[path].dtype
-    if numerics.is_averaged(dtype):
-      leaf = (leaf / count).astype(jax.dtypes.canonicalize_dtype(dtype))
-    leaves[path] = leaf
+    averaged = numerics.is_averaged(dtype)
+    leaves[path] = _MEAN.result(state, dtype) if averaged else state
   return _tree(leaves, source)
 
 

@@ -145,7 +145,9 @@ def single(
   return Patch(at(base_model, tuned, best.point[0]), best.point, log)
 
 
-def at(base_model, tuned, alpha: float) -> typing.Tree:
+def at(
+  base_model: typing.Tree, tuned: typing.Tree, alpha: float
+) -> typing.Tree:
   """The model at one alpha; exact copies at 0 and 1."""
   return in_memory.merge(
     [tuned], mean.interpolate(alpha=alpha), base=base_model
@@ -168,7 +170,7 @@ def _check_frozen(base_model, tuned, pattern):
     if not np.array_equal(np.asarray(before[path]), np.asarray(after[path]))
   ]
   if moved:
-    raise errors.ConfigError(
+    raise errors.StructureError(
       'These parameters should have been frozen while fine-tuning, yet they '
       f'moved:\n{errors.listed(moved)}'
     )

@@ -53,7 +53,7 @@ def extract(
   specs = tree_lib.specs(params)
   layer = layer or models.family_of(module).features_layer(specs)
   if layer not in specs:
-    raise errors.DataError(errors.near(layer, specs, 'parameter'))
+    raise errors.ConfigError(errors.near(layer, specs, 'parameter'))
 
   @jax.jit
   def pooled(params, batch):
@@ -92,7 +92,7 @@ def features_of(
     module, params, batch, pool, wanted=lambda path: path == layer
   )
   if layer not in found:
-    raise errors.DataError(
+    raise errors.ConfigError(
       f'{layer} was not seen at work; name another kernel with `layer`.'
     )
   return found[layer]

@@ -68,7 +68,7 @@ def rank(
       whose features or answers are not finite (it is named).
   """
   if score not in SCORES:
-    raise errors.DataError(errors.near(score, SCORES, 'ranking score'))
+    raise errors.ConfigError(errors.near(score, SCORES, 'ranking score'))
   labels, result = {}, {}
   for name, module, params in rows:
     # What targets are is for the first model's family to say.
@@ -80,7 +80,7 @@ def rank(
       try:
         found = _score(module, params, batches, labels[task], score)
       except errors.UserError as error:
-        raise errors.DataError(f'{name}, {task}: {error.message}') from error
+        raise error.at(f'{name}, {task}') from error
       result[name][task] = found
   return result
 

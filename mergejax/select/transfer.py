@@ -119,7 +119,7 @@ def h_score(features: Any, labels: Any, *, shrinkage: float = 0.0) -> float:
   if not np.isfinite(features).all():
     raise errors.DataError('Some features are not finite.')
   if not 0 <= shrinkage <= 1:
-    raise errors.DataError(f'shrinkage must be in [0, 1], not {shrinkage}.')
+    raise errors.ConfigError(f'shrinkage must be in [0, 1], not {shrinkage}.')
   # The score does not depend on the scale; squares of huge numbers do.
   features = features / (np.abs(features).max() or 1.0)
   centred = features - features.mean(axis=0)

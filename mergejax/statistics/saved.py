@@ -106,7 +106,7 @@ def load(path: os.PathLike | str) -> Statistics:
 
 def _spec_of(settings, names) -> statistic_specs.StatisticSpec | None:
   """What statistic leaves of these names are; None if that is not known."""
-  record = settings.pop(_SPEC, None)
+  record = settings.get(_SPEC)
   if record is not None:
     spec = statistic_specs.read(record)
     return spec if spec.name in names else None
@@ -205,13 +205,13 @@ def combine(
   """
   spec = parts[0].spec
   if any(part.spec != spec for part in parts) or not spec.combines:
-    raise errors.DataError(
+    raise errors.ConfigError(
       'Only Gram statistics, and others that say so, combine: a Fisher merge '
       'rescales each model.'
     )
   weights = [1.0] * len(parts) if weights is None else list(weights)
   if len(weights) != len(parts):
-    raise errors.DataError(
+    raise errors.ConfigError(
       f'{len(weights)} weight(s) for {len(parts)} statistics: one for each.'
     )
   paths = [set(part) for part in parts]

@@ -151,7 +151,9 @@ def survey(
     [[5.0]]
   """
   if not models:
-    raise errors.DataError('A survey needs at least one model beside the base.')
+    raise errors.ConfigError(
+      'A survey needs at least one model beside the base.'
+    )
   stores = [_store(m, f'model {i}') for i, m in enumerate(models)]
   origin = _store(base, 'the base')
   specs = origin.specs()

@@ -92,10 +92,13 @@ def placer(
     divide over the mesh.
   """
   layouts = {}
+  if local_rows:
+    # A slice of `data` that several processes share is read by each of them.
+    rules = rules.replace(activations={'batch': 'data'})
 
   def layout(name, leaf):
     shape = np.shape(leaf)
-    if (name, shape) not in layouts:
+    if shape not in layouts:
       axes = ('batch',) + (None,) * (len(shape) - 1) if shape else ()
       rows = (
         shape[0] * (data_shard(mesh)[1] if local_rows else 1) if shape else 0
@@ -106,10 +109,10 @@ def placer(
           f'{name} of a batch has {rows} rows, which do not divide over '
           f'{size} data slices of the mesh.'
         )
-      layouts[name, shape] = partition.sharding(
+      layouts[shape] = partition.sharding(
         mesh, axes, (rows, *shape[1:]), rules.activations
       )
-    return layouts[name, shape]
+    return layouts[shape]
 
   def place(batch):
     placed = {}

@@ -126,7 +126,7 @@ class Checkpoints:
       raise errors.ConfigError(
         f'Step {step} in {self._directory} does not fit this run '
         f'({str(error).splitlines()[0][:200]}). It was made by another model, '
-        'optimizer or number of experts: choose another folder, or remove it.'
+        'optimizer, step transforms or number of experts: choose another folder, or remove it.'
       ) from error
     return state_lib.TrainState(**restored['state']), restored['data']
 

@@ -19,6 +19,16 @@ from mergejax.training import checkpoints as checkpoints_lib
 _MEAN = 'mean'
 
 
+def compiled(
+  evaluator: Callable[[typing.Tree], Mapping[str, Any]],
+) -> Callable[[typing.Tree], Mapping[str, Any]]:
+  """A function of parameters; an evaluator (`score`, `data`) as a program."""
+  if not hasattr(evaluator, 'score'):
+    return evaluator
+  score = jax.jit(evaluator.score)
+  return lambda params: score(params, evaluator.data)
+
+
 class evaluate(callbacks.Callback):  # pylint: disable=invalid-name
   """Asks a function for scores of the parameters; a callback.
 
@@ -38,7 +48,8 @@ class evaluate(callbacks.Callback):  # pylint: disable=invalid-name
     """Makes the callback.
 
     Args:
-      fn: `params -> {task: score}`, or nested; every process calls it.
+      fn: `params -> {task: score}`, or nested; every process calls it. Or an
+        evaluator, as a suite of tasks gives: its `score` is compiled.
       every: steps between two evaluations; the last step always has one.
       averages: names of step transforms, such as 'ema', whose parameters are
         evaluated beside the live ones.
@@ -55,7 +66,7 @@ class evaluate(callbacks.Callback):  # pylint: disable=invalid-name
       raise errors.ConfigError(
         f'every must be a whole number of 1 or more, not {every!r}.'
       )
-    self._fn = fn
+    self._fn = compiled(fn)
     self._every = every
     self._averages = tuple(averages)
     self._keep_best = keep_best

@@ -111,6 +111,10 @@ class IterableStream:
     """The position."""
     return str(self._taken).encode()
 
+  def gather(self, states: Sequence[bytes]) -> None:
+    """Takes what an earlier run took, of which all processes took the same."""
+    self.restore(states[0])
+
   def restore(self, state: bytes) -> None:
     """Takes what an earlier run took."""
     while self._taken < int(state):

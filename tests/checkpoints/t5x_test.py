@@ -48,7 +48,9 @@ class T5xTest(parameterized.TestCase):
 
   def test_bfloat16(self):
     store = mj.open_checkpoint(FOLDER / 't5x_legacy_bf16')
-    for path, leaf in tree_lib.flatten(store.read()).items():
+    leaves = tree_lib.flatten(store.read())
+    self.assertEqual({*leaves}, {*expected()})
+    for path, leaf in leaves.items():
       self.assertEqual(leaf.dtype.name, 'bfloat16')
       np.testing.assert_array_equal(leaf, expected()[path].astype(leaf.dtype))
 

@@ -184,7 +184,7 @@ class ArraysTest(parameterized.TestCase):
     np.testing.assert_array_equal(next(again)['x'], next(first)['x'])
     with self.assertRaisesRegex(errors.UserError, message):
       arrays.ArrayStream(**settings | changes).restore(first.state())
-    with self.assertRaises(errors.UserError):
+    with self.assertRaisesRegex(errors.UserError, 'arrays: None there'):
       again.restore(b'3')
 
 

@@ -19,6 +19,7 @@ from mergejax import partition
 from mergejax.core import errors
 from mergejax.core import tree
 from mergejax.experts import branch
+from mergejax.merging import on_mesh
 from mergejax.methods import arithmetic
 from mergejax.methods import ties
 from mergejax.training import optim
@@ -127,7 +128,7 @@ class BranchTest(parameterized.TestCase):
     _, state, *_ = side_by_side.build(mesh)
     from mergejax.methods import mean
 
-    merge = jax.jit(lambda p: branch.merge_experts(p, mean.linear()))
+    merge = jax.jit(lambda p: on_mesh.merge_experts(p, mean.linear()))
     hlo = merge.lower(state.params).compile().as_text()
     self.assertTrue(
       any(len(g) >= 4 for one in replica_groups(hlo) for g in one)
@@ -148,7 +149,7 @@ class BranchTest(parameterized.TestCase):
     base = None if base is None else tree(base)
     for method in (arithmetic.task_arithmetic(), ties.ties()):
       with self.assertRaisesRegex(errors.UserError, message):
-        branch.merge_experts(tree(shapes), method, base=base)
+        on_mesh.merge_experts(tree(shapes), method, base=base)
 
   @parameterized.named_parameters(
     ('adafactor', optim.adafactor(0.05)),

@@ -62,7 +62,7 @@ def main(branches, data, *distributed):
 
     first.join_processes(coordinator, int(processes), int(index))
   from mergejax import partition
-  from mergejax.experts import branch
+  from mergejax.merging import on_mesh
   from mergejax.methods import mean
 
   mesh = partition.make_mesh(branch=int(branches), data=int(data))
@@ -71,7 +71,7 @@ def main(branches, data, *distributed):
   for _ in range(10):
     state, metrics = step(state, place(next(stream)))
     losses.append(partition.to_host(metrics['loss']).tolist())
-  merged = jax.jit(lambda p: branch.merge_experts(p, mean.linear()))(
+  merged = jax.jit(lambda p: on_mesh.merge_experts(p, mean.linear()))(
     state.params
   )
   norm = jnp.sqrt(sum(jnp.sum(x**2) for x in jax.tree.leaves(merged)))

@@ -15,8 +15,8 @@ import numpy as np
 import mergejax as mj
 from mergejax import partition
 from mergejax.checkpoints import base as store_base
-from mergejax.experts import branch
 from mergejax.merging import finite
+from mergejax.merging import on_mesh
 from mergejax.methods import mean
 from mergejax.methods import named
 from mergejax.methods import ties
@@ -113,7 +113,7 @@ class InputsTest(parameterized.TestCase):
     stacked['w'][2, 0, 0] = np.nan
     for method in (mean.linear(), ties.ties()):
       with self.assertRaisesRegex(mj.UserError, 'model 2: w has 1 .*, of 8'):
-        branch.merge_experts(stacked, method, base=full(0))
+        on_mesh.merge_experts(stacked, method, base=full(0))
 
   def test_what_jit_traces_goes_through(self):
     merge = jax.jit(lambda m: mj.merge([m, full(1)], 'linear')['w'])
@@ -162,7 +162,7 @@ class ResultsTest(parameterized.TestCase):
   def test_experts_side_by_side(self):
     stacked = jax.tree.map(lambda x: np.stack([x, x]), full(4e4, np.float16))
     with self.assertRaisesRegex(mj.UserError, 'w: 8 number.*float16'):
-      branch.merge_experts(stacked, mean.linear(normalize=False))
+      on_mesh.merge_experts(stacked, mean.linear(normalize=False))
 
 
 if __name__ == '__main__':

@@ -15,7 +15,7 @@ import numpy as np
 
 import mergejax as mj
 from mergejax.core import tree
-from mergejax.experts import branch
+from mergejax.merging import on_mesh
 from mergejax.methods import masks
 from mergejax.methods import named
 
@@ -126,7 +126,7 @@ class ScannedTest(parameterized.TestCase):
     laws_test.assert_close(tree.flatten(merged), expected, 1e-7)
     method = named.resolve(row.name, **row.options)
     if row.stats is None:
-      side_by_side = branch.merge_experts(
+      side_by_side = on_mesh.merge_experts(
         jax.tree.map(lambda *own: np.stack(own), *(s.read() for s in stores)),
         method,
         base=opened('base').read()
@@ -167,7 +167,7 @@ class ScannedTest(parameterized.TestCase):
     laws_test.assert_close(merged, expected, 1e-7)
     if row.stats is None:
       method = named.resolve(row.name, **row.options)
-      side_by_side = branch.merge_experts(
+      side_by_side = on_mesh.merge_experts(
         jax.tree.map(lambda *leaves: np.stack(leaves), *scanned),
         method,
         base=origin if row.base or method.base == 'required' else None,

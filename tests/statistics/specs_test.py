@@ -112,7 +112,6 @@ class SpecsTest(parameterized.TestCase):
       loaded = statistics.load(path)
       self.assertEqual(loaded.spec, MOMENTS)
       self.assertEqual(loaded.kind, 'moments')
-      self.assertNotIn('statistic', loaded.settings)
       wanted = np.stack([x.mean(axis=0), np.square(x).mean(axis=0)], axis=-1)
       np.testing.assert_allclose(
         loaded['kernel']['moments'], wanted, rtol=1e-5, atol=1e-6

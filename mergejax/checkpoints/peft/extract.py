@@ -74,7 +74,7 @@ def extract_lora(
     UserError: differing architectures, nothing to extract, a rank below 1.
   """
   if rank < 1:
-    raise errors.CheckpointError(f'The rank must be 1 or more, not {rank}.')
+    raise errors.ConfigError(f'The rank must be 1 or more, not {rank}.')
   stores = [checkpoint.open_weights(path) for path in (base, model)]
   specs = stores[0].specs()
   tree.check_same(
@@ -92,7 +92,7 @@ def extract_lora(
     and (match != KERNELS or not _HEADS.fullmatch(path))
   ]
   if not kernels:
-    raise errors.CheckpointError(
+    raise errors.ConfigError(
       f'No matrix of {stores[0].name} matches {match!r}. `mergejax inspect` '
       "lists its parameters; adapters in PEFT's format are of kernels called "
       '`....weight`, and not of embedding tables.'

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adapters in PEFT's format as models: folded into their base leaf by leaf."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import functools
 import os
 import pathlib
@@ -143,7 +143,7 @@ class AdapterStore(base.ParamStore):
   def specs(self) -> typing.SpecTree:
     return self._specs
 
-  def files(self):
+  def files(self) -> list[pathlib.Path]:
     return [
       *self._model.files(), *self._adapter.files(), self._folder / CONFIG
     ]  # fmt: skip
@@ -159,7 +159,7 @@ class AdapterStore(base.ParamStore):
       spec = next(s for s in specs.values() if s.dtype.kind not in 'iub')
     return spec.dtype
 
-  def leaves(self, paths):
+  def leaves(self, paths: list[typing.Path]) -> Mapping[typing.Path, Any]:
     result = {}
     for path in paths:
       if path in self._saved:

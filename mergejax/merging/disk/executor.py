@@ -32,6 +32,7 @@ from mergejax.core import checksums
 from mergejax.core import errors
 from mergejax.core import identity as identity_lib
 from mergejax.core import stop as stop_lib
+from mergejax.merging import engine
 from mergejax.merging.disk import pieces
 from mergejax.merging.disk import plans
 from mergejax.merging.disk import programs
@@ -272,7 +273,7 @@ class _Execution:
     before = total - sum(task.spec.nbytes for task in tasks)
     state = {'bytes': before}
     local, lock = threading.local(), threading.Lock()
-    notes = self._tree_looks(tasks)
+    contexts = self._tree_passes(tasks)
     place = {}
     with contextlib.ExitStack() as stack:
       for shard in self._shards:
@@ -300,9 +301,9 @@ class _Execution:
             local.buffers = {}
           leaf = pieces.Leaf(self._plan, task, local.buffers, self._timers)
           if task.settings is not None:
-            if task.path in notes:
-              leaf.contexts = notes[task.path]
-            leaf.first_pass()
+            if task.path in contexts:
+              leaf.contexts = contexts[task.path]
+            leaf.first_passes()
           leaf.merge(write)
         else:
           pieces.merge_whole(self._plan, task, write, self._timers)
@@ -324,39 +325,26 @@ class _Execution:
           pool.shutdown(cancel_futures=True)
           raise
 
-  def _tree_looks(self, left) -> dict[str, list]:
-    """Marks of parameters after the looks that take in the whole model."""
+  def _tree_passes(self, left) -> dict[str, list]:
+    """Contexts of parameters after the passes over the whole model."""
     if not left:
       return {}
     tasks = [t for t in self._plan.tasks if t.settings is not None]
     groups: dict[programs.Settings, list] = {}
     for task in tasks:
       groups.setdefault(task.settings, []).append(task)
-    notes = {}
-    for group in groups.values():
-      first_passes = group[0].settings.method.first_passes
-      if not any(first_pass.scope == 'tree' for first_pass in first_passes):
+    contexts = {}
+    for settings, group in groups.items():
+      method = settings.method
+      if not any(one.scope == 'tree' for one in method.first_passes):
         continue
       buffers: dict = {}
       leaves = [
         pieces.Leaf(self._plan, task, buffers, self._timers) for task in group
       ]
-      for i, first_pass in enumerate(first_passes):
-        if first_pass.scope != 'tree':
-          continue
-        if first_pass.ranks is not None:
-          found = pieces.rank(i, leaves)
-        else:
-          combine = np.maximum if first_pass.combine == 'max' else np.add
-          total = None
-          for leaf in leaves:
-            own = leaf.total(i)
-            total = own if total is None else jax.tree.map(combine, total, own)  # fmt: skip
-          found = [total] * len(leaves)
-        for leaf, own in zip(leaves, found):
-          leaf.note(i, own)
-      notes.update({t.path: leaf.contexts for t, leaf in zip(group, leaves)})
-    return notes
+      engine.run_first_passes(method, leaves, 'tree', pieces.rank)
+      contexts.update({t.path: leaf.contexts for t, leaf in zip(group, leaves)})
+    return contexts
 
   # After ---------------------------------------------------------------------
 

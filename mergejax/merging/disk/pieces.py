@@ -1,8 +1,8 @@
 # Copyright 2026 The mergejax Authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Merging one leaf piece by piece: looks that add up, then one compiled call.
+"""Merging one leaf piece by piece: first passes that add up, then one call.
 
-A leaf never has to be in memory whole. Looks without ranks are sums over
+A leaf never has to be in memory whole. First passes without ranks are sums over
 pieces; exact ranks come from a bracket around the wanted one: a sample says
 roughly where it lies, one pass counts what is above and keeps the few scores
 inside. Then the whole method runs on each piece in one compiled program.
@@ -19,10 +19,10 @@ import numpy as np
 
 from mergejax.core import errors
 from mergejax.core import numerics
+from mergejax.merging import engine
 from mergejax.merging import finite
 from mergejax.merging import given
 from mergejax.merging import in_memory
-from mergejax.merging import parts
 from mergejax.merging.disk import plans
 from mergejax.merging.disk import ranks as ranks_lib
 from mergejax.methods import base as base_lib
@@ -204,7 +204,7 @@ class Leaf:
     )  # fmt: skip
 
   def scores(self, i: int, piece: Piece) -> list[np.ndarray]:
-    """The scores that look `i` gives the elements of a piece."""
+    """The scores that first pass `i` gives the elements of a piece."""
     found = self._call('measure', i, self._load(piece), piece.start)
     return [score.reshape(-1)[: piece.count] for score in found]
 
@@ -217,7 +217,7 @@ class Leaf:
       target[:count] = array
     return [s[:count] for s in self._call('measure', i, self._roles(room))]
 
-  def place(self, i: int, piece: Piece, brackets) -> tuple[Any, Any, Any]:
+  def bracketed(self, i: int, piece: Piece, brackets) -> tuple[Any, Any, Any]:
     """Where the scores of a piece lie to brackets, and those inside.
 
     Returns:
@@ -248,7 +248,7 @@ class Leaf:
     return places, index, values
 
   def sample(self, i: int) -> list[np.ndarray]:
-    """Some of the scores of look `i`, spread over the leaf."""
+    """Some of the scores of first pass `i`, spread over the leaf."""
     found = []
     for piece in self.pieces():
       if self.method.view != 'element':
@@ -280,18 +280,19 @@ class Leaf:
     return arrays
 
   def total(self, i: int) -> Any:
-    """What look `i` finds, added up in float64 over the pieces."""
+    """What first pass `i` finds, added up in float64 over the pieces."""
     first_pass = self.method.first_passes[i]
-    combine = np.maximum if first_pass.combine == 'max' else np.add
     total = None
     for piece in self.pieces():
       found = self._call('measure', i, self._load(piece), piece.start)
       found = jax.tree.map(_widest, found)
-      total = found if total is None else jax.tree.map(combine, total, found)
+      if total is not None:
+        found = engine.combined(first_pass, total, found)
+      total = found
     return total
 
-  def note(self, i: int, found: Any) -> None:
-    """Adds what look `i` concludes to the marks."""
+  def conclude(self, i: int, found: Any) -> None:
+    """Adds what first pass `i` concludes to the contexts."""
     first_pass = self.method.first_passes[i]
     found = jax.tree.map(_narrow, found)
     if first_pass.ranks is None:
@@ -302,17 +303,11 @@ class Leaf:
     else:
       notes = first_pass.conclude(found, self.contexts, list(self._weights))
     notes = jax.tree.map(np.asarray, list(notes))
-    self.contexts = parts.with_notes(self.contexts, notes)
+    self.contexts = engine.with_notes(self.contexts, notes)
 
-  def first_pass(self) -> None:
-    """Runs every look whose scope is this leaf."""
-    for i, first_pass in enumerate(self.method.first_passes):
-      if first_pass.scope == 'leaf':
-        if first_pass.ranks is None:
-          self.note(i, self.total(i))
-        else:
-          (found,) = rank(i, [self])
-          self.note(i, found)
+  def first_passes(self) -> None:
+    """Runs every first pass over this leaf alone."""
+    engine.run_first_passes(self.method, [self], 'leaf', rank)
 
   def merge(self, write: Callable[[int, np.ndarray], None]) -> None:
     """Merges every piece and hands it over: `write(start, array)`."""
@@ -374,22 +369,22 @@ def merge_whole(
   def compute():
     method, path, spec = task.settings.method, task.path, task.spec
     run = in_memory.Run(method, task.weights, {path: spec}, plan.recipe.seed)
-    own = run.look_at_leaf(run.parts(path, leaves, base, stats))
-    merged = run.finish({path: own})[path]
+    merged = run.finish({path: run.laid(path, leaves, base, stats)})[path]
     merged = finite.stored(path, merged, spec.dtype, method.statistics)
     return np.asarray(merged).reshape(-1)
 
   timers.timed('write', write, 0, timers.timed('compute', compute))
 
 
-def rank(i: int, leaves: Sequence[Leaf]) -> list[list[list[numerics.Cut]]]:
-  """Exact ranks of look `i` over leaves together: `[leaf][score][rank]` cuts."""
+def rank(
+  i: int, leaves: Sequence[Leaf], wanted: Sequence[Sequence[Any]]
+) -> list[list[list[numerics.Cut]]]:
+  """Exact ranks of first pass `i` over leaves together; see `engine.Cuts`."""
   starts = np.cumsum([0] + [leaf.size for leaf in leaves])
   size = int(starts[-1])
   sample = [
     np.concatenate(own) for own in zip(*(leaf.sample(i) for leaf in leaves))
   ]
-  wanted = leaves[0].method.first_passes[i].ranks(size, leaves[0].contexts)
   rankers = [
     [ranks_lib.Ranker(size, r, one) for r in ranks]
     for ranks, one in zip(wanted, sample)
@@ -404,7 +399,7 @@ def rank(i: int, leaves: Sequence[Leaf]) -> list[list[list[numerics.Cut]]]:
       piece = next(
         p for p in leaves[number].pieces() if p.start + starts[number] == start
       )
-      return leaves[number].place(i, piece, brackets)[0][s][j]
+      return leaves[number].bracketed(i, piece, brackets)[0][s][j]
 
     return run
 
@@ -419,7 +414,7 @@ def rank(i: int, leaves: Sequence[Leaf]) -> list[list[list[numerics.Cut]]]:
     kept = {}
     for number, leaf in enumerate(leaves):
       for piece in leaf.pieces():
-        places, index, values = leaf.place(i, piece, brackets)
+        places, index, values = leaf.bracketed(i, piece, brackets)
         start = piece.start + int(starts[number])
         if size <= plans.RESIDENT * plans.PIECE:
           kept[start] = places

@@ -80,12 +80,9 @@ def _program(
       offset,
     )
     if stage == 'merge':
-      merged = parts.run_triple(built, {'': [part]}, list(weights))[''][0]
+      merged = parts.run_triple(built, {'': part}, list(weights))['']
       return merged.astype(jax.dtypes.canonicalize_dtype(number))
-    own = [jnp.asarray(w, part.leaves[0].dtype) for w in weights]
-    found = built.first_passes[number].measure(
-      part.leaves, part.base, part.placed(), own
-    )
+    found = parts.measure(built.first_passes[number], part, list(weights))
     if stage == 'measure':
       return found
     small = lambda mask: mask.astype(jnp.uint8)

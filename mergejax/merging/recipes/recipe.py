@@ -211,7 +211,7 @@ def load_recipe(path: os.PathLike | str, *, imports: bool = True) -> Recipe:
   try:
     return parse_recipe(data, imports=imports)
   except errors.UserError as error:
-    raise errors.RecipeError(f'{path}: {error.message}') from error
+    raise error.at(path) from error
 
 
 def parse_recipe(data: Any, *, imports: bool = True) -> Recipe:
