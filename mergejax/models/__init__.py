@@ -6,49 +6,25 @@ Each name loads where it is first used: merging other libraries' models needs
 no linen.
 """
 
-import importlib
+from mergejax.core import lazy
 
-# public name -> module of this package
 _PUBLIC = {
-  'Classifier': 'classifier',
-  'Conversion': 'base',
-  'ModelFamily': 'base',
-  'Outputs': 'base',
-  'axes': 'loading',
-  'build': 'registry',
-  'conversion': 'registry',
-  'describe': 'registry',
-  'family_class': 'registry',
-  'family_for': 'registry',
-  'family_of': 'registry',
-  'is_converted': 'loading',
-  'load_model': 'loading',
-  'load_module': 'loading',
-  'names': 'registry',
-  'register': 'registry',
-  # What training and evaluation still call.
-  'BATCH_STATS': 'legacy',
-  'check_batch': 'legacy',
-  'given_weights': 'legacy',
-  'init_params': 'legacy',
-  'logits': 'legacy',
-  'param_specs': 'legacy',
-  'target_weights': 'legacy',
-  'targets': 'legacy',
-  'training_logits': 'legacy',
+  'Classifier': ('mergejax.models.classifier', 'Classifier'),
+  'Conversion': ('mergejax.models.base', 'Conversion'),
+  'ModelFamily': ('mergejax.models.base', 'ModelFamily'),
+  'Outputs': ('mergejax.models.base', 'Outputs'),
+  'axes': ('mergejax.models.loading', 'axes'),
+  'build': ('mergejax.models.registry', 'build'),
+  'conversion': ('mergejax.models.registry', 'conversion'),
+  'describe': ('mergejax.models.registry', 'describe'),
+  'family_class': ('mergejax.models.registry', 'family_class'),
+  'family_for': ('mergejax.models.registry', 'family_for'),
+  'family_of': ('mergejax.models.registry', 'family_of'),
+  'is_converted': ('mergejax.models.loading', 'is_converted'),
+  'load_model': ('mergejax.models.loading', 'load_model'),
+  'load_module': ('mergejax.models.loading', 'load_module'),
+  'names': ('mergejax.models.registry', 'names'),
+  'register': ('mergejax.models.registry', 'register'),
 }
 
-__all__ = sorted(_PUBLIC)
-
-
-def __getattr__(name):
-  if name not in _PUBLIC:
-    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-  module = importlib.import_module(f'{__name__}.{_PUBLIC[name]}')
-  value = getattr(module, name)
-  globals()[name] = value
-  return value
-
-
-def __dir__():
-  return __all__
+__getattr__, __dir__, __all__ = lazy.attach(__name__, _PUBLIC)

@@ -33,7 +33,7 @@ def tiny():
       mlp_dim=8,
   )  # fmt: skip
   module = lm.LanguageModel(config)
-  return module, models.init_params(module, jax.random.key(0))
+  return module, models.family_of(module).init(jax.random.key(0))
 
 
 def run_of(*, steps=1, **settings):

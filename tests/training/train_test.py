@@ -46,7 +46,9 @@ def setup(**changes):
   optimizer = optim.adafactor(0.1)
   key = jax.random.key(0)
   step = step_lib.make_step(module, optimizer)
-  return step.init(models.init_params(module, key), key), jax.jit(step.update)
+  return step.init(models.family_of(module).init(key), key), jax.jit(
+    step.update
+  )
 
 
 def same_bits(a, b):
