@@ -76,9 +76,8 @@ def _opened(path):
 def _stored_axes(path, store):
   """Axes from beside the weights, else what the names of the family tell."""
   places = [path]
-  if not shards.is_here(path) and orbax.locate(path) is not None:
-    # Of a step, or of the last step of a run.
-    item = orbax.locate(path)
+  item = None if shards.is_here(path) else orbax.locate(path)
+  if item is not None:  # of a step, or of the last step of a run
     places = [item, item.parent, path]
   for place in places:
     found = axes_file.find(place)

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 import dataclasses
 import math
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -67,7 +67,7 @@ def logical_axes(
   """
   unknown = [path for path, spec in specs.items() if spec.axes is None]
   # A table serves many architectures: a rule that a model does not use is fine.
-  used = [
+  used: list[Any] = [
     rule for rule in rules if any(_matches(rule[0], path) for path in unknown)
   ]
   found = tree.apply_rules(used, unknown, 'logical axes')

@@ -28,7 +28,7 @@ class Scored:
     batches = suite.batches(name, split)
     self._task = suite.tasks[name]
     self._batches, self._scorers = {self._task.kind: batches}, {}
-    self._generated = None
+    self._generated: Any = None
     if self._task.metric in generated.NAMES:
       self._generated = suite.by_generation(name, split)
 

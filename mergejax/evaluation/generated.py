@@ -153,7 +153,8 @@ class Generated:
       self._scorers[family.module] = metrics.make_scorer(family, 'loss')
     nats, _ = self._scorers[family.module](params, batches)
     real = np.concatenate([_real(family, batch) for batch in batches])
-    return (-np.sum(nats, axis=1, dtype=np.float64)[real]).tolist()
+    sums = np.asarray(np.sum(nats, axis=1, dtype=np.float64))
+    return (-sums[real]).tolist()
 
   def _target(self, example):
     text = example.get('targets_pretokenized')
@@ -220,5 +221,5 @@ def _plain_numbers(found):
     value = getattr(value, 'value', value)  # of a seqio.metrics.Scalar
     if isinstance(value, numbers.Number) or np.shape(value) == ():
       if not isinstance(value, (str, bytes)):
-        result[name] = float(value)
+        result[name] = float(np.asarray(value))
   return result

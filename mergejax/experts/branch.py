@@ -141,7 +141,7 @@ class BranchTrainer(trainer.Trainer):
     check_experts(len(self.experts), self.mesh)
 
   def expand(self, state):
-    return branch_state(state, len(self.experts))
+    return branch_state(state, len(self.experts or ()))
 
   def map(self, fn):
     return map_experts(fn, self.mesh, batched=self._batched)

@@ -53,7 +53,7 @@ def extract(
   specs = tree_lib.specs(params)
   layer = layer or models.family_of(module).features_layer(specs)
   if layer not in specs:
-    raise errors.ConfigError(errors.near(layer, specs, 'parameter'))
+    raise errors.ConfigError(errors.near(str(layer), specs, 'parameter'))
 
   @jax.jit
   def pooled(params, batch):
