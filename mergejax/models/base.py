@@ -325,13 +325,17 @@ class ModelFamily:
     beside = {n: made[n] for n in self.collections if n in made}
     return {**made['params'], **beside}
 
-  def specs(self) -> typing.SpecTree:
+  def specs(self, shapes: typing.Tree | None = None) -> typing.SpecTree:
     """`{path: LeafSpec}` with logical axes, without making a parameter.
+
+    Args:
+      shapes: of `init`, where the caller has them: the model is not traced.
 
     Raises:
       StructureError: the family names axes, but not those of some parameter.
     """
-    shapes = jax.eval_shape(lambda: self.init(jax.random.key(0)))
+    if shapes is None:
+      shapes = jax.eval_shape(lambda: self.init(jax.random.key(0)))
     found = tree.specs(shapes)
     if not self.axes:
       return found

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A stream over arrays in memory: for notebooks and small data."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 import functools
 import hashlib
 import json
@@ -72,21 +72,6 @@ class ArrayStream:
   def state(self) -> bytes:
     """The position."""
     return json.dumps({'position': self._position, **self._identity}).encode()
-
-  def gather(self, states: Sequence[bytes]) -> None:
-    """Continues from what all processes of an earlier run saved.
-
-    Every process gave whole batches of the same arrays, or of its own.
-
-    Raises:
-      UserError: none of them is a position in these arrays.
-    """
-    mine = [
-      state
-      for state in states
-      if self._identity.items() <= json.loads(state).items()
-    ]
-    self.restore(mine[0] if mine else states[0])
 
   def restore(self, state: bytes) -> None:
     """Continues from a saved position.

@@ -111,21 +111,53 @@ class IterableStream:
     """The position."""
     return str(self._taken).encode()
 
-  def gather(self, states: Sequence[bytes]) -> None:
-    """Takes what an earlier run took, of which all processes took the same."""
-    self.restore(states[0])
-
   def restore(self, state: bytes) -> None:
     """Takes what an earlier run took."""
     while self._taken < int(state):
       next(self)
 
 
-def of(batches: Any) -> Any:
-  """A stream with a position, of a stream or of any iterable of batches."""
-  if all(hasattr(batches, name) for name in ('state', 'restore', '__next__')):
-    return batches
-  return IterableStream(batches)
+class WholeStream:
+  """A stream of which every process gives the same, whole batches.
+
+  So any process continues from what any process saved, in any number.
+  """
+
+  def __init__(self, stream: Any):
+    self._stream = stream
+
+  def __next__(self) -> Mapping[str, Any]:
+    return next(self._stream)
+
+  def __str__(self) -> str:
+    return str(self._stream)
+
+  def state(self) -> bytes:
+    """The position."""
+    return self._stream.state()
+
+  def restore(self, state: bytes) -> None:
+    """Continues from a saved position."""
+    self._stream.restore(state)
+
+  def gather(self, states: Sequence[bytes]) -> None:
+    """Continues from what all processes of an earlier run saved."""
+    self._stream.restore(states[0])
+
+
+def of(batches: Any, *, whole: bool = False) -> Any:
+  """A stream with a position, of a stream or of any iterable of batches.
+
+  Args:
+    batches: either.
+    whole: every process gives the same batches, see `WholeStream`.
+  """
+  stream = batches
+  if not all(hasattr(stream, n) for n in ('state', 'restore', '__next__')):
+    stream = IterableStream(batches)
+  if whole and not hasattr(stream, 'gather'):
+    stream = WholeStream(stream)
+  return stream
 
 
 def restore(stream: Any, states: Sequence[bytes]) -> None:

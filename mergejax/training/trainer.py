@@ -85,6 +85,7 @@ class Trainer:
     self.mesh = partition.make_mesh() if mesh is None else mesh
     self.rules = rules or partition.ShardingRules()
     self.optimizer = optimizer
+    self._fresh = jax.jit(self.family.init)
     self._transforms = tuple(transforms)
     self._callbacks = tuple(callbacks)
     self._settings = {
@@ -133,7 +134,9 @@ class Trainer:
     """
     loop.check_numbers(steps=steps, save_every=save_every, log_every=log_every)
     key = jax.random.key(0) if key is None else key
-    stream = streams.of(batches)
+    # Of experts, and of rows of its own, each process gives others.
+    whole = not local_rows and not self.lead
+    stream = streams.of(batches, whole=whole)
     step = self.step(steps)
     layout = self.layout(step)
     directory = None if directory is None else pathlib.Path(directory)
@@ -178,8 +181,9 @@ class Trainer:
 
   @functools.cached_property
   def specs(self) -> typing.SpecTree:
-    """What the parameters are, found out once: it traces the model."""
-    return self.family.specs()
+    """What the parameters are, with logical axes."""
+    # Traced here and compiled in `init`, the model is read once for both.
+    return self.family.specs(jax.eval_shape(self._fresh, jax.random.key(0)))
 
   def step(self, steps: int) -> step_lib.Step:
     """The step of one model in a run of `steps` steps."""
@@ -205,7 +209,7 @@ class Trainer:
     if state is not None:
       return self._placed(step, state, layout)
     if params is None:
-      fresh = lambda key: self.expand(step.init(self.family.init(key), key))
+      fresh = lambda key: self.expand(step.init(self._fresh(key), key))
       return partition.init_sharded(fresh, layout, key)
     tree.check_same(
       self.specs, tree.specs(params),
