@@ -35,6 +35,20 @@ class DocsTest(parameterized.TestCase):
     self.assertGreater(result.attempted, 0)
     self.assertEqual(result.failed, 0)
 
+  def test_your_own_model_in_one_file(self):
+    """The program of the README runs, and RegMean knows both tasks."""
+    text = (PACKAGE.parent / 'README.md').read_text()
+    after = text[text.index('## Your own model, in one file') :]
+    program = after.split('```python\n')[1].split('```')[0]
+    self.assertLess(len(program.splitlines()), 60)
+    found = {}
+    exec(compile(program, 'README.md', 'exec'), found)  # pylint: disable=exec-used
+    params = found['models']['regmean']
+    for task, data in found['test'].items():
+      logits = found['family'].logits(params, data)
+      right = np.mean(logits.argmax(-1) == data['labels'])
+      self.assertGreater(right, 0.9, task)
+
 
 if __name__ == '__main__':
   absltest.main()
