@@ -19,6 +19,7 @@ from mergejax import partition
 from mergejax import training
 from mergejax.core import errors
 from mergejax.core import tree
+from mergejax.experts import branch
 from mergejax.nn import t5
 from mergejax.training import checkpoints as checkpoints_lib
 from mergejax.training import objective as objective_lib
@@ -381,6 +382,62 @@ class EvaluationTest(absltest.TestCase):
     )
     lines = (folder / 'metrics.jsonl').read_text().splitlines()
     self.assertEqual([json.loads(line)['step'] for line in lines], [2, 4, 5])
+
+  def test_callbacks_of_two_runs_mix_nothing(self):
+    scores = iter([5.0, 4.0, 3.0, float('nan'), 2.0])
+    best = lambda name: training.evaluate(
+      lambda _: {name: next(scores)}, every=1, keep_best=name
+    )
+    one, jsonl = best('a'), training.callbacks.jsonl()
+    folders = [pathlib.Path(self.create_tempdir().full_path) for _ in range(2)]
+    kept = lambda i: json.loads((folders[i] / 'best.json').read_text())
+    fit = lambda folder, steps, *callbacks: losses_of(
+      mlp(), steps, pictures(), directory=folder, callbacks=callbacks
+    )
+    for i, folder in enumerate(folders):
+      fit(folder, 1, one, jsonl)
+      self.assertEqual(kept(i)['score'], 5.0 - i)
+      self.assertLen((folder / 'metrics.jsonl').read_text().splitlines(), 1)
+    # The score of another task is no rival, and what is no number never best.
+    fit(folders[0], 2, best('b'))
+    self.assertEqual(kept(0), {'step': 2, 'metric': 'b', 'score': 3.0})
+    other = self.create_tempdir().full_path
+    fit(other, 2, best('a'))
+    found = json.loads((pathlib.Path(other) / 'best.json').read_text())
+    self.assertEqual(found, {'step': 2, 'metric': 'a', 'score': 2.0})
+
+  def test_averages_of_experts_are_of_each(self):
+    seen = []
+    transforms = [training.ema(0.5), training.lawa(1, 2)]
+    keep = lambda params: (
+      seen.append(jax.tree.map(np.array, params)) or {'task': 0.0}
+    )
+    callback = training.evaluate(keep, every=2, averages=['ema', 'lawa'])
+    settings = dict(
+      experts='ab', mesh=partition.make_mesh(branch=2, data=4),
+      transforms=transforms,
+    )  # fmt: skip
+    pairs = [pictures(8), pictures(8, 1)]
+    batch = {name: np.stack([one[name] for one in pairs]) for name in pairs[0]}
+    trainer = branch.BranchTrainer(
+      mlp(), optax.sgd(0.2), callbacks=[callback], **settings
+    )
+    trainer.fit([batch] * 2, steps=2)
+    for i, pair in enumerate(pairs):
+      state = training.Trainer(
+        mlp(), optax.sgd(0.2), transforms=transforms
+      ).fit([pair] * 2, steps=2)
+      for each, found in zip(transforms, seen[1:]):
+        alone = each.averaged(state.extras[each.name], state.params)
+        jax.tree.map(
+          lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6),
+          branch.unstack(found, i), alone,
+        )  # fmt: skip
+    best = training.evaluate(keep, every=1, keep_best='task')
+    with self.assertRaisesRegex(errors.ConfigError, '2 experts side by side'):
+      branch.BranchTrainer(
+        mlp(), optax.sgd(0.2), callbacks=[best], **settings
+      ).fit([batch], steps=1, directory=self.create_tempdir().full_path)
 
   def test_an_average_that_nobody_keeps(self):
     callback = training.evaluate(lambda p: {}, every=1, averages=['emma'])
