@@ -18,6 +18,8 @@ from mergejax import models
 from mergejax.core import typing
 from mergejax.training import losses
 
+_PER_SEQUENCE = 'AVERAGE_PER_SEQUENCE'
+
 
 class Objective(Protocol):
   """A number to minimise, and what was found on the way.
@@ -76,6 +78,9 @@ class CrossEntropy:
   def normalizer(self, outputs: models.Outputs) -> jax.Array | None:
     if not isinstance(self.normalizing_factor, str):
       return None
+    if outputs.weights.ndim == 1 and self.normalizing_factor == _PER_SEQUENCE:
+      # One target a row: all rows are one sequence, whose mean it is.
+      return jnp.sum(outputs.weights)
     return jnp.asarray(self._factor(outputs)[0], jnp.float32)
 
   def _factor(self, outputs):

@@ -22,6 +22,7 @@ from mergejax.core import tree
 from mergejax.experts import branch
 from mergejax.nn import t5
 from mergejax.training import checkpoints as checkpoints_lib
+from mergejax.training import losses
 from mergejax.training import objective as objective_lib
 from mergejax.training import step as step_lib
 
@@ -143,6 +144,19 @@ class LayoutsTest(parameterized.TestCase):
     other, _ = losses_of(family, 1, data, key=1)
     self.assertNotEqual(other[0], one[0])
 
+  def test_a_given_state_is_left_as_it_is(self):
+    trainer = training.Trainer(mlp(), optax.sgd(0.1))
+    state = trainer.fit([pictures(8)], steps=1)
+    first, second = [
+      trainer.fit([pictures(8)], steps=2, state=state) for _ in range(2)
+    ]
+    jax.tree.map(np.testing.assert_array_equal, first.params, second.params)
+    other = training.Trainer(
+      mlp(), optax.sgd(0.1), transforms=[training.ema(0.5)]
+    )
+    with self.assertRaisesRegex(errors.StructureError, '- extras/ema/taken'):
+      other.fit([pictures(8)], steps=2, state=state)
+
   def test_rows_that_do_not_divide(self):
     with self.assertRaisesRegex(errors.DataError, '6 rows.* over 8 data'):
       losses_of(mlp(), 1, pictures(), batch_size=6)
@@ -244,7 +258,7 @@ class TransformsTest(parameterized.TestCase):
 
 class GradientsTest(parameterized.TestCase):
   @parameterized.product(
-    kind=['NUM_REAL_TARGET_TOKENS', 'NUM_TOTAL_TARGET_TOKENS', None, 3.0],
+    kind=[*losses.NORMALIZERS, None, 3.0],
     parts=[2, 4],
   )
   def test_parts_of_a_batch_add_up_to_the_whole(self, kind, parts):
@@ -267,6 +281,46 @@ class GradientsTest(parameterized.TestCase):
       )
     for name, value in metrics.items():
       np.testing.assert_allclose(others[name], value, rtol=1e-5, err_msg=name)
+
+  @parameterized.parameters(*losses.NORMALIZERS, None, 3.0)
+  def test_losses_of_the_model_count_once_in_parts_too(self, kind):
+    data = dict(
+      inputs=pictures(8)['images'].reshape(8, -1), labels=pictures(8)['labels']
+    )
+    family = Auxiliary(nn.Dense(3), example=data)
+    params = family.init(jax.random.key(0))
+    objective = objective_lib.cross_entropy(normalizing_factor=kind)
+    found = []
+    for accumulate in (1, 4):
+      step = step_lib.make_step(
+        family, optax.sgd(1.0), objective=objective, accumulate=accumulate
+      )
+      found.append(
+        jax.jit(step.update)(step.init(params, jax.random.key(0)), data)
+      )
+    (whole, metrics), (summed, others) = found
+    for name in params:
+      np.testing.assert_allclose(
+        summed.params[name], whole.params[name], rtol=1e-5, atol=1e-6
+      )
+    for name in ('size', 'grad_norm'):
+      np.testing.assert_allclose(others[name], metrics[name], rtol=1e-5)
+
+  def test_running_statistics_stay_where_told_to(self):
+    module = models.build(
+      dict(model_type='resnet', stages=(1,), channels=(4,), norm='batch',
+           image_shape=(8, 8, 1), classes=3)
+    )  # fmt: skip
+    params = models.family_of(module).init(jax.random.key(0))
+    before = tree.flatten(params)
+    step = step_lib.make_step(
+      module, optax.sgd(0.1), freeze=['batch_stats/stem_norm/.*', 'stem.*']
+    )
+    state = step.init(params, jax.random.key(0))
+    after, _ = jax.jit(step.update)(state, pictures(8))
+    for path, leaf in tree.flatten(after.params).items():
+      stays = path.startswith(('stem', 'batch_stats/stem'))
+      self.assertEqual(not np.any(leaf != before[path]), stays, path)
 
   def test_clipping(self):
     step = lambda clip: step_lib.make_step(mlp(), optax.sgd(1.0), clip=clip)
