@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from mergejax import models
+from mergejax.core import errors
 from mergejax.core import typing
 from mergejax.training import losses
 
@@ -53,6 +54,12 @@ class CrossEntropy:
       family.variables(params), batch, train=True, rngs=rngs
     )
     weights, targets, logits = outputs.weights, outputs.targets, outputs.logits
+    if weights.shape != targets.shape:
+      # Broadcast, each would count for others.
+      raise errors.DataError(
+        f'A batch has weights of shape {list(weights.shape)} for targets of '
+        f'shape {list(targets.shape)}: give every target a weight of its own.'
+      )
     factor, scaled = self._factor(outputs)
     token_loss, z_part = losses.token_cross_entropy(
       logits, targets, z_loss=self.z_loss, label_smoothing=self.label_smoothing

@@ -144,6 +144,45 @@ class LayoutsTest(parameterized.TestCase):
     other, _ = losses_of(family, 1, data, key=1)
     self.assertNotEqual(other[0], one[0])
 
+  def test_what_a_classifier_was_not_told(self):
+    class Normed(nn.Module):
+      @nn.compact
+      def __call__(self, x, train=False):
+        return nn.Dense(3)(nn.BatchNorm(use_running_average=not train)(x))
+
+    data = {
+      'inputs': pictures(8)['images'].reshape(8, -1),
+      'labels': pictures(8)['labels'],
+    }
+    fit = lambda module, batch, **settings: training.Trainer(
+      models.Classifier(module, example=data, **settings), optax.sgd(0.1)
+    ).fit([batch], steps=1)
+    with self.assertRaisesRegex(errors.StructureError, 'batch norms.*lost'):
+      fit(Normed(), data, train_argument='train')
+    state = fit(
+      Normed(), data, train_argument='train', collections=['batch_stats']
+    )
+    self.assertIn('batch_stats', state.params)
+    other = {'inputs': data['inputs'], 'y': data['labels']}
+    with self.assertRaisesRegex(
+      errors.DataError, "inputs, y, but not 'labels'"
+    ):
+      fit(nn.Dense(3), other)
+    # To answer, it needs no label.
+    family = models.Classifier(nn.Dense(3), example=data)
+    params = family.init(jax.random.key(0))
+    self.assertEqual(family.logits(params, other).shape, (8, 3))
+    # Square, it would be broadcast.
+    rows = np.ones((8, 8, 4), np.float32)
+    square = {
+      'inputs': rows, 'labels': np.zeros((8, 8), np.int32),
+      'weights': np.ones(8, np.float32),
+    }  # fmt: skip
+    with self.assertRaisesRegex(errors.DataError, r'shape \[8\] for targets'):
+      training.Trainer(
+        models.Classifier(nn.Dense(3), example=square), optax.sgd(0.1)
+      ).fit([square], steps=1)
+
   def test_a_given_state_is_left_as_it_is(self):
     trainer = training.Trainer(mlp(), optax.sgd(0.1))
     state = trainer.fit([pictures(8)], steps=1)
