@@ -7,9 +7,11 @@ its arguments: `train.run.job = @branch_train_merge.run`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+import functools
 import json
 import os
 import pathlib
+import re
 import sys
 from typing import Any
 
@@ -227,14 +229,24 @@ def described(
 ) -> dict[str, Any]:
   """What fixes a run besides what every run has, as plain data."""
   found = {
-    'objective': objective
-    and getattr(objective, '__qualname__', repr(objective)),
+    'objective': objective and _told(objective),
     'transforms': {each.name: dict(each.settings) for each in transforms},
     'freeze': list(freeze),
     'accumulate': None if accumulate == 1 else accumulate,
     'clip': clip,
   }
   return {name: value for name, value in found.items() if value}
+
+
+def _told(value):
+  """A callable or an argument of one as text, the same in every process."""
+  if isinstance(value, functools.partial):
+    given = [_told(each) for each in value.args]
+    given += [f'{n}={_told(each)}' for n, each in value.keywords.items()]
+    return f'{_told(value.func)}({", ".join(given)})'
+  text = getattr(value, '__qualname__', repr(value))
+  # Objects that say nothing of themselves say where they lie in memory.
+  return re.sub(r' at 0x[0-9a-f]+', '', text)
 
 
 def _open_data(

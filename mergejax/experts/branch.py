@@ -151,10 +151,6 @@ class BranchTrainer(trainer.Trainer):
     check = batches.checker(self.family, source, stacked=True)
     return lambda batch: place_batch(self.mesh, self.rules, check(batch))
 
-  def _placed(self, step, state, layout):
-    state = self._put(state, self._single(step))
-    return partition.init_sharded(self.expand, layout, state)
-
 
 def place_batch(
   mesh: jax.sharding.Mesh,

@@ -319,9 +319,22 @@ class ModelFamily:
     return {**params, **new} if new else params
 
   def init(self, key: jax.Array) -> typing.Tree:
-    """Fresh float32 parameters; traceable, so that they can be born sharded."""
+    """Fresh float32 parameters; traceable, so that they can be born sharded.
+
+    Raises:
+      StructureError: batch norms, and a family that does not name their
+        running statistics.
+    """
     positional, named = self.arguments(self.example_batch())
     made = jax.jit(lambda key: self.module.init(key, *positional, **named))(key)
+    stats = batch_norm.COLLECTION
+    if stats in made and stats not in self.collections:
+      raise errors.StructureError(
+        f'{type(self.module).__name__} has batch norms, whose running '
+        f'statistics ({stats}) would be lost: name them in the collections of '
+        f'its family, collections=({stats!r},), and let a call know when it '
+        'trains, of a Classifier with train_argument=.'
+      )
     beside = {n: made[n] for n in self.collections if n in made}
     return {**made['params'], **beside}
 

@@ -63,21 +63,22 @@ class Classifier(base.ModelFamily):
     self.sizes = {'classes': (labels,)}
 
   def arguments(self, batch, *, train=False):
-    missing = [
-      name for name in (*self._inputs, self._labels) if name not in batch
-    ]
-    if missing:
-      raise errors.DataError(
-        f'A batch has {", ".join(sorted(batch))}, but not {missing[0]!r}, which '
-        'this Classifier was told to read (inputs=, labels=).'
-      )
+    inputs = [self._read(batch, name) for name in self._inputs]
     named = {}
     if self._train_argument is not None:
       named[self._train_argument] = train
-    return [batch[name] for name in self._inputs], named
+    return inputs, named
 
   def targets(self, batch):
-    return batch[self._labels]
+    return self._read(batch, self._labels)
+
+  def _read(self, batch, name):
+    if name not in batch:
+      raise errors.DataError(
+        f'A batch has {", ".join(sorted(batch))}, but not {name!r}, which this '
+        'Classifier was told to read (inputs=, labels=).'
+      )
+    return batch[name]
 
   def example_batch(self, rows=1, *, length=1):
     del length

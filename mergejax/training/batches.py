@@ -128,11 +128,21 @@ def placer(
 
 
 def whole(
-  leaf: np.ndarray | jax.Array, target: jax.sharding.Sharding
+  leaf: np.ndarray | jax.Array,
+  target: jax.sharding.Sharding,
+  *,
+  alias: bool = True,
 ) -> jax.Array:
-  """An array that every process has all of, each device taking its part."""
+  """An array that every process has all of, each device taking its part.
+
+  Args:
+    leaf: the array.
+    target: where its parts go.
+    alias: what lies there already need not be copied; False if the result is to
+      be overwritten.
+  """
   if jax.process_count() == 1:
-    return jax.device_put(leaf, target)
+    return jax.device_put(leaf, target, may_alias=None if alias else False)
   leaf = np.asarray(leaf)
   return jax.make_array_from_callback(
     leaf.shape, target, lambda index: leaf[index]

@@ -171,12 +171,12 @@ class jsonl(Callback):  # pylint: disable=invalid-name
 
   def __init__(self, path: os.PathLike | str | None = None):
     """Writes to a file; `metrics.jsonl` of the run's folder by default."""
-    self._path = None if path is None else pathlib.Path(path)
-    self._fresh, self._names = True, None
+    self._given = None if path is None else pathlib.Path(path)
+    self._path, self._fresh, self._names = self._given, True, None
 
   def on_start(self, run):
     self._names = run.experts
-    self._path = self._path or run.folder('jsonl') / 'metrics.jsonl'
+    self._path = self._given or run.folder('jsonl') / 'metrics.jsonl'
     self._fresh = True
 
   def on_log(self, step, metrics):

@@ -50,6 +50,21 @@ def paths(
   return frozenset(found)
 
 
+def kept(
+  new: typing.Tree, old: typing.Tree, freeze: Sequence[str]
+) -> typing.Tree:
+  """The new parameters, but for those that an expression of `freeze` matches.
+
+  They are what did not learn, and running statistics that were measured anew.
+  """
+  if not freeze:
+    return new
+  stays = lambda path: any(re.fullmatch(pattern, path) for pattern in freeze)
+  return tree.map_paths(
+    lambda path, after, before: before if stays(path) else after, new, old
+  )
+
+
 def split(
   params: typing.Tree, fixed: frozenset[typing.Path]
 ) -> tuple[typing.Tree, typing.Tree]:

@@ -3,6 +3,7 @@
 """The gradient of a batch, worked through in parts."""
 
 from collections.abc import Mapping
+import copy
 from typing import Any
 
 import jax
@@ -28,7 +29,8 @@ def gradient(
 
   With parts `i` of normalisers `n_i` it is `sum_i n_i g_i / sum_i n_i`, which
   is that of the whole batch where the loss is a mean over all; a plain sum
-  adds up as it is. Batch norms see one part after the other.
+  adds up as it is, with the mean over parts of the losses that the model brings.
+  Batch norms see one part after the other.
 
   Args:
     family: of the model.
@@ -48,12 +50,14 @@ def gradient(
 
   def one(rest, batch, rngs):
     def of(learned):
-      value, outputs = objective(
-        family, frozen.join(learned, rest), batch, rngs
-      )
+      params = frozen.join(learned, rest)
+      value, outputs = objective(family, params, batch, rngs)
       metrics = dict(outputs.metrics)
       metrics.setdefault('loss', value)
-      return value, (metrics, outputs.mutable, _normalizer(objective, outputs))
+      weight = _normalizer(objective, outputs)
+      if weight is None and outputs.losses and parts > 1:
+        value, _ = objective(_share(family, parts), params, batch, rngs)
+      return value, (metrics, outputs.mutable, weight)
 
     return jax.grad(of, has_aux=True)(learned)
 
@@ -103,6 +107,19 @@ def _normalizer(objective, outputs):
   if hasattr(objective, 'normalizer'):
     return objective.normalizer(outputs)
   return jnp.asarray(outputs.metrics.get('tokens', 1.0), jnp.float32)
+
+
+def _share(family, parts):
+  """The family with its own losses divided by the parts that add them up."""
+  share = copy.copy(family)
+
+  def apply(*arguments, **settings):
+    outputs = family.apply(*arguments, **settings)
+    losses = {name: loss / parts for name, loss in outputs.losses.items()}
+    return outputs._replace(losses=losses)
+
+  share.apply = apply
+  return share
 
 
 def _parts(batch, parts):

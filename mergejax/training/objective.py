@@ -15,8 +15,11 @@ import jax
 import jax.numpy as jnp
 
 from mergejax import models
+from mergejax.core import errors
 from mergejax.core import typing
 from mergejax.training import losses
+
+_PER_SEQUENCE = 'AVERAGE_PER_SEQUENCE'
 
 
 class Objective(Protocol):
@@ -51,6 +54,12 @@ class CrossEntropy:
       family.variables(params), batch, train=True, rngs=rngs
     )
     weights, targets, logits = outputs.weights, outputs.targets, outputs.logits
+    if weights.shape != targets.shape:
+      # Broadcast, each would count for others.
+      raise errors.DataError(
+        f'A batch has weights of shape {list(weights.shape)} for targets of '
+        f'shape {list(targets.shape)}: give every target a weight of its own.'
+      )
     factor, scaled = self._factor(outputs)
     token_loss, z_part = losses.token_cross_entropy(
       logits, targets, z_loss=self.z_loss, label_smoothing=self.label_smoothing
@@ -76,6 +85,9 @@ class CrossEntropy:
   def normalizer(self, outputs: models.Outputs) -> jax.Array | None:
     if not isinstance(self.normalizing_factor, str):
       return None
+    if outputs.weights.ndim == 1 and self.normalizing_factor == _PER_SEQUENCE:
+      # One target a row: all rows are one sequence, whose mean it is.
+      return jnp.sum(outputs.weights)
     return jnp.asarray(self._factor(outputs)[0], jnp.float32)
 
   def _factor(self, outputs):

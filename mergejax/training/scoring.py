@@ -4,6 +4,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 import json
+import math
 from typing import Any
 
 import jax
@@ -33,7 +34,8 @@ class evaluate(callbacks.Callback):  # pylint: disable=invalid-name
   """Asks a function for scores of the parameters; a callback.
 
   The scores are logged as `eval/TASK`, those of an average of the parameters
-  as `eval/NAME/TASK`.
+  as `eval/NAME/TASK`. Where experts train side by side the function is given
+  their stacked parameters, and no model of theirs is kept.
   """
 
   def __init__(
@@ -56,7 +58,7 @@ class evaluate(callbacks.Callback):  # pylint: disable=invalid-name
       keep_best: which score decides which model is kept, as it is logged but
         without `eval/`: 'cola', 'ema/cola', or 'mean', that of all. The best
         model so far stands in `best` of the run's folder, its step and score
-        in `best.json`.
+        in `best.json`. A score that is no number (NaN) is never the best.
       lower_is_better: the smaller score is the better one.
 
     Raises:
@@ -83,10 +85,19 @@ class evaluate(callbacks.Callback):  # pylint: disable=invalid-name
           errors.near(name, known, 'average of the parameters')
           + ' Give the run a step transform of that name, such as ema(0.999).'
         )
+    self._best = None
     if self._keep_best is not None:
+      if run.experts is not None:
+        raise errors.ConfigError(
+          'keep_best keeps one model, but this run trains '
+          f'{len(run.experts)} experts side by side: leave it out.'
+        )
       file = run.folder('evaluate(keep_best=...)') / 'best.json'
       if file.exists():
-        self._best = checkpoint.read_json(file)['score']
+        kept = checkpoint.read_json(file)
+        # A score of something else says nothing of this one.
+        if kept['metric'] == self._keep_best:
+          self._best = kept['score']
 
   def on_step(self, step, state):
     if step % self._every and step != self._run.steps:
@@ -94,6 +105,8 @@ class evaluate(callbacks.Callback):  # pylint: disable=invalid-name
     found, params = {}, {'': state.params}
     for name in self._averages:
       average = self._run.transforms[name].averaged
+      if self._run.experts is not None:
+        average = jax.vmap(average)
       params[f'{name}/'] = average(state.extras[name], state.params)
     for prefix, these in params.items():
       for path, score in tree.flatten(dict(self._fn(these))).items():
@@ -109,6 +122,8 @@ class evaluate(callbacks.Callback):  # pylint: disable=invalid-name
     if name not in scores:
       raise errors.ConfigError(errors.near(name, scores, 'score to keep by'))
     score = scores[name]
+    if math.isnan(score):
+      return
     if self._best is not None and not (
       self._sign * score > self._sign * self._best
     ):

@@ -111,8 +111,8 @@ def make_step(
       grads = _clipped(grads, metrics['grad_norm'], clip)
     updates, opt_state = optimizer.update(grads, state.opt_state, learned)
     params = frozen.join(optax.apply_updates(learned, updates), rest)
-    # Running statistics are measured, not learned.
-    params = family.updated(params, changed)
+    # Running statistics are measured, not learned, and stay where told to.
+    params = frozen.kept(family.updated(params, changed), state.params, freeze)
     if 'tokens' in metrics:
       keep = functools.partial(jnp.where, metrics['tokens'] > 0)
       params = jax.tree.map(keep, params, state.params)

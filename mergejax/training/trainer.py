@@ -119,7 +119,8 @@ class Trainer:
         write. Without it nothing is saved.
       key: seeds fresh parameters and everything random; `key(0)` by default.
       params: to start from; fresh ones by default.
-      state: to start from, with its moments and step number, instead.
+      state: to start from, with its moments and step number, instead; of one
+        model, and left as it is.
       local_rows: see `batches.placer`.
       save_every: steps between checkpoints.
       log_every: steps between logged metrics.
@@ -207,7 +208,12 @@ class Trainer:
   ) -> state_lib.TrainState:
     """A state to start from, every array born in its shards."""
     if state is not None:
-      return self._placed(step, state, layout)
+      self._check_state(step, state)
+      # A copy: a step overwrites its state, the one given is the caller's.
+      placed = self._put(state, self._single(step), alias=False)
+      if not self.lead:
+        return placed
+      return partition.init_sharded(self.expand, layout, placed)
     if params is None:
       fresh = lambda key: self.expand(step.init(self._fresh(key), key))
       return partition.init_sharded(fresh, layout, key)
@@ -277,10 +283,14 @@ class Trainer:
       self._abstract(step), self.specs, self.mesh, self.rules
     )
 
-  def _placed(self, step, state, layout):
-    """A state of one model as that of this run, in its shards."""
-    del step
-    return self._put(state, layout)
+  def _check_state(self, step, state):
+    """Raises if a state is not one of this run's model, with all it keeps."""
+    tree.check_same(
+      tree.specs(self._abstract(step)), tree.specs(state),
+      expected_name='this run (model, optimizer, freeze, transforms)',
+      given_name='the given state',
+    )  # fmt: skip
 
-  def _put(self, values, layout):
-    return jax.tree.map(batches_lib.whole, values, layout)
+  def _put(self, values, layout, alias=True):
+    put = functools.partial(batches_lib.whole, alias=alias)
+    return jax.tree.map(put, values, layout)

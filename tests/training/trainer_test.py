@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The trainer: any model, any layout, from Python."""
 
-import json
 import pathlib
+import sys
 
 from absl.testing import absltest
 from absl.testing import parameterized
@@ -21,44 +21,19 @@ from mergejax.core import errors
 from mergejax.core import tree
 from mergejax.nn import t5
 from mergejax.training import checkpoints as checkpoints_lib
+from mergejax.training import losses
 from mergejax.training import objective as objective_lib
 from mergejax.training import step as step_lib
 
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+import small_runs  # noqa: E402
 
-def pictures(count=16, seed=0):
-  rng = np.random.default_rng(seed)
-  return {
-    'images': rng.uniform(size=(count, 8, 8, 1)).astype(np.float32),
-    'labels': rng.integers(0, 3, count).astype(np.int32),
-  }
-
-
-def mlp(**changes):
-  fields = dict(model_type='mlp', hidden=(5,), image_shape=(8, 8, 1), classes=3)
-  return models.build(fields | changes)
-
-
-def one_device():
-  return partition.make_mesh(devices=jax.devices()[:1])
-
-
-def losses_of(
-  model, steps, data, *, batch_size=8, directory=None, key=0, **settings
-):
-  """`(loss of every step, the trained state)`."""
-  seen = []
-  callbacks = [
-    *settings.pop('callbacks', ()),
-    training.callbacks.on_log(lambda _, m: seen.append(float(m['loss']))),
-  ]
-  settings.setdefault('optimizer', optax.sgd(0.2))
-  optimizer = settings.pop('optimizer')
-  trainer = training.Trainer(model, optimizer, callbacks=callbacks, **settings)
-  state = trainer.fit(
-    training.ArrayStream(data, batch_size, seed=1), steps=steps, log_every=1,
-    directory=directory, key=jax.random.key(key),
-  )  # fmt: skip
-  return seen, state
+losses_of, mlp, one_device, pictures = (
+  small_runs.losses_of,
+  small_runs.mlp,
+  small_runs.one_device,
+  small_runs.pictures,
+)
 
 
 class LayoutsTest(parameterized.TestCase):
@@ -141,6 +116,58 @@ class LayoutsTest(parameterized.TestCase):
     np.testing.assert_allclose(eight, one, rtol=1e-5)
     other, _ = losses_of(family, 1, data, key=1)
     self.assertNotEqual(other[0], one[0])
+
+  def test_what_a_classifier_was_not_told(self):
+    class Normed(nn.Module):
+      @nn.compact
+      def __call__(self, x, train=False):
+        return nn.Dense(3)(nn.BatchNorm(use_running_average=not train)(x))
+
+    data = {
+      'inputs': pictures(8)['images'].reshape(8, -1),
+      'labels': pictures(8)['labels'],
+    }
+    fit = lambda module, batch, **settings: training.Trainer(
+      models.Classifier(module, example=data, **settings), optax.sgd(0.1)
+    ).fit([batch], steps=1)
+    with self.assertRaisesRegex(errors.StructureError, 'batch norms.*lost'):
+      fit(Normed(), data, train_argument='train')
+    state = fit(
+      Normed(), data, train_argument='train', collections=['batch_stats']
+    )
+    self.assertIn('batch_stats', state.params)
+    other = {'inputs': data['inputs'], 'y': data['labels']}
+    with self.assertRaisesRegex(
+      errors.DataError, "inputs, y, but not 'labels'"
+    ):
+      fit(nn.Dense(3), other)
+    # To answer, it needs no label.
+    family = models.Classifier(nn.Dense(3), example=data)
+    params = family.init(jax.random.key(0))
+    self.assertEqual(family.logits(params, other).shape, (8, 3))
+    # Square, it would be broadcast.
+    rows = np.ones((8, 8, 4), np.float32)
+    square = {
+      'inputs': rows, 'labels': np.zeros((8, 8), np.int32),
+      'weights': np.ones(8, np.float32),
+    }  # fmt: skip
+    with self.assertRaisesRegex(errors.DataError, r'shape \[8\] for targets'):
+      training.Trainer(
+        models.Classifier(nn.Dense(3), example=square), optax.sgd(0.1)
+      ).fit([square], steps=1)
+
+  def test_a_given_state_is_left_as_it_is(self):
+    trainer = training.Trainer(mlp(), optax.sgd(0.1))
+    state = trainer.fit([pictures(8)], steps=1)
+    first, second = [
+      trainer.fit([pictures(8)], steps=2, state=state) for _ in range(2)
+    ]
+    jax.tree.map(np.testing.assert_array_equal, first.params, second.params)
+    other = training.Trainer(
+      mlp(), optax.sgd(0.1), transforms=[training.ema(0.5)]
+    )
+    with self.assertRaisesRegex(errors.StructureError, '- extras/ema/taken'):
+      other.fit([pictures(8)], steps=2, state=state)
 
   def test_rows_that_do_not_divide(self):
     with self.assertRaisesRegex(errors.DataError, '6 rows.* over 8 data'):
@@ -243,7 +270,7 @@ class TransformsTest(parameterized.TestCase):
 
 class GradientsTest(parameterized.TestCase):
   @parameterized.product(
-    kind=['NUM_REAL_TARGET_TOKENS', 'NUM_TOTAL_TARGET_TOKENS', None, 3.0],
+    kind=[*losses.NORMALIZERS, None, 3.0],
     parts=[2, 4],
   )
   def test_parts_of_a_batch_add_up_to_the_whole(self, kind, parts):
@@ -266,6 +293,46 @@ class GradientsTest(parameterized.TestCase):
       )
     for name, value in metrics.items():
       np.testing.assert_allclose(others[name], value, rtol=1e-5, err_msg=name)
+
+  @parameterized.parameters(*losses.NORMALIZERS, None, 3.0)
+  def test_losses_of_the_model_count_once_in_parts_too(self, kind):
+    data = dict(
+      inputs=pictures(8)['images'].reshape(8, -1), labels=pictures(8)['labels']
+    )
+    family = Auxiliary(nn.Dense(3), example=data)
+    params = family.init(jax.random.key(0))
+    objective = objective_lib.cross_entropy(normalizing_factor=kind)
+    found = []
+    for accumulate in (1, 4):
+      step = step_lib.make_step(
+        family, optax.sgd(1.0), objective=objective, accumulate=accumulate
+      )
+      found.append(
+        jax.jit(step.update)(step.init(params, jax.random.key(0)), data)
+      )
+    (whole, metrics), (summed, others) = found
+    for name in params:
+      np.testing.assert_allclose(
+        summed.params[name], whole.params[name], rtol=1e-5, atol=1e-6
+      )
+    for name in ('size', 'grad_norm'):
+      np.testing.assert_allclose(others[name], metrics[name], rtol=1e-5)
+
+  def test_running_statistics_stay_where_told_to(self):
+    module = models.build(
+      dict(model_type='resnet', stages=(1,), channels=(4,), norm='batch',
+           image_shape=(8, 8, 1), classes=3)
+    )  # fmt: skip
+    params = models.family_of(module).init(jax.random.key(0))
+    before = tree.flatten(params)
+    step = step_lib.make_step(
+      module, optax.sgd(0.1), freeze=['batch_stats/stem_norm/.*', 'stem.*']
+    )
+    state = step.init(params, jax.random.key(0))
+    after, _ = jax.jit(step.update)(state, pictures(8))
+    for path, leaf in tree.flatten(after.params).items():
+      stays = path.startswith(('stem', 'batch_stats/stem'))
+      self.assertEqual(not np.any(leaf != before[path]), stays, path)
 
   def test_clipping(self):
     step = lambda clip: step_lib.make_step(mlp(), optax.sgd(1.0), clip=clip)
@@ -342,53 +409,6 @@ class ObjectiveTest(absltest.TestCase):
 
     seen, _ = losses_of(mlp(), 3, pictures(), objective=squares)
     self.assertLess(seen[-1], seen[0])
-
-
-class EvaluationTest(absltest.TestCase):
-  def test_scores_and_the_best_model(self):
-    folder = pathlib.Path(self.create_tempdir().full_path)
-    rows, asked = [], []
-
-    def score(params):
-      asked.append(float(jnp.sum(params['head']['bias'])))
-      return {
-        'task': {2: 1.0, 4: 3.0, 5: 2.0}[
-          2 + 2 * (len(asked) > 2) + (len(asked) > 4)
-        ]
-      }
-
-    callback = training.evaluate(
-      score, every=2, averages=['ema'], keep_best='mean'
-    )
-    log = training.callbacks.on_log(lambda s, m: rows.append((s, dict(m))))
-    fit = lambda: training.Trainer(
-      mlp(), optax.sgd(0.5), transforms=[training.ema(0.5)],
-      callbacks=[callback, log, training.callbacks.jsonl()],
-    ).fit(
-      training.ArrayStream(pictures(), 8), steps=5, log_every=5,
-      directory=folder,
-    )  # fmt: skip
-    fit()
-    self.assertEqual([step for step, _ in rows], [2, 4, 5])
-    self.assertEqual(rows[0][1], {'eval/task': 1.0, 'eval/ema/task': 1.0})
-    self.assertIn('loss', rows[2][1])
-    self.assertNotEqual(asked[0], asked[1])
-    best = json.loads((folder / 'best.json').read_text())
-    self.assertEqual(best, {'step': 4, 'metric': 'mean', 'score': 3.0})
-    _, params = mj.load_model(folder / 'best')
-    np.testing.assert_allclose(
-      np.sum(params['head']['bias']), asked[2], rtol=1e-5
-    )
-    lines = (folder / 'metrics.jsonl').read_text().splitlines()
-    self.assertEqual([json.loads(line)['step'] for line in lines], [2, 4, 5])
-
-  def test_an_average_that_nobody_keeps(self):
-    callback = training.evaluate(lambda p: {}, every=1, averages=['emma'])
-    with self.assertRaisesRegex(errors.ConfigError, "'ema'"):
-      losses_of(
-        mlp(), 1, pictures(), callbacks=[callback],
-        transforms=[training.ema(0.5)],
-      )  # fmt: skip
 
 
 if __name__ == '__main__':
