@@ -177,14 +177,12 @@ class SpecsTest(parameterized.TestCase):
 
   def test_another_shape_or_none_is_refused(self):
     wrong = [{'kernel': {'moments': np.ones((3, 2), np.float32)}}] * 2
-    with self.assertRaisesRegex(
-      errors.StructureError, 'moments .* does not fit'
-    ):
+    with self.assertRaisesRegex(errors.DataError, 'moments .* does not fit'):
       mj.merge(self.models, by_energy(), stats=wrong)
-    with self.assertRaisesRegex(errors.StructureError, 'moments statistics'):
+    with self.assertRaisesRegex(errors.DataError, 'moments statistics'):
       mj.merge(self.models, by_energy())
     lacking = [self.found[0], {}]
-    with self.assertRaisesRegex(errors.StructureError, 'lacks its moments'):
+    with self.assertRaisesRegex(errors.DataError, 'lacks its moments'):
       mj.merge(self.models, by_energy(), stats=lacking)
 
   def test_it_combines_as_it_says(self):
@@ -195,6 +193,15 @@ class SpecsTest(parameterized.TestCase):
       both['kernel']['moments'], (first + 3 * second) / 4, rtol=1e-6
     )
     self.assertEqual(both.spec, MOMENTS)
+    # Parts that were saved tell their own model; the result has another.
+    for k, part in enumerate(self.found):
+      part.save(self.folder / f'part{k}')
+    parts = [statistics.load(self.folder / f'part{k}') for k in range(2)]
+    statistics.combine(parts, merged).save(self.folder / 'both')
+    self.assertEqual(
+      statistics.load(self.folder / 'both').fingerprint,
+      statistics.fingerprint(merged),
+    )
 
   @parameterized.parameters('gram', 'fisher')
   def test_files_without_a_spec_open_by_the_names_of_their_leaves(self, name):
