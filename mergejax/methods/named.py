@@ -31,6 +31,11 @@ def _imported(
 ) -> entries.MethodEntry:
   """The entry of a function; a module that is loaded again has others."""
   source = registry.source_digest(constructor)
+  if source is None:
+    raise errors.ConfigError(
+      f'No file defines the {entries.WHAT} {name!r}, so results could not tell '
+      'what they owe to it: write it as a function in a file.'
+    )
   for known in map(METHODS.entry, METHODS):
     if known.constructor is constructor:
       return dataclasses.replace(known, name=name, source=source)

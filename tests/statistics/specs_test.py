@@ -4,6 +4,7 @@
 
 import json
 import pathlib
+from unittest import mock
 
 from absl.testing import absltest
 from absl.testing import parameterized
@@ -14,6 +15,7 @@ import numpy as np
 import mergejax as mj
 from mergejax import statistics
 from mergejax.core import errors
+from mergejax.core import registry
 from mergejax.core import statistic_specs
 from mergejax.core import typing
 from mergejax.methods import base as merge_base
@@ -184,6 +186,27 @@ class SpecsTest(parameterized.TestCase):
     lacking = [self.found[0], {}]
     with self.assertRaisesRegex(errors.DataError, 'lacks its moments'):
       mj.merge(self.models, by_energy(), stats=lacking)
+
+  def test_a_collection_of_another_source_is_not_continued(self):
+    batches = [{'x': x} for x in np.split(self.inputs[0], 3)]
+    collect = lambda progress=lambda done: None: statistics.collect(
+      moments(), nn.Dense(3), self.models[0], batches,
+      out=self.folder / 'again', save_every=1, progress=progress,
+    )  # fmt: skip
+
+    def stop(done):
+      if done == 2:
+        raise KeyboardInterrupt
+
+    with self.assertRaises(KeyboardInterrupt):
+      collect(stop)
+    with mock.patch.object(registry, 'source_digest', lambda _: 'another'):
+      with self.assertRaisesRegex(errors.ConfigError, 'source: .* another'):
+        collect()
+    np.testing.assert_allclose(
+      collect()['kernel']['moments'], self.found[0]['kernel']['moments'],
+      rtol=1e-6,
+    )  # fmt: skip
 
   def test_it_combines_as_it_says(self):
     merged = mj.merge(self.models, by_energy(), stats=self.found)

@@ -188,6 +188,27 @@ class MethodsTest(absltest.TestCase):
         for path in wanted:
           np.testing.assert_allclose(found[path], wanted[path], rtol=1e-6)
 
+  def test_an_option_without_annotation_may_be_counted_with(self):
+    file = self.folder / f'{self.module}.py'
+    file.write_text("""
+import functools
+import mergejax as mj
+
+def halved(*, times=1):
+  return mj.task_arithmetic(scale=0.5 ** len(range(times)))
+
+twice = functools.partial(halved, times=2)
+built_in = len
+""")
+    base, *models = self.trees
+    wanted = mj.merge(models, mj.task_arithmetic(scale=0.25), base=base)
+    recipe = self.recipe(f'{self.module}:halved', parameters={'times': 2})
+    for i, data in enumerate((recipe, self.recipe(f'{self.module}:twice'))):
+      for path, leaf in self.merged(data, f'out_{i}').items():
+        np.testing.assert_allclose(leaf, wanted[path], rtol=1e-6)
+    with self.assertRaisesRegex(errors.ConfigError, 'write it as a function'):
+      mj.merge(models, f'{self.module}:built_in')
+
   def test_a_value_merges_on_disk_as_in_memory(self):
     base, *models = self.trees
     method = mj.ties(density=0.3, trim_scope='tensor')
