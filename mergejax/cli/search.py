@@ -123,7 +123,7 @@ class _Search:
     """The models that rank first, by their mean place over the tasks."""
     request = self._request
     rank = {'pick': 2, 'score': 'logme', **(request.data['rank'] or {})}
-    tasks = request.suite.read('train', request.tasks)
+    tasks = request.suite.read('train', request.tasks, model=module)
     table = ranking.rank(
       ((p, module, t) for p, t in zip(request.paths, params)), tasks,
       score=rank['score'],
