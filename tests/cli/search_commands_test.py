@@ -407,6 +407,8 @@ class CommandsTest(absltest.TestCase):
       ('coefficients of task_arithmetic', dict(
           strategy='gradient', merge=self.merge('ties'))),
       ('coefficients of linear', dict(strategy='greedy')),
+      ('at a whole model', dict(granularity='block', merge=self.merge(
+          'ties', parameters={'trim_scope': 'global'}))),
       ('AdaMerging', dict(
           strategy='gradient', loss='entropy', merge=self.merge('linear'))),
       ('number of models', dict(vary='scale', rank={'pick': 5})),
