@@ -77,8 +77,11 @@ def _stored_axes(path, store):
   """Axes from beside the weights, else what the names of the family tell."""
   places = [path]
   item = None if shards.is_here(path) else orbax.locate(path)
-  if item is not None:  # of a step, or of the last step of a run
+  if item not in (None, path):  # of a step, or of the last step of a run
     places = [item, item.parent, path]
+  elif item is None and store.provenance['format'] == 't5x':
+    file = t5x.locate(path)  # in the last step of a run, likewise
+    places = [path if file is None else file.parent, path]
   for place in places:
     found = axes_file.find(place)
     if found:

@@ -85,11 +85,8 @@ def _match(options, spec, module, a, b):
   # Imports seqio, which takes seconds.
   suite_lib = importlib.import_module('mergejax.evaluation.suite')
   suite = suite_lib.load(options.suite)
-  batches = [
-    batch
-    for name in suite.tasks
-    for batch in suite.batches(name, options.split)
-  ]
+  by_task = suite.read(options.split, model=module)
+  batches = [batch for several in by_task.values() for batch in several]
   if options.method == 'activations':
     return align.match_activations(spec, module, a, b, batches)
   loss_fn = objective.make_loss(module, objective.cross_entropy(z_loss=0.0))

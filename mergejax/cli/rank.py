@@ -8,6 +8,7 @@ import pathlib
 
 from mergejax import models
 from mergejax.cli import common
+from mergejax.core import errors
 from mergejax.evaluation import base
 from mergejax.evaluation import suite as suite_lib
 from mergejax.select import ranking
@@ -25,7 +26,16 @@ def main(arguments: Sequence[str]) -> None:
   parser.add_argument('--json', help='also write the table to this file')
   options = parser.parse_args(arguments)
   suite = suite_lib.load(options.suite)
-  tasks = suite.read(options.split, options.task, options.max_examples)
+  first, *others = map(models.load_module, options.checkpoints)
+  names = options.task or list(suite.tasks)
+  for path, module in zip(options.checkpoints[1:], others):
+    for name in names:
+      if suite.kind_for(name, module) != suite.kind_for(name, first):
+        raise errors.ConfigError(
+          f'{path} reads {name} otherwise than {options.checkpoints[0]}, inputs '
+          'before targets or apart: rank decoder-only models by themselves.'
+        )
+  tasks = suite.read(options.split, names, options.max_examples, model=first)
   table = ranking.rank(
     ((path, *models.load_model(path)) for path in options.checkpoints),
     tasks,

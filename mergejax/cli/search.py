@@ -123,7 +123,7 @@ class _Search:
     """The models that rank first, by their mean place over the tasks."""
     request = self._request
     rank = {'pick': 2, 'score': 'logme', **(request.data['rank'] or {})}
-    tasks = request.suite.read('train', request.tasks)
+    tasks = request.suite.read('train', request.tasks, model=module)
     table = ranking.rank(
       ((p, module, t) for p, t in zip(request.paths, params)), tasks,
       score=rank['score'],
@@ -144,8 +144,13 @@ class _Search:
   def _settings(self):
     """All that scores depend on: files by what they hold, not by name."""
     request = self._request
+    source = request.recipe.entry.source
+    axes = models_lib.axes(request.paths[0])
     return {
       'recipe': request.data,
+      # Of a method from outside the package; its name stays as it changes.
+      **({} if source is None else {'method': source}),
+      **({'axes': axes} if axes else {}),
       'models': request.fingerprints,
       'picked': request.paths,
       'data': {

@@ -294,10 +294,10 @@ def _check_strategy(request):
             f'loss: entropy is for classification, and {name} is plain text.'
           )
   else:
-    request.choice('granularity', ('model', 'block'))
+    granularity = request.choice('granularity', ('model', 'block'))
     request.number('budget', 1, least=1)
     request.number('points', 2, least=2)
-    request.space()
+    request.space(('any', '*') if granularity == 'block' else ('*',))
   if 'rank' in request.data:
     _check_rank(request)
 

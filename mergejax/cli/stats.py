@@ -87,15 +87,14 @@ def _add_devices(parser):
   parser.add_argument('--model_parallel', type=int, default=1)
 
 
-def _batches(options):
-  """`{task: batches}`."""
+def _batches(options, module):
+  """`{task: batches}`, as the model takes them."""
   # Imports seqio, which takes seconds.
   suite_lib = importlib.import_module('mergejax.evaluation.suite')
   suite = suite_lib.load(options.suite)
-  return {
-    name: suite.batches(name, options.split, options.max_examples)
-    for name in options.task or suite.tasks
-  }
+  return suite.read(
+    options.split, options.task, options.max_examples, model=module
+  )
 
 
 def _survey(options):
@@ -123,7 +122,7 @@ def _norms(options):
     raise errors.CheckpointError(
       f'{options.model} has no batch norms, so nothing has to be measured anew.'
     )
-  by_task = _batches(options)
+  by_task = _batches(options, module)
   batches = [batch for several in by_task.values() for batch in several]
   params = norms.refresh_norms(module, params, batches)
   checkpoint.save_checkpoint(
@@ -144,7 +143,7 @@ def _collect(options):
       f'convert {options.model} DST`.'
     )
   module, params = models.load_model(options.model)
-  by_task = _batches(options)
+  by_task = _batches(options, module)
   batches = [batch for several in by_task.values() for batch in several]
   if registry.is_import_path(options.kind):
     statistic = registry.imported(options.kind, 'statistic')()

@@ -268,7 +268,24 @@ def imported(name: str, what: str) -> Callable[..., Any]:
   return found
 
 
-def source_digest(constructor: Callable[..., Any]) -> str:
-  """sha256 of the file that defines a function, 64 hexadecimal digits."""
-  file = inspect.getsourcefile(inspect.unwrap(constructor)) or ''
+def source_digest(function: Callable[..., Any]) -> str | None:
+  """sha256 of the file that defines a function, 64 hexadecimal digits.
+
+  Args:
+    function: a function, class, `functools.partial` or callable object.
+
+  Returns:
+    None where no file defines it.
+  """
+  found = inspect.unwrap(function)
+  while isinstance(found, functools.partial):
+    found = inspect.unwrap(found.func)
+  if not (inspect.isroutine(found) or inspect.isclass(found)):
+    found = type(found)
+  try:
+    file = inspect.getsourcefile(found)
+  except TypeError:  # it is built in
+    file = None
+  if file is None or not os.path.isfile(file):
+    return None
   return hashlib.sha256(pathlib.Path(file).read_bytes()).hexdigest()

@@ -12,6 +12,7 @@ import os
 import pathlib
 import threading
 from typing import Any
+import zipfile
 
 import numpy as np
 
@@ -141,10 +142,13 @@ class Journal:
     if self.path is None or not self.path.exists():
       return None
     try:
-      with np.load(self.path, allow_pickle=False) as archive:
-        entries = dict(archive)
+      with open(self.path, 'rb') as stream:
+        entries = dict(np.load(stream, allow_pickle=False))
       about = json.loads(str(entries.pop(_ABOUT)))
-    except (ValueError, OSError, EOFError, KeyError, AttributeError) as error:
+    except (
+      ValueError, TypeError, OSError, EOFError, KeyError, AttributeError,
+      zipfile.BadZipFile,
+    ) as error:  # fmt: skip
       raise self._unreadable(error) from error
     identity.check_same(self._stated(about), self.record, self.path)
     del about[self._kind]

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mergejax.core import errors
 from mergejax.core import numerics
@@ -93,6 +94,8 @@ def unsound(
   """
   if need.values not in ('nonnegative', 'positive semidefinite'):
     return None
+  if need.values == 'nonnegative' and isinstance(found, np.ndarray):
+    return None if np.all(found >= 0) else 'has negative entries'
   with jax.ensure_compile_time_eval():  # numbers are known, also under jit
     checked = jnp.asarray(found)
     if need.values == 'positive semidefinite':

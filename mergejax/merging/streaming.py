@@ -21,6 +21,8 @@ class Stream:
   """A method of one leaf, to which models are added one by one.
 
   Example:
+    >>> import jax.numpy as jnp
+    >>> from mergejax.methods import mean
     >>> stream = Stream(mean.linear())
     >>> state = stream.add(None, jnp.zeros(1))
     >>> stream.result(stream.add(state, jnp.ones(1)), jnp.float32)

@@ -105,7 +105,8 @@ class Merge(NamedTuple):
       outputs]` with nothing cut off; see `axes.View`.
     separable: no leaf depends on another, so the tree may be split.
     additive: states add.
-    numbered: numbers or counts elements in 32 bits, as random masks do.
+    numbered: numbers or counts elements in 32 bits, as random masks do: must be
+      said of a method that reads `LeafContext.key` or `index`.
   """
 
   init: protocols.InitFn
@@ -151,10 +152,13 @@ class Merge(NamedTuple):
   def of_slices(self) -> bool:
     """True if a stack is merged slice by slice, as leaves of their own.
 
-    Passes over the whole model alone see the same numbers either way; without
-    any pass random masks, which have a key for each slice, may not.
+    Passes over the whole model alone see the same numbers either way, and so
+    does what is element-wise; random masks have a key for each slice, and
+    statistics that do not lie like their leaf one array.
     """
-    return self.of_whole_leaves or not self.first_passes
+    masks = self.numbered and not self.first_passes
+    laid = all(need.is_leaf for need in self.statistics)
+    return self.of_whole_leaves or masks or not laid
 
 
 def leafwise(

@@ -136,7 +136,9 @@ class MethodEntry(registry.Entry):
       number = all(
         isinstance(v, (int, float)) and not isinstance(v, bool) for v in values
       )
-      if self.options[name].static or not number:
+      option = self.options[name]
+      # Whoever annotates nothing may count with it, or branch on it.
+      if option.static or option.kind == 'value' or not number:
         static[name] = tuple(value) if isinstance(value, list) else value
       else:
         numbers[name] = value

@@ -5,6 +5,7 @@
 Every module of this folder is imported, so that what it defines is on it.
 """
 
+from collections.abc import Callable
 import dataclasses
 import functools
 import importlib
@@ -24,10 +25,17 @@ for _module in pkgutil.iter_modules(methods.__path__):
 METHODS = entries.METHODS
 
 
-@functools.cache
-def _imported(name: str) -> entries.MethodEntry:
-  constructor = registry.imported(name, entries.WHAT)
+@functools.lru_cache(256)
+def _imported(
+  name: str, constructor: Callable[..., Any]
+) -> entries.MethodEntry:
+  """The entry of a function; a module that is loaded again has others."""
   source = registry.source_digest(constructor)
+  if source is None:
+    raise errors.ConfigError(
+      f'No file defines the {entries.WHAT} {name!r}, so results could not tell '
+      'what they owe to it: write it as a function in a file.'
+    )
   for known in map(METHODS.entry, METHODS):
     if known.constructor is constructor:
       return dataclasses.replace(known, name=name, source=source)
@@ -64,7 +72,7 @@ def entry_of(method: Any) -> entries.MethodEntry:
       value=method,
     )
   if method not in METHODS and registry.is_import_path(method):
-    return _imported(method)
+    return _imported(method, registry.imported(method, entries.WHAT))
   return METHODS.entry(method)
 
 

@@ -183,6 +183,24 @@ class Space:
         f'A search from {self.low} to {self.high} cannot begin at '
         f'{self.start}: low < high, and the start between them.'
       )
+    if len(self.blocks) > 1:
+      self._check_blocks()
+
+  def _check_blocks(self):
+    """Raises if blocks do not merge each by itself.
+
+    A recipe takes numbers of a whole model over all blocks, and `merge` could
+    only take them block by block: the recipe would not be what was scored.
+    """
+    method = self._method([self.start] * self.per_block)
+    if any(first.scope == 'tree' for first in method.first_passes):
+      raise errors.ConfigError(
+        f'{self.method} with these options looks at a whole model at once '
+        '(thresholds or norms over all leaves), so its blocks cannot have '
+        'coefficients of their own: search with one block (granularity: '
+        'model), or with an option for single leaves (trim_scope: tensor, '
+        'normalize_fishers: leaf).'
+      )
 
   @property
   def per_block(self) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mergejax import models
@@ -33,14 +34,19 @@ def classes_of(
   for batch in batches:
     family = models.family_for(module, batch)
     real = np.asarray(family.real_rows(batch))
-    answers.append(np.asarray(family.targets(batch))[real])
+    targets = np.asarray(family.targets(batch))[real]
+    if targets.ndim == 1:
+      answers += targets.tolist()
+      continue
+    # A prompt that stands before an answer is no part of it.
+    said = np.asarray(family.given_weights(batch))[real] > 0
+    answers += [tuple(row[own].tolist()) for row, own in zip(targets, said)]
   if not answers:
     raise errors.DataError('There was no batch to take labels of.')
-  found = np.concatenate(answers)
-  if found.ndim == 1:
-    return found.astype(np.int64)
-  _, numbers = np.unique(found, axis=0, return_inverse=True)
-  return numbers.reshape(-1)
+  if not isinstance(answers[0], tuple):
+    return np.asarray(answers, np.int64)
+  numbers = {answer: i for i, answer in enumerate(sorted(set(answers)))}
+  return np.array([numbers[answer] for answer in answers], np.int64)
 
 
 def rank(
@@ -122,8 +128,11 @@ def source_probabilities(
 
   @jax.jit
   def one(params, batch):
-    logits = models.family_for(module, batch).logits(params, batch)
-    logits = logits if logits.ndim == 2 else logits[:, 0]
+    family = models.family_for(module, batch)
+    logits = family.logits(params, batch)
+    if logits.ndim == 3:  # a prompt may stand before the answer
+      first = jnp.argmax(family.given_weights(batch) > 0, axis=1)
+      logits = jnp.take_along_axis(logits, first[:, None, None], axis=1)[:, 0]
     return jax.nn.softmax(logits)
 
   rows = []

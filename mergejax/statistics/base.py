@@ -20,6 +20,7 @@ import numpy as np
 
 from mergejax import partition
 from mergejax.core import errors
+from mergejax.core import registry
 from mergejax.core import statistic_specs
 from mergejax.core import stop as stop_lib
 from mergejax.core import typing
@@ -121,7 +122,11 @@ def collect(
   shards = mesh.shape['data']
   fingerprint = saved.fingerprint(params)
   settings = {'kind': statistic.spec.name, **statistic.settings}
-  journal = progress_lib.Progress(out, {**settings, 'model': fingerprint})
+  work = {**settings, 'model': fingerprint}
+  if not statistic.measure.__module__.startswith('mergejax.'):
+    # The package's own is a part of the code that every journal states.
+    work['source'] = registry.source_digest(statistic.measure)
+  journal = progress_lib.Progress(out, work)
   totals, done, aliases = journal.load()
   batches = journal.after(done, batches)
   params = jax.device_put(params, _param_layout(mesh, params))

@@ -65,9 +65,10 @@ class Statistics(dict):
       for path, own in self.items()
       for name, leaf in own.items()
     }
+    # Settings that were loaded hold both too, of what was loaded.
     about = {
-      'fingerprint': self.fingerprint,
       **self.settings,
+      'fingerprint': self.fingerprint,
       _SPEC: self.spec.record(),
     }
     with store_base.atomic_path(path) as temporary:

@@ -76,6 +76,19 @@ class AxesTest(parameterized.TestCase):
     )
     self.assertEqual(mj.open_checkpoint(self.folder / 'run').axes(), AXES)
 
+  def test_a_step_of_a_run_of_t5x_knows_them(self):
+    step = self.folder / 'run' / 'checkpoint_7'
+    step.parent.mkdir()
+    mj.save_checkpoint(step, model(), 't5x', axes=AXES)
+    for path in (step.parent, step, step / 'checkpoint'):
+      self.assertEqual(mj.open_checkpoint(path).axes(), AXES)
+
+  def test_what_lies_around_a_checkpoint_is_not_asked(self):
+    around = self.folder / 'merged'
+    mj.save_checkpoint(around, model(), 'safetensors', axes=AXES)
+    mj.save_checkpoint(around / 'tree', model(), 'orbax')
+    self.assertEqual(mj.open_checkpoint(around / 'tree').axes(), {})
+
   def test_rules_and_mistakes(self):
     rules = [(r'layers/.*kernel', AXES['layers/mlp/kernel'])]
     path = self.folder / 'ck'

@@ -3,10 +3,12 @@
 """`stats`, `align`, `rank`, `search` and `evaluate` on small image models."""
 
 import contextlib
+import importlib
 import io
 import json
 import pathlib
 import shutil
+import sys
 import tempfile
 
 from absl.testing import absltest
@@ -282,6 +284,24 @@ class CommandsTest(absltest.TestCase):
       self.search('changed', code=2, merge=merge, vary='scale', points=2),
     )
 
+  def test_scores_of_a_method_that_has_changed_are_refused(self):
+    file = self.path('method_of_search.py')
+    text = (
+      'import mergejax as mj\n\n\ndef scaled(*, by: float = 1.0):\n'
+      '  return mj.task_arithmetic(scale=by)\n'
+    )
+    file.write_text(text)
+    sys.path.insert(0, str(file.parent))
+    self.addCleanup(sys.path.remove, str(file.parent))
+    fields = dict(merge=self.merge('method_of_search:scaled'), vary='by')
+    self.search('method', points=2, **fields)
+    file.write_text(text.replace('=by', '=2 * by'))
+    importlib.reload(sys.modules['method_of_search'])
+    self.assertIn(
+      'other settings:\n  method: ',
+      self.search('method', code=2, points=2, **fields),
+    )
+
   def test_scores_on_data_that_have_changed_are_refused(self):
     """The recipe and the suite have the same words as before."""
     data = self.path('changing_data')
@@ -387,6 +407,8 @@ class CommandsTest(absltest.TestCase):
       ('coefficients of task_arithmetic', dict(
           strategy='gradient', merge=self.merge('ties'))),
       ('coefficients of linear', dict(strategy='greedy')),
+      ('at a whole model', dict(granularity='block', merge=self.merge(
+          'ties', parameters={'trim_scope': 'global'}))),
       ('AdaMerging', dict(
           strategy='gradient', loss='entropy', merge=self.merge('linear'))),
       ('number of models', dict(vary='scale', rank={'pick': 5})),

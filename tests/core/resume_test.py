@@ -154,6 +154,19 @@ class StateTest(parameterized.TestCase):
     with self.assertRaisesRegex(errors.DataError, 'remove it'):
       self.journal.load()
 
+  def test_a_state_that_was_cut_short_is_refused(self):
+    self.journal.save({'x': np.ones(64)}, {'batches': 1})
+    whole = self.path.read_bytes()
+    for size in range(1, len(whole), 97):
+      self.path.write_bytes(whole[:size])
+      with self.assertRaisesRegex(errors.DataError, 'remove it'):
+        self.journal.load()
+    flipped = bytearray(whole)
+    flipped[whole.index(np.ones(64).tobytes()) + 5] ^= 1
+    self.path.write_bytes(flipped)
+    with self.assertRaisesRegex(errors.DataError, 'remove it'):
+      self.journal.load()
+
 
 if __name__ == '__main__':
   absltest.main()

@@ -536,6 +536,12 @@ class SpaceTest(parameterized.TestCase):
     ),
     dict(method='linear', vary='weights', blocks=('layers_0/', '*')),
     dict(method='task_arithmetic', vary='scale', blocks=('layers_0/', '*')),
+    dict(
+      method='ties',
+      vary='weights',
+      options={'density': 0.5, 'trim_scope': 'tensor'},
+      blocks=('layers_0/', '*'),
+    ),
   )
   def test_the_recipe_gives_the_same_merge(self, **fields):
     folder = pathlib.Path(self.create_tempdir().full_path)
@@ -562,6 +568,16 @@ class SpaceTest(parameterized.TestCase):
       here,
       there,
     )
+
+  def test_blocks_of_what_looks_at_a_whole_model_are_refused(self):
+    """Their recipe would not be what was scored."""
+    for method, options in (('ties', {'trim_scope': 'global'}), ('fisher', {})):
+      make = lambda blocks, method=method, options=options: base.Space(
+        method, 2, options=options, blocks=blocks
+      )
+      make(('*',))
+      with self.assertRaisesRegex(errors.ConfigError, 'looks at a whole model'):
+        make(('layers_0/', '*'))
 
   def test_learned_coefficients_of_leaves_that_share_part_of_their_path(self):
     rng = np.random.default_rng(0)

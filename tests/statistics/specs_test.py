@@ -4,6 +4,7 @@
 
 import json
 import pathlib
+from unittest import mock
 
 from absl.testing import absltest
 from absl.testing import parameterized
@@ -14,6 +15,7 @@ import numpy as np
 import mergejax as mj
 from mergejax import statistics
 from mergejax.core import errors
+from mergejax.core import registry
 from mergejax.core import statistic_specs
 from mergejax.core import typing
 from mergejax.methods import base as merge_base
@@ -177,15 +179,34 @@ class SpecsTest(parameterized.TestCase):
 
   def test_another_shape_or_none_is_refused(self):
     wrong = [{'kernel': {'moments': np.ones((3, 2), np.float32)}}] * 2
-    with self.assertRaisesRegex(
-      errors.StructureError, 'moments .* does not fit'
-    ):
+    with self.assertRaisesRegex(errors.DataError, 'moments .* does not fit'):
       mj.merge(self.models, by_energy(), stats=wrong)
-    with self.assertRaisesRegex(errors.StructureError, 'moments statistics'):
+    with self.assertRaisesRegex(errors.DataError, 'moments statistics'):
       mj.merge(self.models, by_energy())
     lacking = [self.found[0], {}]
-    with self.assertRaisesRegex(errors.StructureError, 'lacks its moments'):
+    with self.assertRaisesRegex(errors.DataError, 'lacks its moments'):
       mj.merge(self.models, by_energy(), stats=lacking)
+
+  def test_a_collection_of_another_source_is_not_continued(self):
+    batches = [{'x': x} for x in np.split(self.inputs[0], 3)]
+    collect = lambda progress=lambda done: None: statistics.collect(
+      moments(), nn.Dense(3), self.models[0], batches,
+      out=self.folder / 'again', save_every=1, progress=progress,
+    )  # fmt: skip
+
+    def stop(done):
+      if done == 2:
+        raise KeyboardInterrupt
+
+    with self.assertRaises(KeyboardInterrupt):
+      collect(stop)
+    with mock.patch.object(registry, 'source_digest', lambda _: 'another'):
+      with self.assertRaisesRegex(errors.ConfigError, 'source: .* another'):
+        collect()
+    np.testing.assert_allclose(
+      collect()['kernel']['moments'], self.found[0]['kernel']['moments'],
+      rtol=1e-6,
+    )  # fmt: skip
 
   def test_it_combines_as_it_says(self):
     merged = mj.merge(self.models, by_energy(), stats=self.found)
@@ -195,6 +216,15 @@ class SpecsTest(parameterized.TestCase):
       both['kernel']['moments'], (first + 3 * second) / 4, rtol=1e-6
     )
     self.assertEqual(both.spec, MOMENTS)
+    # Parts that were saved tell their own model; the result has another.
+    for k, part in enumerate(self.found):
+      part.save(self.folder / f'part{k}')
+    parts = [statistics.load(self.folder / f'part{k}') for k in range(2)]
+    statistics.combine(parts, merged).save(self.folder / 'both')
+    self.assertEqual(
+      statistics.load(self.folder / 'both').fingerprint,
+      statistics.fingerprint(merged),
+    )
 
   @parameterized.parameters('gram', 'fisher')
   def test_files_without_a_spec_open_by_the_names_of_their_leaves(self, name):

@@ -134,6 +134,15 @@ class Leaf:
       refs += [(store, path) for path in own.values()]
     return refs
 
+  def _needs(self):
+    """What each of `_sources` is: a spec, or None of models and the base."""
+    task = self._task
+    models = [None] * (len(task.inputs) + (task.base is not None))
+    specs = {}
+    if any(task.stats):
+      specs = {need.name: need for need in self.method.statistics}
+    return models + [specs[name] for own in task.stats for name in own]
+
   def _roles(self, arrays):
     """`(leaves, base, stats)` from arrays in the order of `_sources`."""
     task, count = self._task, len(self._task.inputs)
@@ -146,12 +155,13 @@ class Leaf:
 
   def _read(self, piece):
     arrays = []
-    for slot, (store, path) in enumerate(self._sources()):
+    sources = zip(self._sources(), self._needs(), strict=True)
+    for slot, ((store, path), need) in enumerate(sources):
       array = self._buffer(slot, store.specs()[path].dtype, piece)
       store.read_into(path, piece.start, array[: piece.count])
       array[piece.count :] = 0
       if piece.start not in self._checked:
-        self._check(store, path, array[: piece.count])
+        self._check(store, path, array[: piece.count], need)
       arrays.append(array.reshape(piece.shape))
     self._checked.add(piece.start)
     return self._roles(arrays)
@@ -170,9 +180,13 @@ class Leaf:
       self._buffers[(slot, dtype.str)] = whole
     return whole[begin : begin + size]
 
-  def _check(self, store, path, array):
-    """Raises if a source has a number that is not finite."""
+  def _check(self, store, path, array, need):
+    """Raises if a source has numbers that it cannot have."""
+    if need is not None and need.values == 'any':
+      return
     if finite.all_finite(array):
+      if need is not None:
+        _check_sound(store, self._task, need, array)
       return
     bad = 0
     room = np.empty(plans.PIECE, array.dtype)
@@ -180,9 +194,7 @@ class Leaf:
       part = room[: min(plans.PIECE, self.size - start)]
       store.read_into(path, start, part)
       bad += int(np.count_nonzero(~np.isfinite(part.astype(np.float32))))
-    raise errors.CheckpointError(
-      finite.of_input(store.name, path, bad, self.size)
-    )
+    raise errors.DataError(finite.of_input(store.name, path, bad, self.size))
 
   # Stages -------------------------------------------------------------------
 
@@ -329,9 +341,19 @@ class Leaf:
   def _check_result(self, merged):
     if not finite.all_finite(merged):
       bad = int(np.count_nonzero(~np.isfinite(merged.astype(np.float32))))
-      raise errors.CheckpointError(
-        finite.of_result(self._task.path, bad, merged.dtype)
+      needs = self.method.statistics if self._task.settings else ()
+      raise errors.DataError(
+        finite.of_result(self._task.path, bad, merged.dtype, needs)
       )
+
+
+def _check_sound(store, task, need, found):
+  """Raises if a statistic, or a piece of one, cannot be what it is called."""
+  fault = given.unsound(need, found)
+  if fault:
+    raise errors.DataError(
+      f'{store.name}: the {need.name} of {task.path} {fault}.'
+    )
 
 
 def merge_whole(
@@ -342,32 +364,32 @@ def merge_whole(
 ) -> None:
   """Merges a leaf that must be seen at once: stacks, columns, matrices."""
 
-  def read(store, path):
+  def read(store, path, need=None):
     leaf = np.asarray(store.leaves([path])[path])
-    finite.check_inputs(path, [leaf], [store.name])
+    if need is None or need.values != 'any':
+      finite.check_inputs(path, [leaf], [store.name])
+    if need is not None:
+      _check_sound(store, task, need, leaf)
     return leaf
 
-  stores = plan.stores
+  stores, method = plan.stores, task.settings.method
   leaves = [
     timers.timed('read', read, stores[name], path) for name, path in task.inputs
   ]
   base = None
   if task.base is not None:
     base = timers.timed('read', read, stores[task.base[0]], task.base[1])
+  needs = {need.name: need for need in method.statistics}
   stats = [
-    {name: read(store, path) for name, path in own.items()}
+    {
+      name: timers.timed('read', read, store, path, needs[name])
+      for name, path in own.items()
+    }
     for store, own in zip(plan.stats, task.stats)
   ] or [{} for _ in leaves]
-  for store, own in zip(plan.stats, stats):
-    for need in task.settings.method.statistics:
-      fault = need.name in own and given.unsound(need, own[need.name])
-      if fault:
-        raise errors.CheckpointError(
-          f'{store.name}: the {need.name} of {task.path} {fault}.'
-        )
 
   def compute():
-    method, path, spec = task.settings.method, task.path, task.spec
+    path, spec = task.path, task.spec
     run = in_memory.Run(method, task.weights, {path: spec}, plan.recipe.seed)
     merged = run.finish({path: run.laid(path, leaves, base, stats)})[path]
     merged = finite.stored(path, merged, spec.dtype, method.statistics)

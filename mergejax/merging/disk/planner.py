@@ -269,7 +269,7 @@ class _Planner:
     specs = [self._spec(ref) for ref in (base, *refs) if ref is not None]
     rules = [rule for rule in self._recipe.axes if re.fullmatch(rule[0], path)]
     if rules:
-      return axes_lib.with_axes({path: specs[0]}, rules)[path]
+      return axes_lib.with_axes({path: specs[0]}, rules[:1])[path]
     return axes_lib.agreed(path, specs)
 
   def _spec(self, ref):

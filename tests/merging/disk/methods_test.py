@@ -3,6 +3,8 @@
 """Methods from outside the package, and methods as values, merge on disk."""
 
 import errno
+import importlib
+import os
 import pathlib
 import sys
 import textwrap
@@ -162,8 +164,50 @@ class MethodsTest(absltest.TestCase):
     self.assertEqual(mj.plan(recipe).identity, before)
     file = self.folder / f'{self.module}.py'
     file.write_text(file.read_text() + '# another version\n')
-    named._imported.cache_clear()
+    # What is loaded computes the numbers, not what the file says since.
+    self.assertEqual(mj.plan(recipe).identity, before)
+    importlib.reload(sys.modules[self.module])
     self.assertNotEqual(mj.plan(recipe).identity, before)
+
+  def test_a_module_that_is_loaded_again_merges_as_it_says_now(self):
+    name = f'{self.module}:number'
+    file = self.folder / f'{self.module}.py'
+    text = file.read_text()
+    for scale in (0.5, 3.0):
+      file.write_text(
+        f'import mergejax as mj\n{text}\n\ndef number():\n'
+        f'  return mj.task_arithmetic(scale={scale})\n'
+      )
+      if self.module in sys.modules:
+        os.utime(file, (1, 1))  # a time that no cache has
+        importlib.reload(sys.modules[self.module])
+      base, *models = self.trees
+      wanted = mj.merge(models, mj.task_arithmetic(scale=scale), base=base)
+      merged = self.merged(self.recipe(name), f'by_{scale}')
+      for found in (merged, mj.merge(models, name, base=base)):
+        for path in wanted:
+          np.testing.assert_allclose(found[path], wanted[path], rtol=1e-6)
+
+  def test_an_option_without_annotation_may_be_counted_with(self):
+    file = self.folder / f'{self.module}.py'
+    file.write_text("""
+import functools
+import mergejax as mj
+
+def halved(*, times=1):
+  return mj.task_arithmetic(scale=0.5 ** len(range(times)))
+
+twice = functools.partial(halved, times=2)
+built_in = len
+""")
+    base, *models = self.trees
+    wanted = mj.merge(models, mj.task_arithmetic(scale=0.25), base=base)
+    recipe = self.recipe(f'{self.module}:halved', parameters={'times': 2})
+    for i, data in enumerate((recipe, self.recipe(f'{self.module}:twice'))):
+      for path, leaf in self.merged(data, f'out_{i}').items():
+        np.testing.assert_allclose(leaf, wanted[path], rtol=1e-6)
+    with self.assertRaisesRegex(errors.ConfigError, 'write it as a function'):
+      mj.merge(models, f'{self.module}:built_in')
 
   def test_a_value_merges_on_disk_as_in_memory(self):
     base, *models = self.trees

@@ -10,6 +10,8 @@ from absl.testing import parameterized
 import numpy as np
 
 import mergejax as mj
+from mergejax import methods
+from mergejax.core import errors
 from mergejax.merging.disk import pieces
 
 
@@ -61,6 +63,47 @@ class PiecesTest(parameterized.TestCase):
     self.assertEqual(
       stats, [{'fisher': 11, 'second': 12}, {'fisher': 21, 'second': 22}]
     )
+
+  @parameterized.product(
+    kind=('fisher', 'own'), bad=(-1.0, np.nan), whole=(False, True)
+  )
+  def test_statistics_are_refused_on_disk_as_in_memory(self, kind, bad, whole):
+    """Piece by piece and whole; one that may be anything passes."""
+    folder = pathlib.Path(self.create_tempdir().full_path)
+    name = 'layers/kernel' if whole else 'kernel'
+    shape = (2, 4, 3) if whole else (4, 3)
+    axes = {name: ('layers', 'embed', 'mlp')[-len(shape) :]}
+    leaf = np.ones(shape, np.float32)
+    wrong = leaf.copy()
+    wrong[..., 1, 2] = bad
+    models, stats = [], []
+    for k, found in enumerate((leaf, wrong)):
+      models.append(str(folder / f'{k}.safetensors'))
+      mj.save_checkpoint(models[-1], {name: leaf * k}, axes=axes)
+      stats.append(str(folder / f'stats_{k}.safetensors'))
+      mj.save_checkpoint(stats[-1], {f'{name}/{kind}': found})
+    method = 'fisher'
+    if kind == 'own':
+      method = methods.leafwise(
+        lambda zeros: zeros,
+        lambda state, leaf, base, weight, context: state + leaf,
+        lambda state, base: state,
+        needs=(mj.stats.StatisticSpec(kind, values='any'),),
+      )
+    recipe = {'merge_method': method, 'models': models, 'stats': stats}
+    given = [{name: {kind: found}} for found in (leaf, wrong)]
+    run = (
+      lambda: mj.merge(models, method, stats=given),
+      lambda: mj.execute(mj.plan(recipe), folder / 'out.safetensors'),
+    )
+    for merge in run:
+      if kind == 'own':
+        merge()
+        continue
+      with self.assertRaisesRegex(
+        errors.DataError, 'negative' if bad < 0 else 'not finite'
+      ):
+        merge()
 
 
 if __name__ == '__main__':

@@ -274,6 +274,34 @@ class PlanTest(parameterized.TestCase):
       peaks.append(plan.peak_bytes)
     self.assertEqual(*peaks)
 
+  @parameterized.parameters(
+    ('linear', True), ('task_arithmetic', True), ('dare_linear', False),
+    ('ties', False),
+  )  # fmt: skip
+  def test_a_stack_is_held_whole_only_where_its_layers_matter(
+    self, method, in_pieces
+  ):
+    name = 'model.layers.0.mlp.experts.gate_up_proj'
+    for path in 'xyz':
+      mj.save_checkpoint(
+        self.folder / path, {name: np.ones((2, 3, 4), np.float32)},
+        'safetensors', config={'model_type': 'gpt_oss'},
+      )  # fmt: skip
+    plan = mj.plan(self.recipe(method, ('x', 'y'), base='z'))
+    (task,) = plan.tasks
+    self.assertEqual(task.spec.axes, ('expert', 'inputs', 'outputs'))
+    self.assertEqual(plan.in_pieces(task), in_pieces)
+
+  def test_the_first_rule_of_axes_that_matches_counts(self):
+    mj.save_checkpoint(
+      self.folder / 'x', {'layers': {'kernel': np.ones((2, 3), np.float32)}},
+      'safetensors',
+    )  # fmt: skip
+    axes = [['layers/.*', ['layers', 'embed']], ['.*kernel', ['embed', 'mlp']]]
+    recipe = self.recipe('linear', ('x',))
+    (task,) = mj.plan({**recipe, 'axes': axes}).tasks
+    self.assertEqual(task.spec.axes, ('layers', 'embed'))
+
   # Mistakes -------------------------------------------------------------------
 
   def test_missing_base(self):
