@@ -250,7 +250,9 @@ class ResumeTest(absltest.TestCase):
   def test_the_best_merge_loads(self):
     module, params = mj.load_model(self.folder / 'whole/checkpoints/best_merge')
     seed = mj.open_checkpoint(self.folder / 'whole/checkpoints/seed').specs()
-    self.assertEqual(tree.specs(params), seed)
+    self.assertEqual(mj.models.family_of(module).specs(), seed)
+    names = dict(expected_name='the seed', given_name='the best merge')
+    tree.check_same(seed, tree.specs(params), **names)
     self.assertEqual(module.config.emb_dim, 16)
     report = (self.folder / 'whole' / 'report.md').read_text()
     self.assertLen(re.findall(r'- (?:held|did NOT hold):', report), 3)

@@ -695,7 +695,9 @@ class EvolveTest(parameterized.TestCase):
         signal.raise_signal(signal.SIGTERM)
       return {'t': -float(np.square(params['w']).sum())}
 
-    traced = base.Evaluator(lambda p, data: {'t': -jnp.vdot(p['w'], p['w'])}, 0)
+    traced = evaluation.Evaluator(
+      lambda p, data: {'t': -jnp.vdot(p['w'], p['w'])}, 0
+    )
     points = grid.dirichlet(4, 6)
 
     def progress(done, total):
