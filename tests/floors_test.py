@@ -1,11 +1,9 @@
 # Copyright 2026 The mergejax Authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The shape of the house: imports point down, and the front door is light."""
+"""The shape of the house: imports point down, those of stubs too."""
 
 import ast
 import pathlib
-import subprocess
-import sys
 
 from absl.testing import absltest
 
@@ -33,6 +31,10 @@ FLOORS = {
 LOWEST = {'seqio': 5, 'tensorflow': 5, 'clu': 5, 'matplotlib': 5, 'gin': 12}
 
 
+def room_of(path: pathlib.Path) -> str:
+  return path.relative_to(PACKAGE).parts[0].split('.')[0]
+
+
 def imported_modules(path: pathlib.Path):
   for node in ast.walk(ast.parse(path.read_text())):
     if isinstance(node, ast.Import):
@@ -52,11 +54,13 @@ class FloorsTest(absltest.TestCase):
   def test_imports_point_down(self):
     paths = sorted(PACKAGE.rglob('*.py'))
     self.assertGreater(len(paths), 150)
-    rooms = {p.relative_to(PACKAGE).parts[0].removesuffix('.py') for p in paths}
+    # Public names that load when they are used are imports of the stubs.
+    paths += sorted(PACKAGE.rglob('*.pyi'))
+    rooms = {room_of(path) for path in paths}
     self.assertEqual(rooms, set(FLOORS))
     arrows = 0
     for path in paths:
-      here = path.relative_to(PACKAGE).parts[0].removesuffix('.py')
+      here = room_of(path)
       self.assertIn(here, FLOORS, f'{path} stands on no floor')
       for name in imported_modules(path):
         top, *rest = name.split('.')
@@ -76,30 +80,6 @@ class FloorsTest(absltest.TestCase):
         self.assertNotRegex(
           path.read_text(), r'jax\.make_mesh|sharding\.Mesh\('
         )
-
-  def test_front_door_is_light(self):
-    code = (
-      'import sys, mergejax; '
-      "print([m for m in ('tensorflow', 'torch', 'seqio', 't5x', 'gin', "
-      "'matplotlib', 'jax', 'orbax') if m in sys.modules])"
-    )
-    done = subprocess.run(
-      [sys.executable, '-c', code], capture_output=True, text=True, check=True
-    )
-    self.assertEqual(done.stdout.strip(), '[]')
-
-  def test_public_names_resolve(self):
-    code = (
-      'import types, mergejax as mj\n'
-      'for name in mj.__all__:\n'
-      '  value = getattr(mj, name)\n'
-      '  assert not isinstance(value, types.ModuleType) or value.__doc__, name\n'
-      "import sys; print('tensorflow' in sys.modules)"
-    )
-    done = subprocess.run(
-      [sys.executable, '-c', code], capture_output=True, text=True, check=True
-    )
-    self.assertEqual(done.stdout.strip(), 'False')
 
   def test_no_package_hides_gin(self):
     for folder in ('gin', 'configs', 'tests'):

@@ -5,6 +5,7 @@
 import ast
 import importlib
 import inspect
+import math
 import pathlib
 import re
 import subprocess
@@ -23,40 +24,39 @@ ROOMS = (
   'models', 'methods', 'stats', 'align', 'search', 'select', 'training',
   'experts', 'evaluation', 'analysis', 'partition',
 )  # fmt: skip
-# Rooms that still hold names on their way out.
-LATER = ('models',)
-
-
-def packages():
-  rooms = {f'mergejax.{room}': getattr(mj, room) for room in ROOMS}
-  every = {'mergejax': mj, **rooms}
-  return {
-    name: package
-    for name, package in every.items()
-    if hasattr(package, '_PUBLIC') and name != 'mergejax.models'
-  }
-
-
 # Packages whose names load when they are first used.
-LAZY = packages()
+LAZY = {
+  package.__name__: package
+  for package in (mj, *(getattr(mj, room) for room in ROOMS))
+  if hasattr(package, '__path__')
+}
 
 
 def read_stub(package):
   """`({name: (module, attribute)}, __all__)` of the stub beside a package."""
   file = pathlib.Path(package.__file__).with_suffix('.pyi')
-  found, every = {}, []
+  places, every = {}, []
   for node in ast.parse(file.read_text()).body:
     if isinstance(node, ast.ImportFrom):
       for alias in node.names:
-        found[alias.asname or alias.name] = (node.module, alias.name)
+        places[alias.asname or alias.name] = (node.module, alias.name)
     elif isinstance(node, ast.Assign):
       every = ast.literal_eval(node.value)
-  return found, every
+  return places, every
+
+
+def printed(code):
+  """What a program prints, in a process of its own."""
+  done = subprocess.run(
+    [sys.executable, '-c', code], capture_output=True, text=True, check=True
+  )
+  return done.stdout.strip()
 
 
 class PublicTest(parameterized.TestCase):
   def test_rooms_are_there(self):
     self.assertContainsSubset(ROOMS, mj.__all__)
+    self.assertLen(LAZY, len(ROOMS))  # partition is a module
     self.assertContainsSubset(
       [
         'mergejax',
@@ -68,16 +68,18 @@ class PublicTest(parameterized.TestCase):
     )
 
   @parameterized.parameters(*LAZY)
-  def test_stub_says_the_same(self, name):
+  def test_names_are_what_the_stub_says(self, name):
     package = LAZY[name]
-    table = {
-      public: (module, attribute) if attribute else tuple(module.rsplit('.', 1))
-      for public, (module, attribute) in package._PUBLIC.items()
-    }
-    found, every = read_stub(package)
-    self.assertEqual(found, table)
+    places, every = read_stub(package)
+    for public, (module, attribute) in places.items():
+      value = (
+        importlib.import_module(f'{module}.{attribute}')
+        if module == name
+        else getattr(importlib.import_module(module), attribute)
+      )
+      self.assertIs(getattr(package, public), value)
     beside = ['__version__'] if package is mj else []
-    self.assertEqual(package.__all__, [*sorted(table), *beside])
+    self.assertEqual(package.__all__, [*sorted(places), *beside])
     self.assertEqual(every, package.__all__)
     self.assertEqual(dir(package), sorted(package.__all__))
 
@@ -103,10 +105,7 @@ class PublicTest(parameterized.TestCase):
         self.assertNotEmpty(
           [n for n in dir(value) if not n.startswith('_')], name
         )
-      gone = room in LATER and getattr(value, '__module__', '').endswith(
-        'legacy'
-      )
-      if not gone and (callable(value) or isinstance(value, types.ModuleType)):
+      if callable(value) or isinstance(value, types.ModuleType):
         explained = re.sub(r'\s+', ' ', inspect.getdoc(value) or '')
         self.assertGreater(len(explained), 15, f'{room}.{name}')
 
@@ -115,15 +114,35 @@ class PublicTest(parameterized.TestCase):
     """Whoever imports the module sets the name to it."""
     package = LAZY[name]
     folder = pathlib.Path(package.__file__).parent
-    for public, entry in package._PUBLIC.items():
+    for public, place in read_stub(package)[0].items():
       if (folder / f'{public}.py').exists() or (folder / public).is_dir():
-        self.assertEqual(entry, (f'{name}.{public}', None))
+        self.assertEqual(place, (name, public))
 
   def test_rooms_name_what_is_theirs(self):
-    """A table of names is an import that the floors do not see."""
+    """And nouns of the core, which belong to every room."""
     for name, package in LAZY.items():
-      for public, (module, _) in package._PUBLIC.items():
-        self.assertStartsWith(module, f'{name}.', public)
+      for public, place in read_stub(package)[0].items():
+        self.assertStartsWith(
+          '.'.join(place), (f'{name}.', 'mergejax.core.'), public
+        )
+
+  def test_front_door_is_light(self):
+    code = (
+      'import sys, mergejax; '
+      "print([m for m in ('tensorflow', 'torch', 'seqio', 't5x', 'gin', "
+      "'matplotlib', 'jax', 'orbax') if m in sys.modules])"
+    )
+    self.assertEqual(printed(code), '[]')
+
+  def test_public_names_resolve(self):
+    code = (
+      'import types, mergejax as mj\n'
+      'for name in mj.__all__:\n'
+      '  value = getattr(mj, name)\n'
+      '  assert not isinstance(value, types.ModuleType) or value.__doc__, name\n'
+      "import sys; print('tensorflow' in sys.modules)"
+    )
+    self.assertEqual(printed(code), 'False')
 
   def test_patches_and_branches_are_reached(self):
     code = (
@@ -132,10 +151,7 @@ class PublicTest(parameterized.TestCase):
       'mj.evaluation.metrics.bootstrap; import sys; '
       "print([m for m in ('tensorflow', 'seqio', 'gin') if m in sys.modules])"
     )
-    done = subprocess.run(
-      [sys.executable, '-c', code], capture_output=True, text=True, check=True
-    )
-    self.assertEqual(done.stdout.strip(), '[]')
+    self.assertEqual(printed(code), '[]')
 
   def test_types_are_shipped(self):
     self.assertTrue((ROOT / 'mergejax' / 'py.typed').exists())
@@ -159,11 +175,19 @@ class LazyTest(absltest.TestCase):
     module = types.ModuleType('a_lazy_package')
     sys.modules[module.__name__] = module
     self.addCleanup(sys.modules.pop, module.__name__)
-    names = {'pi': ('math', 'pi'), 'gone': ('no_such_module', None)}
-    load, names_in, every = lazy.attach(module.__name__, names)
-    self.assertEqual(names_in(), ['gone', 'pi'])
-    self.assertEqual(every, ['gone', 'pi'])
-    self.assertIs(load('pi'), importlib.import_module('math').pi)
+    stub = self.create_tempfile(
+      '__init__.pyi',
+      'from a_lazy_package import gone\n'
+      'from math import e as euler\n'
+      'from math import pi\n'
+      "\n__all__ = ['euler', 'gone', 'pi']\n",
+    ).full_path
+    file = str(pathlib.Path(stub).with_suffix('.py'))
+    load, names_in, every = lazy.attach(module.__name__, file)
+    self.assertEqual(names_in(), ['euler', 'gone', 'pi'])
+    self.assertEqual(every, ['euler', 'gone', 'pi'])
+    self.assertIs(load('pi'), math.pi)
+    self.assertIs(load('euler'), math.e)
     self.assertIn('pi', vars(module))
     with self.assertRaises(ModuleNotFoundError):
       load('gone')

@@ -4,9 +4,4 @@
 
 from mergejax.core import lazy
 
-_PUBLIC = {
-  'branch': ('mergejax.experts.branch', None),
-  'ensemble': ('mergejax.experts.ensemble', None),
-}
-
-__getattr__, __dir__, __all__ = lazy.attach(__name__, _PUBLIC)
+__getattr__, __dir__, __all__ = lazy.attach(__name__, __file__)

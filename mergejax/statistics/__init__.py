@@ -6,18 +6,6 @@ statistics = mj.stats.collect(mj.stats.gram(), module, params, batches)
 merged = mj.merge([a, b], 'regmean', stats=[statistics_of_a, statistics_of_b])
 """
 
-from mergejax.core.statistic_specs import StatisticSpec
-from mergejax.statistics.base import Statistic
-from mergejax.statistics.base import collect
-from mergejax.statistics.fishers import fisher
-from mergejax.statistics.grams import gram
-from mergejax.statistics.saved import Statistics
-from mergejax.statistics.saved import combine
-from mergejax.statistics.saved import fingerprint
-from mergejax.statistics.saved import load
-from mergejax.statistics.surveys import survey
+from mergejax.core import lazy
 
-__all__ = [
-  'Statistic', 'StatisticSpec', 'Statistics', 'collect', 'combine', 'fingerprint', 'fisher',
-  'gram', 'load', 'survey',
-]  # fmt: skip
+__getattr__, __dir__, __all__ = lazy.attach(__name__, __file__)

@@ -2,27 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training as a library; `Trainer` is the way in."""
 
-from mergejax.training import arrays
-from mergejax.training import callbacks
-from mergejax.training import losses
-from mergejax.training import objective
-from mergejax.training import optim
-from mergejax.training import schedules
-from mergejax.training import transforms
-from mergejax.training.arrays import ArrayStream
-from mergejax.training.callbacks import Callback
-from mergejax.training.objective import cross_entropy
-from mergejax.training.scoring import evaluate
-from mergejax.training.state import TrainState
-from mergejax.training.trainer import Trainer
-from mergejax.training.transforms import StepTransform
-from mergejax.training.transforms import ema
-from mergejax.training.transforms import lawa
-from mergejax.training.transforms import running
-from mergejax.training.transforms import skip_nonfinite
+from mergejax.core import lazy
 
-__all__ = [
-  'ArrayStream', 'Callback', 'StepTransform', 'TrainState', 'Trainer',
-  'arrays', 'callbacks', 'cross_entropy', 'ema', 'evaluate', 'lawa', 'losses',
-  'objective', 'optim', 'running', 'schedules', 'skip_nonfinite', 'transforms',
-]  # fmt: skip
+__getattr__, __dir__, __all__ = lazy.attach(__name__, __file__)

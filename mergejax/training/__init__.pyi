@@ -1,0 +1,41 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+from mergejax.training import arrays
+from mergejax.training import callbacks
+from mergejax.training import losses
+from mergejax.training import objective
+from mergejax.training import optim
+from mergejax.training import schedules
+from mergejax.training import transforms
+from mergejax.training.arrays import ArrayStream
+from mergejax.training.callbacks import Callback
+from mergejax.training.objective import cross_entropy
+from mergejax.training.scoring import evaluate
+from mergejax.training.state import TrainState
+from mergejax.training.trainer import Trainer
+from mergejax.training.transforms import StepTransform
+from mergejax.training.transforms import ema
+from mergejax.training.transforms import lawa
+from mergejax.training.transforms import running
+from mergejax.training.transforms import skip_nonfinite
+
+__all__ = [
+  'ArrayStream',
+  'Callback',
+  'StepTransform',
+  'TrainState',
+  'Trainer',
+  'arrays',
+  'callbacks',
+  'cross_entropy',
+  'ema',
+  'evaluate',
+  'lawa',
+  'losses',
+  'objective',
+  'optim',
+  'running',
+  'schedules',
+  'skip_nonfinite',
+  'transforms',
+]
