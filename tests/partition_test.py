@@ -1,6 +1,6 @@
 # Copyright 2026 The mergejax Authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What lies where on a mesh."""
+"""Meshes, and what lies where on them."""
 
 from absl.testing import absltest
 from absl.testing import parameterized
@@ -17,6 +17,28 @@ from mergejax.core import typing
 from mergejax.training import optim
 from mergejax.training import state as state_lib
 from mergejax.training import step as step_lib
+
+
+class MeshTest(absltest.TestCase):
+  def test_sizes(self):
+    mesh = partition.make_mesh(branch=4)
+    self.assertEqual(
+      dict(mesh.shape), {'branch': 4, 'data': 2, 'expert': 1, 'model': 1}
+    )
+    for wrong in (dict(branch=3), dict(data=2), dict(branch=-1, data=-1)):
+      with self.assertRaisesRegex(errors.UserError, '8 device'):
+        partition.make_mesh(**wrong)
+
+  def test_rules(self):
+    mesh = partition.make_mesh(data=2, model=4)
+    spec = lambda *args: partition.sharding(mesh, *args).spec
+    self.assertEqual(tuple(spec(('embed', 'mlp'))), (None, 'model'))
+    # A mesh axis is used once: the first array axis that asks gets it.
+    self.assertEqual(tuple(spec(('vocab', 'mlp'))), ('model', None))
+    # 259 rows do not divide over 4 shards.
+    self.assertEqual(tuple(spec(('vocab', 'embed'), (259, 8))), (None, None))
+    with self.assertRaisesRegex(errors.UserError, "Did you mean 'embed'"):
+      spec(('embd',))
 
 
 class SpecTest(parameterized.TestCase):

@@ -11,6 +11,7 @@ from mergejax.align import trace
 from mergejax.core import axes as axes_lib
 from mergejax.core import errors
 from mergejax.core import typing
+from mergejax.names import t5x
 
 
 def derive(
@@ -131,7 +132,7 @@ def _parents(names, traced, leaves):
 
 
 def from_axes(
-  specs: typing.SpecTree, rules: axes_lib.Rules = axes_lib.T5_RULES
+  specs: typing.SpecTree, rules: axes_lib.Rules = t5x.AXES
 ) -> spec_lib.PermutationSpec:
   """Groups from logical axes, for checkpoints whose module is not at hand.
 
@@ -141,7 +142,8 @@ def from_axes(
 
   Args:
     specs: of the model.
-    rules: `(regular expression, axes)`, see `axes.logical_axes`.
+    rules: `(regular expression, axes)`, see `axes.logical_axes`; by default
+      those of the names of T5X.
 
   Raises:
     UserError: a leaf that no rule covers.

@@ -31,21 +31,9 @@ Rules = (
   Sequence[tuple[str, tuple[str, ...]]] | Mapping[typing.Path, Sequence[str]]
 )
 
-# T5X's names: encoder-decoder, decoder-only and whatever reuses their layers.
-T5_RULES: Rules = (
-  (r'(.*/)?token_embedder/embedding', ('vocab', 'embed')),
-  (r'(.*/)?(query|key|value)/kernel', ('embed', 'joined_kv')),
-  (r'(.*/)?out/kernel', ('joined_kv', 'embed')),
-  (r'(.*/)?wi(_\d+)?/kernel', ('embed', 'mlp')),
-  (r'(.*/)?wo/kernel', ('mlp', 'embed')),
-  (r'(.*/)?logits_dense/kernel', ('embed', 'vocab')),
-  (r'(.*/)?rel_embedding', ('heads', 'relpos_buckets')),
-  (r'(.*/)?\w*norm/scale', ('embed',)),
-)
-
 
 def logical_axes(
-  specs: Mapping[typing.Path, typing.LeafSpec], rules: Rules = T5_RULES
+  specs: Mapping[typing.Path, typing.LeafSpec], rules: Rules
 ) -> dict[typing.Path, tuple[str, ...]]:
   """Logical axes of every parameter.
 
@@ -62,8 +50,9 @@ def logical_axes(
 
   Example:
     >>> spec = typing.LeafSpec((8, 16), np.dtype('float32'))
-    >>> logical_axes({'encoder/layers_0/mlp/wi/kernel': spec})
-    {'encoder/layers_0/mlp/wi/kernel': ('embed', 'mlp')}
+    >>> rules = [('.*wi/kernel', ('embed', 'mlp'))]
+    >>> logical_axes({'layers_0/mlp/wi/kernel': spec}, rules)
+    {'layers_0/mlp/wi/kernel': ('embed', 'mlp')}
   """
   unknown = [path for path, spec in specs.items() if spec.axes is None]
   # A table serves many architectures: a rule that a model does not use is fine.

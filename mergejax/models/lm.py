@@ -8,10 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mergejax.core import axes as axes_lib
 from mergejax.core import typing
 from mergejax.models import base
 from mergejax.models import registry
+from mergejax.names import t5x
 from mergejax.nn import lm
 
 _WEIGHTS = ('decoder_loss_weights', 'weights')
@@ -28,7 +28,7 @@ class TextFamily(base.ModelFamily):
     optional: names that a call takes where a batch has them.
   """
 
-  axes = axes_lib.T5_RULES
+  axes = t5x.AXES
   sizes = {
     'vocab_size': (
       'encoder_input_tokens',

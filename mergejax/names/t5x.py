@@ -5,6 +5,18 @@
 from mergejax.core import axes as axes_lib
 from mergejax.names import base
 
+# Of encoder-decoders, decoder-only models and whatever reuses their layers.
+AXES: axes_lib.Rules = (
+  (r'(.*/)?token_embedder/embedding', ('vocab', 'embed')),
+  (r'(.*/)?(query|key|value)/kernel', ('embed', 'joined_kv')),
+  (r'(.*/)?out/kernel', ('joined_kv', 'embed')),
+  (r'(.*/)?wi(_\d+)?/kernel', ('embed', 'mlp')),
+  (r'(.*/)?wo/kernel', ('mlp', 'embed')),
+  (r'(.*/)?logits_dense/kernel', ('embed', 'vocab')),
+  (r'(.*/)?rel_embedding', ('heads', 'relpos_buckets')),
+  (r'(.*/)?\w*norm/scale', ('embed',)),
+)
+
 NAMING = base.Naming(
   model_types=('t5x', 'lm'),
   # flax's own numbers follow the name of the block: `encoderblock_3`.
@@ -15,5 +27,5 @@ NAMING = base.Naming(
   first=('embed', 'token_embedder'),
   tables=(r'(.*[./])?tok(en)?s?_embed\w*[./](weight|embedding)',),
   turned=(r'(.*[./])?(lm_head|logits_dense|decoder)/kernel',),
-  axes=axes_lib.T5_RULES,
+  axes=AXES,
 )
