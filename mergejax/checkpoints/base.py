@@ -1,6 +1,6 @@
 # Copyright 2026 The mergejax Authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What every checkpoint format offers, and how one is written whole or not.
+"""What every checkpoint format offers.
 
 A store opens by reading headers only. Nothing a checkpoint contains is ever
 executed: pickles are refused.
@@ -8,6 +8,7 @@ executed: pickles are refused.
 
 import abc
 from collections.abc import Iterable, Mapping
+import os
 import pathlib
 import threading
 from typing import Any
@@ -17,16 +18,8 @@ import numpy as np
 
 from mergejax.core import axes as axes_lib
 from mergejax.core import errors
-from mergejax.core import files
 from mergejax.core import tree as tree_lib
 from mergejax.core import typing
-
-# What writers of checkpoints need, whatever the format.
-check_new = files.check_new
-atomic_path = files.atomic_path
-sync = files.sync
-is_write_failure = files.is_write_failure
-write_failure_reason = files.write_failure_reason
 
 Shardings = jax.sharding.Sharding | Mapping[typing.Path, jax.sharding.Sharding]
 
@@ -185,3 +178,20 @@ def check_zarr(specs: typing.SpecTree) -> None:
         f'{path} is {spec.dtype.name}, which zarr arrays cannot hold. Cast it '
         'to another dtype, or save as npz.'
       ) from error
+
+
+def damaged(
+  path: os.PathLike | str, what: str, error: Exception
+) -> errors.CheckpointError:
+  """The error for headers that the library of their format cannot read.
+
+  Args:
+    path: of the checkpoint.
+    what: it looks like: `'an orbax checkpoint'`.
+    error: what the library raised.
+  """
+  return errors.CheckpointError(
+    f'{path} looks like {what} but cannot be read ({type(error).__name__}). It '
+    'is damaged or was cut short; restore it from a copy, or use an earlier '
+    'step.'
+  )

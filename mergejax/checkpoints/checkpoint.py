@@ -23,6 +23,7 @@ from mergejax.checkpoints import ties
 from mergejax.checkpoints import vocabulary
 from mergejax.core import axes as axes_lib
 from mergejax.core import errors
+from mergejax.core import files
 from mergejax.core import tree as tree_lib
 from mergejax.core import typing
 from mergejax.names import known
@@ -207,7 +208,7 @@ def save_checkpoint(
     named = known.axes(specs, config) if config else {}
   else:
     named = axes_file.checked(specs, axes)
-  with base.atomic_path(path, overwrite=overwrite) as temporary:
+  with files.atomic_path(path, overwrite=overwrite) as temporary:
     if format == 'orbax':
       orbax.write(temporary, leaves)
     elif format == 't5x':

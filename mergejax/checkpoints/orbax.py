@@ -112,11 +112,7 @@ class OrbaxStore(base.ParamStore):
       metadata: Any = self._checkpointer.metadata(directory).item_metadata
       return metadata.tree
     except Exception as error:  # orbax raises many kinds on damaged metadata
-      raise errors.CheckpointError(
-        f'{path} looks like an orbax checkpoint but its metadata cannot be '
-        f'read ({type(error).__name__}). It is damaged or was cut short; '
-        'restore it from a copy, or use an earlier step.'
-      ) from error
+      raise base.damaged(path, 'an orbax checkpoint', error) from error
 
   def specs(self) -> typing.SpecTree:
     return self._specs
@@ -152,7 +148,7 @@ class OrbaxStore(base.ParamStore):
     except Exception as error:  # orbax and tensorstore raise many kinds
       raise errors.CheckpointError(
         f'{self.name}: the checkpoint lists parameters that cannot be read '
-        f'({str(error).splitlines()[0][:200]}). It is damaged or incomplete.'
+        f'({errors.first_line(error)}). It is damaged or incomplete.'
       ) from error
     return tree_lib.flatten(restored)
 

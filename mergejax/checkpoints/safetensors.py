@@ -129,11 +129,11 @@ def _header(
   size = file.stat().st_size
   with open(file, 'rb') as stream:
     start = stream.read(8)
-  if len(start) < 8 or struct.unpack('<Q', start)[0] + 8 > size:
-    claimed = struct.unpack('<Q', start)[0] if len(start) == 8 else 0
+  length = struct.unpack('<Q', start)[0] if len(start) == 8 else 0
+  if len(start) < 8 or length + 8 > size:
     raise errors.CheckpointError(
       f'{file} is not a whole safetensors file: its header claims '
-      f'{claimed} bytes but the file has {size}. It was cut short or is of '
+      f'{length} bytes but the file has {size}. It was cut short or is of '
       'another format; download or save it again.'
     )
   try:
@@ -141,7 +141,7 @@ def _header(
       # The library has checked the header: offsets fit shapes, are within the
       # file, and do not overlap.
       with open(file, 'rb') as stream:
-        length = struct.unpack('<Q', stream.read(8))[0]
+        stream.seek(8)
         header = json.loads(stream.read(length))
   except (safetensors.SafetensorError, ValueError, OSError) as error:
     unknown = re.search(r'unknown variant `([^`]+)`', str(error))

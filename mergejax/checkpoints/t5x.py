@@ -111,11 +111,7 @@ class T5xStore(base.ParamStore):
       mutables = data['optimizer'].get('flax_mutables') or {}
       stats = mutables.get(states.BATCH_STATS)
     except Exception as error:  # msgpack raises many kinds on damaged bytes
-      raise errors.CheckpointError(
-        f'{file} looks like a T5X checkpoint but cannot be read '
-        f'({type(error).__name__}). It is damaged or was cut short; use an '
-        'earlier step or a copy.'
-      ) from error
+      raise base.damaged(file, 'a T5X checkpoint', error) from error
     if version != _VERSION:
       raise errors.CheckpointError(
         f'{file} has version {version}; version {_VERSION} is known. Load and '
@@ -207,8 +203,7 @@ class T5xStore(base.ParamStore):
         )
       except Exception as error:  # tensorstore raises many kinds
         raise errors.CheckpointError(
-          f'{self.name}: {path} cannot be read '
-          f'({str(error).splitlines()[0][:200]}).'
+          f'{self.name}: {path} cannot be read ({errors.first_line(error)}).'
         ) from error
       if result[path].shape != self._specs[path].shape:
         raise errors.CheckpointError(

@@ -10,10 +10,10 @@ import numpy as np
 
 from mergejax import align
 from mergejax import models
-from mergejax.checkpoints import base as store_base
 from mergejax.checkpoints import checkpoint
 from mergejax.cli import common
 from mergejax.core import errors
+from mergejax.core import files
 from mergejax.core import tree as tree_lib
 from mergejax.core import typing
 from mergejax.models import architectures
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str]) -> None:
   scale = align.objective(spec, a, a)
   checkpoint.save_checkpoint(options.out, moved, config=models.describe(module))
   if options.permutation:
-    with store_base.atomic_path(options.permutation) as temporary:
+    with files.atomic_path(options.permutation) as temporary:
       with open(temporary, 'wb') as stream:
         np.savez(stream, **permutation)
   print(

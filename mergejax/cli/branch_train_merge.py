@@ -27,9 +27,9 @@ import optax
 
 from mergejax import models
 from mergejax import partition
-from mergejax.checkpoints import base
 from mergejax.cli import same_run
 from mergejax.cli import train
+from mergejax.core import files
 from mergejax.data import corpora as corpora_lib
 from mergejax.data import features
 from mergejax.data import machine_text
@@ -234,7 +234,7 @@ def write_corpora(settings: Settings, folder: pathlib.Path) -> None:
     'validation': settings.length,
     'test': settings.length,
   }
-  with base.atomic_path(folder, overwrite=True) as temporary:
+  with files.atomic_path(folder, overwrite=True) as temporary:
     sizes = corpora_lib.write_splits(
       domains, temporary, max_train_bytes=settings.max_train_bytes
     )

@@ -7,10 +7,10 @@ import dataclasses
 import pathlib
 
 from mergejax import models
-from mergejax.checkpoints import base
 from mergejax.checkpoints import checkpoint
 from mergejax.cli import common
 from mergejax.core import errors
+from mergejax.core import files
 from mergejax.core import tree
 
 
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str]) -> None:
       errors.near(options.format, checkpoint.FORMATS, 'checkpoint format')
     )
   destination = pathlib.Path(options.destination)
-  base.check_new(destination)
+  files.check_new(destination)
   store = checkpoint.open_checkpoint(options.source)
   leaves = tree.flatten(store.read())
   config = checkpoint.read_config(options.source)

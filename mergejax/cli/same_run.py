@@ -10,9 +10,9 @@ from typing import Any
 
 import jax
 
-from mergejax.checkpoints import base
 from mergejax.checkpoints import checkpoint
 from mergejax.core import errors
+from mergejax.core import files
 from mergejax.core import identity
 
 # Where and with what a run computes: they may change, and round otherwise.
@@ -70,7 +70,7 @@ def write(
 ) -> None:
   """Notes what a run was begun with, whole or not at all; the first process."""
   if jax.process_index() == 0 and not file.exists():
-    with base.atomic_path(file, overwrite=True) as temporary:
+    with files.atomic_path(file, overwrite=True) as temporary:
       data = {**wanted, _LAYOUT: where, _CODE: identity.code()}
       text = json.dumps(identity.canonical(data), indent=2) + '\n'
       temporary.write_text(text)

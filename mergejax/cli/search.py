@@ -47,10 +47,10 @@ import optax
 import yaml
 
 from mergejax import models as models_lib
-from mergejax.checkpoints import base as store_base
 from mergejax.checkpoints import checkpoint
 from mergejax.cli import common
 from mergejax.cli import search_request
+from mergejax.core import files
 from mergejax.core import tree as tree_lib
 from mergejax.evaluation import base as evaluation_base
 from mergejax.evaluation import plots
@@ -318,5 +318,5 @@ def _progress(done: int, total: int) -> None:
 
 
 def _write(path: pathlib.Path, text: Any) -> None:
-  with store_base.atomic_path(path, overwrite=True) as temporary:
+  with files.atomic_path(path, overwrite=True) as temporary:
     temporary.write_text(text, encoding='utf-8')

@@ -18,10 +18,10 @@ from mergejax import models
 from mergejax import partition
 from mergejax import statistics
 from mergejax.analysis import norms
-from mergejax.checkpoints import base as store_base
 from mergejax.checkpoints import checkpoint
 from mergejax.cli import common
 from mergejax.core import errors
+from mergejax.core import files
 from mergejax.core import registry
 from mergejax.models import architectures
 from mergejax.models import batch_norm
@@ -116,7 +116,7 @@ def _survey(options):
 
 
 def _norms(options):
-  store_base.check_new(options.out)
+  files.check_new(options.out)
   module, params = models.load_model(options.model)
   if batch_norm.COLLECTION not in params:
     raise errors.CheckpointError(

@@ -23,11 +23,11 @@ import seqio
 import gin
 from mergejax import models
 from mergejax import partition
-from mergejax.checkpoints import base
 from mergejax.checkpoints import checkpoint
 from mergejax.cli import common
 from mergejax.cli import same_run
 from mergejax.core import errors
+from mergejax.core import files as files_lib
 from mergejax.core import tree as tree_lib
 from mergejax.data import stream as stream_lib
 from mergejax.models import architectures
@@ -376,5 +376,5 @@ def optimizer_of(
 
 def save_json(path: pathlib.Path, data: Any) -> None:
   """Writes a JSON file for people to read, whole or not at all."""
-  with base.atomic_path(path, overwrite=True) as temporary:
+  with files_lib.atomic_path(path, overwrite=True) as temporary:
     temporary.write_text(json.dumps(data, indent=2) + '\n')

@@ -96,6 +96,17 @@ def some(names: Sequence[str], limit: int = 3) -> str:
   return ', '.join(names[:limit]) + more
 
 
+def first_line(error: BaseException) -> str:
+  """What another library says, cut to one line; its kind if it says nothing.
+
+  Example:
+    >>> first_line(OSError("No room.\\nAt 0x1")), first_line(ValueError())
+    ('No room.', 'ValueError')
+  """
+  lines = str(error).strip().splitlines() or [type(error).__name__]
+  return lines[0][:200]
+
+
 def differences(
   there: Mapping[str, Any], asked: Mapping[str, Any]
 ) -> list[str]:

@@ -145,4 +145,4 @@ def write_failure_reason(error: BaseException) -> str:
   for sign in ('No space left on device', 'File too large'):
     if sign in str(error):
       return sign
-  return getattr(error, 'strerror', None) or str(error).splitlines()[0]
+  return getattr(error, 'strerror', None) or errors.first_line(error)

@@ -250,7 +250,7 @@ class SeqioStream:
       except (tf.errors.OpError, AssertionError, ValueError) as error:
         raise errors.DataError(
           f'The saved position of {self} cannot be read '
-          f'({str(error).splitlines()[0][:200]}). Perhaps another version of '
+          f'({errors.first_line(error)}). Perhaps another version of '
           'TensorFlow wrote it.'
         ) from error
 

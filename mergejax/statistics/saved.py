@@ -15,6 +15,7 @@ from mergejax.checkpoints import base as store_base
 from mergejax.checkpoints import checkpoint
 from mergejax.checkpoints import safetensors
 from mergejax.core import errors
+from mergejax.core import files
 from mergejax.core import numerics
 from mergejax.core import statistic_specs
 from mergejax.core import tree as tree_lib
@@ -71,7 +72,7 @@ class Statistics(dict):
       'fingerprint': self.fingerprint,
       _SPEC: self.spec.record(),
     }
-    with store_base.atomic_path(path) as temporary:
+    with files.atomic_path(path) as temporary:
       temporary.mkdir()
       safetensors.write(temporary / _WEIGHTS, leaves)
       (temporary / _SIDE_CAR).write_text(json.dumps(about, indent=2) + '\n')

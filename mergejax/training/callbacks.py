@@ -17,7 +17,7 @@ from typing import Any, TextIO
 import numpy as np
 import tqdm
 
-from mergejax.checkpoints import base
+from mergejax.core import files
 from mergejax.training import run as run_lib
 from mergejax.training import state as state_lib
 
@@ -189,7 +189,7 @@ class jsonl(Callback):  # pylint: disable=invalid-name
         for line in lines
         if line.endswith('\n') and json.loads(line)['step'] < step
       ]
-      with base.atomic_path(path, overwrite=True) as temporary:
+      with files.atomic_path(path, overwrite=True) as temporary:
         temporary.write_text(''.join(kept))
     self._fresh = False
     with open(path, 'a', encoding='utf-8') as file:

@@ -15,9 +15,9 @@ import orbax.checkpoint as ocp
 
 from mergejax import models
 from mergejax import partition
-from mergejax.checkpoints import base
 from mergejax.checkpoints import checkpoint
 from mergejax.core import errors
+from mergejax.core import files as files_lib
 from mergejax.core import typing
 from mergejax.training import state as state_lib
 
@@ -125,7 +125,7 @@ class Checkpoints:
     except (ValueError, KeyError, TypeError) as error:
       raise errors.ConfigError(
         f'Step {step} in {self._directory} does not fit this run '
-        f'({str(error).splitlines()[0][:200]}). It was made by another model, '
+        f'({errors.first_line(error)}). It was made by another model, '
         'optimizer, step transforms or number of experts: choose another folder, or remove it.'
       ) from error
     return state_lib.TrainState(**restored['state']), restored['data']
@@ -187,10 +187,10 @@ class _WriteErrors:
     return self
 
   def __exit__(self, kind, error, trace):
-    if isinstance(error, Exception) and base.is_write_failure(error):
+    if isinstance(error, Exception) and files_lib.is_write_failure(error):
       raise errors.ConfigError(
         f'Could not save to {self._directory}: '
-        f'{base.write_failure_reason(error)}. Earlier checkpoints there are '
+        f'{files_lib.write_failure_reason(error)}. Earlier checkpoints there are '
         'untouched; free some space and run the same command to continue '
         'from the newest.'
       ) from error

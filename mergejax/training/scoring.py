@@ -9,9 +9,9 @@ from typing import Any
 
 import jax
 
-from mergejax.checkpoints import base
 from mergejax.checkpoints import checkpoint
 from mergejax.core import errors
+from mergejax.core import files
 from mergejax.core import tree
 from mergejax.core import typing
 from mergejax.training import callbacks
@@ -135,6 +135,6 @@ class evaluate(callbacks.Callback):  # pylint: disable=invalid-name
       folder / 'best', self._run.family, params.get(prefix, params[''])
     )
     if jax.process_index() == 0:
-      with base.atomic_path(folder / 'best.json', overwrite=True) as temporary:
+      with files.atomic_path(folder / 'best.json', overwrite=True) as temporary:
         kept = {'step': step, 'metric': name, 'score': score}
         temporary.write_text(json.dumps(kept) + '\n')

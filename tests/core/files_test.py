@@ -9,6 +9,7 @@ from unittest import mock
 from absl.testing import absltest
 from absl.testing import parameterized
 
+from mergejax.core import errors
 from mergejax.core import files
 
 
@@ -93,6 +94,13 @@ class AtomicPathTest(parameterized.TestCase):
         make(temporary, new, 'new')
         raise Signal
     self.assert_old_is_whole()
+
+  def test_a_failure_without_words_is_told_by_its_kind(self):
+    with self.assertRaisesRegex(
+      errors.CheckpointError, 'Could not write .*model: OSError'
+    ):
+      with files.atomic_path(self.path):
+        raise OSError
 
   @parameterized.parameters('file', 'folder')
   def test_a_power_cut_leaves_no_empty_result(self, kind):

@@ -3,7 +3,9 @@
 """The same work has the same record, in whatever process."""
 
 import dataclasses
+import json
 import pathlib
+from unittest import mock
 
 from absl.testing import absltest
 from absl.testing import parameterized
@@ -45,8 +47,6 @@ class CanonicalTest(parameterized.TestCase):
     self.assertNotEqual(identity.digest(first), identity.digest(second))
 
   def test_comes_back_from_json_as_it_was(self):
-    import json
-
     value = identity.canonical({
       'a': (1, np.float32(0.1), pathlib.Path('x/y')), 'b': np.int64(3), 2: None,
     })  # fmt: skip
@@ -82,9 +82,16 @@ class RecordTest(absltest.TestCase):
         identity.check_same(found, identity.record({'seed': 0}), 'log')
 
   def test_the_code_is_the_source(self):
-    package = pathlib.Path(identity.__file__).parent.parent
+    package = pathlib.Path(identity.__file__).resolve().parent.parent
     self.assertLen(identity.code()['mergejax'], 64)
     self.assertTrue((package / 'merging').is_dir())
+    mended = package / 'merging' / 'engine.py'
+    read = pathlib.Path.read_bytes
+    edited = lambda file: read(file) + b'# mended' * (file == mended)
+    with mock.patch.object(pathlib.Path, 'read_bytes', edited):
+      other = identity.code.__wrapped__()
+    self.assertNotEqual(other, identity.code())
+    self.assertEqual(identity.code.__wrapped__(), identity.code())
 
 
 class DifferencesTest(absltest.TestCase):

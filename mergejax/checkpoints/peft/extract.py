@@ -12,11 +12,11 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
-from mergejax.checkpoints import base as store_base
 from mergejax.checkpoints import checkpoint
 from mergejax.checkpoints import safetensors
 from mergejax.checkpoints.peft import stored_transposed
 from mergejax.core import errors
+from mergejax.core import files
 from mergejax.core import numerics
 from mergejax.core import tree
 from mergejax.names import known
@@ -120,7 +120,7 @@ def extract_lora(
     residuals.append(Residual(path, len(a), share))
     if progress is not None:
       progress(residuals[-1])
-  with store_base.atomic_path(pathlib.Path(out)) as temporary:
+  with files.atomic_path(pathlib.Path(out)) as temporary:
     temporary.mkdir()
     safetensors.write(temporary / 'adapter_model.safetensors', leaves)
     config = _config(stores[0], specs, rank, residuals) | {

@@ -37,7 +37,7 @@ def is_adapter(path: str | os.PathLike) -> bool:
   A model with adapter files left beside it is a model: where there is a
   `config.json`, transformers loads the weights that lie with it.
   """
-  return _is_one(path) and not _is_model(path)
+  return _holds_adapter(path) and not _holds_model(path)
 
 
 def check_model(model: Any) -> None:
@@ -57,7 +57,7 @@ def check_model(model: Any) -> None:
 
 def left_beside(path: str) -> str | None:
   """A remark on the adapter files beside a model, None if there are none."""
-  if not (_is_one(path) and _is_model(path)):
+  if not (_holds_adapter(path) and _holds_model(path)):
     return None
   return (
     f'{path} is a model with an adapter beside it, which is left out; '
@@ -65,11 +65,11 @@ def left_beside(path: str) -> str | None:
   )
 
 
-def _is_one(path):
+def _holds_adapter(path):
   return (pathlib.Path(path).expanduser() / CONFIG).is_file()
 
 
-def _is_model(path):
+def _holds_model(path):
   folder = pathlib.Path(path).expanduser()
   return (folder / checkpoint.CONFIG).is_file() and any(
     file.name != WEIGHTS for file in folder.glob('*.safetensors')
@@ -103,7 +103,7 @@ class AdapterStore(base.ParamStore):
     """
     self._folder = pathlib.Path(path).expanduser()
     self._model = model
-    if not _is_one(path):
+    if not _holds_adapter(path):
       raise errors.CheckpointError(
         f'{self._folder} is no adapter: it has no {CONFIG}. After `+` comes a '
         "directory in PEFT's format."

@@ -25,11 +25,11 @@ import jax
 import numpy as np
 
 import mergejax
-from mergejax.checkpoints import base as store_base
 from mergejax.checkpoints import checkpoint
 from mergejax.checkpoints import safetensors
 from mergejax.core import checksums
 from mergejax.core import errors
+from mergejax.core import files as files_lib
 from mergejax.core import identity as identity_lib
 from mergejax.core import stop as stop_lib
 from mergejax.merging import engine
@@ -109,7 +109,7 @@ def execute(
   out = pathlib.Path(out).expanduser()
   if not out.name:  # '.' and '/': nothing can be put beside them
     out = out.resolve()
-    store_base.check_new(out)
+    files_lib.check_new(out)
   format = result_format(plan, out, format)
   return _Execution(plan, out, format, max_shard_bytes).run(resume, progress)
 
@@ -179,12 +179,12 @@ class _Execution:
       sums = {str(file): checksums.SUMS.of(file) for file in sources}
       self._finish(identity, sums)
     except Exception as error:
-      if not store_base.is_write_failure(error):
+      if not files_lib.is_write_failure(error):
         raise
       self._work.keep = True
       raise errors.CheckpointError(
         f'Could not write {self._out}: '
-        f'{store_base.write_failure_reason(error)}. The sources are untouched '
+        f'{files_lib.write_failure_reason(error)}. The sources are untouched '
         f'and what is done is kept in {self._work.path}: free some space and '
         'run the same command again to continue.'
       ) from error
@@ -378,7 +378,7 @@ class _Execution:
       side_cars.write_text(self._manifest_file(self._out), text)
       names = [shard.file for shard in self._shards]
       file = result if result.is_file() else result / names[0]
-      store_base.sync(file)
+      files_lib.sync(file)
       os.replace(file, self._out)
     else:
       side_cars.write_text(result / MANIFEST, text)
@@ -386,9 +386,9 @@ class _Execution:
       if index is not None and self._format == 'safetensors':
         side_cars.write_text(result / safetensors.INDEX, index)
       side_cars.write(self._plan, result)
-      store_base.sync(result)
+      files_lib.sync(result)
       os.rename(result, self._out)
-    store_base.sync(self._out.parent, deep=False)
+    files_lib.sync(self._out.parent, deep=False)
     self._work.remove()
 
   def _converted(self, result):
