@@ -28,8 +28,11 @@ class Leaf(Protocol):
     contexts: what is known of it so far, one a model.
   """
 
-  size: int
-  contexts: list[base_lib.LeafContext]
+  @property
+  def size(self) -> int: ...
+
+  @property
+  def contexts(self) -> list[base_lib.LeafContext]: ...
 
   def total(self, number: int) -> Any:
     """What first pass `number`, one without ranks, finds over the leaf."""
