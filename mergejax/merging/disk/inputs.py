@@ -23,6 +23,7 @@ from mergejax.merging.disk import companions
 from mergejax.merging.disk import vocabularies
 from mergejax.merging.recipes import recipe as recipe_lib
 from mergejax.models import architectures
+from mergejax.statistics import saved
 
 
 class Inputs:
@@ -149,8 +150,6 @@ class Inputs:
   def _check_fingerprint(self, name, model):
     store = self.stores.get(model)
     if self.stats[-1] is not None and store is not None:
-      from mergejax.statistics import saved  # linen, which few merges need
-
       expected = self.attempt(saved.about, name)
       if expected:
         self.attempt(
