@@ -153,6 +153,13 @@ class PublicTest(parameterized.TestCase):
     )
     self.assertEqual(printed(code), '[]')
 
+  def test_merging_needs_no_linen(self):
+    code = (
+      'import sys, mergejax as mj; mj.merge, mj.plan, mj.execute; '
+      "print('mergejax.methods.ties' in sys.modules, 'flax.linen' in sys.modules)"
+    )
+    self.assertEqual(printed(code), 'True False')
+
   def test_types_are_shipped(self):
     self.assertTrue((ROOT / 'mergejax' / 'py.typed').exists())
     setup = (ROOT / 'setup.py').read_text()
