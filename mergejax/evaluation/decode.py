@@ -102,7 +102,7 @@ def greedy(
 
 
 def _prompt(family, batch):
-  """`<int32>[rows, width]`, 0 after a row's end; of width 0 if there is none."""
+  """`<int32>[rows, width]`, 0 after a row's end; no column if there is none."""
   weights = batch.get('decoder_loss_weights', batch.get('weights'))
   rows = len(next(iter(batch.values())))
   if not is_decoder_only(family) or weights is None:
@@ -115,7 +115,7 @@ def _real(family, batch):
   """`<bool>[rows]`, False where a row only fills the batch."""
   if 'decoder_target_tokens' not in batch:
     return jnp.ones(len(next(iter(batch.values()))), jnp.bool_)
-  return jnp.any(family.target_weights(batch) > 0, axis=1)
+  return jnp.asarray(family.real_rows(batch))
 
 
 def _stepper(family, params, batch, total):

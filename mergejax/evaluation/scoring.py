@@ -57,7 +57,8 @@ class Task:
 class Suite:
   """Tasks, and how they are read.
 
-  `suite.load` reads one from a file; `suite.of_corpora` and `of_mixture` make one.
+  `suite.load` reads one from a file; `suite.of_corpora` and `suite.of_mixture`
+  make one.
 
   Attributes:
     tasks: by name.
@@ -107,8 +108,8 @@ class Suite:
       )
     whole = task.metric in ('accuracy', 'exact_match')
     found = stream.evaluation_batches(
-      task.source, lengths=self._lengths(task), batch_size=self.batch_size, split=split,
-      kind=kind or task.kind, max_examples=limit, answers=whole,
+      task.source, lengths=self._lengths(task), batch_size=self.batch_size,
+      split=split, kind=kind or task.kind, max_examples=limit, answers=whole,
     )  # fmt: skip
     if task.metric == 'bits_per_byte' and 'num_bytes' not in found[0]:
       raise errors.ConfigError(
