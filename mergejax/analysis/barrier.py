@@ -46,7 +46,9 @@ class Line:
       ConfigError: the line has no values of this name.
     """
     if name not in self.values:
-      raise errors.ConfigError(errors.near(name, self.values, 'value of a line'))
+      raise errors.ConfigError(
+        errors.near(name, self.values, 'value of a line')
+      )
     values = self.values[name]
     values = values if name in self.losses else -values
     chord = (1 - self.lambdas) * values[0] + self.lambdas * values[-1]

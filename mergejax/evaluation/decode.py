@@ -115,7 +115,7 @@ def _real(family, batch):
   """`<bool>[rows]`, False where a row only fills the batch."""
   if 'decoder_target_tokens' not in batch:
     return jnp.ones(len(next(iter(batch.values()))), jnp.bool_)
-  return jnp.asarray(family.real_rows(batch))
+  return jnp.any(family.target_weights(batch) > 0, axis=1)
 
 
 def _stepper(family, params, batch, total):

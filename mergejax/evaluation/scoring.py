@@ -184,18 +184,18 @@ class Suite:
       if task.metric != 'seqio' and not self.metric(name).higher_is_better
     ]
 
-  def describe_metrics(self) -> str:
-    """What the numbers of a table are, in a line."""
+  def describe_metrics(self, names: Iterable[str] | None = None) -> str:
+    """What the numbers of a table are, in a line; of all tasks by default."""
     tasks: dict[str, list[str]] = {}
-    for name, task in self.tasks.items():
+    for name in names or self.tasks:
       words = "seqio's own metrics"
-      if task.metric != 'seqio':
+      if self._task(name).metric != 'seqio':
         words = self.metric(name).describe()
       tasks.setdefault(words, []).append(name)
     if len(tasks) == 1:
       return next(iter(tasks))
     return '; '.join(
-      f'{words}: {", ".join(names)}' for words, names in tasks.items()
+      f'{words}: {", ".join(members)}' for words, members in tasks.items()
     )
 
   def experts(self, table: base_lib.Table) -> dict[str, str]:

@@ -151,13 +151,18 @@ class CommandsTest(parameterized.TestCase):
     rows = [json.dumps({'text': f'{i} is a number, is it not? ' * 3})
             for i in range(60)]  # fmt: skip
     (corpora / 'numbers.jsonl').write_text('\n'.join(rows))
+    recipe = self.recipe(models=[str(self.model())])
     code, out, err = run(
-        'evaluate', self.model(), '--corpora', corpora,
-        '--json', self.folder / 't.json',
+        'evaluate', self.model(), recipe, '--corpora', corpora,
+        '--json', self.folder / 't.json', '--plot', self.folder / 't.png',
     )  # fmt: skip
     self.assertEqual(code, 0, err)
+    self.assertIn('bits per byte (lower is better)', out)
     self.assertIn('numbers', out)
+    self.assertTrue((self.folder / 't.png').exists())
     table = json.loads((self.folder / 't.json').read_text())
+    # A recipe of one model is that model.
+    self.assertEqual(table[str(recipe)], table[str(self.model())])
     found = table[str(self.model())]['domains']['numbers']
     self.assertLess(found['low'], found['bits_per_byte'])
     # An untrained model knows little more than that there are 259 tokens.

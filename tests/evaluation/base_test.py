@@ -77,9 +77,7 @@ class TableTest(absltest.TestCase):
   def test_the_order_of_tasks_in_a_row_does_not_matter(self):
     rows = dict(self.table())
     rows['merge'] = dict(reversed(rows['merge'].items()))
-    self.assertEqual(
-      base.Table(rows).to_markdown(), self.table().to_markdown()
-    )
+    self.assertEqual(base.Table(rows).to_markdown(), self.table().to_markdown())
 
   def test_keys_of_files(self):
     """What is written is read by others: these names stay."""
