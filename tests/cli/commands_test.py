@@ -168,6 +168,15 @@ class CommandsTest(parameterized.TestCase):
     # An untrained model knows little more than that there are 259 tokens.
     self.assertBetween(found['bits_per_byte'], 7, 13)
 
+  def test_text_is_written_whole_and_through_links(self):
+    file, link = self.folder / 'file', self.folder / 'link'
+    link.symlink_to(file)
+    common.write_text(link, 'first')
+    self.assertTrue(link.is_symlink())
+    common.write_text(file, 'second')
+    self.assertEqual(link.read_text(), 'second')
+    self.assertEmpty(list(self.folder.glob('.file*')))
+
   def test_inspect(self):
     code, out, _ = run('inspect', self.folder / 'a')
     self.assertEqual(code, 0)
