@@ -91,10 +91,11 @@ def run(name, seed):
     line = barrier.line(
       a, moved, vision_models.evaluator(module, test), points=9
     )
-    lines[matching] = line.lambdas, line.values['loss']
+    losses = -line.values['loss']
+    lines[matching] = line.lambdas, losses
     result[matching] = {
       'loss barrier': line.barrier('loss'),
-      'midpoint loss': float(line.values['loss'][4]),
+      'midpoint loss': float(losses[4]),
       'midpoint accuracy': float(line.values['accuracy'][4]),
       'ends accuracy': float(line.values['accuracy'][[0, -1]].mean()),
     }

@@ -84,7 +84,7 @@ def cached(name: str, make):
 
 
 def evaluator(module, data, size=200) -> evaluation.Evaluator:
-  """Loss and accuracy on a split, to be compiled with a merge."""
+  """Negative loss, and accuracy, on a split, to be compiled with a merge."""
   count = len(data['labels']) // size * size
   stacked = {
     n: jnp.asarray(x[:count].reshape(-1, size, *x.shape[1:]))
@@ -99,15 +99,17 @@ def evaluator(module, data, size=200) -> evaluation.Evaluator:
       return loss.mean(), right.mean(dtype=jnp.float32)
 
     loss, right = jax.lax.map(one, data)
-    return {'loss': loss.mean(), 'accuracy': right.mean()}
+    return {'loss': -loss.mean(), 'accuracy': right.mean()}
 
   return evaluation.Evaluator(score, jax.device_put(stacked))
 
 
 def scorer(module, data, size=200):
   """`params -> {'loss': ..., 'accuracy': ...}`, compiled once."""
-  evaluate = evaluator(module, data, size)
-  compiled = jax.jit(evaluate.score)
-  return lambda params: {
-    n: float(v) for n, v in compiled(params, evaluate.data).items()
-  }
+  compiled = evaluator(module, data, size).compiled()
+
+  def scores(params):
+    found = compiled(params)
+    return {**found, 'loss': -found['loss']}
+
+  return scores

@@ -29,19 +29,28 @@ class Line:
   Attributes:
     lambdas: <float64>[points] from 0 to 1.
     values: `{name: <float64>[points]}`, such as `loss` and `accuracy`.
+    losses: the names of those of which less is better.
   """
 
   lambdas: np.ndarray
   values: Mapping[str, np.ndarray]
+  losses: tuple[str, ...] = ('loss',)
 
   def barrier(self, name: str = 'loss') -> float:
     """`max over lambda of L(lambda) - [(1 - lambda) L(0) + lambda L(1)]`.
 
     Zero or below where the line never rises over the chord; for scores where
     more is better, the barrier of their negative.
+
+    Raises:
+      ConfigError: the line has no values of this name.
     """
+    if name not in self.values:
+      raise errors.ConfigError(
+        errors.near(name, self.values, 'value of a line')
+      )
     values = self.values[name]
-    values = values if name == 'loss' else -values
+    values = values if name in self.losses else -values
     chord = (1 - self.lambdas) * values[0] + self.lambdas * values[-1]
     return float((values - chord).max())
 
@@ -59,8 +68,10 @@ def line(
   Args:
     a: the model at lambda 0.
     b: the model at lambda 1; align it first with `align`.
-    evaluate: `params -> {'loss': ..., 'accuracy': ...}`; an `Evaluator` runs
-      all points in one compiled loop.
+    evaluate: `params -> {'loss': ..., 'accuracy': ...}`, where less is better
+      of what is called `loss` alone; or an `Evaluator`, of all of whose scores
+      more is better (a suite negates losses), and which runs all points in one
+      compiled loop.
     points: 25 in the plots of the Git Re-Basin code.
     prepare: applied to each interpolated model, such as `norms.refresh_norms`;
       not with an `Evaluator`.
@@ -78,14 +89,13 @@ def line(
   if points < 2:
     raise errors.ConfigError(f'A line has at least two points, not {points}.')
   lambdas = np.linspace(0.0, 1.0, points)
-  return Line(
-    lambdas, _values(between, (a, b), evaluate, lambdas[:, None], prepare)
-  )
+  values = _values(between, (a, b), evaluate, lambdas[:, None], prepare)
+  losses = () if isinstance(evaluate, evaluation.Evaluator) else ('loss',)
+  return Line(lambdas, values, losses)
 
 
 def between(pair: Any, point: typing.Array) -> typing.Tree:
   """`(1 - point[0]) a + point[0] b`, in float32, cast back; traceable."""
-
   a, b = pair
   return in_memory.merge([b], mean.interpolate(alpha=point[0]), base=a)
 

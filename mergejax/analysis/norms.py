@@ -60,8 +60,8 @@ def refresh_norms(
     rows += count
     for path, (mean, variance) in measure(params, batch).items():
       mean, variance = np.float64(mean), np.float64(variance)
-      own = np.stack([mean, variance + mean**2]) * count
-      totals[path] = totals.get(path, 0.0) + own
+      moments = np.stack([mean, variance + mean**2])
+      totals[path] = totals.get(path, 0.0) + moments * count
   if not rows:
     raise errors.DataError(
       'There was no real row of data to measure batch norms on.'

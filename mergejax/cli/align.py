@@ -16,6 +16,7 @@ from mergejax.core import errors
 from mergejax.core import files
 from mergejax.core import tree as tree_lib
 from mergejax.core import typing
+from mergejax.methods import base as methods_base
 from mergejax.models import architectures
 from mergejax.training import objective
 
@@ -38,6 +39,13 @@ def main(arguments: Sequence[str]) -> None:
   parser.add_argument('--permutation', help='also save the indices as .npz')
   parser.add_argument('--dry_run', action='store_true', help='list the groups')
   options = parser.parse_args(arguments)
+  for name in ('tries', 'steps'):
+    methods_base.check_option(
+      f'--{name}', getattr(options, name), lambda n: n >= 1, '1 or above'
+    )
+  if not options.dry_run:
+    for path in filter(None, (options.out, options.permutation)):
+      files.check_new(path)
   module, a = models.load_model(options.a)
   other, b = models.load_model(options.b)
   tree_lib.check_same(
@@ -60,7 +68,10 @@ def main(arguments: Sequence[str]) -> None:
   worst = align.check_function(apply, b, moved, batch)
   after = align.objective(spec, a, b, permutation)
   scale = align.objective(spec, a, a)
-  checkpoint.save_checkpoint(options.out, moved, config=models.describe(module))
+  checkpoint.save_checkpoint(
+    options.out, moved, config=models.describe(module),
+    axes=models.axes(options.b) or None,
+  )  # fmt: skip
   if options.permutation:
     with files.atomic_path(options.permutation) as temporary:
       with open(temporary, 'wb') as stream:
@@ -79,7 +90,7 @@ def _match(options, spec, module, a, b):
       align.match_weights(spec, a, b, seed, fixed=options.fixed)
       for seed in seeds
     ]
-    return max(tried, key=lambda one: align.objective(spec, a, b, one))
+    return max(tried, key=lambda found: align.objective(spec, a, b, found))
   if not options.suite:
     raise errors.ConfigError(f'{options.method} looks at data: give --suite.')
   # Imports seqio, which takes seconds.

@@ -15,6 +15,7 @@ import signal
 import sys
 
 from mergejax.core import errors
+from mergejax.core import files
 from mergejax.core import stop as stop_lib
 
 # gin names of the past -> what to do instead.
@@ -51,6 +52,16 @@ def parser(command: str, description: str) -> argparse.ArgumentParser:
   return _Parser(
     prog=f'mergejax {command}', description=description, allow_abbrev=False
   )
+
+
+def write_text(path: os.PathLike | str, text: str) -> None:
+  """Writes a file for people to read, whole or not at all."""
+  path = pathlib.Path(path)
+  if path.is_symlink() or path.exists() and not path.is_file():
+    path.write_text(text, encoding='utf-8')  # /dev/stdout, or a pipe
+    return
+  with files.atomic_path(path, overwrite=True) as temporary:
+    temporary.write_text(text, encoding='utf-8')
 
 
 def run_reporting_mistakes(
@@ -126,18 +137,18 @@ def split_gin_flags(
   Returns:
     `(files, search paths, [(name, value)], the rest)`.
   """
-  files, paths, bindings, rest = [], [], [], []
+  gin_files, paths, bindings, rest = [], [], [], []
   for argument in arguments:
     name, _, value = argument.partition('=')
     if name == '--gin_file':
-      files.append(value)
+      gin_files.append(value)
     elif name == '--gin_search_paths':
       paths += value.split(',')
     elif name.startswith('--gin.'):
       bindings.append((name.removeprefix('--gin.'), value))
     else:
       rest.append(argument)
-  return files, paths, bindings, rest
+  return gin_files, paths, bindings, rest
 
 
 def _literal(value: str) -> str:
@@ -152,14 +163,14 @@ def _literal(value: str) -> str:
 
 
 def parse_gin(
-  files: Sequence[str],
+  gin_files: Sequence[str],
   bindings: Sequence[tuple[str, str]],
   search_paths: Sequence[str] = (),
 ) -> None:
   """Reads gin files and bindings into gin's configuration.
 
   Args:
-    files: gin files, found by path, in `search_paths`, or in the package.
+    gin_files: found by path, in `search_paths`, or in the package.
     bindings: `(NAME, value)` for macros that the files define, or
       `(module.function.argument, value)`.
     search_paths: folders to look in.
@@ -173,11 +184,11 @@ def parse_gin(
   gin.clear_config()
   for path in (*search_paths, os.fspath(gin_folder()), ''):
     gin.add_config_file_search_path(path)
-  files = [_shipped(file) for file in files]
+  gin_files = [_shipped(file) for file in gin_files]
   logging.disable(logging.ERROR)  # gin logs every folder it looks in
   try:
     gin.parse_config_files_and_bindings(
-      files, None, skip_unknown=False, finalize_config=False
+      gin_files, None, skip_unknown=False, finalize_config=False
     )
     known = _macros()
     for name, value in bindings:

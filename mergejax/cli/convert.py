@@ -15,7 +15,7 @@ from mergejax.core import tree
 
 
 def _axes(options, destination, store):
-  """The axes that the source knows, where the destination has place for them."""
+  """The axes that the source knows, if the destination has place for them."""
   npz = destination.suffix == '.npz' or options.format == 'npz'
   if options.names is not None or npz:
     return None

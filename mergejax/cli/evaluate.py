@@ -38,16 +38,18 @@ def main(arguments: Sequence[str]) -> None:
   parser.add_argument('--json', help='also write the table to this file')
   parser.add_argument('--plot', help='also draw the table into this PNG')
   parser.add_argument(
-    '--plot_kind', default='heatmap', choices=('heatmap', 'bar', 'radar')
+    '--plot_kind', default='heatmap', choices=tuple(plots.KINDS)
   )
   options = parser.parse_args(arguments)
-  table = _on_suite(options) if options.suite else _on_corpora(options)
+  table, data = _on_suite(options) if options.suite else _on_corpora(options)
   if options.json:
-    text = json.dumps(table, indent=2)
-    pathlib.Path(options.json).write_text(text + '\n')
+    common.write_text(options.json, json.dumps(data, indent=2) + '\n')
+  if options.plot:
+    plots.table(table, options.plot, options.plot_kind)
 
 
 def _on_suite(options):
+  """`(table, its numbers for --json)`."""
   suite = suite_lib.load(options.suite)
   experts = {n: t.expert for n, t in suite.tasks.items() if t.expert}
   first = [suite.base] if suite.base else []
@@ -57,28 +59,28 @@ def _on_suite(options):
       'Nothing to evaluate: name checkpoints or recipes, or give the suite a '
       '`base` or an `expert`.'
     )
-
   rows = ((path, *recipes.load(path)) for path in paths)
   table = suite.table(rows, options.split)
   print(suite.describe_metrics())
   print(table.to_text())
-  result = {'raw': table.to_json()}
+  data = {'raw': table.to_json()}
   if experts:
     shares = table.normalised(suite.experts(table))
     print("\nover the score of each task's own expert; more is better")
     print(shares.to_text())
-    result['normalised'] = shares.to_json()
-  if options.plot:
-    plots.table(table, options.plot, options.plot_kind)
-  return result
+    data['normalised'] = shares.to_json()
+  return table, data
 
 
 def _on_corpora(options):
+  """`(table, its numbers for --json)`, in bits per byte."""
   if not options.checkpoints:
-    raise errors.ConfigError('Nothing to evaluate: name checkpoints.')
+    raise errors.ConfigError(
+      'Nothing to evaluate: name checkpoints or recipes.'
+    )
   loaded = {}
   for path in options.checkpoints:
-    loaded[path] = models.load_model(path)
+    loaded[path] = recipes.load(path)
     if not decode.is_decoder_only(models.family_of(loaded[path][0])):
       raise errors.CheckpointError(f'{path} is not a language model.')
   vocabulary = features.vocabulary(options.vocabulary)
@@ -97,5 +99,6 @@ def _on_corpora(options):
     table = suite.table(
       ((path, *model) for path, model in loaded.items()), options.split
     )
+  print(suite.describe_metrics())
   print(table.to_text())
-  return table.to_json(tasks='domains', value='bits_per_byte')
+  return table, table.to_json(tasks='domains', value='bits_per_byte')

@@ -1,6 +1,6 @@
 # Copyright 2026 The mergejax Authors.
 # SPDX-License-Identifier: Apache-2.0
-"""`mergejax extract-lora MODEL BASE OUT --rank R`: a difference as an adapter."""
+"""`mergejax extract-lora MODEL BASE OUT --rank R`: differences as adapters."""
 
 from collections.abc import Sequence
 

@@ -33,7 +33,7 @@ _MAY_READ_TEXT = ('stats', 'align')
 
 
 def _import_tensorflow() -> None:
-  """Imports TensorFlow without the start-up lines that C++ writes to standard error.
+  """Imports TensorFlow without the start-up lines that C++ writes.
 
   TensorFlow only reads text here; what it says of oneDNN and CUDA would hide
   our own messages.
@@ -64,8 +64,8 @@ def _usage() -> str:
   return (
     'usage: mergejax COMMAND [--help] [--import MODULE] ...\n\ncommands:\n'
     + '\n'.join(lines)
-    + '\n\n--import MODULE, for every command: a module, or a .py file, of your '
-    'own\nthat registers model families, methods or tasks'
+    + '\n\n--import MODULE, for every command: a module, or a .py file, of '
+    'your own\nthat registers model families, methods or tasks'
   )
 
 

@@ -4,7 +4,6 @@
 
 from collections.abc import Sequence
 import json
-import pathlib
 
 from mergejax import models
 from mergejax.cli import common
@@ -32,8 +31,9 @@ def main(arguments: Sequence[str]) -> None:
     for name in names:
       if suite.kind_for(name, module) != suite.kind_for(name, first):
         raise errors.ConfigError(
-          f'{path} reads {name} otherwise than {options.checkpoints[0]}, inputs '
-          'before targets or apart: rank decoder-only models by themselves.'
+          f'{path} reads {name} otherwise than {options.checkpoints[0]}, '
+          'inputs before targets or apart: rank decoder-only models by '
+          'themselves.'
         )
   tasks = suite.read(options.split, names, options.max_examples, model=first)
   table = ranking.rank(
@@ -46,5 +46,4 @@ def main(arguments: Sequence[str]) -> None:
     order = sorted(table, key=lambda model: -table[model][task])
     print(f'{task}: {" > ".join(order)}')
   if options.json:
-    text = json.dumps(table, indent=2) + '\n'
-    pathlib.Path(options.json).write_text(text)
+    common.write_text(options.json, json.dumps(table, indent=2) + '\n')

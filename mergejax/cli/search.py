@@ -1,6 +1,6 @@
 # Copyright 2026 The mergejax Authors.
 # SPDX-License-Identifier: Apache-2.0
-"""`mergejax search RECIPE OUT`: coefficients of a merge, chosen on held-out data.
+"""`mergejax search RECIPE OUT`: coefficients of a merge, by held-out data.
 
     merge:                             # a merge recipe; what varies is left out
       merge_method: task_arithmetic
@@ -24,7 +24,7 @@ and, by strategy:
     simplex    points: 51              # weights that sum to 1: for two models
                                        # even steps, for more random draws
     random, one_plus_one, cmaes
-               as grid, with budget: 40 (evaluations) and start instead of points
+               as grid, with budget: 40 (evaluations) and start, not points
     gradient   granularity: model      # or block, or leaf
                loss: cross_entropy     # or entropy: AdaMerging, without labels
                budget: 100             # updates
@@ -39,7 +39,6 @@ from collections.abc import Sequence
 import json
 import pathlib
 import sys
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -50,7 +49,6 @@ from mergejax import models as models_lib
 from mergejax.checkpoints import checkpoint
 from mergejax.cli import common
 from mergejax.cli import search_request
-from mergejax.core import files
 from mergejax.core import tree as tree_lib
 from mergejax.evaluation import base as evaluation_base
 from mergejax.evaluation import plots
@@ -98,7 +96,9 @@ class _Search:
       recipe, log, names = self._gradient(module, params, base)
     else:
       recipe, log, names = self._search(params, base, evaluate)
-    _write(self._out / 'recipe.yaml', yaml.safe_dump(recipe, sort_keys=False))
+    common.write_text(
+      self._out / 'recipe.yaml', yaml.safe_dump(recipe, sort_keys=False)
+    )
     if log.candidates and names:
       plots.search(
         [one.point for one in log.candidates],
@@ -191,10 +191,13 @@ class _Search:
         grid.grid(merge, models, evaluate, points, log=log, progress=_progress)
       else:
         score = evaluate.compiled()
+        score_at = lambda point: score(
+          merge(models, jnp.asarray(point, jnp.float32))
+        )
         evolve.evolve(
-          space, lambda point: score(merge(models, jnp.asarray(point, jnp.float32))),
-          budget=request.number('budget', 40), strategy=request.strategy,
-          seed=request.seed, log=log, progress=_progress,
+          space, score_at, budget=request.number('budget', 40),
+          strategy=request.strategy, seed=request.seed, log=log,
+          progress=_progress,
         )  # fmt: skip
     return request.to_recipe(space, log.best().point), log, space.names
 
@@ -234,19 +237,22 @@ class _Search:
       worst = {n: jnp.max(jnp.stack([m[n] for m in metrics])) for n in metrics[0]}  # fmt: skip
       return sum(value for value, _ in found), worst
 
+    optimizer = optax.adamw(rate, weight_decay=0.0)
+    if entropy:
+      optimizer = optax.adam(rate)
     learned = gradient.learn(
-      params, loss, rounds, granularity=request.data.get('granularity', 'model'),
-      base_model=base, constraint='softmax' if base is None else 'none',
-      temperature=not entropy,
-      optimizer=optax.adam(rate) if entropy else optax.adamw(rate, weight_decay=0.0),
+      params, loss, rounds, base_model=base,
+      granularity=request.data.get('granularity', 'model'),
+      constraint='softmax' if base is None else 'none',
+      temperature=not entropy, optimizer=optimizer,
       journal=self._out / 'journal.json', settings=self._settings(),
       progress=lambda step, loss: _progress(step, steps),
     )  # fmt: skip
     lines = [
-      json.dumps({'step': i, 'loss': x, **own})
-      for i, (x, own) in enumerate(zip(learned.losses, learned.metrics))
+      json.dumps({'step': i, 'loss': value, **metrics})
+      for i, (value, metrics) in enumerate(zip(learned.losses, learned.metrics))
     ]
-    _write(self._out / 'candidates.jsonl', '\n'.join(lines) + '\n')
+    common.write_text(self._out / 'candidates.jsonl', '\n'.join(lines) + '\n')
     print(f'loss      {learned.losses[0]:.4f} to {learned.losses[-1]:.4f}')
     space, point = base_lib.learned_space(
       request.recipe.method, learned.coefficients
@@ -264,10 +270,10 @@ class _Search:
        ('the merge', module, merged)],
       request.data['evaluate'], request.tasks,
     )  # fmt: skip
+    print(request.suite.describe_metrics(request.tasks))
     print(table.to_text())
-    _write(
-      self._out / 'table.json',
-      json.dumps(table.to_json(), indent=2) + '\n',
+    common.write_text(
+      self._out / 'table.json', json.dumps(table.to_json(), indent=2) + '\n'
     )
 
 
@@ -315,8 +321,3 @@ def _progress(done: int, total: int) -> None:
   if sys.stderr.isatty():
     end = '\n' if done == total else ''
     print(f'\r{done} of {total}', end=end, file=sys.stderr, flush=True)
-
-
-def _write(path: pathlib.Path, text: Any) -> None:
-  with files.atomic_path(path, overwrite=True) as temporary:
-    temporary.write_text(text, encoding='utf-8')

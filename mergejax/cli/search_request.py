@@ -212,7 +212,8 @@ def _checked(data):
   _check_words(data, strategy)
   recipe = recipe_lib.parse_recipe(data['merge'])
   for what, given in (
-    ('modules', recipe.modules), ('slices', recipe.sliced), ('rules', recipe.rules),
+    ('modules', recipe.modules), ('slices', recipe.sliced),
+    ('rules', recipe.rules),
     ('vocab', recipe.vocab), ('tokenizer', recipe.tokenizer),
     ('axes', recipe.axes), ('untie', recipe.untie),
   ):  # fmt: skip
@@ -350,12 +351,9 @@ def _check_models(request):
   planner.plan(recipe_lib.parse_recipe(start))
   paths = list(dict.fromkeys([*([recipe.base] if recipe.base else []), *request.paths]))  # fmt: skip
   modules = {path: models_lib.load_module(path) for path in paths}
-  for path in modules:
-    if models_lib.is_converted(path) and request.data.get('granularity') not in (None, 'model'):  # fmt: skip
-      raise errors.ConfigError(
-        f'{path} has the names of Hugging Face, which the layers of a search do '
-        f'not match. Convert it first: `mergejax convert {path} DST`.'
-      )
+  if request.data.get('granularity', 'model') != 'model':
+    for path in paths:
+      _check_layers(path)
   architectures.check(
     {path: models_lib.describe(module) for path, module in modules.items()},
     'A search evaluates all of its models as one architecture.',
@@ -363,3 +361,16 @@ def _check_models(request):
   return {
     path: saved.fingerprint(checkpoint.open_checkpoint(path)) for path in paths
   }
+
+
+def _check_layers(path):
+  """Raises if the layers of a checkpoint cannot have their own coefficients."""
+  if models_lib.is_converted(path):
+    raise errors.ConfigError(
+      f'{path} has the names of Hugging Face, which the layers of a search do '
+      f'not match. Convert it first: `mergejax convert {path} DST`.'
+    )
+  try:
+    base_lib.check_unstacked(checkpoint.open_checkpoint(path).specs())
+  except errors.UserError as error:
+    raise error.at(path) from error

@@ -9,7 +9,6 @@ own: what the function, called without arguments, returns.
 from collections.abc import Sequence
 import importlib
 import json
-import pathlib
 import sys
 
 import numpy as np
@@ -108,8 +107,9 @@ def _survey(options):
   )
   print(found.to_text())
   if options.json:
-    text = json.dumps(found.to_rows(), indent=2) + '\n'
-    pathlib.Path(options.json).write_text(text)
+    common.write_text(
+      options.json, json.dumps(found.to_rows(), indent=2) + '\n'
+    )
   if options.plot:
     plots = importlib.import_module('mergejax.evaluation.plots')
     plots.norms(found.to_rows()[:-1], options.plot)
@@ -126,8 +126,9 @@ def _norms(options):
   batches = [batch for several in by_task.values() for batch in several]
   params = norms.refresh_norms(module, params, batches)
   checkpoint.save_checkpoint(
-    options.out, params, config=models.describe(module)
-  )
+    options.out, params, config=models.describe(module),
+    axes=models.axes(options.model) or None,
+  )  # fmt: skip
   print(
     f'running statistics over {len(batches)} batches of {", ".join(by_task)}: '
     f'{options.out}'

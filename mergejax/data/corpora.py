@@ -93,9 +93,9 @@ def split_documents(
 
   Documents labelled `'all'` are ordered by a hash of their text; the first go
   to test until it has `HELD_OUT` of all characters, the next to validation
-  until it has as many, the rest to train. The order of the files does not matter, and a domain of few
-  documents still gets all three splits. They are held in memory together;
-  documents that bring their split stream through.
+  until it has as many, the rest to train. The order of the files does not
+  matter, and a domain of few documents still gets all three splits. They are
+  held in memory together; documents that bring their split stream through.
 
   Args:
     labelled: `(split or 'all', text)`. Where splits are given they must come

@@ -1,6 +1,6 @@
 # Copyright 2026 The mergejax Authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Vocabularies, and the features of encoder-decoder and language-model tasks."""
+"""Vocabularies, and the features of encoder-decoders and language models."""
 
 import os
 import pathlib

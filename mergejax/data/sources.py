@@ -13,9 +13,9 @@ from mergejax.core import checksums
 from mergejax.core import errors
 from mergejax.data import rows as rows_lib
 
-# Files up to this size are held in memory, and so checked from end to end before
-# anything else is done. The rows of a larger one are read one by one, and a bad
-# row is found when its turn comes. Both are shuffled whole.
+# Files of up to so many bytes are held in memory, and so checked from end to
+# end before anything else is done. The rows of a larger one are read one by
+# one, and a bad row is found when its turn comes. Both are shuffled whole.
 HELD_BYTES = 1 << 28
 # Rows that are read together.
 _CHUNK = 16
@@ -25,8 +25,9 @@ class RowSource(seqio.DataSource):
   """Rows of one local file a split, as `{column: string}`.
 
   Shuffling is over the whole file, whatever its size and however it is
-  sorted, in another order each epoch. The order is a permutation that is computed
-  and not drawn from a buffer, so a saved position does not hold the file.
+  sorted, in another order each epoch. The order is a permutation that is
+  computed and not drawn from a buffer, so a saved position does not hold the
+  file.
   """
 
   def __init__(

@@ -57,8 +57,8 @@ class Evaluator(NamedTuple):
     program = jax.jit(self.score)
 
     def evaluate(params):
-      found = jax.device_get(program(params, self.data))
-      return {task: float(score) for task, score in found.items()}
+      scores = jax.device_get(program(params, self.data))
+      return {task: float(score) for task, score in scores.items()}
 
     return evaluate
 
@@ -187,7 +187,8 @@ class Table(Mapping[str, Mapping[str, Score]]):
       best_mean = pick(self.mean(model) for model in self)
     for model, scores in self.items():
       cells = []
-      for task, s in scores.items():
+      for task in self.tasks:
+        s = scores[task]
         text = f'{s.value:.3f} ({s.low:.3f}-{s.high:.3f})'
         cells.append(bold(text, s.value == self.best(task)))
       if self.has_mean:

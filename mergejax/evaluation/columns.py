@@ -35,7 +35,7 @@ class Scored:
   def columns(
     self, family: models.ModelFamily, params: typing.Tree
   ) -> dict[str, base.Score]:
-    """`{column: Score}` of a model: the task, or one for each of its numbers."""
+    """`{column: Score}` of a model: of the task, or of each of its numbers."""
     name, metric = self._name, self._task.metric
     batches = self._of(family)
     if metric == 'exact_match':

@@ -102,7 +102,7 @@ def greedy(
 
 
 def _prompt(family, batch):
-  """`<int32>[rows, width]`, 0 after a row's end; of width 0 if there is none."""
+  """`<int32>[rows, width]`, 0 after a row's end; no column if there is none."""
   weights = batch.get('decoder_loss_weights', batch.get('weights'))
   rows = len(next(iter(batch.values())))
   if not is_decoder_only(family) or weights is None:

@@ -94,7 +94,7 @@ class Generated:
     rows = [
       row
       for batch in batches
-      for row, real in zip(decoder(params, batch), _real(family, batch))
+      for row, real in zip(decoder(params, batch), family.real_rows(batch))
       if real
     ]
     return [self._text(row) for row in rows]
@@ -152,7 +152,7 @@ class Generated:
     if family.module not in self._scorers:
       self._scorers[family.module] = metrics.make_scorer(family, 'loss')
     nats, _ = self._scorers[family.module](params, batches)
-    real = np.concatenate([_real(family, batch) for batch in batches])
+    real = np.concatenate([family.real_rows(batch) for batch in batches])
     sums = np.asarray(np.sum(nats, axis=1, dtype=np.float64))
     return (-sums[real]).tolist()
 
@@ -202,12 +202,6 @@ def check_functions(task: seqio.Task) -> None:
       f'The task {task.name} has metric_fns with aux_values, which greedy '
       'decoding does not give: register it without them.'
     )
-
-
-def _real(family, batch):
-  """`<bool>[rows]`, False on rows that fill a batch."""
-  weights = np.asarray(family.target_weights(batch))
-  return weights.reshape(len(weights), -1).max(axis=1) > 0
 
 
 def _processed(task, example, text, is_target):

@@ -2,14 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pictures of tables, curves and planes, as PNG files."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import os
 from typing import Any
 
-import matplotlib
 from matplotlib import figure as figures
 import numpy as np
 
+from mergejax.core import errors
 from mergejax.evaluation import base
 
 
@@ -21,35 +21,44 @@ def heatmap(table: base.Table, reference: str, path: os.PathLike | str) -> None:
     reference: the row that the others are compared with.
     path: the PNG file to write.
   """
-  matplotlib.use('Agg')
-  from matplotlib import pyplot  # after the backend is chosen
-
-  models, domains = list(table), list(table[reference])
-  values = np.array([[table[m][d].value for d in domains] for m in models])
-  saved = values[models.index(reference)] - values
+  values = _values(table)
+  saved = values[list(table).index(reference)] - values
   limit = np.abs(saved).max() or 1.0
-  figure, axes = pyplot.subplots(
-    figsize=(1.5 + 1.1 * len(domains), 1.2 + 0.42 * len(models))
+  figure = figures.Figure(
+    figsize=(1.5 + 1.1 * len(table.tasks), 1.2 + 0.42 * len(table))
   )
+  axes = figure.add_subplot()
+  dark = np.abs(saved) > 0.6 * limit
   image = axes.imshow(
     saved, cmap='RdBu', vmin=-limit, vmax=limit, aspect='auto'
   )
-  axes.set_xticks(range(len(domains)), domains, rotation=30, ha='right')
-  axes.set_yticks(range(len(models)), models)
-  for (row, column), value in np.ndenumerate(values):
-    dark = abs(saved[row, column]) > 0.6 * limit
-    axes.text(
-        column, row, f'{value:.2f}', ha='center', va='center', fontsize=8,
-        color='white' if dark else 'black',
-    )  # fmt: skip
+  _label_cells(axes, table, '{:.2f}', np.where(dark, 'white', 'black'), size=8)
   axes.set_title('bits per byte (colour: saved against the ' + reference + ')')
   figure.colorbar(image)
-  figure.savefig(path, dpi=120, bbox_inches='tight')
-  pyplot.close(figure)
+  _save(figure, path)
 
 
 def _save(figure: figures.Figure, path: os.PathLike | str) -> None:
   figure.savefig(path, dpi=120, bbox_inches='tight')
+
+
+def _values(table):
+  """`<float64>[models, tasks]`."""
+  return np.array(
+    [[row[task].value for task in table.tasks] for row in table.values()]
+  )
+
+
+def _label_cells(axes, table, text, colours, *, size):
+  """Names of models and tasks at the sides, the values in the cells."""
+  tasks = table.tasks
+  axes.set_xticks(range(len(tasks)), tasks, rotation=30, ha='right')
+  axes.set_yticks(range(len(table)), list(table))
+  for (row, column), value in np.ndenumerate(_values(table)):
+    axes.text(
+        column, row, text.format(value), ha='center', va='center',
+        fontsize=size, color=colours[row, column],
+    )  # fmt: skip
 
 
 def lines(
@@ -137,10 +146,11 @@ def norms(rows: Sequence[Mapping[str, Any]], path: os.PathLike | str) -> None:
     path: the file.
   """
   figure = figures.Figure(figsize=(8, 1.2 + 0.16 * len(rows)))
+  size = lambda row: np.mean([norm or 0.0 for norm in row['relative_norms']])
   for i, (title, value) in enumerate((
-    ('|task vector| / |base|', lambda r: np.mean([n or 0.0 for n in r['relative_norms']])),
-    ('mean cosine', lambda r: r['mean_cosine']),
-    ('signs agree', lambda r: r['sign_agreement']),
+    ('|task vector| / |base|', size),
+    ('mean cosine', lambda row: row['mean_cosine']),
+    ('signs agree', lambda row: row['sign_agreement']),
   )):  # fmt: skip
     axes = figure.add_subplot(1, 3, i + 1)
     axes.barh(range(len(rows)), [value(row) for row in rows])
@@ -162,40 +172,60 @@ def table(
   Args:
     scores: raw or normalised scores.
     path: the file.
-    kind: 'heatmap', 'bar' or 'radar'.
+    kind: one of `KINDS`.
+
+  Raises:
+    ConfigError: an unknown kind.
   """
-  models, tasks = list(scores), list(next(iter(scores.values())))
-  values = np.array([[scores[m][t].value for t in tasks] for m in models])
-  if kind == 'heatmap':
-    figure = figures.Figure(
-      figsize=(2 + 0.9 * len(tasks), 1.2 + 0.35 * len(models))
-    )
-    axes = figure.add_subplot()
-    axes.imshow(values, cmap='viridis', aspect='auto')
-    axes.set_xticks(range(len(tasks)), tasks, rotation=30, ha='right')
-    axes.set_yticks(range(len(models)), models)
-    for (row, column), value in np.ndenumerate(values):
-      axes.text(column, row, f'{value:.3g}', ha='center', va='center',
-                fontsize=7, color='white')  # fmt: skip
-  elif kind == 'bar':
-    figure = figures.Figure(figsize=(2 + 1.2 * len(tasks), 3.5))
-    axes = figure.add_subplot()
-    width = 0.8 / len(models)
-    for i, model in enumerate(models):
-      low = [values[i, t] - scores[model][n].low for t, n in enumerate(tasks)]
-      high = [scores[model][n].high - values[i, t] for t, n in enumerate(tasks)]
-      axes.bar(
-        np.arange(len(tasks)) + i * width, values[i], width, label=model,
-        yerr=np.maximum([low, high], 0),
-      )  # fmt: skip
-    axes.set_xticks(np.arange(len(tasks)) + 0.4, tasks, rotation=30, ha='right')
-    axes.legend(fontsize=6)
-  else:
-    figure = figures.Figure(figsize=(5, 5))
-    axes = figure.add_subplot(projection='polar')
-    angles = np.linspace(0, 2 * np.pi, len(tasks), endpoint=False)
-    for i, model in enumerate(models):
-      axes.plot([*angles, angles[0]], [*values[i], values[i, 0]], label=model)
-    axes.set_xticks(angles, tasks)
-    axes.legend(fontsize=6, loc='lower right')
-  _save(figure, path)
+  if kind not in KINDS:
+    raise errors.ConfigError(errors.near(kind, KINDS, 'kind of picture'))
+  _save(KINDS[kind](scores), path)
+
+
+def _heatmap(scores):
+  figure = figures.Figure(
+    figsize=(2 + 0.9 * len(scores.tasks), 1.2 + 0.35 * len(scores))
+  )
+  axes = figure.add_subplot()
+  values = _values(scores)
+  axes.imshow(values, cmap='viridis', aspect='auto')
+  white = np.full(values.shape, 'white')
+  _label_cells(axes, scores, '{:.3g}', white, size=7)
+  return figure
+
+
+def _bars(scores):
+  tasks = scores.tasks
+  figure = figures.Figure(figsize=(2 + 1.2 * len(tasks), 3.5))
+  axes = figure.add_subplot()
+  width = 0.8 / len(scores)
+  for i, (model, row) in enumerate(scores.items()):
+    values = np.array([row[task].value for task in tasks])
+    low = values - [row[task].low for task in tasks]
+    high = [row[task].high for task in tasks] - values
+    axes.bar(
+      np.arange(len(tasks)) + i * width, values, width, label=model,
+      yerr=np.maximum([low, high], 0),
+    )  # fmt: skip
+  axes.set_xticks(np.arange(len(tasks)) + 0.4, tasks, rotation=30, ha='right')
+  axes.legend(fontsize=6)
+  return figure
+
+
+def _radar(scores):
+  figure = figures.Figure(figsize=(5, 5))
+  axes = figure.add_subplot(projection='polar')
+  angles = np.linspace(0, 2 * np.pi, len(scores.tasks), endpoint=False)
+  for model, values in zip(scores, _values(scores)):
+    axes.plot([*angles, angles[0]], [*values, values[0]], label=model)
+  axes.set_xticks(angles, scores.tasks)
+  axes.legend(fontsize=6, loc='lower right')
+  return figure
+
+
+# What `table` draws, by name.
+KINDS: dict[str, Callable[[base.Table], figures.Figure]] = {
+  'heatmap': _heatmap,
+  'bar': _bars,
+  'radar': _radar,
+}

@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models to evaluate by path: checkpoints, and merges that recipes describe."""
 
-from collections.abc import Mapping, Sequence
 import os
 import pathlib
 import tempfile
@@ -12,8 +11,6 @@ import flax.linen as nn
 
 from mergejax import models
 from mergejax.core import typing
-from mergejax.evaluation import base
-from mergejax.evaluation import scoring
 from mergejax.merging.disk import executor
 from mergejax.merging.disk import planner
 from mergejax.merging.recipes import recipe as recipe_lib
@@ -48,24 +45,3 @@ def load(path: os.PathLike | str) -> tuple[nn.Module, typing.Tree]:
   if pathlib.Path(path).suffix in ('.yaml', '.yml'):
     return load_merged(path)
   return models.load_model(path)
-
-
-def evaluate_recipe(
-  recipe: os.PathLike | str | dict[str, Any],
-  suite: scoring.Suite,
-  split: str = 'test',
-  names: Sequence[str] | None = None,
-) -> Mapping[str, base.Score]:
-  """Scores of a merge on the tasks of a suite.
-
-  Args:
-    recipe: a YAML file, or what one holds.
-    suite: from `suite.load`.
-    split: of the suite.
-    names: tasks; all by default.
-
-  Returns:
-    `{task: Score}`.
-  """
-  rows = (('merge', *load_merged(one)) for one in (recipe,))
-  return suite.table(rows, split, names)['merge']

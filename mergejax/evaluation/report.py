@@ -31,13 +31,13 @@ class Roles:
 
 def expectations(table: base.Table, roles: Roles) -> dict[str, bool]:
   """Which of the results that the method promises held on this run."""
-  own = all(
+  at_home = all(
     table[row][domain].value
     == min(table[r][domain].value for r in roles.experts.values())
     for domain, row in roles.experts.items()
   )
   return {
-    'each expert is the best expert on its own domain': own,
+    'each expert is the best expert on its own domain': at_home,
     'the ensemble beats the seed and the compute-matched dense model on the '
     'mean': table.mean(roles.ensemble)
     < min(table.mean(roles.seed), table.mean(roles.dense)),

@@ -57,7 +57,8 @@ class Task:
 class Suite:
   """Tasks, and how they are read.
 
-  `suite.load` reads one from a file; `suite.of_corpora` and `of_mixture` make one.
+  `suite.load` reads one from a file; `suite.of_corpora` and `suite.of_mixture`
+  make one.
 
   Attributes:
     tasks: by name.
@@ -107,8 +108,8 @@ class Suite:
       )
     whole = task.metric in ('accuracy', 'exact_match')
     found = stream.evaluation_batches(
-      task.source, lengths=self._lengths(task), batch_size=self.batch_size, split=split,
-      kind=kind or task.kind, max_examples=limit, answers=whole,
+      task.source, lengths=self._lengths(task), batch_size=self.batch_size,
+      split=split, kind=kind or task.kind, max_examples=limit, answers=whole,
     )  # fmt: skip
     if task.metric == 'bits_per_byte' and 'num_bytes' not in found[0]:
       raise errors.ConfigError(
@@ -183,18 +184,18 @@ class Suite:
       if task.metric != 'seqio' and not self.metric(name).higher_is_better
     ]
 
-  def describe_metrics(self) -> str:
-    """What the numbers of a table are, in a line."""
+  def describe_metrics(self, names: Iterable[str] | None = None) -> str:
+    """What the numbers of a table are, in a line; of all tasks by default."""
     tasks: dict[str, list[str]] = {}
-    for name, task in self.tasks.items():
+    for name in names or self.tasks:
       words = "seqio's own metrics"
-      if task.metric != 'seqio':
+      if self._task(name).metric != 'seqio':
         words = self.metric(name).describe()
       tasks.setdefault(words, []).append(name)
     if len(tasks) == 1:
       return next(iter(tasks))
     return '; '.join(
-      f'{words}: {", ".join(names)}' for words, names in tasks.items()
+      f'{words}: {", ".join(members)}' for words, members in tasks.items()
     )
 
   def experts(self, table: base_lib.Table) -> dict[str, str]:

@@ -5,6 +5,14 @@
 Inputs are only `lp[K, batch, length]`, each expert's log-likelihood of the
 tokens that came; the full distributions are never gathered.
 
+Branch-Train-Merge takes a cached prior of each domain and mixes by it. From
+Python, the prior can be cut to the experts that fit into memory (`keep_top`),
+or average parameters instead of outputs (`average_weights`):
+
+    prior = ensemble.keep_top(ensemble.cached_prior(batches), 2)
+    weights = ensemble.average_weights(prior, 'posterior')
+    merged = mj.merge(experts, 'linear', weights=weights)
+
 Source: Li et al., "Branch-Train-Merge" (2022),
 https://arxiv.org/abs/2208.03306, section 3; Gururangan et al., "DEMix Layers"
 (2021), https://arxiv.org/abs/2108.05036, for the domain posterior.

@@ -82,6 +82,12 @@ class Log:
     self._journal.begin()
     self._stop = stop_lib.StopRequest()
 
+  def maximise(self, objective: Callable[[evaluation.Scores], float]) -> None:
+    """Judges all candidates, those of the file too, by another objective."""
+    self._objective = objective
+    for candidates in (self.candidates, self._recorded):
+      candidates[:] = [self._candidate(c.point, c.scores) for c in candidates]
+
   def __enter__(self) -> 'Log':
     self._stop.__enter__()
     return self
@@ -117,25 +123,25 @@ class Log:
     found = self._recorded[at]
     if found.point != tuple(float(x) for x in point):
       raise errors.ConfigError(
-        f'{self._journal.path}: candidate {at} of the log is {list(found.point)}, but '
-        f'this search asks for {list(map(float, point))}: the log is of '
-        'another search.'
+        f'{self._journal.path}: candidate {at} of the log is '
+        f'{list(found.point)}, but this search asks for '
+        f'{list(map(float, point))}: the log is of another search.'
       )
     self.candidates.append(found)
     return found
 
   def add(self, point: Point, scores: evaluation.Scores) -> Candidate:
     """Writes down a candidate that has just been tried."""
-    one = self._candidate(point, scores)
-    self.candidates.append(one)
-    self._journal.append({'point': one.point, 'scores': one.scores})
-    return one
+    candidate = self._candidate(point, scores)
+    self.candidates.append(candidate)
+    self._journal.append({'point': candidate.point, 'scores': candidate.scores})
+    return candidate
 
   def best(self) -> Candidate:
     """The best candidate; the first of equals."""
     if not self.candidates:
       raise errors.ConfigError('A search must try at least one candidate.')
-    best = max(self.candidates, key=lambda one: one.objective)
+    best = max(self.candidates, key=lambda candidate: candidate.objective)
     if best.objective == -math.inf:
       raise errors.DataError(
         'No candidate has a finite score; look at the models, and at the log.'
@@ -345,6 +351,9 @@ def learned_space(
 def blocks_of(paths: Sequence[typing.Path]) -> tuple[str, ...]:
   """The blocks of a model: each of its layers, and '*' for everything else.
 
+  Layers that are stacked in one array have no path, and so no block, of their
+  own: see `check_unstacked`.
+
   Example:
     >>> blocks_of(['encoder/layers_0/wi', 'encoder/layers_1/wi', 'norm/scale'])
     ('encoder/layers_0/', 'encoder/layers_1/', '*')
@@ -355,3 +364,25 @@ def blocks_of(paths: Sequence[typing.Path]) -> tuple[str, ...]:
     if block:
       found[block] = None
   return (*found, '*')
+
+
+def check_unstacked(specs: typing.SpecTree) -> None:
+  """Raises if leaves are stacks of layers or experts, as far as axes are known.
+
+  Coefficients for each layer or leaf would be others than those of the same
+  model with its layers apart.
+
+  Raises:
+    StructureError: lists the stacked parameters.
+  """
+  stacked = [
+    f'{path} {list(spec.shape)}: {spec.axes}'
+    for path, spec in specs.items()
+    if axes_lib.stacked(spec) and known.block_of(path) is None
+  ]
+  if stacked:
+    raise errors.StructureError(
+      'These parameters are stacks of layers or experts, none of which can have '
+      f'coefficients of its own:\n{errors.listed(stacked)}\nSearch with the '
+      'granularity model, or merge models whose layers are stored apart.'
+    )

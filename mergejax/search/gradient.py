@@ -30,9 +30,9 @@ from mergejax.merging import streaming
 from mergejax.methods import arithmetic
 from mergejax.methods import base as merge_base
 from mergejax.methods import mean
+from mergejax.names import known
 from mergejax.search import base
 
-GRANULARITIES = ('model', 'block', 'leaf')
 _HIGHEST = jax.lax.Precision.HIGHEST
 # `sum_k w_k theta_k`, and `theta_0 + sum_k w_k (theta_k - theta_0)`.
 _MIX = streaming.Stream(mean.linear(normalize=False))
@@ -118,7 +118,8 @@ def learn(
     base_model: the common ancestor, for task vectors.
     granularity: 'model' has one coefficient a model, 'block' one for each layer
       (see `search.base.blocks_of`), 'leaf' one for each array (the released
-      "by layer"), or a function from path to group.
+      "by layer"), or a function from path to group. Layers must not be stacked
+      in one array for 'block' and 'leaf'; stores that tell axes are checked.
     constraint: 'softmax' keeps the coefficients of a group on the simplex,
       'none' leaves them free, 'clip' cuts them to [0, 1].
     initial: first value of every coefficient before the constraint; by default
@@ -174,7 +175,7 @@ def learn(
       if i < done:
         continue
       params = mixer.mix(constrained(variables['raw']))
-      (value, told), (gradient, heat) = backward(
+      (value, told), (gradient, by_temperature) = backward(
         params, variables['temperature'], batch
       )
       value = float(value)
@@ -185,9 +186,9 @@ def learn(
         )
       products = mixer.products(gradient)
       del params, gradient
-      variables, state = update(variables, state, products, heat)
+      variables, state = update(variables, state, products, by_temperature)
       losses.append(value)
-      metrics.append({name: float(one) for name, one in told.items()})
+      metrics.append({name: float(metric) for name, metric in told.items()})
       progress(len(losses), value)
       if stop.received or len(losses) % save_every == 0:
         _save(record, (variables, state), losses, metrics)
@@ -225,27 +226,24 @@ _CONSTRAINTS = {
 
 
 def _backward(loss):
-  """`(params, temperature, batch) -> ((loss, metrics), gradients)`, compiled."""
+  """`(params, temperature, batch) -> ((loss, metrics), gradients)`."""
 
-  def with_metrics(params, heat, batch):
-    result = loss(params, batch, heat)
+  def with_metrics(params, temperature, batch):
+    result = loss(params, batch, temperature)
     return result if isinstance(result, tuple) else (result, {})
 
   return jax.jit(jax.value_and_grad(with_metrics, argnums=(0, 1), has_aux=True))
 
 
-def _update(optimizer, constrained, temperature):
+def _update(optimizer, constrained, learn_temperature):
   """A step of the optimizer from the products of the gradient, compiled."""
 
   @jax.jit
-  def update(variables, state, products, heat_gradient):
+  def update(variables, state, products, by_temperature):
     _, pull = jax.vjp(constrained, variables['raw'])
-    gradient = {
-      'raw': pull(products)[0],
-      'temperature': heat_gradient
-      if temperature
-      else jnp.zeros_like(heat_gradient),
-    }
+    if not learn_temperature:
+      by_temperature = jnp.zeros_like(by_temperature)
+    gradient = {'raw': pull(products)[0], 'temperature': by_temperature}
     # optax counts in integers and multiplies them with floats.
     with jax.numpy_dtype_promotion('standard'):
       steps, state = optimizer.update(gradient, state, variables)
@@ -261,6 +259,14 @@ def _product(gradient, leaf, origin):
   if origin is not None:
     wide = wide - numerics.widen(origin)
   return jnp.vdot(gradient.astype(wide.dtype), wide, precision=_HIGHEST)
+
+
+# The group of a leaf, by granularity.
+_GROUPS: dict[str, Callable[[typing.Path], str]] = {
+  'model': lambda path: '*',
+  'block': lambda path: known.block_of(path) or '*',
+  'leaf': lambda path: path,
+}
 
 
 class _Mixer:
@@ -288,20 +294,15 @@ class _Mixer:
     self.dtype = max(
       (first.specs[p].dtype for p in self._mixed), key=lambda d: d.itemsize
     )
+    if granularity in ('block', 'leaf'):
+      for source in (first, *self._sources):
+        base.check_unstacked(source.specs)
+    group_of = granularity
     if not callable(granularity):
-      merge_base.check_choice('granularity', granularity, GRANULARITIES)
-    self._group = {p: self._group_of(p, granularity) for p in self._mixed}
+      merge_base.check_choice('granularity', granularity, tuple(_GROUPS))
+      group_of = _GROUPS[granularity]
+    self._group = {path: group_of(path) for path in self._mixed}
     self.groups = list(dict.fromkeys(self._group.values()))
-
-  def _group_of(self, path, granularity):
-    if callable(granularity):
-      return granularity(path)
-    if granularity == 'leaf':
-      return path
-    if granularity == 'model':
-      return '*'
-    blocks = base.blocks_of(self._mixed)
-    return next((b for b in blocks[:-1] if b in path), '*')
 
   def _origin(self, path):
     return None if self._base is None else self._base.leaf(path)
@@ -330,12 +331,12 @@ class _Mixer:
     sums = {}
     for path in self._mixed:
       origin = self._origin(path)
-      own = jnp.stack([
+      products = jnp.stack([
         _product(gradient[path], source.leaf(path), origin)
         for source in self._sources
       ])  # fmt: skip
       group = self._group[path]
-      wide = own.astype(numerics.accumulation_dtype(self.dtype))
+      wide = products.astype(numerics.accumulation_dtype(self.dtype))
       sums[group] = wide if group not in sums else sums[group] + wide
     return sums
 

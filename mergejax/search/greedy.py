@@ -125,7 +125,7 @@ def greedy(
   best = alone(first) if single is None else single[first]
   if best == -math.inf:
     raise errors.DataError(
-      'The best model has no finite score: check the evaluation, and the models.'
+      'The best model has no finite score: check the evaluation and the models.'
     )
   chosen, tried = [first], [best]
   states = _add(None, _params(sources[first]))

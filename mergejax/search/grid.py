@@ -29,15 +29,16 @@ def lattice(space: base.Space, points: int) -> np.ndarray:
   Raises:
     UserError: more combinations than anyone would wait for.
   """
-  names = len(space.names)
-  if points**names > _MOST_POINTS:
+  count = len(space.names)
+  if points**count > _MOST_POINTS:
     raise errors.ConfigError(
-      f'A grid of {points} values for each of {names} coefficients has '
-      f'{points}^{names} points. Vary one number (`vary: scale` or `weight`), '
-      "or take the strategy 'cmaes' or 'gradient'."
+      f'A grid of {points} values for each of {count} coefficients has '
+      f'{points}^{count} points, and a grid at most {_MOST_POINTS}. Vary one '
+      'number (`vary: scale` or `weight`), or take the strategy '
+      "'cmaes' or 'gradient'."
     )
   axis = np.linspace(space.low, space.high, points)
-  return np.array(list(itertools.product(axis, repeat=len(space.names))))
+  return np.array(list(itertools.product(axis, repeat=count)))
 
 
 def pairs(points: int = 51) -> np.ndarray:
@@ -86,10 +87,10 @@ def grid(
   """
   log = base.Log() if log is None else log
   points = np.asarray(points, np.float64)
-  todo = [point for point in points if log.recorded(point) is None]
-  done = len(points) - len(todo)
+  missing = [point for point in points if log.recorded(point) is None]
+  done = len(points) - len(missing)
   if not isinstance(evaluate, evaluation.Evaluator):
-    for point in todo:
+    for point in missing:
       log.add(point, evaluate(merge(models, jnp.asarray(point, jnp.float32))))
       done += 1
       progress(done, len(points))
@@ -97,22 +98,23 @@ def grid(
     return log
 
   @jax.jit
-  def scores(models, data, some):
+  def score_all(models, data, points):
     return jax.lax.map(
-      lambda point: evaluate.score(merge(models, point), data), some
+      lambda point: evaluate.score(merge(models, point), data), points
     )
 
   models = jax.device_put(models)
-  for start in range(0, len(todo), chunk):
-    some = todo[start : start + chunk]
-    # The last chunk is filled up, so that one program serves all.
-    filled = np.stack(some + [some[-1]] * (min(chunk, len(points)) - len(some)))
-    found = jax.device_get(
-      scores(models, evaluate.data, jnp.asarray(filled, jnp.float32))
+  size = min(chunk, len(points))
+  for start in range(0, len(missing), chunk):
+    part = missing[start : start + chunk]
+    # The last part is filled up, so that one program serves all.
+    filled = np.stack(part + [part[-1]] * (size - len(part)))
+    scores = jax.device_get(
+      score_all(models, evaluate.data, jnp.asarray(filled, jnp.float32))
     )
-    for i, point in enumerate(some):
-      log.add(point, {name: values[i] for name, values in found.items()})
-    done += len(some)
+    for i, point in enumerate(part):
+      log.add(point, {task: values[i] for task, values in scores.items()})
+    done += len(part)
     progress(done, len(points))
     log.check_stop()
   return log

@@ -69,10 +69,10 @@ def objective(
     )
   if most_lost is not None and before is None:
     raise errors.ConfigError('`most_lost` needs the scores `before` patching.')
-  missing = set(supported) & set(patching)
-  if missing:
+  both = set(supported) & set(patching)
+  if both:
     raise errors.ConfigError(
-      f'{sorted(missing)} cannot be both supported and patching tasks.'
+      f'{sorted(both)} cannot be both supported and patching tasks.'
     )
 
   def group(scores, names):
@@ -136,7 +136,8 @@ def single(
     )
   if frozen is not None:
     _check_frozen(base_model, tuned, frozen)
-  log = base.Log(objective=goal) if log is None else log
+  log = base.Log() if log is None else log
+  log.maximise(goal)
   grid.grid(
     _interpolated, (base_model, tuned), evaluate, np.array(alphas)[:, None],
     log=log,
@@ -268,7 +269,7 @@ def parallel(
   seed: int = 0,
   log: base.Log | None = None,
 ) -> Patch:
-  """Adds models fine-tuned apart: `theta_0 + sum_i alpha_i (theta_i - theta_0)`.
+  """Adds models tuned apart: `theta_0 + sum_i alpha_i (theta_i - theta_0)`.
 
   Args:
     base_model: the model to patch.
@@ -286,7 +287,8 @@ def parallel(
     The patched model; its alphas may sum to more than 1.
   """
   count = len(tuned)
-  log = base.Log(objective=goal) if log is None else log
+  log = base.Log() if log is None else log
+  log.maximise(goal)
 
   def patched(point):
     weights = [float(point[min(i, len(point) - 1)]) for i in range(count)]

@@ -27,8 +27,9 @@ def extract(
   """Features of examples, by interception of what a linear map is given.
 
   By default those that its family says. Image classifiers: the input of the
-  head. Language models: that of the output layer, averaged over real positions. Encoder-decoders: the encoder's output
-  (the input of the first cross-attention), averaged over real positions.
+  head. Language models: that of the output layer, averaged over real positions.
+  Encoder-decoders: the encoder's output (the input of the first
+  cross-attention), averaged over real positions.
 
   Args:
     module: the model: its family, or a module that one knows.

@@ -140,9 +140,10 @@ def source_probabilities(
     real = np.asarray(models.family_for(module, batch).real_rows(batch))
     rows.append(np.asarray(one(params, dict(batch)), np.float64)[real])
   given = np.concatenate(rows)
-  if not np.isfinite(given).all():
+  undefined = int((~np.isfinite(given)).any(axis=1).sum())
+  if undefined:
     raise errors.DataError(
-      f'Of {len(given)} examples {int((~np.isfinite(given)).any(axis=1).sum())} '
-      'have answers that are not finite: the model is broken, or the data is.'
+      f'Of {len(given)} examples {undefined} have answers that are not finite: '
+      'the model is broken, or the data is.'
     )
   return given

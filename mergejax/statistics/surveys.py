@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mergejax.checkpoints import base as store_base
+from mergejax.core import axes as axes_lib
 from mergejax.core import errors
 from mergejax.core import numerics
 from mergejax.core import tree as tree_lib
@@ -22,7 +23,7 @@ class Survey:
   """Task vectors `tau_k = theta_k - theta_0` of K models, leaf by leaf.
 
   Attributes:
-    paths: the floating leaves.
+    paths: the floating leaves; of a stack of layers each layer, `PATH[3]`.
     base_norms: `<float64>[leaves]` L2 norm of the base.
     norms: `<float64>[leaves, K]` L2 norms of the task vectors.
     products: `<float64>[leaves, K, K]` inner products of the task vectors.
@@ -136,7 +137,8 @@ def survey(
   first (`mergejax align`).
 
   Args:
-    models: trees or stores, K of them.
+    models: trees or stores, K of them. Where a store tells that layers are
+      stacked in one leaf, each of them is a leaf of its own.
     base: their common ancestor.
 
   Returns:
@@ -161,15 +163,27 @@ def survey(
     tree_lib.check_same(
       specs, store.specs(), expected_name=origin.name, given_name=store.name
     )
-  paths = [p for p, s in specs.items() if numerics.is_averaged(s.dtype)]
-  found = []
-  for path in paths:
-    numerics.check_countable(path, specs[path].size)
-    leaves = [store.leaves([path])[path] for store in stores]
-    norm, products, moved, both = _measure(origin.leaves([path])[path], leaves)
-    moved = int(moved)
-    agree = 1 - int(both) / moved if moved else 1.0
-    found.append((float(norm), np.asarray(products, np.float64), moved, agree))
+  specs = axes_lib.of_models([store.specs() for store in (origin, *stores)])
+  paths, found = [], []
+  for path, spec in specs.items():
+    if not numerics.is_averaged(spec.dtype):
+      continue
+    numerics.check_countable(path, axes_lib.slice_size(spec))
+    stack = axes_lib.stacked(spec)
+    base_leaf, *leaves = (
+      np.moveaxis(store.leaves([path])[path], stack, range(len(stack)))
+      for store in (origin, *stores)
+    )
+    for at in np.ndindex(base_leaf.shape[: len(stack)]):
+      norm, products, moved, both = _measure(
+        base_leaf[at], [leaf[at] for leaf in leaves]
+      )
+      moved = int(moved)
+      agree = 1 - int(both) / moved if moved else 1.0
+      paths.append(path + ''.join(f'[{i}]' for i in at))
+      found.append(
+        (float(norm), np.asarray(products, np.float64), moved, agree)
+      )
   norms, products, moved, agreement = zip(*found)
   products = np.stack(products)
   diagonal = np.diagonal(products, axis1=1, axis2=2)

@@ -13,10 +13,16 @@ from mergejax.evaluation import base as evaluation
 from mergejax.evaluation import plots
 
 
-def bowl(params, data=0.0):
+def bump(params):
   """A loss with a bump in the middle of the line from 0 to 1."""
   x = params['w'][0]
-  return {'loss': x * (1 - x) * 4 + data, 'accuracy': x}
+  return {'loss': x * (1 - x) * 4, 'accuracy': x}
+
+
+def score(params, data):
+  """The same as scores, of which more is better."""
+  found = bump(params)
+  return {**found, 'loss': -(found['loss'] + data)}
 
 
 class LineTest(absltest.TestCase):
@@ -27,18 +33,30 @@ class LineTest(absltest.TestCase):
 
   def test_barrier(self):
     plain = barrier.line(
-      self.a, self.b, lambda p: jax.tree.map(float, bowl(p)), points=5
+      self.a, self.b, lambda p: jax.tree.map(float, bump(p)), points=5
     )
     compiled = barrier.line(
-      self.a, self.b, evaluation.Evaluator(bowl, jnp.float32(0.5)), points=5
+      self.a, self.b, evaluation.Evaluator(score, jnp.float32(0.5)), points=5
     )
     np.testing.assert_allclose(plain.values['loss'], [0, 0.75, 1, 0.75, 0])
     np.testing.assert_allclose(
-      compiled.values['loss'], plain.values['loss'] + 0.5, rtol=1e-6
+      -compiled.values['loss'], plain.values['loss'] + 0.5, rtol=1e-6
     )
     self.assertAlmostEqual(plain.barrier(), 1.0)
     self.assertAlmostEqual(compiled.barrier(), 1.0, places=6)
     self.assertAlmostEqual(plain.barrier('accuracy'), 0.0, places=6)
+
+  def test_of_an_evaluator_more_is_better_whatever_it_is_called(self):
+    for sign, expected in ((-1.0, 1.0), (1.0, 0.0)):
+      for name in ('loss', 'task'):
+        valley = evaluation.Evaluator(
+          lambda p, data, name=name: {name: data * bump(p)['loss']},
+          jnp.float32(sign),
+        )
+        line = barrier.line(self.a, self.b, valley, points=5)
+        self.assertAlmostEqual(line.barrier(name), expected, places=6)
+    with self.assertRaisesRegex(errors.UserError, "Did you mean 'task'"):
+      line.barrier('tasks')
 
   def test_ends_are_the_models(self):
     for share, expected in ((0.0, self.a), (1.0, self.b)):
@@ -75,14 +93,14 @@ class LineTest(absltest.TestCase):
 
   def test_bad_input(self):
     with self.assertRaisesRegex(errors.UserError, '- w'):
-      barrier.line(self.a, {'n': self.a['n']}, bowl)
+      barrier.line(self.a, {'n': self.a['n']}, bump)
     with self.assertRaisesRegex(errors.UserError, 'two points'):
-      barrier.line(self.a, self.b, bowl, points=1)
+      barrier.line(self.a, self.b, bump, points=1)
     a, b = {'w': np.zeros(2)}, {'w': np.ones(2)}
     with self.assertRaisesRegex(errors.UserError, 'one line'):
-      barrier.plane(a, b, {'w': np.full(2, 2.0)}, bowl)
+      barrier.plane(a, b, {'w': np.full(2, 2.0)}, bump)
     with self.assertRaisesRegex(errors.UserError, 'the same'):
-      barrier.plane(a, a, b, bowl)
+      barrier.plane(a, a, b, bump)
 
 
 if __name__ == '__main__':

@@ -151,17 +151,31 @@ class CommandsTest(parameterized.TestCase):
     rows = [json.dumps({'text': f'{i} is a number, is it not? ' * 3})
             for i in range(60)]  # fmt: skip
     (corpora / 'numbers.jsonl').write_text('\n'.join(rows))
+    recipe = self.recipe(models=[str(self.model())])
     code, out, err = run(
-        'evaluate', self.model(), '--corpora', corpora,
-        '--json', self.folder / 't.json',
+        'evaluate', self.model(), recipe, '--corpora', corpora,
+        '--json', self.folder / 't.json', '--plot', self.folder / 't.png',
     )  # fmt: skip
     self.assertEqual(code, 0, err)
+    self.assertIn('bits per byte (lower is better)', out)
     self.assertIn('numbers', out)
+    self.assertTrue((self.folder / 't.png').exists())
     table = json.loads((self.folder / 't.json').read_text())
+    # A recipe of one model is that model.
+    self.assertEqual(table[str(recipe)], table[str(self.model())])
     found = table[str(self.model())]['domains']['numbers']
     self.assertLess(found['low'], found['bits_per_byte'])
     # An untrained model knows little more than that there are 259 tokens.
     self.assertBetween(found['bits_per_byte'], 7, 13)
+
+  def test_text_is_written_whole_and_through_links(self):
+    file, link = self.folder / 'file', self.folder / 'link'
+    link.symlink_to(file)
+    common.write_text(link, 'first')
+    self.assertTrue(link.is_symlink())
+    common.write_text(file, 'second')
+    self.assertEqual(link.read_text(), 'second')
+    self.assertEmpty(list(self.folder.glob('.file*')))
 
   def test_inspect(self):
     code, out, _ = run('inspect', self.folder / 'a')

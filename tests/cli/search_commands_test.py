@@ -1,15 +1,12 @@
 # Copyright 2026 The mergejax Authors.
 # SPDX-License-Identifier: Apache-2.0
-"""`stats`, `align`, `rank`, `search` and `evaluate` on small image models."""
+"""`search` on small image models."""
 
-import contextlib
 import importlib
-import io
 import json
 import pathlib
 import shutil
 import sys
-import tempfile
 
 from absl.testing import absltest
 import jax
@@ -18,174 +15,12 @@ import yaml
 
 import mergejax as mj
 from mergejax import models
-from mergejax import statistics
-from mergejax.cli import main as main_lib
 
-CLASSES = 3
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+import small_images  # noqa: E402
 
 
-class CommandsTest(absltest.TestCase):
-  @classmethod
-  def setUpClass(cls):
-    super().setUpClass()
-    cls.folder = pathlib.Path(
-      cls.enterClassContext(tempfile.TemporaryDirectory())
-    )
-    rng = np.random.default_rng(0)
-    for task in ('left', 'right'):
-      (cls.folder / task).mkdir()
-      for split in ('train', 'validation', 'test'):
-        labels = rng.integers(0, CLASSES, 60)
-        images = rng.integers(0, 90, (60, 4, 4))
-        column = labels if task == 'left' else (labels + 1) % CLASSES
-        images[np.arange(60), :, column] += 150
-        np.savez(
-          cls.folder / task / f'{split}.npz',
-          images=images.astype(np.uint8), labels=labels.astype(np.uint8),
-        )  # fmt: skip
-    cls.suite = cls.folder / 'suite.yaml'
-    tasks = {t: {'images': str(cls.folder / t)} for t in ('left', 'right')}
-    cls.suite.write_text(yaml.safe_dump({'tasks': tasks, 'batch_size': 16}))
-    module = models.build(
-      dict(model_type='mlp', hidden=(6,), image_shape=(4, 4, 1), classes=CLASSES)
-    )  # fmt: skip
-    for i, name in enumerate(('base', 'a', 'b')):
-      params = models.family_of(module).init(jax.random.key(i))
-      mj.save_checkpoint(
-        cls.folder / name, params, config=models.describe(module)
-      )
-
-  def run_command(self, *arguments, code=0):
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-      found = main_lib.main([str(a) for a in arguments])
-    self.assertEqual(found, code, err.getvalue())
-    return out.getvalue() if code == 0 else err.getvalue()
-
-  def path(self, name):
-    return self.folder / name
-
-  def recipe(self, name, data):
-    path = self.folder / f'{name}.yaml'
-    path.write_text(yaml.safe_dump(data))
-    return path
-
-  def test_statistics_then_regmean_and_fisher(self):
-    for kind in ('gram', 'fisher'):
-      for name in ('a', 'b'):
-        self.run_command(
-          'stats', kind, self.path(name), self.path(f'{kind}_{name}'),
-          '--suite', self.suite, '--task', 'left',
-        )  # fmt: skip
-      recipe = self.recipe(kind, {
-          'merge_method': 'regmean' if kind == 'gram' else 'fisher',
-          'models': [str(self.path('a')), str(self.path('b'))],
-          'stats': [str(self.path(f'{kind}_{n}')) for n in ('a', 'b')],
-      })  # fmt: skip
-      out = self.path(f'merged_{kind}')
-      self.run_command('merge', recipe, out)
-      expected = mj.merge(
-        [self.path('a'), self.path('b')],
-        'regmean' if kind == 'gram' else 'fisher',
-        stats=[statistics.load(self.path(f'{kind}_{n}')) for n in ('a', 'b')],
-      )
-      jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5),
-        mj.open_checkpoint(out).read(),
-        expected,
-      )
-    text = self.run_command(
-      'evaluate', self.path('a'), recipe, '--suite', self.suite,
-      '--json', self.path('table.json'),
-    )  # fmt: skip
-    self.assertIn('left', text)
-    table = json.loads(self.path('table.json').read_text())['raw']
-    self.assertLen(table, 2)
-    score = table[str(self.path('a'))]['tasks']['left']
-    self.assertBetween(score['value'], score['low'], score['high'])
-
-  def test_norms_are_measured_on_all_tasks(self):
-    module = models.build(
-      dict(model_type='vgg', channels=(3,), dense=(), norm='batch',
-           image_shape=(4, 4, 1), classes=CLASSES)
-    )  # fmt: skip
-    params = models.family_of(module).init(jax.random.key(0))
-    mj.save_checkpoint(
-      self.path('with_norms'), params, config=models.describe(module)
-    )
-    self.run_command(
-      'stats', 'norms', self.path('with_norms'), self.path('measured'),
-      '--suite', self.suite,
-    )  # fmt: skip
-    _, found = models.load_model(self.path('measured'))
-    # Nothing is left of what the model came with, however far off.
-    far = {
-      **params,
-      'batch_stats': jax.tree.map(lambda x: x + 9, params['batch_stats']),
-    }
-    mj.save_checkpoint(self.path('far'), far, config=models.describe(module))
-    self.run_command(
-      'stats', 'norms', self.path('far'), self.path('far_measured'),
-      '--suite', self.suite,
-    )  # fmt: skip
-    _, again = models.load_model(self.path('far_measured'))
-    jax.tree.map(
-      lambda x, y: np.testing.assert_allclose(x, y, rtol=0.01, atol=1e-3),
-      again['batch_stats'], found['batch_stats'],
-    )  # fmt: skip
-    kernels = lambda tree: {n: x for n, x in tree.items() if n != 'batch_stats'}
-    jax.tree.map(np.testing.assert_array_equal, kernels(found), kernels(params))
-    message = self.run_command(
-      'stats', 'norms', self.path('a'), self.path('x'), '--suite', self.suite,
-      code=2,
-    )  # fmt: skip
-    self.assertIn('no batch norms', message)
-
-  def test_survey(self):
-    text = self.run_command(
-      'stats', 'survey', self.path('base'), self.path('a'), self.path('b'),
-      '--plot', self.path('survey.png'),
-    )  # fmt: skip
-    self.assertIn('whole model', text)
-    self.assertTrue(self.path('survey.png').exists())
-
-  def test_align(self):
-    text = self.run_command(
-      'align', self.path('a'), self.path('b'), self.path('aligned'),
-      '--permutation', self.path('permutation.npz'),
-    )  # fmt: skip
-    self.assertIn('same outputs', text)
-    module, moved = models.load_model(self.path('aligned'))
-    _, before = models.load_model(self.path('b'))
-    batch = models.family_of(module).example_batch(3)
-    batch['images'] = batch['images'] + 0.3
-    np.testing.assert_allclose(
-      models.family_of(module).logits(moved, batch),
-      models.family_of(module).logits(before, batch), rtol=1e-4, atol=1e-5,
-    )  # fmt: skip
-    for method in ('activations', 'straight_through'):
-      self.run_command(
-        'align', self.path('a'), self.path('b'), self.path(method),
-        '--method', method, '--suite', self.suite, '--steps', 3,
-      )  # fmt: skip
-    message = self.run_command(
-      'align', self.path('a'), self.path('b'), self.path('x'),
-      '--method', 'activations', code=2,
-    )  # fmt: skip
-    self.assertIn('--suite', message)
-
-  def test_rank(self):
-    text = self.run_command(
-      'rank', self.path('a'), self.path('b'), '--suite', self.suite,
-      '--json', self.path('rank.json'),
-    )  # fmt: skip
-    self.assertIn(' > ', text)
-    table = json.loads(self.path('rank.json').read_text())
-    self.assertEqual(set(table[str(self.path('a'))]), {'left', 'right'})
-    self.run_command(
-      'rank', self.path('a'), '--suite', self.suite, '--score', 'leep'
-    )
-
+class SearchTest(small_images.Case):
   def merge(self, method='task_arithmetic', **fields):
     recipe = {
       'merge_method': method,
@@ -335,7 +170,7 @@ class CommandsTest(absltest.TestCase):
       .splitlines()
     ]
     self.assertLess(rows[-1]['loss'], rows[0]['loss'])
-    self.assertBetween(rows[-1]['largest_class'], 1 / CLASSES, 1.0)
+    self.assertBetween(rows[-1]['largest_class'], 1 / small_images.CLASSES, 1.0)
     self.run_command(
       'merge', self.path('entropy_out') / 'recipe.yaml',
       self.path('entropy_merge'),
@@ -373,6 +208,24 @@ class CommandsTest(absltest.TestCase):
         for one, other in zip(first, second):
           self.assertEqual(one.get('filter'), other.get('filter'))
           self.assertAlmostEqual(one['value'] + other['value'], 1.0, places=5)
+
+  def test_stacked_layers_have_no_coefficients_of_their_own(self):
+    names = []
+    for name in ('a', 'b'):
+      module, params = models.load_model(self.path(name))
+      axes = [('.*kernel', ('layers', 'mlp')), ('.*', ('mlp',))]
+      names.append(str(self.path(f'stacked_{name}')))
+      mj.save_checkpoint(
+        names[-1], params, config=models.describe(module), axes=axes
+      )
+    merge = self.merge('linear', models=names)
+    for strategy, granularity in (('gradient', 'leaf'), ('random', 'block')):
+      message = self.search(
+        'stacked', code=2, merge=merge, strategy=strategy,
+        granularity=granularity, budget=2,
+      )  # fmt: skip
+      self.assertIn('stacks of layers or experts', message)
+      self.assertIn('stacked_a', message)
 
   def test_a_search_over_one_model(self):
     self.search(
@@ -418,24 +271,6 @@ class CommandsTest(absltest.TestCase):
           models=[str(self.path('a')), str(adapter)]))),
     ):  # fmt: skip
       self.assertIn(message, self.search('wrong', code=2, **fields))
-    other = models.build(
-      dict(model_type='mlp', hidden=(5,), image_shape=(4, 4, 1), classes=2)
-    )
-    mj.save_checkpoint(
-      self.path('other'), models.family_of(other).init(jax.random.key(0)),
-      config=models.describe(other), overwrite=True,
-    )  # fmt: skip
-    message = self.run_command(
-      'align', self.path('a'), self.path('other'), self.path('x'), code=2
-    )
-    self.assertIn('does not have the parameters', message)
-    message = self.run_command(
-      'evaluate', self.path('other'), '--suite', self.suite, code=2
-    )
-    self.assertIn('outside the range', message)
-    bad = self.recipe('bad_suite', {'tasks': {'x': {'images': 'left', 'metric': 'acuracy'}}})  # fmt: skip
-    message = self.run_command('rank', self.path('a'), '--suite', bad, code=2)
-    self.assertIn("'accuracy'", message)
 
 
 if __name__ == '__main__':

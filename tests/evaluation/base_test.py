@@ -74,6 +74,11 @@ class TableTest(absltest.TestCase):
       with self.assertRaisesRegex(errors.StructureError, 'row b of a table'):
         base.Table({'a': {'x': score}, 'b': row})
 
+  def test_the_order_of_tasks_in_a_row_does_not_matter(self):
+    rows = dict(self.table())
+    rows['merge'] = dict(reversed(rows['merge'].items()))
+    self.assertEqual(base.Table(rows).to_markdown(), self.table().to_markdown())
+
   def test_keys_of_files(self):
     """What is written is read by others: these names stay."""
     found = self.table().to_json()['base']
@@ -95,6 +100,8 @@ class TableTest(absltest.TestCase):
       path = pathlib.Path(folder) / f'{kind}.png'
       plots.table(self.table(), path, kind)
       self.assertGreater(path.stat().st_size, 1000)
+    with self.assertRaisesRegex(errors.UserError, "Did you mean 'bar'"):
+      plots.table(self.table(), path, 'bars')
 
 
 if __name__ == '__main__':

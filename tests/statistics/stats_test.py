@@ -18,6 +18,7 @@ import mergejax as mj
 from mergejax import models
 from mergejax import partition
 from mergejax import statistics
+from mergejax.checkpoints import base as store_base
 from mergejax.core import errors
 from mergejax.core import tree
 from mergejax.intercept import capture
@@ -623,6 +624,27 @@ class SurveyTest(absltest.TestCase):
     same = (np.abs(np.sign(deltas).sum(axis=0)) == 3).mean()
     self.assertAlmostEqual(found.agreement[0], same)
     self.assertIn('whole model', found.to_text())
+
+  def test_stacked_layers_are_leaves_of_their_own(self):
+    rng = np.random.default_rng(0)
+    apart = [
+      {f'layers_{i}': {'w': rng.normal(size=(3, 2))} for i in range(4)}
+      for _ in range(3)
+    ]
+    stacked = [
+      store_base.MemoryStore(
+        {'layers': {'w': np.stack([m[f'layers_{i}']['w'] for i in range(4)], 1)}},
+        axes=[('layers/w', ('embed', 'layers', 'mlp'))],
+      )
+      for m in apart
+    ]  # fmt: skip
+    expected = statistics.survey(apart[1:], apart[0])
+    found = statistics.survey(stacked[1:], stacked[0])
+    self.assertEqual(found.paths, tuple(f'layers/w[{i}]' for i in range(4)))
+    for name in ('base_norms', 'norms', 'products', 'moved', 'agreement'):
+      np.testing.assert_allclose(
+        getattr(found, name), getattr(expected, name), rtol=1e-6, err_msg=name
+      )
 
   def test_entries_that_nobody_moved_do_not_agree(self):
     base = {'still': np.ones(98), 'two': np.ones(2)}
