@@ -297,8 +297,9 @@ class _Mixer:
     if granularity in ('block', 'leaf'):
       for source in (first, *self._sources):
         base.check_unstacked(source.specs)
-    group_of = granularity
-    if not callable(granularity):
+    if callable(granularity):
+      group_of = granularity
+    else:
       merge_base.check_choice('granularity', granularity, tuple(_GROUPS))
       group_of = _GROUPS[granularity]
     self._group = {path: group_of(path) for path in self._mixed}

@@ -171,7 +171,9 @@ def survey(
     numerics.check_countable(path, axes_lib.slice_size(spec))
     stack = axes_lib.stacked(spec)
     base_leaf, *leaves = (
-      np.moveaxis(store.leaves([path])[path], stack, range(len(stack)))
+      np.moveaxis(
+        np.asarray(store.leaves([path])[path]), stack, range(len(stack))
+      )
       for store in (origin, *stores)
     )
     for at in np.ndindex(base_leaf.shape[: len(stack)]):
