@@ -42,6 +42,7 @@ from mergejax.evaluation import plots
 from mergejax.evaluation import report
 from mergejax.evaluation import suite as suite_lib
 from mergejax.experts import branch
+from mergejax.training import batches
 from mergejax.training import checkpoints
 from mergejax.training import objective as objective_lib
 from mergejax.training import optim
@@ -70,7 +71,8 @@ class Settings:
     vocabulary: `'bytes'` or a SentencePiece file.
     seed: seeds parameters and data order.
     mesh: sizes of the mesh axes `branch` and `data`; by default as many
-      branches as divide both experts and devices.
+      branches as divide both experts and devices, and as much `data` as
+      divides the rows and what is left.
     loss: options of `objective.cross_entropy`.
     objective: what is minimised, instead.
     rules: what lies where on a mesh; see `partition.ShardingRules`.
@@ -247,14 +249,25 @@ def write_corpora(settings: Settings, folder: pathlib.Path) -> None:
 def make_meshes(
   settings: Settings, experts: int
 ) -> tuple[jax.sharding.Mesh, jax.sharding.Mesh]:
-  """The mesh of the experts, and that of a single model."""
+  """The mesh of the experts, and that of a single model.
+
+  Raises:
+    UserError: a mesh that experts or rows do not divide over.
+  """
   count = len(jax.devices())
   sizes = settings.mesh
   if sizes is None:
     branches = math.gcd(experts, count)
-    sizes = dict(branch=branches, data=count // branches)
+    rest = count // branches
+    # What rows do not divide over repeats them.
+    data = math.gcd(settings.batch_size, rest)
+    sizes = dict(branch=branches, data=data, expert=rest // data)
   side_by_side = partition.make_mesh(**sizes)
   branch.check_experts(experts, side_by_side)
+  batches.check_rows(
+    'A batch of an expert', settings.batch_size, side_by_side,
+    settings.rules or partition.standard(),
+  )  # fmt: skip
   # Rows that do not divide over all devices are repeated on the rest.
   data = math.gcd(settings.batch_size, count)
   single = partition.make_mesh(branch=count // data, data=data)
@@ -267,79 +280,87 @@ def train_all(
   """Seed, experts and dense model; every phase continues where it stopped."""
   domains = list(task_of)
   side_by_side, single = make_meshes(settings, len(domains))
+  rows = settings.batch_size
   total = settings.seed_steps + settings.branch_steps
   data_seed = 1000 * settings.seed
-
-  def stream(name, batch_size, seed):
-    return stream_lib.SeqioStream(
-      name,
-      lengths={'targets': settings.length},
-      batch_size=batch_size,
-      pack=False,  # rows of a text task are full already
-      seed=seed,
-    )
-
-  def phase(name, stream, steps, state=None, experts=None):
-    shared = dict(
-      objective=train.objective_of(settings.objective, settings.loss),
-      rules=settings.rules,
-      transforms=settings.transforms,
-      callbacks=train.trainer_callbacks(),
-      freeze=settings.freeze,
-      accumulate=settings.accumulate,
-      clip=settings.clip,
-    )
-    model = settings.module, settings.optimizer
-    if experts is None:
-      trainer = trainer_lib.Trainer(*model, mesh=single, **shared)
-    else:
-      trainer = branch.BranchTrainer(
-        *model, mesh=side_by_side, experts=experts, **shared
-      )
-    return trainer.fit(
-      stream,
-      steps=steps,
-      directory=settings.directory / 'train' / name,
-      key=jax.random.key(settings.seed),
-      state=state,
-      save_every=settings.save_every,
-      phase=name,
-    )
-
+  # Streams are not named: shuffle buffers must not outlive their phase.
+  state = _phase(
+    settings, 'seed', _stream(settings, mixture, rows, data_seed),
+    steps=settings.seed_steps, mesh=single,
+  )  # fmt: skip
   # Experts and dense model start from the very same host copy.
-  seed = partition.to_host(
-    phase(
-      'seed',
-      stream(mixture, settings.batch_size, data_seed),
-      settings.seed_steps,
-    )
-  )
+  seed = partition.to_host(state)
   mine = branch.local_experts(side_by_side, len(domains))
-  experts = phase(
+  experts = _phase(
+    settings,
     'experts',
-    # Not named: shuffle buffers of all domains must not outlive the phase.
     branch.StackedStream(
       [
-        stream(task_of[domains[i]], settings.batch_size, data_seed + 1 + i)
+        _stream(settings, task_of[domains[i]], rows, data_seed + 1 + i)
         for i in mine
       ],
       mine,
     ),
-    total,
-    seed,
-    domains,
+    steps=total,
+    mesh=side_by_side,
+    state=seed,
+    experts=domains,
   )
-  dense = phase(
-    'dense',
-    stream(mixture, len(domains) * settings.batch_size, data_seed + 999),
-    total,
-    seed,
-  )
+  dense = _phase(
+    settings, 'dense',
+    _stream(settings, mixture, len(domains) * rows, data_seed + 999),
+    steps=total, mesh=single, state=seed,
+  )  # fmt: skip
   trained = expert_table.Models(
     seed.params,
     partition.to_host(experts.params),
     partition.to_host(dense.params),
   )
+  _export(settings, trained, domains)
+  return trained
+
+
+def _stream(settings, name, rows, seed):
+  """Batches of a task or mixture."""
+  return stream_lib.SeqioStream(
+    name,
+    lengths={'targets': settings.length},
+    batch_size=rows,
+    pack=False,  # rows of a text task are full already
+    seed=seed,
+  )
+
+
+def _phase(settings, name, stream, *, steps, mesh, state=None, experts=None):
+  """The trained state of a phase, on its mesh."""
+  shared = dict(
+    mesh=mesh,
+    objective=train.objective_of(settings.objective, settings.loss),
+    rules=settings.rules,
+    transforms=settings.transforms,
+    callbacks=train.trainer_callbacks(),
+    freeze=settings.freeze,
+    accumulate=settings.accumulate,
+    clip=settings.clip,
+  )
+  model = settings.module, settings.optimizer
+  if experts is None:
+    trainer = trainer_lib.Trainer(*model, **shared)
+  else:
+    trainer = branch.BranchTrainer(*model, experts=experts, **shared)
+  return trainer.fit(
+    stream,
+    steps=steps,
+    directory=settings.directory / 'train' / name,
+    key=jax.random.key(settings.seed),
+    state=state,
+    save_every=settings.save_every,
+    phase=name,
+  )
+
+
+def _export(settings, trained, domains):
+  """Saves every model as one that can be loaded."""
   folder = settings.directory / 'checkpoints'
   checkpoints.export(folder / 'seed', settings.module, trained.seed)
   checkpoints.export(folder / 'dense', settings.module, trained.dense)
@@ -349,7 +370,6 @@ def train_all(
       settings.module,
       branch.unstack(trained.experts, i),
     )
-  return trained
 
 
 def write_report(

@@ -4,6 +4,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 import difflib
+import numbers
 import os
 from typing import Any
 
@@ -83,6 +84,21 @@ def listed(lines: Sequence[str], limit: int = 10) -> str:
   if len(lines) > limit:
     shown.append(f'  ... and {len(lines) - limit} more')
   return '\n'.join(shown)
+
+
+def check_whole(name: str, number: Any, least: int = 1) -> None:
+  """Raises a `ConfigError` for what is no whole number of `least` or more.
+
+  Args:
+    name: of the setting.
+    number: its value.
+    least: the smallest that it may have.
+  """
+  whole = isinstance(number, numbers.Integral) and not isinstance(number, bool)
+  if not whole or number < least:
+    raise ConfigError(
+      f'{name} must be a whole number of {least} or more, not {number!r}.'
+    )
 
 
 def some(names: Sequence[str], limit: int = 3) -> str:

@@ -133,7 +133,7 @@ class BranchTrainer(trainer.Trainer):
       **settings: as for `Trainer`; the mesh has an axis `branch`.
 
     Raises:
-      StructureError: the experts do not divide over the branches of the mesh.
+      ConfigError: the experts do not divide over the branches of the mesh.
     """
     super().__init__(model, optimizer, **settings)
     self.experts = list(experts)
@@ -164,10 +164,14 @@ def place_batch(
     rules: their `activations` are used.
     batch: `[experts of this process, rows, ...]`, see `local_experts`; each
       expert with all its rows.
+
+  Raises:
+    DataError: rows of an expert that do not divide over the mesh.
   """
   mine = batches.local_slices(mesh, 'branch')
   placed = {}
   for name, leaf in batch.items():
+    batches.check_rows(f'{name} of an expert', leaf.shape[1], mesh, rules)
     per_branch = leaf.shape[0] // len(mine)
     shape = (per_branch * mesh.shape['branch'], *leaf.shape[1:])
     offset = mine[0] * per_branch

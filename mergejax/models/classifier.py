@@ -45,7 +45,9 @@ class Classifier(base.ModelFamily):
       example: a small batch, to find out shapes with.
       axes: logical axes of its parameters, if it is to be laid over a mesh or
         holds stacked layers; without them parameters are replicated.
-      train_argument: keyword of a call that is True in training.
+      train_argument: keyword of a call that is True in training, 'train' say.
+        Without it a module is called in training as it is to answer: batch
+        norms go by their running statistics, and leave them as they are.
       collections: that change in training, such as 'batch_stats'.
       rng_streams: that a call in training draws from, such as 'dropout'.
       features: kernel whose inputs are features of an example.

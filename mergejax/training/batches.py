@@ -103,12 +103,7 @@ def placer(
       rows = (
         shape[0] * (data_shard(mesh)[1] if local_rows else 1) if shape else 0
       )
-      size = mesh.shape['data']
-      if rows % size and rules.activations['batch']:
-        raise errors.DataError(
-          f'{name} of a batch has {rows} rows, which do not divide over '
-          f'{size} data slices of the mesh.'
-        )
+      check_rows(f'{name} of a batch', rows, mesh, rules)
       layouts[shape] = partition.sharding(
         mesh, axes, (rows, *shape[1:]), rules.activations
       )
@@ -125,6 +120,26 @@ def placer(
     return placed
 
   return place
+
+
+def check_rows(
+  what: str, rows: int, mesh: jax.sharding.Mesh, rules: partition.ShardingRules
+) -> None:
+  """Raises a `DataError` for rows that do not divide over the mesh.
+
+  Args:
+    what: has these rows, for the message.
+    rows: of one model, over all processes.
+    mesh: from `partition.make_mesh`.
+    rules: where they spread no `batch`, any number will do.
+  """
+  slices = mesh.shape['data']
+  if rows % slices and rules.activations['batch']:
+    raise errors.DataError(
+      f'{what} has {rows} rows, which do not divide over {slices} data slices '
+      f'of the mesh: choose a number of rows that {slices} divides, or another '
+      'mesh.'
+    )
 
 
 def whole(

@@ -111,13 +111,9 @@ def fit(
 
 def check_numbers(*, steps: int, save_every: int, log_every: int) -> None:
   """Raises for a number of steps that is none."""
-  for name, number, least in (
-    ('steps', steps, 0), ('save_every', save_every, 1), ('log_every', log_every, 1),
-  ):  # fmt: skip
-    if not isinstance(number, (int, np.integer)) or number < least:
-      raise errors.ConfigError(
-        f'{name} must be a whole number of {least} or more, not {number!r}.'
-      )
+  errors.check_whole('steps', steps, least=0)
+  errors.check_whole('save_every', save_every)
+  errors.check_whole('log_every', log_every)
 
 
 def tell(

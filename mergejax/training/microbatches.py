@@ -4,6 +4,7 @@
 
 from collections.abc import Mapping
 import copy
+import functools
 from typing import Any
 
 import jax
@@ -47,59 +48,65 @@ def gradient(
   Raises:
     DataError: rows that do not divide into the parts.
   """
-
-  def one(rest, batch, rngs):
-    def of(learned):
-      params = frozen.join(learned, rest)
-      value, outputs = objective(family, params, batch, rngs)
-      metrics = dict(outputs.metrics)
-      metrics.setdefault('loss', value)
-      weight = _normalizer(objective, outputs)
-      if weight is None and outputs.losses and parts > 1:
-        value, _ = objective(_share(family, parts), params, batch, rngs)
-      return value, (metrics, outputs.mutable, weight)
-
-    return jax.grad(of, has_aux=True)(learned)
-
+  of_part = functools.partial(_of_part, family, objective, parts)
   if parts == 1:
-    grads, (metrics, changed, _) = one(rest, batch, rngs)
+    grads, (metrics, changed, _) = of_part(learned, rest, batch, rngs)
     return grads, metrics, changed
+  # Compiled, so that the model is read once for the shapes and for the loop.
+  of_part = jax.jit(of_part)
 
   def add(carry, part):
     rest, sums = carry
     number, batch = part
     keys = {n: jax.random.fold_in(key, number) for n, key in rngs.items()}
-    grads, (metrics, changed, weight) = one(rest, batch, keys)
-    tokens = metrics.get('tokens', jnp.ones((), jnp.float32))
-    scale = jnp.ones((), jnp.float32) if weight is None else weight
-    found = {
-      'grads': jax.tree.map(lambda g: g * scale.astype(g.dtype), grads),
-      'weight': scale,
-      'tokens': tokens,
-      'metrics': {
-        name: value * (1.0 if name == 'tokens' else tokens)
-        for name, value in metrics.items()
-      },
-    }
-    sums = found if sums is None else jax.tree.map(jnp.add, sums, found)
-    return (family.updated(rest, changed), sums), weight
+    grads, (metrics, changed, weight) = of_part(learned, rest, batch, keys)
+    weighted = _weighted(grads, metrics, weight)
+    sums = weighted if sums is None else jax.tree.map(jnp.add, sums, weighted)
+    return (family.updated(rest, changed), sums), None
 
-  cut = _parts(batch, parts)
-  first = (0, jax.tree.map(lambda x: x[0], cut))
+  divided = jnp.arange(parts), _divided(batch, parts)
+  first = jax.tree.map(lambda x: x[0], divided)
   shapes = jax.eval_shape(lambda: add((rest, None), first)[0][1])
   zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-  (rest, sums), weights = jax.lax.scan(
-    add, (rest, zeros), (jnp.arange(parts), cut)
-  )
-  divide = lambda by: lambda x: x / jnp.where(by > 0, by, 1.0).astype(x.dtype)
-  grads = sums['grads']
-  if weights is not None:
-    grads = jax.tree.map(divide(sums['weight']), grads)
-  metrics = {
-    name: value if name == 'tokens' else divide(sums['tokens'])(value)
-    for name, value in sums['metrics'].items()
-  }
+  (rest, sums), _ = jax.lax.scan(add, (rest, zeros), divided)
+  grads, metrics = _means(sums, parts)
   return grads, metrics, {n: rest[n] for n in family.collections if n in rest}
+
+
+def _of_part(family, objective, parts, learned, rest, batch, rngs):
+  """`(gradient, (metrics, what changed, normaliser or None))` of one part."""
+
+  def loss(learned):
+    params = frozen.join(learned, rest)
+    value, outputs = objective(family, params, batch, rngs)
+    metrics = dict(outputs.metrics)
+    metrics.setdefault('loss', value)
+    weight = _normalizer(objective, outputs)
+    if weight is None and outputs.losses and parts > 1:
+      value, _ = objective(_share(family, parts), params, batch, rngs)
+    return value, (metrics, outputs.mutable, weight)
+
+  return jax.grad(loss, has_aux=True)(learned)
+
+
+def _weighted(grads, metrics, weight):
+  """What parts add up: a gradient times its normaliser, means times tokens."""
+  if weight is not None:
+    grads = jax.tree.map(lambda g: g * weight.astype(g.dtype), grads)
+  tokens = metrics.get('tokens', 1.0)
+  means = {n: value * tokens for n, value in metrics.items() if n != 'tokens'}
+  return {'grads': grads, 'weight': weight, 'metrics': {**metrics, **means}}
+
+
+def _means(sums, parts):
+  """`(gradient, metrics)` of the whole batch, from what its parts add up to."""
+  grads, weight, metrics = sums['grads'], sums['weight'], sums['metrics']
+  divide = lambda x, by: x / jnp.where(by > 0, by, 1.0).astype(x.dtype)
+  if weight is not None:
+    grads = jax.tree.map(lambda g: divide(g, weight), grads)
+  tokens = metrics.get('tokens', jnp.float32(parts))
+  means = {n: divide(x, tokens) for n, x in metrics.items() if n != 'tokens'}
+  return grads, {**metrics, **means}
 
 
 def _normalizer(objective, outputs):
@@ -122,12 +129,12 @@ def _share(family, parts):
   return share
 
 
-def _parts(batch, parts):
+def _divided(batch, parts):
   """`[rows, ...] -> [parts, rows / parts, ...]`, every part from all shards.
 
   Row r goes to part r mod parts: on a mesh the rows stay where they are.
   """
-  cut = {}
+  divided = {}
   for name, leaf in batch.items():
     rows = leaf.shape[0]
     if rows % parts:
@@ -135,7 +142,7 @@ def _parts(batch, parts):
         f'{name} of a batch has {rows} rows, which do not divide into '
         f'{parts} parts: choose another batch size or accumulate=.'
       )
-    cut[name] = jnp.swapaxes(
+    divided[name] = jnp.swapaxes(
       jnp.reshape(leaf, (rows // parts, parts, *leaf.shape[1:])), 0, 1
     )
-  return cut
+  return divided

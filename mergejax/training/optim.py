@@ -55,7 +55,8 @@ def adafactor(
       are factored; T5X's 128.
     axes: `[(path, logical axes)]` of stacked parameters, as in `mj.merge`:
       `[('.*/layers/mlp/wi/kernel', ('layers', 'embed', 'mlp'))]`. Axes called
-      `layers`, `expert`, `branch` (see `axes.STACKS`) stack.
+      `layers`, `expert`, `branch` (see `axes.STACKS`) stack. An optimizer does
+      not see what is frozen: a rule for nothing else is refused.
     steps: length of the run, for a learning rate that spans it; jobs tell it.
 
   Returns:

@@ -64,10 +64,7 @@ class evaluate(callbacks.Callback):  # pylint: disable=invalid-name
     Raises:
       ConfigError: a number of steps that is none.
     """
-    if not isinstance(every, int) or every < 1:
-      raise errors.ConfigError(
-        f'every must be a whole number of 1 or more, not {every!r}.'
-      )
+    errors.check_whole('every', every)
     self._fn = compiled(fn)
     self._every = every
     self._averages = tuple(averages)

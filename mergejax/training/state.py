@@ -7,6 +7,7 @@ from typing import Any
 
 import flax.struct
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mergejax import partition
@@ -39,6 +40,21 @@ def step_number(state: TrainState) -> int:
   if isinstance(step, jax.Array):  # maybe spread over processes
     step = step.addressable_shards[0].data
   return int(np.asarray(step).reshape(-1)[0])
+
+
+def where(kept: jax.Array, new: TrainState, old: TrainState) -> TrainState:
+  """The new state, but with the old parameters and moments unless `kept`.
+
+  Args:
+    kept: `<bool>[]`.
+    new: a state; its step number and the rest stay.
+    old: the one before.
+  """
+  choose = lambda after, before: jnp.where(kept, after, before)
+  return new.replace(
+    params=jax.tree.map(choose, new.params, old.params),
+    opt_state=jax.tree.map(choose, new.opt_state, old.opt_state),
+  )
 
 
 def logical_axes(

@@ -3,7 +3,6 @@
 """One step of training: gradient, optimizer, and what is done besides."""
 
 from collections.abc import Callable, Mapping, Sequence
-import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -55,7 +54,8 @@ def make_step(
     model: a module that a family knows, or a family.
     optimizer: an optax transformation.
     objective: what is minimised; `cross_entropy()` by default.
-    transforms: what is done after the update, in order.
+    transforms: what is done after the update, in order, but averages of the
+      parameters last: they see what is kept.
     freeze: regular expressions over whole paths of parameters that stay as
       they are; these have no gradient and no state of the optimizer.
     accumulate: in how many parts a batch is worked through, one after the
@@ -85,6 +85,7 @@ def make_step(
   family = models.family_of(model)
   objective = objective or objective_lib.cross_entropy()
   _check(transforms, accumulate, clip)
+  transforms = sorted(transforms, key=lambda each: each.averaged is not None)
 
   def init(params, key):
     learned, _ = frozen.split(params, frozen.paths(family, params, freeze))
@@ -113,11 +114,9 @@ def make_step(
     params = frozen.join(optax.apply_updates(learned, updates), rest)
     # Running statistics are measured, not learned, and stay where told to.
     params = frozen.kept(family.updated(params, changed), state.params, freeze)
-    if 'tokens' in metrics:
-      keep = functools.partial(jnp.where, metrics['tokens'] > 0)
-      params = jax.tree.map(keep, params, state.params)
-      opt_state = jax.tree.map(keep, opt_state, state.opt_state)
     new = state.replace(step=state.step + 1, params=params, opt_state=opt_state)
+    if 'tokens' in metrics:
+      new = state_lib.where(metrics['tokens'] > 0, new, state)
     extras = {}
     for each in transforms:
       extras[each.name], new, metrics = each.update(
@@ -142,9 +141,6 @@ def _check(transforms, accumulate, clip):
       f'Two step transforms are called {twice[0]!r}: give one of them another '
       'name=.'
     )
-  if not isinstance(accumulate, int) or accumulate < 1:
-    raise errors.ConfigError(
-      f'accumulate must be a whole number of 1 or more, not {accumulate!r}.'
-    )
+  errors.check_whole('accumulate', accumulate)
   if clip is not None and not clip > 0:
     raise errors.ConfigError(f'clip must be a positive number, not {clip!r}.')

@@ -3,6 +3,7 @@
 """Training as a library: a model, an optimizer, batches; the rest has defaults."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+import contextlib
 import functools
 import os
 import pathlib
@@ -141,9 +142,6 @@ class Trainer:
     step = self.step(steps)
     layout = self.layout(step)
     directory = None if directory is None else pathlib.Path(directory)
-    checkpoints = None
-    if directory is not None:
-      checkpoints = checkpoints_lib.Checkpoints(directory / 'checkpoints')
     run = run_lib.Run(
       self.family, self.mesh, steps, phase, directory, self.experts,
       {each.name: each for each in self._transforms},
@@ -153,7 +151,14 @@ class Trainer:
       for each in self._callbacks
       if each.everywhere or jax.process_index() == 0
     ]
-    try:
+    # Whatever fails, everything is closed: callbacks in order, then checkpoints.
+    with contextlib.ExitStack() as closing:
+      checkpoints = None
+      if directory is not None:
+        checkpoints = checkpoints_lib.Checkpoints(directory / 'checkpoints')
+        closing.callback(checkpoints.close)
+      for callback in reversed(callbacks):
+        closing.callback(callback.close)
       for callback in callbacks:
         callback.on_start(run)
       if checkpoints is not None and checkpoints.latest() is not None:
@@ -172,11 +177,6 @@ class Trainer:
         checks=[each.check for each in self._transforms if each.check],
         place=self.placer(str(stream), local_rows),
       )
-    finally:
-      for callback in callbacks:
-        callback.close()
-      if checkpoints is not None:
-        checkpoints.close()
 
   # Its parts, for whoever runs a loop of their own ----------------------------
 

@@ -3,8 +3,8 @@
 """What a step does besides its update: averages, and steps that are skipped.
 
 A step transform is a pure pair, as an optax transformation is, with a state of
-its own in `TrainState.extras`. Transforms run one after the other; each sees
-what the one before made of the new state.
+its own in `TrainState.extras`. Transforms run one after the other, averages of
+the parameters last; each sees what the one before made of the new state.
 """
 
 from collections.abc import Callable, Mapping
@@ -96,8 +96,9 @@ def running(
     every: steps between two states that are merged.
     decay: what is there already is multiplied by it, and the new state has the
       weight `1 - decay`. By default all weigh 1.
-    window: merge the newest so many alone. It keeps a state of the method for
-      each, and adds them up where the result is asked for.
+    window: merge the newest so many alone, which then weigh the same. It keeps
+      a state of the method for each, and adds them up where the result is
+      asked for.
     name: of its state.
 
   Returns:
@@ -105,43 +106,34 @@ def running(
     before the first.
 
   Raises:
-    ConfigError: a method that must see all models at once, or numbers that
-      are none.
+    ConfigError: a method that must see all models at once, numbers that are
+      none, or both `decay` and `window`.
   """
   _check_merge(merge)
-  for what, number in (('every', every), ('window', window)):
-    if number is not None and (not isinstance(number, int) or number < 1):
-      raise errors.ConfigError(
-        f'{what} must be a whole number of 1 or more, not {number!r}.'
-      )
-  if decay is not None:
-    _check_decay(decay)
-  slots = window or 1
+  _check_numbers(every, decay, window)
 
   def init(params):
     zeros = merge.init(tree.specs(_floating(params)))
     if window is not None:
       zeros = jax.tree.map(
-        lambda x: jnp.zeros((slots, *x.shape), x.dtype), zeros
+        lambda x: jnp.zeros((window, *x.shape), x.dtype), zeros
       )
-    return {'taken': jnp.zeros((), jnp.int32), 'state': _nested(zeros)}
+    return {'taken': jnp.zeros((), jnp.int32), 'state': tree.unflatten(zeros)}
 
   def take(extra, params):
-    paths = list(_floating(params))
-    before = _by_path(extra['state'], paths)
+    before = _by_path(extra['state'], list(params))
     if window is not None:
       fresh = merge.update(merge.init(tree.specs(params)), params, weight=1.0)
-      slot = extra['taken'] % slots
+      slot = extra['taken'] % window
       after = jax.tree.map(
         lambda ring, new: ring.at[slot].set(new), before, fresh
       )
+    elif decay is not None:
+      faded = jax.tree.map(lambda x: jnp.asarray(decay, x.dtype) * x, before)
+      after = merge.update(faded, params, weight=1.0 - decay)
     else:
-      kept = before
-      if decay is not None:
-        kept = jax.tree.map(lambda x: jnp.asarray(decay, x.dtype) * x, before)
-      weight = 1.0 if decay is None else 1.0 - decay
-      after = merge.update(kept, params, weight=weight)
-    return {'taken': extra['taken'] + 1, 'state': _nested(after)}
+      after = merge.update(before, params, weight=1.0)
+    return {'taken': extra['taken'] + 1, 'state': tree.unflatten(after)}
 
   def update(extra, old, new, metrics):
     del old
@@ -178,8 +170,8 @@ def skip_nonfinite(
 ) -> StepTransform:
   """Steps whose loss or gradient is not finite change no parameter.
 
-  They move the step number, and are counted in the metric `skipped`. Put it
-  before the averages: what comes after sees the state that was kept.
+  They move the step number, and are counted in the metric `skipped`. Transforms
+  behind it, and all averages, see the state that was kept.
 
   Args:
     stop_after: end the run once so many steps were skipped. A batch now and
@@ -189,18 +181,11 @@ def skip_nonfinite(
   Raises:
     ConfigError: in training, when the run ends; what was saved stays.
   """
-  if not isinstance(stop_after, int) or stop_after < 1:
-    raise errors.ConfigError(
-      f'stop_after must be a whole number of 1 or more, not {stop_after!r}.'
-    )
+  errors.check_whole('stop_after', stop_after)
 
   def update(extra, old, new, metrics):
     fine = jnp.isfinite(metrics['loss']) & jnp.isfinite(metrics['grad_norm'])
-    keep = lambda after, before: jnp.where(fine, after, before)
-    new = new.replace(
-      params=jax.tree.map(keep, new.params, old.params),
-      opt_state=jax.tree.map(keep, new.opt_state, old.opt_state),
-    )
+    new = state_lib.where(fine, new, old)
     extra = extra + jnp.where(fine, 0, 1).astype(jnp.int32)
     return extra, new, {**metrics, name: extra}
 
@@ -220,6 +205,19 @@ def skip_nonfinite(
   return StepTransform(
     name, lambda params: jnp.zeros((), jnp.int32), update, check
   )
+
+
+def _check_numbers(every, decay, window):
+  errors.check_whole('every', every)
+  if window is not None:
+    errors.check_whole('window', window)
+  if decay is not None:
+    _check_decay(decay)
+  if window is not None and decay is not None:
+    raise errors.ConfigError(
+      f'decay={decay} and window={window} are two ways to forget: the states '
+      'of a window all weigh the same. Leave one of them out.'
+    )
 
 
 def _check_decay(decay):
@@ -262,13 +260,8 @@ def _wide(leaves):
   return {path: numerics.widen(leaf) for path, leaf in leaves.items()}
 
 
-def _nested(by_path):
-  """`{path: state of a leaf}` as nested dicts, as checkpoints keep them."""
-  return tree.unflatten(by_path)
-
-
 def _by_path(nested, paths):
-  """The inverse of `_nested`."""
+  """The inverse of `tree.unflatten`, for leaves that are states of a method."""
   found = {}
   for path in paths:
     node = nested

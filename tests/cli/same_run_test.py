@@ -149,9 +149,20 @@ class SharesTest(parameterized.TestCase):
 
 
 class GinTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.folder = pathlib.Path(self.create_tempdir().full_path)
+
   def tearDown(self):
     super().tearDown()
     gin.clear_config()
+
+  def write(self, *lines):
+    """A gin file of these lines."""
+    file = self.folder / 'more.gin'
+    first = 'from __gin__ import dynamic_registration'
+    file.write_text('\n'.join([first, *lines]) + '\n')
+    return str(file)
 
   def rate(self):
     settings = gin.get_configurable(branch_train_merge.Settings)()
@@ -183,16 +194,14 @@ class GinTest(parameterized.TestCase):
       self.assertGreater(schedule(total - 20), schedule(total))
 
   def test_another_optimizer_by_gin_spans_it_too(self):
-    folder = pathlib.Path(self.create_tempdir().full_path)
-    (folder / 'adamw.gin').write_text(
-      'from __gin__ import dynamic_registration\n'
-      'from mergejax.cli import branch_train_merge\n'
-      'from mergejax.training import optim\n'
-      'from mergejax.training import schedules\n'
-      'branch_train_merge.Settings.optimizer = @optim.adamw\n'
-      'optim.adamw.learning_rate = @schedules.warmup_cosine()\n'
+    file = self.write(
+      'from mergejax.cli import branch_train_merge',
+      'from mergejax.training import optim',
+      'from mergejax.training import schedules',
+      'branch_train_merge.Settings.optimizer = @optim.adamw',
+      'optim.adamw.learning_rate = @schedules.warmup_cosine()',
     )
-    parse('branch_train_merge', str(folder / 'adamw.gin'), SEED_STEPS='7')
+    parse('branch_train_merge', file, SEED_STEPS='7')
     total, rate = self.rate()
     self.assertEqual((total, rate['steps']), (107, 107))
 
@@ -221,30 +230,26 @@ class GinTest(parameterized.TestCase):
     ('mergejax.train import optim', 'mergejax.training now'),
   )
   def test_old_modules_say_where_they_went(self, line, words):
-    file = pathlib.Path(self.create_tempdir().full_path) / 'old.gin'
-    file.write_text(f'from __gin__ import dynamic_registration\nfrom {line}\n')
     with self.assertRaisesRegex(errors.ConfigError, words):
-      common.parse_gin([str(file)], [])
+      common.parse_gin([self.write(f'from {line}')], [])
 
   def test_what_a_run_does_besides_is_bound_by_gin(self):
-    folder = pathlib.Path(self.create_tempdir().full_path)
-    (folder / 'more.gin').write_text(
-      'from __gin__ import dynamic_registration\n'
-      'from mergejax import partition\n'
-      'from mergejax.cli import train\n'
-      'from mergejax.training import objective\n'
-      'from mergejax.training import transforms\n'
-      'train.train_model:\n'
-      '  objective = @objective.cross_entropy()\n'
-      '  rules = @partition.fsdp()\n'
-      '  transforms = [@transforms.skip_nonfinite(), @transforms.ema()]\n'
-      '  accumulate = 2\n'
-      '  clip = 1.0\n'
-      "  freeze = ['token_embedder/.*']\n"
-      'objective.cross_entropy.label_smoothing = 0.1\n'
-      'transforms.ema.decay = 0.9\n'
+    file = self.write(
+      'from mergejax import partition',
+      'from mergejax.cli import train',
+      'from mergejax.training import objective',
+      'from mergejax.training import transforms',
+      'train.train_model:',
+      '  objective = @objective.cross_entropy()',
+      '  rules = @partition.fsdp()',
+      '  transforms = [@transforms.skip_nonfinite(), @transforms.ema()]',
+      '  accumulate = 2',
+      '  clip = 1.0',
+      "  freeze = ['token_embedder/.*']",
+      'objective.cross_entropy.label_smoothing = 0.1',
+      'transforms.ema.decay = 0.9',
     )
-    parse('text_to_text', str(folder / 'more.gin'))
+    parse('text_to_text', file)
     bound = lambda name: gin.query_parameter(f'train.train_model.{name}')
     self.assertEqual(bound('accumulate'), 2)
     made = [each.scoped_configurable_fn() for each in bound('transforms')]

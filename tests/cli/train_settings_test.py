@@ -8,18 +8,20 @@ import json
 from absl.testing import absltest
 
 from mergejax import training
+from mergejax.cli import branch_train_merge
 from mergejax.cli import train
+from mergejax.core import errors
 
 
 class Silent:
   """An objective that says nothing of itself."""
 
   def __call__(self, family, params, batch, rngs):
-    raise NotImplementedError
+    """It is written down, and never called."""
 
 
 def focal(family, params, batch, rngs, *, gamma, inner=None):
-  raise NotImplementedError
+  """Likewise."""
 
 
 def told(objective=None, transforms=()):
@@ -52,6 +54,21 @@ class DescribedTest(absltest.TestCase):
     self.assertNotEqual(
       told(transforms=[training.ema(0.5)]), told(transforms=[training.ema(0.9)])
     )
+
+
+class MeshesTest(absltest.TestCase):
+  def meshes(self, rows, mesh=None):
+    settings = branch_train_merge.Settings(
+        module=None, optimizer=None, model_dir='x', seed_steps=1, branch_steps=1,
+        batch_size=rows, length=8, max_train_bytes=None, seed=0, mesh=mesh,
+    )  # fmt: skip
+    return branch_train_merge.make_meshes(settings, 2)
+
+  def test_rows_of_experts_divide_over_data(self):
+    sizes = dict(self.meshes(6)[0].shape)
+    self.assertEqual(sizes, dict(branch=2, data=2, expert=2, model=1))
+    with self.assertRaisesRegex(errors.DataError, '6 rows.* over 4 data'):
+      self.meshes(6, dict(branch=2, data=4))
 
 
 if __name__ == '__main__':

@@ -207,6 +207,15 @@ class BranchTest(parameterized.TestCase):
     with self.assertRaisesRegex(errors.UserError, '6 experts .* 4 branches'):
       branch.check_experts(6, mesh)
 
+  def test_rows_must_divide_over_data(self):
+    mesh = partition.make_mesh(branch=2, data=4)
+    batch = {'x': np.zeros((2, 6, 3), np.float32)}
+    with self.assertRaisesRegex(errors.DataError, '6 rows.* over 4 data'):
+      branch.place_batch(mesh, partition.standard(), batch)
+    whole = partition.standard().replace(activations={'batch': None})
+    placed = branch.place_batch(mesh, whole, batch)
+    self.assertEqual(placed['x'].addressable_shards[0].data.shape, (1, 6, 3))
+
   def test_optimizer_leaves_follow_their_parameters(self):
     mesh = partition.make_mesh(branch=2, data=1, model=4)
     _, state, *_ = side_by_side.build(mesh, optim.adamw(0.01))

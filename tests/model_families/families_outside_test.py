@@ -79,6 +79,12 @@ class {name}Family(models.ModelFamily):
 
 
 class FamiliesOutsideTest(absltest.TestCase):
+  def setUp(self):
+    super().setUp()
+    # A module that is imported by its file brings its folder along.
+    before = list(sys.path)
+    self.addCleanup(lambda: sys.path.__setitem__(slice(None), before))
+
   def write(self, name, kind):
     text = FAMILY.format(name=name, kind=kind)
     return self.create_tempfile(f'{kind}_module.py', text).full_path
@@ -91,8 +97,6 @@ class FamiliesOutsideTest(absltest.TestCase):
 
   def test_a_file_that_is_imported_is_a_model_like_any_other(self):
     file = self.write('Toy', 'toy')
-    before = list(sys.path)
-    self.addCleanup(lambda: sys.path.__setitem__(slice(None), before))
     config = {'model_type': 'toy', 'width': 4}
     with self.assertRaisesRegex(mj.UserError, '--import MODULE'):
       models.build(config)
@@ -141,8 +145,6 @@ class FamiliesOutsideTest(absltest.TestCase):
 
   def test_an_import_path_is_known_once_it_is_imported(self):
     file = self.write('Path', 'path')
-    before = list(sys.path)
-    self.addCleanup(lambda: sys.path.__setitem__(slice(None), before))
     config = {'model_type': 'path_module:PathFamily', 'layers': 1}
     with self.assertRaisesRegex(mj.UserError, 'no checkpoint may choose'):
       models.build(config)

@@ -4,6 +4,7 @@
 
 import pathlib
 import sys
+from unittest import mock
 
 from absl.testing import absltest
 from absl.testing import parameterized
@@ -13,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-import mergejax as mj
 from mergejax import models
 from mergejax import partition
 from mergejax import training
@@ -173,99 +173,35 @@ class LayoutsTest(parameterized.TestCase):
     with self.assertRaisesRegex(errors.DataError, '6 rows.* over 8 data'):
       losses_of(mlp(), 1, pictures(), batch_size=6)
 
+  def test_a_callback_that_fails_to_close_leaves_nothing_open(self):
+    closed = []
+
+    class Failing(training.Callback):
+      def close(self):
+        closed.append('failing')
+        raise OSError('full')
+
+    class Closing(training.Callback):
+      def close(self):
+        closed.append('closing')
+
+    with (
+      mock.patch.object(
+        checkpoints_lib.Checkpoints, 'close',
+        lambda self: closed.append('checkpoints'),
+      ),
+      self.assertRaisesRegex(OSError, 'full'),
+    ):  # fmt: skip
+      losses_of(
+        mlp(), 1, pictures(), callbacks=[Failing(), Closing()],
+        directory=self.create_tempdir().full_path,
+      )  # fmt: skip
+    self.assertEqual(closed, ['failing', 'closing', 'checkpoints'])
+
   def test_batches_that_end(self):
     trainer = training.Trainer(mlp(), optax.sgd(0.1))
     with self.assertRaisesRegex(errors.DataError, 'ended after 2'):
       trainer.fit([pictures(8)] * 2, steps=3)
-
-
-class TransformsTest(parameterized.TestCase):
-  def test_averages_equal_the_merge_of_the_same_checkpoints(self):
-    states = {}
-
-    class Keep(training.Callback):
-      def on_step(self, step, state):
-        states[step] = jax.tree.map(np.array, state.params)
-
-    transforms = [training.ema(0.5), training.lawa(2, 2), training.running(
-      mj.linear(normalize=False), every=3, name='sum')]  # fmt: skip
-    _, state = losses_of(
-      mlp(), 7, pictures(), transforms=transforms, callbacks=[Keep()]
-    )
-    expected = {
-      'ema': mj.merge(
-        list(states.values()), 'linear', weights=[2.0**i for i in range(7)]
-      ),
-      'lawa': mj.merge([states[4], states[6]], 'linear'),
-      'sum': mj.merge(
-        [states[3], states[6]], mj.linear(normalize=False)
-      ),
-    }  # fmt: skip
-    for each in transforms:
-      found = each.averaged(state.extras[each.name], state.params)
-      for path, leaf in tree.flatten(expected[each.name]).items():
-        np.testing.assert_allclose(
-          tree.flatten(found)[path], leaf, rtol=1e-6, atol=1e-7,
-          err_msg=f'{each.name} {path}',
-        )  # fmt: skip
-
-  def test_before_the_first_an_average_is_the_model(self):
-    lawa = training.lawa(5, 2)
-    _, state = losses_of(mlp(), 1, pictures(), transforms=[lawa])
-    found = lawa.averaged(state.extras['lawa'], state.params)
-    jax.tree.map(np.testing.assert_array_equal, found, state.params)
-
-  def test_averages_go_on_where_a_run_does(self):
-    folder = pathlib.Path(self.create_tempdir().full_path)
-    run = lambda steps, directory=None: losses_of(
-      mlp(), steps, pictures(), transforms=[training.ema(0.9)],
-      directory=directory,
-    )[1]  # fmt: skip
-    run(2, folder)
-    jax.tree.map(np.testing.assert_array_equal, run(4, folder), run(4))
-
-  @parameterized.parameters(
-    (mj.ties(), 'looks at all models'),
-    (mj.task_arithmetic(), 'needs a base'),
-  )
-  def test_methods_that_cannot_run(self, method, words):
-    with self.assertRaisesRegex(errors.ConfigError, words):
-      training.running(method)
-
-  def test_steps_that_are_not_finite(self):
-    good, bad = pictures(8), pictures(8)
-    bad['images'][0] = np.nan
-    skipped = []
-    settings = dict(
-      callbacks=[training.callbacks.on_log(
-        lambda _, m: skipped.append(int(m['skipped'])))],
-      transforms=[training.skip_nonfinite(stop_after=2), training.ema(0.5)],
-    )  # fmt: skip
-    folder = pathlib.Path(self.create_tempdir().full_path)
-    fit = lambda batches, steps, directory=None: training.Trainer(
-      mlp(), optax.adam(0.1), **settings
-    ).fit(batches, steps=steps, directory=directory, log_every=1, save_every=1)
-    # optax raises floats to integer powers for Adam's bias correction.
-    with jax.numpy_dtype_promotion('standard'):
-      found = fit([good, bad, good], 3)
-      self.assertEqual(skipped, [0, 1, 1])
-      clean = fit([good, good], 2)
-      for name in ('params', 'opt_state'):
-        jax.tree.map(
-          np.testing.assert_array_equal, getattr(found, name),
-          getattr(clean, name),
-        )  # fmt: skip
-      with self.assertRaisesRegex(errors.ConfigError, '2 steps up to step 4'):
-        fit([good, bad, good, bad, good], 5, folder)
-    kept = checkpoints_lib.Checkpoints(folder / 'checkpoints')
-    self.assertEqual(kept.latest(), 3)
-    kept.close()
-
-  def test_two_of_a_name(self):
-    with self.assertRaisesRegex(errors.ConfigError, "called 'ema'"):
-      step_lib.make_step(
-        mlp(), optax.sgd(0.1), transforms=[training.ema(0.5), training.ema(0.9)]
-      )
 
 
 class GradientsTest(parameterized.TestCase):
@@ -293,6 +229,21 @@ class GradientsTest(parameterized.TestCase):
       )
     for name, value in metrics.items():
       np.testing.assert_allclose(others[name], value, rtol=1e-5, err_msg=name)
+
+  def test_parts_read_the_model_once(self):
+    calls = []
+
+    def counted(*arguments):
+      calls.append(arguments)
+      return objective_lib.cross_entropy()(*arguments)
+
+    step = step_lib.make_step(
+      mlp(), optax.sgd(1.0), objective=counted, accumulate=4
+    )
+    params = models.family_of(mlp()).init(jax.random.key(0))
+    state = step.init(params, jax.random.key(0))
+    jax.eval_shape(step.update, state, pictures(8))
+    self.assertLen(calls, 1)
 
   @parameterized.parameters(*losses.NORMALIZERS, None, 3.0)
   def test_losses_of_the_model_count_once_in_parts_too(self, kind):
