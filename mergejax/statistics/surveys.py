@@ -66,8 +66,8 @@ class Survey:
       }
 
     rows = [
-      row(*one)
-      for one in zip(
+      row(*leaf)
+      for leaf in zip(
         self.paths, self.base_norms, self.norms, self.cosines(), self.agreement
       )
     ]
@@ -143,7 +143,7 @@ def survey(
     A `Survey`.
 
   Raises:
-    UserError: no model, or trees that differ (listed).
+    UserError: no model, trees that differ (listed) or hold no floating leaf.
 
   Example:
     >>> zero, one = {'w': np.zeros(2)}, {'w': np.array([3.0, 4.0])}
@@ -162,6 +162,10 @@ def survey(
       specs, store.specs(), expected_name=origin.name, given_name=store.name
     )
   paths = [p for p, s in specs.items() if numerics.is_averaged(s.dtype)]
+  if not paths:
+    raise errors.StructureError(
+      f'{origin.name} has no floating parameter, so there is nothing to compare.'
+    )
   found = []
   for path in paths:
     numerics.check_countable(path, specs[path].size)
