@@ -62,12 +62,15 @@ def match_activations(
     `{group: index}`; groups that no linear map reads stay, with a warning.
 
   Raises:
-    UserError: no batch, an unknown similarity, activations that are not finite.
+    UserError: trees that do not fit the specification, no batch, an unknown
+      similarity, activations that are not finite.
 
   Source: Ainsworth et al. (2023), https://arxiv.org/abs/2209.04836, section
   3.1.
   """
   merge_base.check_choice('similarity', similarity, ('inner', 'pearson'))
+  spec_lib.check_model(spec, a, 'model a')
+  spec_lib.check_model(spec, b, 'model b')
   watched = _watched(spec, a)
   every = pairs_lib.units(spec)
   taps: dict[typing.Path, list[spec_lib.Factor]] = {}

@@ -16,7 +16,6 @@ head dimensions of each head.
 
 from collections.abc import Callable, Mapping, Sequence
 import math
-import re
 from typing import Any, NamedTuple
 
 import jax
@@ -317,11 +316,12 @@ def matching(spec: PermutationSpec, patterns: Sequence[str]) -> set[str]:
   """Names of groups that full-match any of the patterns.
 
   Raises:
-    UserError: a pattern that matches no group.
+    UserError: a pattern that is none, or matches no group.
   """
   found = set()
   for pattern in patterns:
-    own = {n for n in spec.groups if re.fullmatch(pattern, n)}
+    matches = tree_lib.expression(pattern, 'pattern').fullmatch
+    own = set(filter(matches, spec.groups))
     if not own:
       raise errors.ConfigError(
         f'{pattern!r} matches no permutation group:\n'

@@ -19,6 +19,7 @@ from mergejax.evaluation import scoring
 from mergejax.evaluation import suite as suite_lib
 from mergejax.merging.disk import planner
 from mergejax.merging.recipes import recipe as recipe_lib
+from mergejax.merging.recipes import sources as sources_lib
 from mergejax.models import architectures
 from mergejax.search import base as base_lib
 from mergejax.search import evolve
@@ -62,7 +63,7 @@ class Request:
   data: Mapping[str, Any]
   strategy: str
   recipe: recipe_lib.Recipe
-  inputs: tuple[recipe_lib.Input, ...]
+  inputs: tuple[sources_lib.Input, ...]
   suite: scoring.Suite
   tasks: tuple[str, ...]
   split: str

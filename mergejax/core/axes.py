@@ -74,7 +74,7 @@ def logical_axes(
 
 
 def _matches(pattern: str, path: str) -> bool:
-  return re.fullmatch(pattern, path) is not None
+  return tree.expression(pattern, 'axes rule').fullmatch(path) is not None
 
 
 STACKS = stacks.NAMES
@@ -229,7 +229,8 @@ def agreed(
     specs: of the models, of one shape.
 
   Raises:
-    StructureError: two models stack layers along different axes.
+    StructureError: two models stack layers along different axes, or give the
+      axes the same names in another order: one is transposed.
   """
   first = specs[0]
   known = [
@@ -239,12 +240,15 @@ def agreed(
   if not known:
     return first
   for spec in known[1:]:
-    if stacked(spec) != stacked(known[0]):
+    names = spec.axes, known[0].axes
+    turned = names[0] != names[1] and sorted(names[0]) == sorted(names[1])
+    if turned or stacked(spec) != stacked(known[0]):
       raise errors.StructureError(
         f'{path} has the axes {known[0].axes} in one model and {spec.axes} in '
-        'another, which stack layers differently: their elements are not of '
-        'the same layers. Save one of them anew as the other lies, or give the '
-        'true axes with `axes=` (`axes:` in a recipe).'
+        'another: they stack layers differently, or one is transposed, so that '
+        'their elements are not of the same layers or inputs. Save one of them '
+        'anew as the other lies, or give the true axes with `axes=` (`axes:` in '
+        'a recipe).'
       )
   return typing.LeafSpec(first.shape, first.dtype, known[0].axes)
 

@@ -107,6 +107,24 @@ def specs(tree: typing.Tree) -> typing.SpecTree:
   return result
 
 
+def expression(pattern: str, what: str) -> re.Pattern[str]:
+  """A regular expression over paths.
+
+  Args:
+    pattern: as a user wrote it.
+    what: whose it is, for messages: `'axes rule'`.
+
+  Raises:
+    ConfigError: it is none.
+  """
+  try:
+    return re.compile(pattern)
+  except re.error as error:
+    raise errors.ConfigError(
+      f'The {what} {pattern!r} is not a regular expression: {error}.'
+    ) from error
+
+
 def apply_rules(
   rules: Sequence[tuple[str, Any]],
   paths: Sequence[typing.Path],
@@ -131,14 +149,7 @@ def apply_rules(
     >>> apply_rules([('.*bias', 0), ('.*', 1)], ['a/bias', 'a/kernel'], 'decay')
     {'a/bias': 0, 'a/kernel': 1}
   """
-  compiled = []
-  for pattern, value in rules:
-    try:
-      compiled.append((re.compile(pattern), value))
-    except re.error as error:
-      raise errors.StructureError(
-        f'The {what} rule {pattern!r} is not a regular expression: {error}.'
-      ) from error
+  compiled = [(expression(p, f'{what} rule'), value) for p, value in rules]
   result, used = {}, set()
   missing = []
   for path in paths:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from mergejax import models
 from mergejax.core import errors
+from mergejax.core import tree as tree_lib
 from mergejax.core import typing
 from mergejax.intercept import linear
 
@@ -176,10 +177,11 @@ def wanted_kernels(
     tied_head: also embeddings that are the output head as well.
 
   Raises:
-    UserError: an expression that matches nothing.
+    UserError: an expression that is none, or matches nothing.
   """
   for pattern in (*(include or ()), *exclude):
-    if not any(re.fullmatch(pattern, path) for path in specs):
+    matches = tree_lib.expression(pattern, 'pattern').fullmatch
+    if not any(map(matches, specs)):
       raise errors.ConfigError(
         f'{pattern!r} matches no parameter. They begin with:\n'
         f'{errors.listed(list(specs), 5)}'

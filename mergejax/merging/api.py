@@ -57,7 +57,7 @@ def merge(
     **options: options of the named method.
 
   Returns:
-    The merged tree; see `merging.in_memory.merge` for precision, sharding and jit.
+    The merged tree; see `merging.in_memory` for precision, sharding and jit.
 
   Raises:
     UserError: unknown method or option, a missing base, differing trees,
@@ -72,30 +72,49 @@ def merge(
   _check_configs([_opened(base), *models])
   if stats is not None:
     stats = [
-      saved.load(own) if isinstance(own, (str, os.PathLike)) else own
-      for own in stats
+      saved.load(found) if isinstance(found, (str, os.PathLike)) else found
+      for found in stats
     ]
-    for i, (model, own) in enumerate(zip(models, stats)):
+    for i, (model, found) in enumerate(zip(models, stats)):
       leaves = jax.tree.leaves(model)
       if not any(numerics.is_traced(leaf) for leaf in leaves):
         saved.check_fingerprint(
           getattr(model, 'name', f'model {i}'), model,
-          f'statistics {i}', getattr(own, 'fingerprint', None),
+          f'statistics {i}', getattr(found, 'fingerprint', None),
         )  # fmt: skip
+  resolved = named.resolve(method, **options)
   return in_memory.merge(
     models,
-    named.resolve(method, **options),
+    resolved,
     base=_opened(base),
     weights=weights,
     stats=stats,
     axes=axes,
-    rules=[
-      (pattern, own if own == in_memory.COPY else named.resolve(own))
-      for pattern, own in rules
-    ],
+    rules=_with_methods(rules, method, None if options else resolved),
     dtype=dtype,
     seed=seed,
   )
+
+
+def _with_methods(rules, name, resolved):
+  """Rules with methods for names; one name is one method, however often.
+
+  Args:
+    rules: as given.
+    name: of the method of all other leaves, if it has one.
+    resolved: that method, if it has no options; else None.
+  """
+  built = {}
+  if isinstance(name, str) and resolved is not None:
+    built[name] = resolved
+  result = []
+  for pattern, method in rules:
+    if isinstance(method, str) and method != in_memory.COPY:
+      if method not in built:
+        built[method] = named.resolve(method)
+      method = built[method]
+    result.append((pattern, method))
+  return result
 
 
 def _check_configs(models):

@@ -86,7 +86,8 @@ def merge(
       need none; random masks are then drawn for the stack as one leaf.
     rules: `(regular expression, method)` for leaves that are to be merged
       otherwise, or `'copy'` to take them from the base or the first model; the
-      first full match of a path decides.
+      first full match of a path decides. A method that looks at the whole
+      model sees the leaves that it merges, by however many rules.
     dtype: dtype of floating leaves of the result; by default as in the base,
       else as in the first model.
     seed: seeds random methods; keys are made of seed, path and model.
@@ -112,6 +113,7 @@ def merge(
   base_input = None if base is None else Source(base, 'the base')
   check_call(method, weights, len(inputs), base_input)
   reference = base_input or inputs[0]
+  _check_rules(rules)
   _check_trees(rules, reference, inputs)
   every = [one.specs for one in (reference, *inputs)]
   specs = axes_lib.of_models(every, axes)
@@ -171,6 +173,17 @@ def _check_stacks(groups, specs):
       axes_lib.view(path, specs[path])
 
 
+def _check_rules(rules):
+  """Raises if a rule has no regular expression, or says no method."""
+  for pattern, method in rules:
+    tree_lib.expression(pattern, 'rule')
+    if isinstance(method, str) and method != COPY:
+      raise errors.ConfigError(
+        f'The rule {pattern!r} should give a method, such as mj.linear(), or '
+        f'{COPY!r}, not {method!r}.'
+      )
+
+
 def _check_trees(rules, reference, inputs):
   """Raises if models differ elsewhere than in leaves that a rule copies."""
 
@@ -209,13 +222,7 @@ def check_call(method, weights, count, base_input):
 
 
 def _by_rule(rules, method, paths):
-  """`[(method, paths)]`: the leaves of each rule, then those of none."""
-  for pattern, own in rules:
-    if isinstance(own, str) and own != COPY:
-      raise errors.ConfigError(
-        f'The rule {pattern!r} should give a method, such as mj.linear(), or '
-        f'{COPY!r}, not {own!r}.'
-      )
+  """`[(method, paths)]`: the leaves of all rules that give one method."""
   table = [*rules, ('.*', method)]
   chosen = {}
   for path in paths:
@@ -227,11 +234,12 @@ def _by_rule(rules, method, paths):
     raise errors.ConfigError(
       f'These rules are the first match of no leaf:\n{errors.listed(unused)}'
     )
-  groups = [
-    (own, [path for path in paths if chosen[path] == i])
-    for i, (_, own) in enumerate(table)
-  ]
-  return [(own, some) for own, some in groups if some]
+  groups: dict[Any, tuple[Any, list[typing.Path]]] = {}
+  for path in paths:
+    # By identity: functions that were made alike do not compare as equal.
+    treatment = table[chosen[path]][1]
+    groups.setdefault(id(treatment), (treatment, []))[1].append(path)
+  return list(groups.values())
 
 
 def _merge_leaves(
@@ -253,7 +261,7 @@ def _merge_leaves(
     return run.laid(path, leaves, origin, [one.get(path) for one in stats])
 
   together = {}
-  if any(one.scope == 'tree' for one in method.first_passes):
+  if method.has_tree_passes:
     together = {path: laid(path) for path in paths}
     run.first_passes(
       [leaf for own in together.values() for leaf in own], 'tree'

@@ -31,10 +31,12 @@ def merge_experts(
 ) -> typing.Tree:
   """Merges stacked experts where they lie: one all-reduce over `branch`.
 
-  Every expert's own `update(init, params)` runs on its slice, the states are
+  The `update(init, params)` of every expert runs on its slice, the states are
   summed over the branch axis, `finish` gives the result on every slice.
-  Methods with first passes, or whose states do not add, take the experts one
-  after the other instead.
+  Methods with first passes, whose states do not add, or that see leaves laid by
+  their axes are not run so: each expert is taken out of the stack (on a mesh
+  its parameters move between devices) and the K of them go through
+  `merging.in_memory.merge`, beside the stack in memory.
 
   Args:
     stacked: parameters with a leading axis `[K, ...]`.
@@ -59,7 +61,6 @@ def merge_experts(
   leaves = tree_lib.flatten(stacked)
   experts = _count(leaves)
   if method.first_passes or not method.additive or method.view != 'element':
-    # Numbers of all experts first, or all copies at once: taken one by one.
     expert = lambda i: jax.tree.map(lambda leaf: leaf[i], stacked)
     return in_memory.merge(
       [expert(i) for i in range(experts)],

@@ -115,9 +115,9 @@ def task_arithmetic(
     ...       task_arithmetic(scale=0.5), base={'w': jnp.zeros(1)})
     {'w': Array([1.5], dtype=float32)}
 
-  Source: Ilharco et al. (2023), https://arxiv.org/abs/2212.04089, section 2. The
-  released code warns and drops
-  leaves that two vectors do not share; here differing trees are an error.
+  Source: Ilharco et al. (2023), https://arxiv.org/abs/2212.04089, section 2.
+  The released code warns and drops leaves that two vectors do not share; here
+  differing trees are an error.
   """
   return on_deltas(mean.linear(normalize=normalize), scale=scale)
 
@@ -163,8 +163,9 @@ def analogy(*, scale: float = 1.0) -> base_lib.Merge:
     >>> merge([a, b, c], analogy(), base={'w': jnp.zeros(1)})
     {'w': Array([6.], dtype=float32)}
 
-  Source: Ilharco et al. (2023), https://arxiv.org/abs/2212.04089, section 5. Its README subtracts two task
-  vectors, which the released class cannot do; here it works.
+  Source: Ilharco et al. (2023), https://arxiv.org/abs/2212.04089, section 5.
+  Its README subtracts two task vectors, which the released class cannot do;
+  here it works.
   """
   return task_arithmetic(scale=scale)._replace(
     counts=(3, 3), default_weights=(-1.0, 1.0, 1.0)

@@ -149,6 +149,11 @@ class Merge(NamedTuple):
     return of_leaves or self.view != 'element'
 
   @property
+  def has_tree_passes(self) -> bool:
+    """True if it measures all leaves of a model together."""
+    return any(first_pass.scope == 'tree' for first_pass in self.first_passes)
+
+  @property
   def of_slices(self) -> bool:
     """True if a stack is merged slice by slice, as leaves of their own.
 
@@ -237,6 +242,26 @@ def gathered(combine: protocols.CombineFn, **fields: Any) -> Merge:
   )
 
 
+def of_one_model(combine: protocols.SingleFn, **fields: Any) -> Merge:
+  """A method over exactly one model, whose weight plays no part.
+
+  Args:
+    combine: `(leaf, base, context) -> leaf`; base is None where there is none.
+    **fields: fields of `Merge`.
+
+  Returns:
+    A method over trees.
+  """
+  return leafwise(
+    lambda zeros: zeros,
+    lambda state, leaf, base, weight, context: combine(leaf, base, context),
+    lambda state, base: state,
+    counts=(1, 1),
+    default_weights=(1.0,),
+    **fields,
+  )
+
+
 def of_model(option: Any, context: LeafContext, dtype: Any) -> typing.Array:
   """The value that an option has for a model: one for all, or one each."""
   values = jnp.asarray(option, dtype)
@@ -268,6 +293,11 @@ def check_option(
 def check_finite(name: str, option: Any) -> None:
   """`check_option` for numbers that may have any finite value."""
   check_option(name, option, math.isfinite, 'a finite number')
+
+
+def check_not_negative(name: str, option: Any) -> None:
+  """`check_option` for numbers that may not be below 0."""
+  check_option(name, option, lambda value: value >= 0, '0 or above')
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:

@@ -41,13 +41,13 @@ def _number(option: Any, model: int) -> float:
   values: Any = option
   if not isinstance(option, (list, tuple)):
     values = np.asarray(option)
-  one = values[model] if np.ndim(values) else values
-  if numerics.is_traced(one):
+  value = values[model] if np.ndim(values) else values
+  if numerics.is_traced(value):
     raise errors.ConfigError(
       'density and gamma count elements, so they must be plain numbers, not '
       'values that jit traces; mark them static.'
     )
-  return float(one)
+  return float(value)
 
 
 def _magnitudes(leaves, base, contexts, weights):

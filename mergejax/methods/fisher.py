@@ -58,7 +58,7 @@ def fisher(
   base_lib.check_choice('normalize_fishers', normalize_fishers, ('model', 'leaf', 'none'))  # fmt: skip
   base_lib.check_choice('floor_mode', floor_mode, ('absolute', 'relative'))
   for name, value in (('floor', floor), ('smoothing', smoothing)):
-    base_lib.check_option(name, value, lambda v: v >= 0, '0 or above')
+    base_lib.check_not_negative(name, value)
 
   conclude = _scales(normalize_fishers, floor, floor_mode, smoothing)
   scope = 'tree' if normalize_fishers != 'leaf' else 'leaf'
@@ -164,7 +164,9 @@ def _peak(leaves, base, contexts, weights):
 
 def _peaks(found, contexts, weights):
   del contexts, weights
-  return [{'peak': jnp.where(one > 0, one, jnp.ones_like(one))} for one in found]  # fmt: skip
+  return [
+    {'peak': jnp.where(peak > 0, peak, jnp.ones_like(peak))} for peak in found
+  ]
 
 
 def _measure(leaves, base, contexts, weights):

@@ -72,7 +72,8 @@ def checked_sum(weight: typing.Array) -> typing.Array:
     if abs(float(weight)) < TINY_WEIGHT:
       raise errors.ConfigError(
         'The weights sum to zero, so their average is not defined. Give '
-        'weights with another sum, or normalize=False for the plain sum.'
+        'weights with another sum, or normalize=False, where the method has it, '
+        'for the plain sum.'
       )
   return weight
 
@@ -158,12 +159,8 @@ def passthrough(*, scale: Any = 1.0) -> base_lib.Merge:
   from which model.
   """
   base_lib.check_finite('scale', scale)
-  return base_lib.leafwise(
-    lambda zeros: zeros,
-    lambda state, leaf, base, weight, context: (
-      state + base_lib.of_model(scale, context, leaf.dtype) * leaf
-    ),
-    lambda state, base: state,
-    counts=(1, 1),
-    default_weights=(1.0,),
+  return base_lib.of_one_model(
+    lambda leaf, base, context: (
+      base_lib.of_model(scale, context, leaf.dtype) * leaf
+    )
   )

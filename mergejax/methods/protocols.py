@@ -86,6 +86,14 @@ class CombineFn(Protocol):
   ) -> typing.Array: ...
 
 
+class SingleFn(Protocol):
+  """Makes a leaf of the result from that of the only model."""
+
+  def __call__(
+    self, leaf: typing.Array, base: Any, context: base_lib.LeafContext, /
+  ) -> typing.Array: ...
+
+
 class MeasureFn(Protocol):
   """Measures a piece of a leaf, in all models, for a first pass.
 

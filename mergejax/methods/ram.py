@@ -14,7 +14,7 @@ def _active(delta, epsilon):
 
 def _method(epsilon, factor, first_passes=()):
   """Adds what one model changed, averages what several changed."""
-  base_lib.check_option('epsilon', epsilon, lambda v: v >= 0, '0 or above')
+  base_lib.check_not_negative('epsilon', epsilon)
 
   def init(zeros):
     return {'alone': zeros, 'sum': zeros, 'count': zeros}
@@ -97,7 +97,7 @@ def ram_plus(
   leaf.
   """
   for name, value in (('r', r), ('alpha', alpha)):
-    base_lib.check_option(name, value, lambda v: v >= 0, '0 or above')
+    base_lib.check_not_negative(name, value)
 
   def measure(leaves, base, contexts, weights):
     del contexts, weights

@@ -12,13 +12,14 @@ from mergejax.core import numerics
 from mergejax.core import statistic_specs
 from mergejax.methods import base as base_lib
 from mergejax.methods import entries
+from mergejax.methods import mean
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 # Condition number from which float32 leaves few digits.
 _ILL = 1e6
 
 
-@entries.register('regmean', base='ignored')
+@entries.register('regmean', base='ignored', averages=True)
 def regmean(
   *, alpha: float = 0.9, ridge: float = 0.0, weighting: str = 'models'
 ) -> base_lib.Merge:
@@ -34,6 +35,9 @@ def regmean(
       or plain averaging, use `rules=` of `mj.merge` (in recipes: `rules:`).
     ridge: share of the mean diagonal that is added to every G_k on both sides;
       0 by default. For singular Gram matrices at alpha 1.
+    weighting: 'models' counts every model the same, as the released code;
+      'tokens' multiplies each G_k by the tokens that it was collected from, as
+      the sums of the paper do.
 
   Returns:
     A method over models that bring `gram` statistics <float32>[in, in] for
@@ -42,8 +46,8 @@ def regmean(
 
   Raises:
     UserError: alpha outside [0, 1], a negative ridge, a kernel of unknown
-      layout, a summed Gram matrix that is singular. Above a condition of 1e6
-      there is a warning.
+      layout, weights that sum to zero, a summed Gram matrix that is singular.
+      Above a condition of 1e6 there is a warning.
 
   Example:
     >>> kernel = jnp.ones((1, 1))
@@ -59,7 +63,7 @@ def regmean(
   that are always zero are averaged; the code would return zeros.
   """
   base_lib.check_option('alpha', alpha, lambda v: 0 <= v <= 1, 'in [0, 1]')
-  base_lib.check_option('ridge', ridge, lambda v: v >= 0, '0 or above')
+  base_lib.check_not_negative('ridge', ridge)
   base_lib.check_choice('weighting', weighting, ('models', 'tokens'))
   by_tokens = weighting == 'tokens'
 
@@ -89,9 +93,9 @@ def regmean(
     return new
 
   def solve(path, state):
-    mean = state['mean'] / state['weight']
+    average = state['mean'] / mean.checked_sum(state['weight'])
     if 'gram' not in state:
-      return mean
+      return average
     gram = state['gram']
     dead = jnp.diagonal(gram) == 0
     # A one on the diagonal keeps dead rows out of the system; their solution is
@@ -100,7 +104,7 @@ def regmean(
     factor = linalg.cho_factor(solvable, lower=True)
     _warn_if_ill(path, factor[0], dead)
     solved = linalg.cho_solve(factor, state['product'])
-    return jnp.where(dead[:, None], mean, solved)
+    return jnp.where(dead[:, None], average, solved)
 
   def finish(state, *, base=None):
     del base

@@ -105,19 +105,14 @@ def slerp(*, t: float) -> base_lib.Merge:
       }
     ]
 
-  def update(state, leaf, base, weight, context):
-    del state, weight
+  def combine(leaf, base, context):
     cast = lambda name: jnp.asarray(context.note[name], leaf.dtype)
     return cast('base') * base + cast('coefficient') * leaf
 
-  return base_lib.leafwise(
-    lambda zeros: zeros,
-    update,
-    lambda state, base: state,
+  return base_lib.of_one_model(
+    combine,
     first_passes=(base_lib.FirstPass(measure, conclude),),
     base='required',
-    counts=(1, 1),
-    default_weights=(1.0,),
   )
 
 
@@ -280,10 +275,7 @@ def karcher(*, max_iter: int = 10, tol: float = 1e-5) -> base_lib.Merge:
       u = jnp.where(done, u, moved)
     return u / safe * jnp.mean(norms)
 
-  return mean.combination(
-    first_passes=(_inner_product_pass(coefficients),),
-    default_weights=None,
-  )
+  return mean.combination(first_passes=(_inner_product_pass(coefficients),))
 
 
 @entries.register('model_stock', base='required')

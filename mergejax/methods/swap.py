@@ -35,20 +35,13 @@ def nearswap(*, t: float) -> base_lib.Merge:
   """
   base_lib.check_option('t', t, lambda value: value > 0, 'above 0')
 
-  def update(state, leaf, base, weight, context):
-    del state, weight, context
+  def combine(leaf, base, context):
+    del context
     gap = jnp.maximum(jnp.abs(base - leaf), jnp.asarray(1e-6, leaf.dtype))
     share = jnp.clip(jnp.asarray(t, leaf.dtype) / gap, 0.0, 1.0)
     return share * leaf + (1 - share) * base
 
-  return base_lib.leafwise(
-    lambda zeros: zeros,
-    update,
-    lambda state, base: state,
-    base='required',
-    counts=(1, 1),
-    default_weights=(1.0,),
-  )
+  return base_lib.of_one_model(combine, base='required')
 
 
 @entries.register('arcee_fusion', base='required')
@@ -98,18 +91,13 @@ def arcee_fusion() -> base_lib.Merge:
     low, middle, high = (cut.threshold for cut in found[0])
     return [{'outlying': middle + jnp.float32(1.5) * (high - low)}]
 
-  def update(state, leaf, base, weight, context):
-    del state, weight
+  def combine(leaf, base, context):
     taken = importance(leaf, base) >= context.note['outlying']
     return base + jnp.where(taken, leaf - base, jnp.zeros_like(leaf))
 
-  return base_lib.leafwise(
-    lambda zeros: zeros,
-    update,
-    lambda state, base: state,
+  return base_lib.of_one_model(
+    combine,
     first_passes=(base_lib.FirstPass(measure, conclude, ranks),),
     base='required',
-    counts=(1, 1),
-    default_weights=(1.0,),
     view='unit',
   )

@@ -2,11 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sign election, and the methods composed of an edit and an election.
 
-ties        = on_deltas(elect_sign(),  trim(density))
-dare_ties   = on_deltas(elect_sign(),  drop(density))
-della       = on_deltas(elect_sign(),  drop_by_rank(density, epsilon))
-breadcrumbs = on_deltas(linear(),      trim_both_ends(density, gamma))
-dare_linear = on_deltas(linear(),      drop(density))
+ties             = on_deltas(elect_sign(), trim(density))
+dare_ties        = on_deltas(elect_sign(), drop(density))
+della            = on_deltas(elect_sign(), drop_by_rank(density, epsilon))
+breadcrumbs_ties = on_deltas(elect_sign(), trim_both_ends(density, gamma))
+dare_linear      = on_deltas(linear(),     drop(density))
+della_linear     = on_deltas(linear(),     drop_by_rank(density, epsilon))
+breadcrumbs      = on_deltas(linear(),     trim_both_ends(density, gamma))
 """
 
 from typing import Any
@@ -19,6 +21,8 @@ from mergejax.methods import edits
 from mergejax.methods import entries
 from mergejax.methods import mean
 
+# mergekit's defaults of the methods that drop at random.
+_DROPPING = {'density': 1.0, 'rescale': 'l1'}
 # What `rescale` may be where trimming is not random.
 _NORMS = ('none', 'l1', 'l2', 'linf')
 
@@ -155,7 +159,7 @@ def ties(
   'dare_linear',
   base='required',
   averages='normalize',
-  recipe_defaults={'density': 1.0, 'rescale': 'l1'},
+  recipe_defaults=_DROPPING,
 )
 def dare_linear(
   *,
@@ -199,11 +203,7 @@ def dare_linear(
   )
 
 
-@entries.register(
-  'dare_ties',
-  base='required',
-  recipe_defaults={'density': 1.0, 'rescale': 'l1'},
-)
+@entries.register('dare_ties', base='required', recipe_defaults=_DROPPING)
 def dare_ties(
   *,
   density: Any,
@@ -249,7 +249,7 @@ def dare_ties(
   'della_linear',
   base='required',
   averages='normalize',
-  recipe_defaults={'density': 1.0, 'rescale': 'l1'},
+  recipe_defaults=_DROPPING,
 )
 def della_linear(
   *,
@@ -293,9 +293,7 @@ def della_linear(
   )
 
 
-@entries.register(
-  'della', base='required', recipe_defaults={'density': 1.0, 'rescale': 'l1'}
-)
+@entries.register('della', base='required', recipe_defaults=_DROPPING)
 def della(
   *,
   density: Any,

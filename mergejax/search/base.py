@@ -199,7 +199,7 @@ class Space:
     only take them block by block: the recipe would not be what was scored.
     """
     method = self._method([self.start] * self.per_block)
-    if any(first.scope == 'tree' for first in method.first_passes):
+    if method.has_tree_passes:
       raise errors.ConfigError(
         f'{self.method} with these options looks at a whole model at once '
         '(thresholds or norms over all leaves), so its blocks cannot have '

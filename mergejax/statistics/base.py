@@ -55,12 +55,16 @@ class Statistic(NamedTuple):
     whole: `sum -> array`, from what devices add up, without the axis of shards
       and fetched, to the sum itself.
     settings: what a reader of the file should know.
+    functions: `{option: function of the caller, or None}`. Their source is part
+      of what an interrupted collection must share with the one that continues
+      it.
   """
 
   spec: statistic_specs.StatisticSpec
   measure: MeasureFn
   whole: Callable[[Any], np.ndarray] = lambda total: total
   settings: Mapping[str, Any] = {}
+  functions: Mapping[str, Callable[..., Any] | None] = {}
 
 
 def collect(
@@ -122,10 +126,7 @@ def collect(
   shards = mesh.shape['data']
   fingerprint = saved.fingerprint(params)
   settings = {'kind': statistic.spec.name, **statistic.settings}
-  work = {**settings, 'model': fingerprint}
-  if not statistic.measure.__module__.startswith('mergejax.'):
-    # The package's own is a part of the code that every journal states.
-    work['source'] = registry.source_digest(statistic.measure)
+  work = {**settings, 'model': fingerprint, **_sources(statistic)}
   journal = progress_lib.Progress(out, work)
   totals, done, aliases = journal.load()
   batches = journal.after(done, batches)
@@ -177,6 +178,21 @@ def collect(
     result.save(out)
   journal.forget()
   return result
+
+
+def _sources(statistic):
+  """sha256 of the code from outside the package that a statistic runs.
+
+  The package's is a part of what every journal states.
+  """
+  digests = {
+    f'source of {name}': registry.source_digest(function)
+    for name, function in statistic.functions.items()
+    if function is not None
+  }
+  if not statistic.measure.__module__.startswith('mergejax.'):
+    digests['source'] = registry.source_digest(statistic.measure)
+  return digests
 
 
 def distinct(

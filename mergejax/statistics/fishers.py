@@ -120,7 +120,12 @@ def fisher(
     'estimator': estimator, 'samples': samples, 'per_token': per_token,
     'seed': seed,
   }  # fmt: skip
-  return base.Statistic(statistic_specs.FISHER, measure, settings=settings)
+  return base.Statistic(
+    statistic_specs.FISHER,
+    measure,
+    settings=settings,
+    functions={'logits': logits},
+  )
 
 
 def _check_packing(family, batch, estimator):

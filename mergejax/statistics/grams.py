@@ -106,7 +106,12 @@ def gram(
     'include': include and list(include), 'exclude': list(exclude),
     'conv': conv, 'tied_head': tied_head,
   }  # fmt: skip
-  return base.Statistic(statistic_specs.GRAM, measure, _whole, settings)
+  functions: dict[str, Any] = {'mask': mask, 'apply': apply}
+  for kind, describe in (kernels or {}).items():
+    functions[f'kernels of {kind.__name__}'] = describe
+  return base.Statistic(
+    statistic_specs.GRAM, measure, _whole, settings, functions
+  )
 
 
 def _trace(array):

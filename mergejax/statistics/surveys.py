@@ -67,8 +67,8 @@ class Survey:
       }
 
     rows = [
-      row(*one)
-      for one in zip(
+      row(*leaf)
+      for leaf in zip(
         self.paths, self.base_norms, self.norms, self.cosines(), self.agreement
       )
     ]
@@ -145,7 +145,7 @@ def survey(
     A `Survey`.
 
   Raises:
-    UserError: no model, or trees that differ (listed).
+    UserError: no model, trees that differ (listed) or hold no floating leaf.
 
   Example:
     >>> zero, one = {'w': np.zeros(2)}, {'w': np.array([3.0, 4.0])}
@@ -164,10 +164,13 @@ def survey(
       specs, store.specs(), expected_name=origin.name, given_name=store.name
     )
   specs = axes_lib.of_models([store.specs() for store in (origin, *stores)])
+  averaged = {p: s for p, s in specs.items() if numerics.is_averaged(s.dtype)}
+  if not averaged:
+    raise errors.StructureError(
+      f'{origin.name} has no floating parameter, so there is nothing to compare.'
+    )
   paths, found = [], []
-  for path, spec in specs.items():
-    if not numerics.is_averaged(spec.dtype):
-      continue
+  for path, spec in averaged.items():
     numerics.check_countable(path, axes_lib.slice_size(spec))
     stack = axes_lib.stacked(spec)
     base_leaf, *leaves = (

@@ -219,6 +219,16 @@ class AxesTest(parameterized.TestCase):
     self.assertEqual(json.loads((self.folder / '0' / 'axes.json').read_text()),
                      {'w': ['layers', 'embed', 'mlp']})  # fmt: skip
 
+  def test_models_of_which_one_is_transposed_do_not_merge(self):
+    square = {'w': np.ones((3, 3), np.float32)}
+    for k, axes in enumerate((('inputs', 'outputs'), ('outputs', 'inputs'))):
+      mj.save_checkpoint(self.folder / f'{k}', square, axes={'w': axes})
+    paths = [str(self.folder / f'{k}') for k in range(2)]
+    with self.assertRaisesRegex(mj.UserError, 'one is transposed'):
+      mj.merge(paths, 'linear')
+    with self.assertRaisesRegex(mj.UserError, 'one is transposed'):
+      mj.plan({'merge_method': 'linear', 'models': paths})
+
 
 if __name__ == '__main__':
   absltest.main()

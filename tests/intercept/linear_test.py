@@ -9,27 +9,21 @@ from absl.testing import parameterized
 import flax.linen as nn
 import jax
 import numpy as np
+import small_batches
 
 from mergejax import statistics
 from mergejax.core import errors
 from mergejax.intercept import capture
 
 
-def plain(module, params, batch):
-  left = module.apply({'params': params}, batch['x'], mutable='intermediates')
-  return left[1]
-
-
 def collect(module, params, x, **options):
   batch = {'x': x, 'weights': np.ones(len(x), np.float32)}
   return statistics.collect(
-    statistics.gram(apply=plain, **options), module, params, [batch]
+    statistics.gram(apply=small_batches.sown, **options),
+    module,
+    params,
+    [batch],
   )
-
-
-def gram_of(rows):
-  rows = np.asarray(rows, np.float64).reshape(-1, rows.shape[-1])
-  return rows.T @ rows / len(rows)
 
 
 def patches(x, window, pads, *, mode='constant', stride=1, dilation=1):
@@ -82,7 +76,7 @@ class ConvolutionTest(parameterized.TestCase):
     )
     found = capture.inputs_of(
       module, params, {'x': x}, lambda path, inputs: inputs,
-      wanted=lambda path: True, apply=plain,
+      wanted=lambda path: True, apply=small_batches.sown,
     )['kernel']  # fmt: skip
     self.assertEqual(found.shape[:-1], answer.shape[:-1])
     np.testing.assert_allclose(
@@ -105,7 +99,10 @@ class ConvolutionTest(parameterized.TestCase):
       x.reshape(6, 5, 2), (3,), [(1, 1)], mode='wrap'
     )  # each of the first two axes is a batch
     np.testing.assert_allclose(
-      found['conv/kernel']['gram'], gram_of(rows), rtol=1e-5, atol=1e-6
+      found['conv/kernel']['gram'],
+      small_batches.gram_of(rows),
+      rtol=1e-5,
+      atol=1e-6,
     )
     self.assertEqual(found['conv/kernel']['count'], 30)
     conv = params['conv']
@@ -113,7 +110,10 @@ class ConvolutionTest(parameterized.TestCase):
       conv['bias']
     )
     np.testing.assert_allclose(
-      found['dense/kernel']['gram'], gram_of(hidden), rtol=1e-5, atol=1e-6
+      found['dense/kernel']['gram'],
+      small_batches.gram_of(hidden),
+      rtol=1e-5,
+      atol=1e-6,
     )
 
   @parameterized.parameters(
@@ -175,7 +175,8 @@ class LayoutTest(parameterized.TestCase):
     for i in range(3):
       layer = jax.tree.map(lambda leaf, i=i: leaf[i], layers)
       np.testing.assert_allclose(
-        found['layers/attention/key/kernel']['gram'][i], gram_of(carry),
+        found['layers/attention/key/kernel']['gram'][i],
+        small_batches.gram_of(carry),
         rtol=1e-4, atol=1e-5,
       )  # fmt: skip
       attention = nn.MultiHeadDotProductAttention(2)
@@ -197,8 +198,8 @@ class LayoutTest(parameterized.TestCase):
       module.apply({'params': params}, x), atol=1e-5,
     )  # fmt: skip
     np.testing.assert_allclose(
-      collect(module, params, x)['kernel']['gram'], gram_of(rows), rtol=1e-5,
-      atol=1e-6,
+      collect(module, params, x)['kernel']['gram'], small_batches.gram_of(rows),
+      rtol=1e-5, atol=1e-6,
     )  # fmt: skip
 
   def test_a_map_for_each_place_is_refused(self):

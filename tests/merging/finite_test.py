@@ -8,7 +8,7 @@ from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 import jax.numpy as jnp
-import laws_test
+import laws
 import ml_dtypes
 import numpy as np
 
@@ -42,23 +42,23 @@ class InputsTest(parameterized.TestCase):
     ):
       mj.merge([good, bad], 'ties', base=good)
 
-  @parameterized.named_parameters(laws_test.ALL)
+  @parameterized.named_parameters(laws.ALL)
   def test_numbers_that_are_not_finite_are_refused(self, row):
     method = named.resolve(row.name, **row.options)
     with_base = row.base or method.base == 'required'
     for where in (row.models, 0) if with_base else (row.models,):
-      base, *models = copies = laws_test.make(row.models + 1)
+      base, *models = copies = laws.make(row.models + 1)
       copies[where]['a/bias'][1:] = [np.nan, -np.inf]
       name = f'model {row.models - 1}' if where else 'the base'
       for give in (np.asarray, jnp.asarray):
         with self.assertRaisesRegex(
           mj.UserError, f'{name}: a/bias has 2 number.* not finite, of 3'
         ):
-          laws_test.run(
+          laws.run(
             row,
             [jax.tree.map(give, m) for m in models],
             jax.tree.map(give, base),
-            stats=laws_test.make_stats(row, models),
+            stats=laws.make_stats(row, models),
           )
 
   def test_large_numbers_are_finite(self):

@@ -68,12 +68,34 @@ class RulesTest(absltest.TestCase):
       rtol=1e-4, atol=1e-5,
     )  # fmt: skip
 
+  def test_rules_of_one_method_are_one_model_to_it(self):
+    rng = np.random.default_rng(0)
+    base, *models = [
+      {name: rng.normal(size=50).astype(np.float32) * scale
+       for name, scale in (('a', 1.0), ('b', 9.0), ('c', 1.0))}
+      for _ in range(3)
+    ]  # fmt: skip
+    merge = lambda *rules: mj.merge(models, 'linear', base=base, rules=rules)
+    joint = merge(('a|b', 'ties'))
+    method = mj.ties()
+    for found in (
+      merge(('a', 'ties'), ('b', 'ties')), merge(('a', method), ('b', method))
+    ):  # fmt: skip
+      jax.tree.map(np.testing.assert_array_equal, found, joint)
+    apart = merge(('a', mj.ties()), ('b', mj.ties()))
+    self.assertFalse(np.array_equal(apart['a'], joint['a']))
+
   def test_bad_rules(self):
     models, _ = models_and_grams()
     with self.assertRaisesRegex(errors.UserError, 'first match of no leaf'):
       mj.merge(models, 'linear', rules=[('nothing', 'copy')])
     with self.assertRaisesRegex(errors.UserError, "'linear'"):
       mj.merge(models, 'linear', rules=[('a/.*', 'liner')])
+    for more in ({'rules': [('(', 'copy')]}, {'axes': [('(', ('embed',))]}):
+      with self.assertRaisesRegex(
+        errors.ConfigError, "rule '\\(' is not a reg"
+      ):
+        mj.merge(models, 'linear', **more)
 
 
 class StatisticsTest(absltest.TestCase):
@@ -89,6 +111,11 @@ class StatisticsTest(absltest.TestCase):
     bare = [{p: {'gram': s['gram']} for p, s in own.items()} for own in grams]
     with self.assertRaisesRegex(errors.UserError, 'lacks its count'):
       mj.merge(models, 'regmean', stats=bare, weighting='tokens')
+
+  def test_weights_that_cancel(self):
+    models, grams = models_and_grams()
+    with self.assertRaisesRegex(errors.UserError, 'sum to zero'):
+      mj.merge(models, 'regmean', stats=grams, weights=[1.0, -1.0])
 
   def test_fewer_rows_than_features(self):
     models, grams = models_and_grams(rows=(1, 2))

@@ -10,7 +10,7 @@ from unittest import mock
 from absl.testing import absltest
 from absl.testing import parameterized
 import jax
-import laws_test
+import laws
 import numpy as np
 
 import mergejax as mj
@@ -91,7 +91,7 @@ def on_disk(folder, row, base, count, stats):
     leaves = {f'{path}/{n}': x for path, kinds in own.items()
               for n, x in kinds.items()}  # fmt: skip
     mj.save_checkpoint(stats_paths[-1], leaves, overwrite=True)
-  recipe = laws_test.recipe_of(
+  recipe = laws.recipe_of(
     row, str(folder / 'base') if base else None, paths, stats_paths
   )
   out = folder / f'{row.name}_out'
@@ -104,7 +104,7 @@ class ScannedTest(parameterized.TestCase):
   def setUpClass(cls):
     super().setUpClass()
     cls.folder = pathlib.Path(cls.enter_context_folder())
-    base, *layers = make_layers(max(row.models for row in laws_test.ROWS) + 1)
+    base, *layers = make_layers(max(row.models for row in laws.ROWS) + 1)
     for name, model in [('base', base), *enumerate(layers)]:
       mj.save_checkpoint(
         cls.folder / str(name), scan(model), 'safetensors', axes=SCANNED_AXES
@@ -116,14 +116,14 @@ class ScannedTest(parameterized.TestCase):
     cls.addClassCleanup(folder.cleanup)
     return folder.name
 
-  @parameterized.named_parameters(laws_test.ALL)
+  @parameterized.named_parameters(laws.ALL)
   def test_axes_come_from_the_checkpoint(self, row):
     """Nobody is told them, and a scanned model equals its layers."""
     expected, stats = self.expected(row)
     opened = lambda name: mj.open_checkpoint(self.folder / str(name))
     stores = [opened(k) for k in range(row.models)]
-    merged = laws_test.run(row, stores, opened('base'), stats=stats, axes=())
-    laws_test.assert_close(tree.flatten(merged), expected, 1e-7)
+    merged = laws.run(row, stores, opened('base'), stats=stats, axes=())
+    laws.assert_close(tree.flatten(merged), expected, 1e-7)
     method = named.resolve(row.name, **row.options)
     if row.stats is None:
       side_by_side = on_mesh.merge_experts(
@@ -135,12 +135,12 @@ class ScannedTest(parameterized.TestCase):
         weights=row.weights,
         axes=stores[0].axes(),
       )
-      laws_test.assert_close(tree.flatten(side_by_side), expected, 2e-7)
-    if any(row is one for _, one in laws_test.ONE):
+      laws.assert_close(tree.flatten(side_by_side), expected, 2e-7)
+    if any(row is one for _, one in laws.ONE):
       with_base = row.base or method.base == 'required'
       result = on_disk(self.folder, row, with_base, row.models, stats)
       found = tree.flatten(result.read())
-      laws_test.assert_close(found, expected, max(row.tolerance, 2e-6))
+      laws.assert_close(found, expected, max(row.tolerance, 2e-6))
       self.assertEqual(result.axes(), dict(SCANNED_AXES))
 
   def expected(self, row):
@@ -154,17 +154,17 @@ class ScannedTest(parameterized.TestCase):
     as_slice = lambda path: re.sub(r'_(\d)/(\w+)', r'/\2[\1]', path)
     keys = lambda seed, path, model: real(seed, as_slice(path), model)
     with mock.patch.object(masks, 'mask_key', keys):
-      expected = scan(laws_test.run(row, layers, base, stats=given))
+      expected = scan(laws.run(row, layers, base, stats=given))
     return expected, given and [scan_stats(row, one) for one in given]
 
-  @parameterized.named_parameters(laws_test.ALL)
+  @parameterized.named_parameters(laws.ALL)
   def test_a_scanned_model_equals_its_layers(self, row):
     """With axes to the last bits; without them the same, or an error."""
     base, *layers = make_layers(row.models + 1)
     expected, stats = self.expected(row)
     scanned, origin = [scan(m) for m in layers], scan(base)
-    merged = laws_test.run(row, scanned, origin, stats=stats, axes=SCANNED_AXES)
-    laws_test.assert_close(merged, expected, 1e-7)
+    merged = laws.run(row, scanned, origin, stats=stats, axes=SCANNED_AXES)
+    laws.assert_close(merged, expected, 1e-7)
     if row.stats is None:
       method = named.resolve(row.name, **row.options)
       side_by_side = on_mesh.merge_experts(
@@ -174,16 +174,16 @@ class ScannedTest(parameterized.TestCase):
         weights=row.weights,
         axes=SCANNED_AXES,
       )
-      laws_test.assert_close(side_by_side, expected, 2e-7)
+      laws.assert_close(side_by_side, expected, 2e-7)
     try:
-      merged = laws_test.run(row, scanned, origin, stats=stats)
+      merged = laws.run(row, scanned, origin, stats=stats)
     except mj.UserError as error:
       for path in scanned[0]:
         self.assertIn(f'({path!r}, (', error.message)
     else:
       # A mask without axes is another draw, not another number.
       if not row.drawn:
-        laws_test.assert_close(merged, expected, 1e-7)
+        laws.assert_close(merged, expected, 1e-7)
 
 
 if __name__ == '__main__':

@@ -3,12 +3,7 @@
 """Slow float64 oracles of merge methods, written from the papers."""
 
 import numpy as np
-
-
-def _wide(tree):
-  return {
-    path: np.asarray(leaf).astype(np.float64) for path, leaf in tree.items()
-  }
+from reference import words
 
 
 def linear(models, base, weights, *, normalize=True):
@@ -17,17 +12,17 @@ def linear(models, base, weights, *, normalize=True):
   for path in models[0]:
     total = 0.0
     for model, weight in zip(models, weights):
-      total = total + weight * _wide(model)[path]
+      total = total + weight * words.wide(model)[path]
     result[path] = total / sum(weights) if normalize else total
   return result
 
 
 def task_arithmetic(models, base, weights, *, scale=1.0, normalize=False):
   result = {}
-  for path, origin in _wide(base).items():
+  for path, origin in words.wide(base).items():
     total = np.zeros_like(origin)
     for model, weight in zip(models, weights):
-      total += weight * (_wide(model)[path] - origin)
+      total += weight * (words.wide(model)[path] - origin)
     if normalize:
       total /= sum(weights)
     result[path] = origin + scale * total
@@ -38,81 +33,30 @@ def interpolate(models, base, weights, *, alpha):
   mean = linear(models, base, weights)
   return {
     path: (1 - alpha) * origin + alpha * mean[path]
-    for path, origin in _wide(base).items()
+    for path, origin in words.wide(base).items()
   }
 
 
 def negate(models, base, weights, *, scale=1.0):
   del weights
   return {
-    path: origin - scale * (_wide(models[0])[path] - origin)
-    for path, origin in _wide(base).items()
+    path: origin - scale * (words.wide(models[0])[path] - origin)
+    for path, origin in words.wide(base).items()
   }
 
 
 def analogy(models, base, weights, *, scale=1.0):
   del weights
-  a, b, c = map(_wide, models)
+  a, b, c = map(words.wide, models)
   return {
     path: origin + scale * (c[path] + b[path] - a[path] - origin)
-    for path, origin in _wide(base).items()
+    for path, origin in words.wide(base).items()
   }
 
 
 def passthrough(models, base, weights, *, scale=1.0):
   del base, weights
-  return {path: scale * leaf for path, leaf in _wide(models[0]).items()}
-
-
-def leafwise(function):
-  """An oracle of trees from one of leaves: `(leaves, base, weights)`."""
-
-  def run(models, base, weights, **options):
-    return {
-      path: function(
-        [_wide(model)[path] for model in models],
-        None if base is None else _wide(base)[path],
-        weights,
-        **options,
-      )
-      for path in models[0]
-    }
-
-  return run
-
-
-def top(scores, kept):
-  """Mask of the `kept` largest, equal ones by lowest flat index."""
-  flat = np.asarray(scores, np.float32).ravel()
-  order = sorted(range(flat.size), key=lambda i: (-flat[i], i))
-  mask = np.zeros(flat.size, bool)
-  mask[order[:kept]] = True
-  return mask.reshape(np.shape(scores))
-
-
-def _each(option, models):
-  return option if isinstance(option, list) else [option] * models
-
-
-def _elect(values, weights, normalize, count):
-  total = np.zeros_like(values[0])
-  for at in np.ndindex(total.shape):
-    entries = [value[at] for value in values]
-    votes = sum(np.sign(entries)) if count else sum(entries)
-    sign = 1 if votes >= 0 else -1
-    agreeing = [k for k, e in enumerate(entries) if np.sign(e) == sign]
-    total[at] = sum(entries[k] for k in agreeing)
-    weight = sum(weights[k] for k in agreeing)
-    if normalize and weight != 0:
-      total[at] /= weight
-  return total
-
-
-def _combine(deltas, weights, normalize, election):
-  values = [w * d for w, d in zip(weights, deltas)]
-  if election:
-    return _elect(values, weights, normalize, election == 'count')
-  return sum(values) / (sum(weights) if normalize else 1)
+  return {path: scale * leaf for path, leaf in words.wide(models[0]).items()}
 
 
 def ties(
@@ -129,19 +73,20 @@ def ties(
 ):
   names = list(base)
   deltas = [
-    {p: _wide(model)[p] - _wide(base)[p] for p in names} for model in models
+    {p: words.wide(model)[p] - words.wide(base)[p] for p in names}
+    for model in models
   ]
   trimmed = []
-  for delta, share in zip(deltas, _each(density, len(models))):
+  for delta, share in zip(deltas, words.each(density, len(models))):
     if trim_scope == 'global':
       flat = np.concatenate([np.abs(delta[p]).ravel() for p in names])
-      mask = top(flat, int(share * flat.size))
+      mask = words.top(flat, int(share * flat.size))
       ends = np.cumsum([delta[p].size for p in names])[:-1]
       parts = dict(zip(names, np.split(mask, ends)))
       masks = {p: parts[p].reshape(delta[p].shape) for p in names}
     else:
       masks = {
-        p: top(np.abs(delta[p]), max(1, int(share * delta[p].size)))
+        p: words.top(np.abs(delta[p]), max(1, int(share * delta[p].size)))
         for p in names
       }
     trimmed.append({p: np.where(masks[p], delta[p], 0) for p in names})
@@ -157,22 +102,9 @@ def ties(
         np.min([np.minimum(v, 0) for v in values], axis=0),
       )
     else:
-      merged = _combine(parts, weights, normalize, consensus)
-    result[p] = _wide(base)[p] + scale * merged
+      merged = words.combine(parts, weights, normalize, consensus)
+    result[p] = words.wide(base)[p] + scale * merged
   return result
-
-
-def crumbs(delta, density, gamma):
-  size = delta.size
-  kept = int(density * size)
-  largest = int(gamma * size)
-  smallest = max(0, size - kept - largest)
-  ascending = np.zeros(size, int)
-  flat = np.abs(delta).ravel().astype(np.float32)
-  for rank, i in enumerate(sorted(range(size), key=lambda i: (flat[i], -i))):
-    ascending[i] = rank
-  keep = (ascending >= smallest) & (ascending < smallest + kept)
-  return np.where(keep.reshape(delta.shape), delta, 0)
 
 
 def breadcrumbs(
@@ -188,51 +120,18 @@ def breadcrumbs(
 ):
   def one(leaves, origin, weights):
     deltas = [
-      crumbs(leaf - origin, share, outliers)
+      words.crumbs(leaf - origin, share, outliers)
       for leaf, share, outliers in zip(
-        leaves, _each(density, len(leaves)), _each(gamma, len(leaves))
+        leaves, words.each(density, len(leaves)), words.each(gamma, len(leaves))
       )
     ]
-    return origin + scale * _combine(deltas, weights, normalize, election)
+    return origin + scale * words.combine(deltas, weights, normalize, election)
 
-  return leafwise(one)(models, base, weights)
+  return words.leafwise(one)(models, base, weights)
 
 
 def breadcrumbs_ties(*args, **options):
   return breadcrumbs(*args, **options, election='sum')
-
-
-def _uniform(seed, path, model, count):
-  """The documented counter hash, in Python integers."""
-  import hashlib
-
-  digest = hashlib.blake2b(f'{seed}\0{model}\0{path}'.encode(), digest_size=8)
-  key = [int.from_bytes(digest.digest()[i : i + 4], 'little') for i in (0, 4)]
-
-  def scramble(x):
-    x ^= x >> 16
-    x = x * 0x21F0AAAD % 2**32
-    x ^= x >> 15
-    x = x * 0xD35A2D97 % 2**32
-    return x ^ (x >> 15)
-
-  words = [
-    scramble(scramble((i * 0x9E3779B9 + key[0]) % 2**32) ^ key[1])
-    for i in range(count)
-  ]
-  return np.array([(word >> 8) / 2**24 for word in words])
-
-
-def _dropped(delta, chance, drawn, rescale):
-  kept = drawn.reshape(delta.shape) < chance
-  if rescale == 'paper':
-    return np.where(kept, delta / np.where(chance > 0, chance, 1), 0)
-  sparse = np.where(kept, delta, 0)
-  if rescale == 'none':
-    return sparse
-  order = {'l1': 1, 'l2': 2, 'linf': np.inf}[rescale]
-  norms = [np.linalg.norm(x.ravel(), order) for x in (delta, sparse)]
-  return sparse * (norms[0] / norms[1] if min(norms) > 1e-7 else 1)
 
 
 def dare_linear(
@@ -247,14 +146,14 @@ def dare_linear(
   election=None,
 ):
   result = {}
-  for path, origin in _wide(base).items():
+  for path, origin in words.wide(base).items():
     deltas = []
     for k, model in enumerate(models):
-      delta = _wide(model)[path] - origin
-      share = np.full(delta.shape, _each(density, len(models))[k])
-      drawn = _uniform(0, path, k, delta.size)
-      deltas.append(_dropped(delta, share, drawn, rescale))
-    result[path] = origin + scale * _combine(
+      delta = words.wide(model)[path] - origin
+      share = np.full(delta.shape, words.each(density, len(models))[k])
+      drawn = words.uniform(0, path, k, delta.size)
+      deltas.append(words.dropped(delta, share, drawn, rescale))
+    result[path] = origin + scale * words.combine(
       deltas, weights, normalize, election
     )
   return result
@@ -262,14 +161,6 @@ def dare_linear(
 
 def dare_ties(*args, **options):
   return dare_linear(*args, **options, election='sum')
-
-
-def _units(path, leaf):
-  """Rows of output units, and how to go back; Flax layout by hand."""
-  if leaf.ndim <= 1:
-    return leaf.reshape(1, -1), lambda rows: rows.reshape(leaf.shape)
-  rows = leaf.reshape(-1, leaf.shape[-1]).T
-  return rows, lambda rows: rows.T.reshape(leaf.shape)
 
 
 def della_linear(
@@ -285,11 +176,11 @@ def della_linear(
   election=None,
 ):
   result = {}
-  for path, origin in _wide(base).items():
+  for path, origin in words.wide(base).items():
     deltas = []
     for k, model in enumerate(models):
-      rows, back = _units(path, _wide(model)[path] - origin)
-      share = _each(density, len(models))[k]
+      rows, back = words.units(path, words.wide(model)[path] - origin)
+      share = words.each(density, len(models))[k]
       chance = np.zeros_like(rows)
       for unit, row in enumerate(rows):
         size = np.abs(row).astype(np.float32)
@@ -302,9 +193,9 @@ def della_linear(
           )
       if share >= 1:
         chance[:] = 1
-      drawn = _uniform(0, path, k, rows.size)
-      deltas.append(back(_dropped(rows, chance, drawn, rescale)))
-    result[path] = origin + scale * _combine(
+      drawn = words.uniform(0, path, k, rows.size)
+      deltas.append(back(words.dropped(rows, chance, drawn, rescale)))
+    result[path] = origin + scale * words.combine(
       deltas, weights, normalize, election
     )
   return result
@@ -316,13 +207,13 @@ def della(models, base, weights, *, normalize=True, **options):
   )
 
 
-@leafwise
+@words.leafwise
 def sce(leaves, base, weights, *, select_topk=1.0):
   del weights
   deltas = [leaf - base for leaf in leaves]
   if select_topk < 1:
     spread = np.var(np.stack(deltas).astype(np.float32), axis=0)
-    mask = top(spread, int(select_topk * np.count_nonzero(spread)))
+    mask = words.top(spread, int(select_topk * np.count_nonzero(spread)))
     deltas = [np.where(mask, d, 0) for d in deltas]
   energy = np.array([np.sum(d**2) for d in deltas])
   share = (
@@ -343,7 +234,7 @@ def _angle(a, b):
   return np.clip(np.vdot(a, b) / (norms[0] * norms[1]), -1, 1)
 
 
-@leafwise
+@words.leafwise
 def slerp(leaves, base, weights, *, t):
   del weights
   cosine = _angle(base, leaves[0])
@@ -366,13 +257,13 @@ def _nuslerp(a, b, weights):
 def nuslerp(models, base, weights, *, flatten=True, axis='output_unit'):
   result = {}
   for path in models[0]:
-    a, b = (_wide(m)[path] for m in models)
-    origin = 0 if base is None else _wide(base)[path]
+    a, b = (words.wide(m)[path] for m in models)
+    origin = 0 if base is None else words.wide(base)[path]
     a, b = a - origin, b - origin
     if flatten:
       result[path] = origin + _nuslerp(a, b, weights)
       continue
-    (rows_a, back), (rows_b, _) = _units(path, a), _units(path, b)
+    (rows_a, back), (rows_b, _) = words.units(path, a), words.units(path, b)
     if axis == 'input_feature' and a.ndim > 1:
       rows_a, rows_b = rows_a.T, rows_b.T
     merged = np.stack([_nuslerp(x, y, weights) for x, y in zip(rows_a, rows_b)])
@@ -382,7 +273,7 @@ def nuslerp(models, base, weights, *, flatten=True, axis='output_unit'):
   return result
 
 
-@leafwise
+@words.leafwise
 def multislerp(leaves, base, weights, *, normalize_weights=True, eps=1e-8):
   if base is not None:
     leaves = [leaf - base for leaf in leaves]
@@ -400,7 +291,7 @@ def multislerp(leaves, base, weights, *, normalize_weights=True, eps=1e-8):
   return merged if base is None else base + merged
 
 
-@leafwise
+@words.leafwise
 def karcher(leaves, base, weights, *, max_iter=10, tol=1e-5):
   del base, weights
   norms = [np.linalg.norm(x) for x in leaves]
@@ -448,13 +339,13 @@ def _stock(leaves, base, clamp_t):
 def model_stock(models, base, weights, *, filter_wise=False, clamp_t=False):
   del weights
   result = {}
-  for path, origin in _wide(base).items():
-    leaves = [_wide(m)[path] for m in models]
+  for path, origin in words.wide(base).items():
+    leaves = [words.wide(m)[path] for m in models]
     if not filter_wise:
       result[path] = _stock(leaves, origin, clamp_t)
       continue
-    rows, back = _units(path, origin)
-    of_models = [_units(path, leaf)[0] for leaf in leaves]
+    rows, back = words.units(path, origin)
+    of_models = [words.units(path, leaf)[0] for leaf in leaves]
     result[path] = back(
       np.stack(
         [
@@ -466,7 +357,7 @@ def model_stock(models, base, weights, *, filter_wise=False, clamp_t=False):
   return result
 
 
-@leafwise
+@words.leafwise
 def nearswap(leaves, base, weights, *, t):
   del weights
   share = np.clip(t / np.maximum(np.abs(base - leaves[0]), 1e-6), 0, 1)
@@ -476,9 +367,9 @@ def nearswap(leaves, base, weights, *, t):
 def arcee_fusion(models, base, weights):
   del weights
   result = {}
-  for path, origin in _wide(base).items():
-    rows_a, back = _units(path, origin)
-    rows_b, _ = _units(path, _wide(models[0])[path])
+  for path, origin in words.wide(base).items():
+    rows_a, back = words.units(path, origin)
+    rows_b, _ = words.units(path, words.wide(models[0])[path])
     softmax = lambda r: np.exp(r) / np.exp(r).sum(axis=1, keepdims=True)
     p, q = softmax(rows_b) + 1e-8, softmax(rows_a) + 1e-8
     kl = np.sum(p * np.log(p / q), axis=1, keepdims=True)
@@ -492,7 +383,7 @@ def arcee_fusion(models, base, weights):
   return result
 
 
-@leafwise
+@words.leafwise
 def ram(leaves, base, weights, *, epsilon=1e-5, factors=None):
   del weights
   deltas = [leaf - base for leaf in leaves]
@@ -548,10 +439,10 @@ def fisher(
       f = information[k][path]
       if k == 0 or not favor_first:
         f = np.maximum(f, floor)
-      top_sum = top_sum + weight / norm * f * _wide(model)[path]
+      top_sum = top_sum + weight / norm * f * words.wide(model)[path]
       bottom = bottom + weight / norm * f
     plain = (
-      _wide(models[0])[path]
+      words.wide(models[0])[path]
       if favor_first
       else linear(models, None, weights)[path]
     )
@@ -570,7 +461,7 @@ def regmean(models, base, weights, *, stats, alpha=0.9, ridge=0.0):
       diagonal = np.diag(np.diag(gram))
       gram = alpha * gram + (1 - alpha) * diagonal
       gram = gram + ridge * np.mean(np.diag(gram)) * np.eye(len(gram))
-      kernel = _wide(model)[path].reshape(len(gram), -1)
+      kernel = words.wide(model)[path].reshape(len(gram), -1)
       left = left + weight * gram
       right = right + weight * gram @ kernel
     solved = np.linalg.pinv(left) @ right

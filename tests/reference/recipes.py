@@ -10,6 +10,7 @@ import re
 
 import numpy as np
 from reference import merging
+from reference import words
 
 # method: {option a model may have of its own: default}, {option for all}, words
 # that are fixed where a recipe is merged.
@@ -208,8 +209,8 @@ def _rescaled(method, leaves, base, options):
     delta, share = leaf - base, options['density'][k]
     if method == 'ties':
       kept = max(1, int(share * delta.size))
-      sparse = np.where(merging.top(np.abs(delta), kept), delta, 0)
+      sparse = np.where(words.top(np.abs(delta), kept), delta, 0)
     else:
-      sparse = merging.crumbs(delta, share, options['gamma'][k])
+      sparse = words.crumbs(delta, share, options['gamma'][k])
     result.append(base + sparse * np.abs(delta).sum() / np.abs(sparse).sum())
   return result

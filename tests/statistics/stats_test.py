@@ -2,10 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gram matrices and Fishers against brute force, on one device and on eight."""
 
-import json
-import pathlib
-import signal
-
 from absl.testing import absltest
 from absl.testing import parameterized
 import flax.linen as nn
@@ -13,8 +9,8 @@ import goldens
 import jax
 import jax.numpy as jnp
 import numpy as np
+import small_batches
 
-import mergejax as mj
 from mergejax import models
 from mergejax import partition
 from mergejax import statistics
@@ -23,42 +19,6 @@ from mergejax.core import errors
 from mergejax.core import tree
 from mergejax.intercept import capture
 from mergejax.statistics import grams
-
-SMALL = dict(
-  model_type='t5x', vocab_size=24, emb_dim=8, num_heads=2, head_dim=3,
-  mlp_dim=10, num_encoder_layers=1, num_decoder_layers=1,
-  logits_via_embedding=True,
-)  # fmt: skip
-
-
-def text_batches(count=3, rows=8, seed=0):
-  """Batches with padding on both sides."""
-  rng = np.random.default_rng(seed)
-  result = []
-  for _ in range(count):
-    batch = {}
-    for name, length in (('encoder_input', 6), ('decoder_target', 5)):
-      tokens = rng.integers(1, 24, (rows, length))
-      sizes = rng.integers(2, length + 1, rows)
-      tokens[np.arange(length) >= sizes[:, None]] = 0
-      batch[f'{name}_tokens'] = tokens
-    targets = batch['decoder_target_tokens']
-    shifted = np.pad(targets, ((0, 0), (1, 0)))[:, :-1]
-    result.append({**batch, 'decoder_input_tokens': shifted})
-  return result
-
-
-def tiny_images(count=1):
-  """`(module, batches)` of a small image classifier."""
-  module = models.build(
-    dict(model_type='mlp', hidden=(5,), image_shape=(2, 2, 1), classes=3)
-  )
-  rng = np.random.default_rng(0)
-  batch = lambda: {
-    'images': rng.random((16, 2, 2, 1), np.float32),
-    'labels': rng.integers(0, 3, 16),
-  }
-  return module, [batch() for _ in range(count)]
 
 
 class Tall(nn.Module):
@@ -103,24 +63,16 @@ class Experts(nn.Module):
     return expert(4, name='expert')(x)
 
 
-def plain(module, params, batch):
-  return module.apply({'params': params}, batch['x'], mutable='intermediates')[
-    1
-  ]
-
-
-def inner_products(rows):
-  rows = np.asarray(rows, np.float64).reshape(-1, rows.shape[-1])
-  return rows.T @ rows / len(rows)
-
-
 class GramTest(parameterized.TestCase):
   def test_every_kind_of_kernel(self):
     module = Tall()
     x = np.random.default_rng(0).normal(size=(8, 5, 6)).astype(np.float32)
     params = module.init(jax.random.key(0), jnp.asarray(x))['params']
     found = statistics.collect(
-      statistics.gram(apply=plain), module, params, [{'x': x[:4]}, {'x': x[4:]}]
+      statistics.gram(apply=small_batches.sown),
+      module,
+      params,
+      [{'x': x[:4]}, {'x': x[4:]}],
     )
     self.assertLen(found, 7)
     dense = nn.Dense(6).apply({'params': params['dense']}, x)
@@ -130,7 +82,7 @@ class GramTest(parameterized.TestCase):
       ('attention/key/kernel', dense),
     ):
       np.testing.assert_allclose(
-        found[path]['gram'], inner_products(inputs), rtol=2e-5, atol=1e-6
+        found[path]['gram'], small_batches.gram_of(inputs), rtol=2e-5, atol=1e-6
       )
       self.assertEqual(found[path]['count'], 40)
     attend = nn.MultiHeadDotProductAttention(2)
@@ -138,7 +90,7 @@ class GramTest(parameterized.TestCase):
     split = nn.DenseGeneral((2, 3)).apply({'params': params['split']}, attended)
     np.testing.assert_allclose(
       found['join/kernel']['gram'],
-      inner_products(np.asarray(split).reshape(8, 5, 6)),
+      small_batches.gram_of(np.asarray(split).reshape(8, 5, 6)),
       rtol=2e-5,
       atol=1e-6,
     )
@@ -149,7 +101,7 @@ class GramTest(parameterized.TestCase):
     params = module.init(jax.random.key(0), x)['params']
     found = capture.inputs_of(
         module, params, {'x': x}, lambda path, inputs: inputs,
-        wanted=lambda path: True, apply=plain,
+        wanted=lambda path: True, apply=small_batches.sown,
     )['kernel']  # fmt: skip
     kernel = np.asarray(params['kernel']).reshape(-1, 3)
     np.testing.assert_allclose(
@@ -161,12 +113,12 @@ class GramTest(parameterized.TestCase):
     x = np.random.default_rng(0).normal(size=(8, 5)).astype(np.float32)
     params = module.init(jax.random.key(0), x)['params']
     found = statistics.collect(
-      statistics.gram(apply=plain), module, params, [{'x': x}]
+      statistics.gram(apply=small_batches.sown), module, params, [{'x': x}]
     )['layers/dense/kernel']
     carry = jnp.asarray(x)
     for i in range(3):
       np.testing.assert_allclose(
-        found['gram'][i], inner_products(carry), rtol=1e-5, atol=1e-6
+        found['gram'][i], small_batches.gram_of(carry), rtol=1e-5, atol=1e-6
       )
       layer = jax.tree.map(lambda leaf, i=i: leaf[i], params['layers']['dense'])
       carry = carry + nn.relu(nn.Dense(5).apply({'params': layer}, carry))
@@ -177,7 +129,10 @@ class GramTest(parameterized.TestCase):
     params = module.init(jax.random.key(0), jnp.ones((2, 5)))['params']
     with self.assertRaisesRegex(errors.UserError, 'variable_axes') as raised:
       statistics.collect(
-        statistics.gram(apply=plain), module, params, [{'x': jnp.ones((2, 5))}]
+        statistics.gram(apply=small_batches.sown),
+        module,
+        params,
+        [{'x': jnp.ones((2, 5))}],
       )
     self.assertIn('layers/dense/kernel', raised.exception.message)
 
@@ -187,18 +142,20 @@ class GramTest(parameterized.TestCase):
     x[2:, 1] = 0  # the second expert got two tokens
     params = module.init(jax.random.key(0), x)['params']
     found = statistics.collect(
-        statistics.gram(apply=plain, mask=lambda path, batch: capture.NONZERO),
+        statistics.gram(
+          apply=small_batches.sown, mask=lambda path, batch: capture.NONZERO
+        ),
         module, params, [{'x': x}],
     )['expert/kernel']  # fmt: skip
     np.testing.assert_array_equal(found['count'], [6, 2])
     np.testing.assert_allclose(
-      found['gram'][1], inner_products(x[:2, 1]), rtol=1e-5
+      found['gram'][1], small_batches.gram_of(x[:2, 1]), rtol=1e-5
     )
 
   def test_padding_and_batches_do_not_matter(self):
-    module = models.build(SMALL)
+    module = models.build(small_batches.TEXT_MODEL)
     params = models.family_of(module).init(jax.random.key(0))
-    batches = text_batches()
+    batches = small_batches.text_batches()
     whole = statistics.collect(
       statistics.gram(tied_head=True), module, params, batches, save_every=1
     )
@@ -240,15 +197,28 @@ class GramTest(parameterized.TestCase):
       self.assertLess(sum(s.size for s in strips), 0.65 * found.size)
 
   def test_nothing_to_collect(self):
-    module, params = models.build(SMALL), None
+    module = models.build(small_batches.TEXT_MODEL)
     params = models.family_of(module).init(jax.random.key(0))
     with self.assertRaisesRegex(errors.UserError, 'matches no parameter'):
       statistics.collect(
-        statistics.gram(include=['nothing']), module, params, text_batches()
+        statistics.gram(include=['nothing']),
+        module,
+        params,
+        small_batches.text_batches(),
+      )
+    with self.assertRaisesRegex(errors.ConfigError, 'not a regular expression'):
+      statistics.collect(
+        statistics.gram(exclude=['(']),
+        module,
+        params,
+        small_batches.text_batches(),
       )
     with self.assertRaisesRegex(errors.UserError, 'nothing to collect'):
       statistics.collect(
-        statistics.gram(exclude=['.*']), module, params, text_batches()
+        statistics.gram(exclude=['.*']),
+        module,
+        params,
+        small_batches.text_batches(),
       )
     with self.assertRaisesRegex(errors.UserError, 'no batch'):
       statistics.collect(statistics.gram(), module, params, [])
@@ -335,9 +305,9 @@ class FisherTest(parameterized.TestCase):
       np.testing.assert_allclose(found[path]['fisher'], leaf, rtol=1e-5)
 
   def test_sequences(self):
-    module = models.build(SMALL)
+    module = models.build(small_batches.TEXT_MODEL)
     params = models.family_of(module).init(jax.random.key(0))
-    (batch,) = text_batches(1, rows=2)
+    (batch,) = small_batches.text_batches(1, rows=2)
     path = 'decoder/decoder_norm/scale'
 
     def log_p(scale):
@@ -369,9 +339,9 @@ class FisherTest(parameterized.TestCase):
   def test_sampled_answers_are_the_models_own(self):
     # With two answers to choose from, sampling whole answers and summing over
     # both exactly must agree about a parameter.
-    module = models.build({**SMALL, 'vocab_size': 4})
+    module = models.build({**small_batches.TEXT_MODEL, 'vocab_size': 4})
     params = models.family_of(module).init(jax.random.key(1))
-    (batch,) = text_batches(1, rows=2)
+    (batch,) = small_batches.text_batches(1, rows=2)
     batch = {n: np.minimum(x, 3)[:, :1] for n, x in batch.items()}
     batch['decoder_target_tokens'] = np.ones((2, 1), int)
     batch['decoder_input_tokens'] = np.zeros((2, 1), int)
@@ -404,10 +374,13 @@ class ShardedTest(parameterized.TestCase):
     mesh = partition.make_mesh(**sizes)
     if kind == 'gram':
       statistic = statistics.gram(tied_head=True)
-      module, batches = models.build(SMALL), text_batches()
+      module, batches = (
+        models.build(small_batches.TEXT_MODEL),
+        small_batches.text_batches(),
+      )
     else:
       statistic = statistics.fisher(estimator='sampled')
-      module, batches = tiny_images()
+      module, batches = small_batches.tiny_images()
     params = models.family_of(module).init(jax.random.key(0))
     one = statistics.collect(statistic, module, params, batches)
     many = statistics.collect(statistic, module, params, batches, mesh=mesh)
@@ -433,235 +406,11 @@ class ShardedTest(parameterized.TestCase):
         self.assertNotIn(f' {collective}(', text)
 
 
-class SavedTest(parameterized.TestCase):
-  def setUp(self):
-    super().setUp()
-    self.folder = pathlib.Path(self.create_tempdir().full_path)
-    self.module, self.batches = tiny_images(5)
-    self.params = models.family_of(self.module).init(jax.random.key(0))
-
-  def collect(self, out=None, params=None, **options):
-    return statistics.collect(
-        statistics.gram(), self.module, params or self.params, self.batches,
-        out=out, **options,
-    )  # fmt: skip
-
-  def test_save_and_load(self):
-    found = self.collect(self.folder / 'a')
-    again = statistics.load(self.folder / 'a')
-    self.assertEqual(again.fingerprint, statistics.fingerprint(self.params))
-    self.assertEqual(json.dumps(again.settings), json.dumps(
-      json.loads((self.folder / 'a/statistics.json').read_text())
-    ))  # fmt: skip
-    self.assertEqual(again.keys(), found.keys())
-    for path, own in found.items():
-      np.testing.assert_array_equal(own['gram'], again[path]['gram'])
-
-  def test_fingerprint(self):
-    mark = statistics.fingerprint(self.params)
-    for format in ('npz', 'safetensors', 'orbax'):
-      path = (
-        self.folder / f'{format}.npz'
-        if format == 'npz'
-        else self.folder / format
-      )
-      mj.save_checkpoint(path, self.params, format)
-      self.assertEqual(statistics.fingerprint(mj.open_checkpoint(path)), mark)
-    changed = jax.tree.map(lambda leaf: leaf * 1.001, self.params)
-    self.assertNotEqual(statistics.fingerprint(changed), mark)
-
-  def test_merge_refuses_statistics_of_another_model(self):
-    other = jax.tree.map(lambda leaf: leaf * 1.1, self.params)
-    mine = self.collect(self.folder / 'mine')
-    theirs = self.collect(self.folder / 'theirs', params=other)
-    mj.merge([self.params, other], 'regmean', stats=[mine, theirs])
-    with self.assertRaisesRegex(errors.UserError, 'fingerprint'):
-      mj.merge([self.params, other], 'regmean', stats=[theirs, mine])
-    for name, tree_ in (('a', self.params), ('b', other)):
-      mj.save_checkpoint(self.folder / name, tree_, 'safetensors')
-    recipe = {
-      'merge_method': 'regmean',
-      'models': [str(self.folder / 'a'), str(self.folder / 'b')],
-      'stats': [str(self.folder / 'mine'), str(self.folder / 'theirs')],
-    }
-    from mergejax.merging.recipes import recipe as recipe_lib
-
-    mj.plan(recipe_lib.parse_recipe(recipe))
-    recipe['stats'].reverse()
-    with self.assertRaisesRegex(errors.UserError, 'fingerprint'):
-      mj.plan(recipe_lib.parse_recipe(recipe))
-
-  def test_one_more_model_later(self):
-    several = [
-      jax.tree.map(lambda leaf, k=k: leaf * (1 + 0.1 * k), self.params)
-      for k in range(3)
-    ]
-    parts = [self.collect(params=one) for one in several]
-    weights = [1.0, 2.0, 0.5]
-    joint = mj.merge(several, 'regmean', stats=parts, weights=weights)
-    two = mj.merge(several[:2], 'regmean', stats=parts[:2], weights=weights[:2])
-    together = statistics.combine(parts[:2], two, weights[:2])
-    later = mj.merge(
-        [two, several[2]], 'regmean', stats=[together, parts[2]],
-        weights=[3.0, 0.5],
-    )  # fmt: skip
-    jax.tree.map(
-      lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4),
-      later,
-      joint,
-    )
-
-  def test_killed_and_resumed_gives_the_same_bytes(self):
-    whole = self.folder / 'whole'
-    self.collect(whole, save_every=2)
-    out = self.folder / 'out'
-
-    class Killed(Exception):
-      pass
-
-    for stop in (1, 3, 4):
-
-      def progress(number, stop=stop):
-        if number == stop:
-          raise Killed
-
-      try:
-        self.collect(out, save_every=2, progress=progress)
-      except Killed:
-        self.assertFalse(out.exists())
-    self.collect(out, save_every=2)
-    for name in ('statistics.safetensors', 'statistics.json'):
-      self.assertEqual(
-        (out / name).read_bytes(), (whole / name).read_bytes(), name
-      )
-    self.assertEqual(
-      sorted(p.name for p in self.folder.iterdir()), ['out', 'whole']
-    )
-
-  def test_stopped_and_resumed_gives_the_same_bytes(self):
-    whole, out = self.folder / 'whole', self.folder / 'out'
-    self.collect(whole, save_every=2)
-
-    def progress(number):
-      if number == 3:
-        signal.raise_signal(signal.SIGTERM)
-
-    with self.assertRaisesRegex(errors.Stopped, 'after 3 batches'):
-      self.collect(out, save_every=2, progress=progress)
-    self.assertFalse(out.exists())
-    numbers = []
-    self.collect(out, save_every=2, progress=numbers.append)
-    self.assertEqual(numbers[0], 3)
-    for name in ('statistics.safetensors', 'statistics.json'):
-      self.assertEqual((out / name).read_bytes(), (whole / name).read_bytes())
-
-  def test_continuing_something_else_is_refused(self):
-    class Killed(Exception):
-      pass
-
-    def progress(number):
-      if number == 3:
-        raise Killed
-
-    with self.assertRaises(Killed):
-      self.collect(self.folder / 'out', save_every=2, progress=progress)
-    other = jax.tree.map(lambda leaf: leaf * 1.1, self.params)
-    with self.assertRaisesRegex(
-      errors.UserError, r'other settings:\n  model: \w+ there, \w+ asked for'
-    ):
-      self.collect(self.folder / 'out', params=other)
-
-  def test_continuing_on_other_data_is_refused(self):
-    class Killed(Exception):
-      pass
-
-    def progress(number):
-      if number == 3:
-        raise Killed
-
-    with self.assertRaises(Killed):
-      self.collect(self.folder / 'out', save_every=2, progress=progress)
-    right = self.batches
-    shuffled = [right[1], right[0], *right[2:]]
-    halves = [
-      {name: leaf[part] for name, leaf in batch.items()}
-      for batch in right
-      for part in (slice(8), slice(8, 16))
-    ]
-    for wrong in (shuffled, halves, right[:1]):
-      self.batches = wrong
-      with self.assertRaisesRegex(errors.UserError, 'other data.*first 2'):
-        self.collect(self.folder / 'out', save_every=2)
-    # On another mesh it continues, as positions are those of whole batches.
-    self.batches = right
-    mesh = partition.make_mesh(data=8)
-    found = self.collect(self.folder / 'out', save_every=2, mesh=mesh)
-    for path, own in self.collect().items():
-      self.assertEqual(found[path]['count'], own['count'])
-      np.testing.assert_allclose(
-        found[path]['gram'], own['gram'], rtol=1e-5, atol=1e-6
-      )
-
-
-class SurveyTest(absltest.TestCase):
-  def test_against_numpy(self):
-    rng = np.random.default_rng(0)
-    base = {'a': rng.normal(size=(4, 3)).astype(np.float32), 'n': np.arange(2)}
-    several = [
-      {'a': base['a'] + rng.normal(size=(4, 3)).astype(np.float32),
-       'n': base['n']} for _ in range(3)
-    ]  # fmt: skip
-    found = statistics.survey(several, base)
-    self.assertEqual(found.paths, ('a',))
-    deltas = np.stack([(m['a'] - base['a']).ravel() for m in several])
-    np.testing.assert_allclose(
-      found.norms[0], np.linalg.norm(deltas, axis=1), rtol=1e-5
-    )
-    unit = deltas / np.linalg.norm(deltas, axis=1, keepdims=True)
-    np.testing.assert_allclose(
-      found.whole_cosines(), unit @ unit.T, rtol=1e-4, atol=1e-6
-    )
-    same = (np.abs(np.sign(deltas).sum(axis=0)) == 3).mean()
-    self.assertAlmostEqual(found.agreement[0], same)
-    self.assertIn('whole model', found.to_text())
-
-  def test_stacked_layers_are_leaves_of_their_own(self):
-    rng = np.random.default_rng(0)
-    apart = [
-      {f'layers_{i}': {'w': rng.normal(size=(3, 2))} for i in range(4)}
-      for _ in range(3)
-    ]
-    stacked = [
-      store_base.MemoryStore(
-        {'layers': {'w': np.stack([m[f'layers_{i}']['w'] for i in range(4)], 1)}},
-        axes=[('layers/w', ('embed', 'layers', 'mlp'))],
-      )
-      for m in apart
-    ]  # fmt: skip
-    expected = statistics.survey(apart[1:], apart[0])
-    found = statistics.survey(stacked[1:], stacked[0])
-    self.assertEqual(found.paths, tuple(f'layers/w[{i}]' for i in range(4)))
-    for name in ('base_norms', 'norms', 'products', 'moved', 'agreement'):
-      np.testing.assert_allclose(
-        getattr(found, name), getattr(expected, name), rtol=1e-6, err_msg=name
-      )
-
-  def test_entries_that_nobody_moved_do_not_agree(self):
-    base = {'still': np.ones(98), 'two': np.ones(2)}
-    models = [{**base, 'two': np.float64(two)} for two in ([2, 2], [2, 0])]
-    whole = statistics.survey(models, base).to_rows()[-1]
-    self.assertEqual(whole['sign_agreement'], 0.5)
-
-  def test_models_that_differ(self):
-    with self.assertRaisesRegex(errors.UserError, '- a'):
-      statistics.survey([{'b': np.zeros(2)}], {'a': np.zeros(2)})
-
-
 class AnswersTest(absltest.TestCase):
   def test_scores_are_log_likelihoods(self):
-    module = models.build(SMALL)
+    module = models.build(small_batches.TEXT_MODEL)
     params = models.family_of(module).init(jax.random.key(0))
-    (batch,) = text_batches(1, rows=2)
+    (batch,) = small_batches.text_batches(1, rows=2)
     answers = np.array([[5, 6, 1, 0], [7, 1, 0, 0]])
     found = models.family_of(module).answer_logits(answers)(params, batch)
     for c, answer in enumerate(answers):

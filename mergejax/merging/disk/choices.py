@@ -17,6 +17,7 @@ from mergejax.merging.disk import layouts
 from mergejax.merging.disk import programs
 from mergejax.merging.recipes import recipe as recipe_lib
 from mergejax.merging.recipes import settings
+from mergejax.merging.recipes import sources as sources_lib
 from mergejax.methods import base as merge_base
 from mergejax.methods import entries
 from mergejax.methods import mean
@@ -65,7 +66,7 @@ class Choices:
     rule: recipe_lib.Rule | None,
     part: layouts.Entry,
     depth: float,
-    sources: Sequence[recipe_lib.Input],
+    sources: Sequence[sources_lib.Input],
     refs: Sequence[layouts.Ref],
   ) -> tuple[programs.Settings, tuple[float, ...]]:
     """The method with its options, and a weight for each model.
@@ -92,7 +93,7 @@ class Choices:
       made = self._settings(entry, options)
       return made, _weights(part.path, made, weights, len(refs))
     except errors.UserError as error:
-      raise errors.RecipeError(f'{entry.name}: {error.message}') from error
+      raise error.at(entry.name) from error
 
   def _values(self, entry, rule, part, depth, sources, refs):
     """`{option: its value for each model, None where it has none}`."""
@@ -157,9 +158,11 @@ def _weights(path, made, weights, count) -> tuple[float, ...]:
     given = [1.0 if weight is None else weight for weight in weights]
   checked = merge_base.check_weights(made.method, given, count)
   if made.entry.divides(made.options) and abs(sum(checked)) < mean.TINY_WEIGHT:
+    flag = made.entry.averages
+    instead = f', or `{flag}: false`' if isinstance(flag, str) else ''
     raise errors.RecipeError(
       f'the weights of {path} sum to zero, so their average is not defined; '
-      'give others, or `normalize: false`.'
+      f'give others{instead}.'
     )
   return tuple(float(weight) for weight in checked)
 

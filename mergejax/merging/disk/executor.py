@@ -36,6 +36,7 @@ from mergejax.merging import engine
 from mergejax.merging.disk import pieces
 from mergejax.merging.disk import plans
 from mergejax.merging.disk import programs
+from mergejax.merging.disk import ranks
 from mergejax.merging.disk import side_cars
 from mergejax.merging.disk import work_folder
 
@@ -296,7 +297,7 @@ class _Execution:
             count = os.pwrite(file, view, position)
             view, position = view[count:], position + count
 
-        if self._plan.in_pieces(task):
+        if task.in_pieces:
           if not hasattr(local, 'buffers'):
             local.buffers = {}
           leaf = pieces.Leaf(self._plan, task, local.buffers, self._timers)
@@ -336,13 +337,13 @@ class _Execution:
     contexts = {}
     for settings, group in groups.items():
       method = settings.method
-      if not any(one.scope == 'tree' for one in method.first_passes):
+      if not method.has_tree_passes:
         continue
       buffers: dict = {}
       leaves = [
         pieces.Leaf(self._plan, task, buffers, self._timers) for task in group
       ]
-      engine.run_first_passes(method, leaves, 'tree', pieces.rank)
+      engine.run_first_passes(method, leaves, 'tree', ranks.rank)
       contexts.update({t.path: leaf.contexts for t, leaf in zip(group, leaves)})
     return contexts
 
@@ -369,7 +370,7 @@ class _Execution:
           'options': dict(group[0].options),
           'weights': list(group[0].weights),
         }
-        for group in self._groups()
+        for group in self._plan.groups()
       ],
       'remarks': list(self._plan.remarks),
     }
@@ -406,13 +407,6 @@ class _Execution:
     if self._single:
       return out.with_name(f'{out.name}.{MANIFEST}')
     return out / MANIFEST
-
-  def _groups(self):
-    groups: dict[tuple, list] = {}
-    for task in self._plan.tasks:
-      key = (task.settings, task.weights)
-      groups.setdefault(key, []).append(task)
-    return groups.values()
 
 
 def _versions() -> dict[str, str]:

@@ -50,6 +50,8 @@ class Inputs:
     self._recipe = recipe
     self._sandbox = sandbox and pathlib.Path(sandbox).resolve()
     self.problems: list[str] = []
+    # Of problems that were raised; all others are mistakes of the recipe.
+    self._kinds: dict[str, type[errors.UserError]] = {}
     self.remarks: list[str] = []
     self.stores: dict[str, store_base.ParamStore] = {}
     self.stats: list[store_base.ParamStore] = []
@@ -85,12 +87,18 @@ class Inputs:
         self.attempt(checkpoint.read_json, file)
 
   def raise_problems(self) -> None:
-    """Raises with every problem so far, if there is any."""
+    """Raises with every problem so far, if there is any.
+
+    Raises:
+      UserError: of the kind that all problems have, else `RecipeError`.
+    """
     lines = list(dict.fromkeys(self.problems))
+    kinds = {self._kinds.get(line, errors.RecipeError) for line in lines}
+    kind = kinds.pop() if len(kinds) == 1 else errors.RecipeError
     if len(lines) == 1:
-      raise errors.RecipeError(lines[0])
+      raise kind(lines[0])
     if lines:
-      raise errors.RecipeError(
+      raise kind(
         f'This merge cannot run, for {len(lines)} reasons:\n'
         f'{errors.listed(lines, 40)}'
       )
@@ -101,6 +109,7 @@ class Inputs:
       return function(*args)
     except errors.UserError as error:
       self.problems.append(error.message)
+      self._kinds[error.message] = type(error)
       return None
 
   def donor(self, path: str) -> str | None:
@@ -187,16 +196,14 @@ class Inputs:
   def _check_configs(self):
     """Models whose weights mean different things are not merged."""
     first = self.configs[self.reference]
-    ignored = self._recipe.ignore_config
-    try:
-      self.remarks += architectures.check(
-        {self.reference: first, **self.configs},
-        'If a field changes nothing here, say so in the recipe: '
-        '`ignore_config: [FIELD]`.',
-        ignored,
-      )
-    except errors.UserError as error:
-      self.problems.append(error.message)
+    remarks = self.attempt(
+      architectures.check,
+      {self.reference: first, **self.configs},
+      'If a field changes nothing here, say so in the recipe: '
+      '`ignore_config: [FIELD]`.',
+      self._recipe.ignore_config,
+    )
+    self.remarks += remarks or []
 
   # Tied heads ----------------------------------------------------------------
 

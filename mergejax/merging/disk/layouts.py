@@ -18,6 +18,7 @@ from mergejax.core import typing
 from mergejax.merging.disk import inputs as inputs_lib
 from mergejax.merging.disk import layer_configs
 from mergejax.merging.recipes import recipe as recipe_lib
+from mergejax.merging.recipes import sources as sources_lib
 from mergejax.names import known
 from mergejax.names import modules
 
@@ -39,7 +40,7 @@ class Entry(NamedTuple):
 
   path: typing.Path
   depth: float | None
-  slice: recipe_lib.Slice
+  slice: sources_lib.Slice
   refs: list[Ref]
   base: Ref | None
   copied: bool = False
@@ -49,7 +50,7 @@ class _Part(NamedTuple):
   """Parameters that are merged, or stacked, in one way."""
 
   name: str
-  slices: tuple[recipe_lib.Slice, ...]
+  slices: tuple[sources_lib.Slice, ...]
   covers: Callable[[typing.Path], bool]
   stem: str | None  # of the layers that slices choose from
 
@@ -99,7 +100,7 @@ class _Layout:
         f'no module covers {len(left)} parameters (first: {left[0]}); they are '
         f'copied from {name}'
       )
-      one = recipe_lib.Slice((recipe_lib.Input(name, {}),), None, {})
+      one = sources_lib.Slice((sources_lib.Input(name, {}),), None, {})
       result += [
         Entry(path, None, one, [(name, path)], None, copied=True)
         for path in left

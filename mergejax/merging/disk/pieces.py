@@ -3,12 +3,11 @@
 """Merging one leaf piece by piece: first passes that add up, then one call.
 
 A leaf never has to be in memory whole. First passes without ranks are sums over
-pieces; exact ranks come from a bracket around the wanted one: a sample says
-roughly where it lies, one pass counts what is above and keeps the few scores
-inside. Then the whole method runs on each piece in one compiled program.
+pieces, those with ranks are brought to counts of pieces by `ranks`. Then the
+whole method runs on each piece in one compiled program.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 import math
 import threading
 import time
@@ -18,7 +17,6 @@ import jax
 import numpy as np
 
 from mergejax.core import errors
-from mergejax.core import numerics
 from mergejax.merging import engine
 from mergejax.merging import finite
 from mergejax.merging import given
@@ -251,10 +249,8 @@ class Leaf:
         union |= one == ranks_lib.INSIDE
     index = np.flatnonzero(union)
     if self.method.view == 'element':
-      leaves, base, stats = arrays
-      flat = [*leaves, *([] if base is None else [base])]
-      flat += [leaf for own in stats if own for leaf in own.values()]
-      values = self._scores_of(i, [array.reshape(-1)[index] for array in flat])
+      picked = [array.reshape(-1)[index] for array in _in_order(arrays)]
+      values = self._scores_of(i, picked)
     else:
       values = [score[index] for score in self.scores(i, piece)]
     return places, index, values
@@ -266,13 +262,11 @@ class Leaf:
       if self.method.view != 'element':
         own = [score[::_SAMPLE] for score in self.scores(i, piece)]
       elif self._resident:
-        leaves, base, stats = self._load(piece)
-        flat = [*leaves, *([] if base is None else [base])]
-        flat += [leaf for one in stats if one for leaf in one.values()]
+        arrays = _in_order(self._load(piece))
         # An odd stride, so that the sample is not of a few columns.
         step = _SAMPLE + 1 if piece.count > 4096 else 1
         own = self._scores_of(
-          i, [array.reshape(-1)[: piece.count : step] for array in flat]
+          i, [array.reshape(-1)[: piece.count : step] for array in arrays]
         )
       else:
         own = self._scores_of(i, self._stretches(piece))
@@ -319,7 +313,7 @@ class Leaf:
 
   def first_passes(self) -> None:
     """Runs every first pass over this leaf alone."""
-    engine.run_first_passes(self.method, [self], 'leaf', rank)
+    engine.run_first_passes(self.method, [self], 'leaf', ranks_lib.rank)
 
   def merge(self, write: Callable[[int, np.ndarray], None]) -> None:
     """Merges every piece and hands it over: `write(start, array)`."""
@@ -345,6 +339,13 @@ class Leaf:
       raise errors.DataError(
         finite.of_result(self._task.path, bad, merged.dtype, needs)
       )
+
+
+def _in_order(roles):
+  """The arrays of `Leaf._roles`, in the order of `Leaf._sources`."""
+  leaves, base, stats = roles
+  arrays = [*leaves, *([] if base is None else [base])]
+  return arrays + [leaf for own in stats if own for leaf in own.values()]
 
 
 def _check_sound(store, task, need, found):
@@ -396,67 +397,6 @@ def merge_whole(
     return np.asarray(merged).reshape(-1)
 
   timers.timed('write', write, 0, timers.timed('compute', compute))
-
-
-def rank(
-  i: int, leaves: Sequence[Leaf], wanted: Sequence[Sequence[Any]]
-) -> list[list[list[numerics.Cut]]]:
-  """Exact ranks of first pass `i` over leaves together; see `engine.Cuts`."""
-  starts = np.cumsum([0] + [leaf.size for leaf in leaves])
-  size = int(starts[-1])
-  sample = [
-    np.concatenate(own) for own in zip(*(leaf.sample(i) for leaf in leaves))
-  ]
-  rankers = [
-    [ranks_lib.Ranker(size, r, one) for r in ranks]
-    for ranks, one in zip(wanted, sample)
-  ]
-
-  def places_at(s, j):
-    def run(start):
-      if start in kept:
-        return kept[start][s][j]
-      # Empty leaves share their start with the next one.
-      number = int(np.searchsorted(starts, start, side='right')) - 1
-      piece = next(
-        p for p in leaves[number].pieces() if p.start + starts[number] == start
-      )
-      return leaves[number].bracketed(i, piece, brackets)[0][s][j]
-
-    return run
-
-  waiting = [
-    (s, j, ranker)
-    for s, own in enumerate(rankers)
-    for j, ranker in enumerate(own)
-    if ranker.done is None
-  ]
-  while waiting:
-    brackets = np.asarray([[(r.low, r.high) for r in own] for own in rankers])
-    kept = {}
-    for number, leaf in enumerate(leaves):
-      for piece in leaf.pieces():
-        places, index, values = leaf.bracketed(i, piece, brackets)
-        start = piece.start + int(starts[number])
-        if size <= plans.RESIDENT * plans.PIECE:
-          kept[start] = places
-        for s, j, ranker in waiting:
-          ranker.add(places[s][j], index, values[s], start)
-    waiting = [
-      (s, j, ranker)
-      for s, j, ranker in waiting
-      if not ranker.conclude(places_at(s, j))
-    ]
-  return [
-    [[_local(r.done, starts[n], leaf.size) for r in own] for own in rankers]
-    for n, leaf in enumerate(leaves)
-  ]
-
-
-def _local(cut, start, size):
-  """A cut over several leaves, as one of them sees it."""
-  end = min(max(int(cut.end) - int(start), 0), size)
-  return numerics.Cut(np.float32(cut.threshold), np.uint32(end))
 
 
 def _widest(leaf):

@@ -87,6 +87,7 @@ class _Planner:
     self._stats = inputs.stats
     self._reference = inputs.reference
     self._unknown_stacks = {}
+    self._used_axes = set()
     self._choices = choices.Choices(recipe)
 
   def plan(self, identity=None) -> plans.Plan:
@@ -148,6 +149,11 @@ class _Planner:
         self._problems.append(
           f'rule {i} ({rule.match!r}) is the first match of no parameter.'
         )
+    self._problems += [
+      f'axes: {pattern!r} matches no parameter.'
+      for pattern, _ in recipe.axes
+      if pattern not in self._used_axes
+    ]
     if self._stats and not any(any(task.stats) for task in tasks):
       self._problems.append(
         'these statistics are of no parameter of the models: are they of '
@@ -232,7 +238,20 @@ class _Planner:
     if built.view != 'element':
       axes_lib.view(path, spec)
     stats = self._stats_of(path, spec, built, refs)
-    return plans.Task(path, spec, settings, weights, tuple(refs), base, stats)
+    task = plans.Task(path, spec, settings, weights, tuple(refs), base, stats)
+    if not built.separable:
+      raise errors.RecipeError(
+        f'{method.name} merges parameters together (`separable=False`), and '
+        'from disk each is merged by itself. Merge in memory with `mj.merge`.'
+      )
+    if built.has_tree_passes and not task.in_pieces:
+      raise errors.RecipeError(
+        f'{path}: {method.name} with these options looks at the whole model, '
+        'and then at each layer of this stack by itself, which is not done '
+        'from disk. Merge in memory with `mj.merge`, or choose options that look at '
+        'single parameters (`trim_scope: tensor`, or `rescale: none`).'
+      )
+    return task
 
   def _stats_of(self, path, spec, method, refs):
     if not method.needs:
@@ -268,6 +287,7 @@ class _Planner:
     """The spec of the base or first model, with axes: the recipe's come first."""
     specs = [self._spec(ref) for ref in (base, *refs) if ref is not None]
     rules = [rule for rule in self._recipe.axes if re.fullmatch(rule[0], path)]
+    self._used_axes.update(pattern for pattern, _ in rules)
     if rules:
       return axes_lib.with_axes({path: specs[0]}, rules[:1])[path]
     return axes_lib.agreed(path, specs)

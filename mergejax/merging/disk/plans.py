@@ -56,6 +56,23 @@ class Task:
     """Options of the method, by their Python names."""
     return {} if self.settings is None else self.settings.options
 
+  @property
+  def in_pieces(self) -> bool:
+    """True if it is merged piece by piece rather than whole."""
+    if self.settings is None:
+      return True
+    method = self.settings.method
+    stack = axes_lib.stacked(self.spec) and method.of_slices
+    if stack or not all(need.is_leaf for need in method.statistics):
+      return False
+    if method.view == 'element':
+      return True
+    parts = axes_lib.view(self.path, self.spec)
+    # Rows of `[units, inputs]` lie one after the other; columns do not.
+    return method.view == 'unit' and (
+      parts.outputs == (0,) and self.spec.size // self.spec.shape[0] <= PIECE
+    )
+
   def record(self) -> dict[str, Any]:
     """What is computed, as plain data."""
     return {
@@ -145,7 +162,7 @@ class Plan:
     if task.settings is None:
       return whole + PIECE * stored
     size = task.spec.size
-    if not self.in_pieces(task):
+    if not task.in_pieces:
       # The leaves as stored, widened, laid for the method, and the result.
       return whole + size * (stored + wide * (2 * len(refs) + 2))
     piece = min(size, PIECE)
@@ -164,27 +181,18 @@ class Plan:
       for path in own.values()
     ]
 
-  def in_pieces(self, task: Task) -> bool:
-    """True if a parameter is merged piece by piece rather than whole."""
-    if task.settings is None:
-      return True
-    method = task.settings.method
-    stack = axes_lib.stacked(task.spec) and method.of_slices
-    if stack or not all(need.is_leaf for need in method.statistics):
-      return False
-    if method.view == 'element':
-      return True
-    parts = axes_lib.view(task.path, task.spec)
-    # Rows of `[units, inputs]` lie one after the other; columns do not.
-    return method.view == 'unit' and (
-      parts.outputs == (0,) and task.spec.size // task.spec.shape[0] <= PIECE
-    )
-
   @property
   def peak_bytes(self) -> int:
     """Most bytes that are held at once, beside Python and JAX themselves."""
     sizes = sorted((self.working_bytes(t) for t in self.tasks), reverse=True)
     return sum(sizes[:WORKERS])
+
+  def groups(self) -> list[list[Task]]:
+    """Parameters that are merged alike: one method, its options and weights."""
+    groups: dict[tuple, list[Task]] = {}
+    for task in self.tasks:
+      groups.setdefault((task.settings, task.weights), []).append(task)
+    return list(groups.values())
 
   def describe(self) -> str:
     """The plan in words."""
@@ -193,20 +201,18 @@ class Plan:
     if recipe.base:
       lines.append(f'base      {recipe.base}')
     lines += [f'model     {m}' for m in recipe.models() if m != recipe.base]
-    groups: dict[tuple, list[Task]] = {}
-    for task in self.tasks:
-      groups.setdefault((task.settings, task.weights), []).append(task)
-    for (settings, weights), (first, *others) in list(groups.items())[:12]:
+    groups = self.groups()
+    for first, *others in groups[:12]:
       what = 'copied'
-      if settings is not None:
-        options = sorted(settings.options.items())
+      if first.settings is not None:
+        options = sorted(first.options.items())
         words = [f'{name}={value}' for name, value in options]
-        words.append(f'weights {list(weights)}')
-        what = ', '.join([settings.entry.name, *words])
+        words.append(f'weights {list(first.weights)}')
+        what = ', '.join([first.settings.entry.name, *words])
       lines.append(f'  {1 + len(others):>5} x {what}   (first: {first.path})')
     if len(groups) > 12:
       lines.append(f'  ... and {len(groups) - 12} more groups of settings')
-    whole = [t for t in self.tasks if not self.in_pieces(t)]
+    whole = [t for t in self.tasks if not t.in_pieces]
     lines += [
       f'reads     {self.read_bytes / 1e6:,.1f} MB',
       f'writes    {self.write_bytes / 1e6:,.1f} MB, {len(self.tasks)} arrays',

@@ -1,13 +1,19 @@
 # Copyright 2026 The mergejax Authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Exact order statistics of numbers that come in pieces, in little memory."""
+"""Exact order statistics of numbers that come in pieces, in little memory.
 
-from collections.abc import Callable
+A sample says roughly where the wanted rank lies; one pass over the pieces
+counts what is above a bracket around it and keeps the few scores inside.
+"""
+
+from collections.abc import Callable, Sequence
 import math
+from typing import Any
 
 import numpy as np
 
 from mergejax.core import numerics
+from mergejax.merging.disk import plans
 
 # Where scores lie to a bracket; 0 is below it. If its two ends are equal, so is
 # what is inside.
@@ -135,3 +141,63 @@ class Ranker:
         self.done = numerics.Cut(threshold, start + int(index[left - 1]) + 1)
         return
       left -= entry[column]
+
+
+def rank(
+  i: int, leaves: Sequence[Any], wanted: Sequence[Sequence[Any]]
+) -> list[list[list[numerics.Cut]]]:
+  """Exact ranks of first pass `i` over `pieces.Leaf`s; see `engine.Cuts`."""
+  starts = np.cumsum([0] + [leaf.size for leaf in leaves])
+  size = int(starts[-1])
+  sample = [
+    np.concatenate(own) for own in zip(*(leaf.sample(i) for leaf in leaves))
+  ]
+  rankers = [
+    [Ranker(size, r, one) for r in ranks] for ranks, one in zip(wanted, sample)
+  ]
+
+  def places_at(s, j):
+    def run(start):
+      if start in kept:
+        return kept[start][s][j]
+      # Empty leaves share their start with the next one.
+      number = int(np.searchsorted(starts, start, side='right')) - 1
+      piece = next(
+        p for p in leaves[number].pieces() if p.start + starts[number] == start
+      )
+      return leaves[number].bracketed(i, piece, brackets)[0][s][j]
+
+    return run
+
+  waiting = [
+    (s, j, ranker)
+    for s, own in enumerate(rankers)
+    for j, ranker in enumerate(own)
+    if ranker.done is None
+  ]
+  while waiting:
+    brackets = np.asarray([[(r.low, r.high) for r in own] for own in rankers])
+    kept = {}
+    for number, leaf in enumerate(leaves):
+      for piece in leaf.pieces():
+        places, index, values = leaf.bracketed(i, piece, brackets)
+        start = piece.start + int(starts[number])
+        if size <= plans.RESIDENT * plans.PIECE:
+          kept[start] = places
+        for s, j, ranker in waiting:
+          ranker.add(places[s][j], index, values[s], start)
+    waiting = [
+      (s, j, ranker)
+      for s, j, ranker in waiting
+      if not ranker.conclude(places_at(s, j))
+    ]
+  return [
+    [[_local(r.done, starts[n], leaf.size) for r in own] for own in rankers]
+    for n, leaf in enumerate(leaves)
+  ]
+
+
+def _local(cut, start, size):
+  """A cut over several leaves, as one of them sees it."""
+  end = min(max(int(cut.end) - int(start), 0), size)
+  return numerics.Cut(np.float32(cut.threshold), np.uint32(end))

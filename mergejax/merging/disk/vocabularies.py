@@ -133,7 +133,7 @@ class _Vocabularies:
     )
 
   def _by_token(self, paths):
-    recipe = self._recipe
+    recipe, reference = self._recipe, self._inputs.reference
     tokens = {}
     for name in self._inputs.stores:
       tokens[name] = self._inputs.attempt(self._tokens_of, name, paths)
@@ -141,26 +141,11 @@ class _Vocabularies:
     if source not in ('base', 'union') and source not in tokens:
       tokens[source] = self._inputs.attempt(vocabulary.read_tokens, source)
     if self._inputs.problems:
-      return companions.Tokenizer(self._inputs.folder(self._inputs.reference))
-    if source == 'union':
-      first = [
-        self._inputs.reference,
-        *(n for n in tokens if n != self._inputs.reference),
-      ]
-      wanted = vocabulary.union([tokens[name] for name in first])
-    else:
-      wanted = tokens[self._inputs.reference if source == 'base' else source]
-    last = max(wanted.values())
-    new = [token for token in recipe.tokens if token not in wanted]
-    wanted = {**wanted, **{t: last + 1 + i for i, t in enumerate(new)}}
-    least = max(wanted.values()) + 1
-    if source != 'union':
-      # Rows past the last token are padding that the model has.
-      own = [s.shape[0] for s in paths.get(
-        self._inputs.reference if source == 'base' else source, {}
-      ).values()]  # fmt: skip
-      least = max([least, *own])
-    count = -(-least // (recipe.row_multiple or 1)) * (recipe.row_multiple or 1)
+      return companions.Tokenizer(self._inputs.folder(reference))
+    owner = reference if source in ('base', 'union') else source
+    wanted, least = self._wanted(tokens, paths, owner)
+    multiple = recipe.row_multiple or 1
+    count = -(-least // multiple) * multiple
     rows = {}
     for name, own in paths.items():
       order = self._order(wanted, tokens[name], count)
@@ -177,22 +162,38 @@ class _Vocabularies:
       for token in recipe.tokens
     ]
     if self._inputs.problems:
-      return companions.Tokenizer(self._inputs.folder(self._inputs.reference))
+      return companions.Tokenizer(self._inputs.folder(reference))
     self._wrap_rows(rows, chosen=chosen, padding=least)
     self._inputs.config['vocab_size'] = count
-    new = len(set(wanted) - set(tokens[self._inputs.reference]))
+    added = len(set(wanted) - set(tokens[reference]))
     self._inputs.remarks.append(
-      f'tokenizer {source!r}: {len(wanted)} tokens, {new} of them not in '
-      f'{self._inputs.reference}; embedding rows are matched by token'
+      f'tokenizer {source!r}: {len(wanted)} tokens, {added} of them not in '
+      f'{reference}; embedding rows are matched by token'
       + (f'; {count} rows' if count != least else '')
     )
-    owner = self._inputs.reference if source in ('base', 'union') else source
     folder = self._inputs.folder(owner)
     if not set(wanted) - set(tokens[owner]):
       return companions.Tokenizer(folder)
     donors = [str(self._inputs.folder(name)) for name in tokens]
     text = vocabulary.extended_tokenizer(str(folder), wanted, donors)
     return companions.Tokenizer(folder, text)
+
+  def _wanted(self, tokens, paths, owner):
+    """`({token: row}, rows)` of the result, before rows that only fill up."""
+    union = self._recipe.tokenizer == 'union'
+    wanted = tokens[owner]
+    if union:
+      first = [owner, *(name for name in tokens if name != owner)]
+      wanted = vocabulary.union([tokens[name] for name in first])
+    last = max(wanted.values())
+    new = [token for token in self._recipe.tokens if token not in wanted]
+    wanted = {**wanted, **{t: last + 1 + i for i, t in enumerate(new)}}
+    least = max(wanted.values()) + 1
+    if not union:
+      # Rows past the last token are padding that the model has.
+      sizes = [spec.shape[0] for spec in paths.get(owner, {}).values()]
+      least = max([least, *sizes])
+    return wanted, least
 
   def _order(self, wanted, tokens, count):
     """`<int64>[count]`: for each row of the result that of a model, or -1."""

@@ -12,9 +12,13 @@ modules:
     parameters: {weight: [1, 0]}   # along the layers of this module
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 import dataclasses
 from typing import Any
+
+from mergejax.merging.recipes import parameters as parameters_lib
+from mergejax.merging.recipes import sources
+from mergejax.methods import entries as methods_lib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,38 +33,43 @@ class Module:
   """
 
   name: str
-  slices: tuple[Any, ...]
+  slices: tuple[sources.Slice, ...]
   sliced: bool
 
 
 def read(
   data: Any,
-  *,
-  mapping: Callable[[Any, tuple[str, ...] | None, str], bool],
-  slices: Callable[[Mapping[str, Any]], tuple[tuple[Any, ...], bool]],
-  parameters: Callable[[Any, str], Mapping[str, Any]],
+  method: methods_lib.MethodEntry | None,
+  base: str | None,
+  parameters: Mapping[str, Any],
+  report: parameters_lib.Report,
 ) -> tuple[Module, ...]:
   """Reads the modules of a recipe.
 
   Args:
     data: `{name: {models or slices, parameters}}`.
-    mapping: checks that something is a dict of known keys and reports if not.
-    slices: reads `models` or `slices`; `(slices, whether layers were chosen)`.
-    parameters: reads settings; told where they stand.
+    method: what is known of the recipe's method, or None.
+    base: the recipe's base model, or None.
+    parameters: the recipe's settings for all models.
+    report: gets every problem, and what is ignored.
 
   Returns:
-    The modules; empty with problems reported where they cannot be read.
+    The modules; without those that cannot be read.
   """
-  if not mapping(data, None, "'modules'"):
+  if not parameters_lib.is_mapping(data, None, "'modules'", report):
     return ()
-  found = []
+  result = []
   for name, entry in data.items():
     what = f'module {name!r}'
-    if not mapping(entry, ('models', 'slices', 'parameters'), what):
+    known = ('models', 'slices', 'parameters')
+    if not parameters_lib.is_mapping(entry, known, what, report):
       continue
-    outer = parameters(entry.get('parameters'), f'parameters of {what}')
-    own, sliced = slices(entry)
-    own = tuple(dataclasses.replace(one, outer=outer) for one in own)
-    if own:
-      found.append(Module(str(name), own, sliced))
-  return tuple(found)
+    outer = parameters_lib.read(
+      entry.get('parameters'), method, f'parameters of {what}', report,
+      of_model=False,
+    )  # fmt: skip
+    slices, sliced = sources.read(entry, method, base, parameters, report)
+    slices = tuple(dataclasses.replace(part, outer=outer) for part in slices)
+    if slices:
+      result.append(Module(str(name), slices, sliced))
+  return tuple(result)

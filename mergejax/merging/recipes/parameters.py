@@ -80,6 +80,25 @@ def check_keys(
       report.ignore(key, where, 'unknown, and mergekit ignores it')
 
 
+def is_mapping(
+  data: Any, known: Sequence[str] | None, what: str, report: Report
+) -> bool:
+  """True if something is `key: value` lines, whose keys `check_keys` checks.
+
+  Args:
+    data: as YAML gave it.
+    known: the keys it may have; None for any.
+    what: what it is, for messages.
+    report: gets the problems, and what is ignored.
+  """
+  if not isinstance(data, dict):
+    report.problems.append(f'the {what} must be `key: value` lines.')
+    return False
+  if known is not None:
+    check_keys(data, known, what, report, mergekit_words.OPTIONS)
+  return True
+
+
 def read(
   data: Any,
   method: methods_lib.MethodEntry | None,
@@ -102,8 +121,7 @@ def read(
   """
   if data is None:
     return {}
-  if not isinstance(data, dict):
-    report.problems.append(f'the {where} must be `key: value` lines.')
+  if not is_mapping(data, None, where, report):
     return {}
   result = {}
   for key, value in data.items():

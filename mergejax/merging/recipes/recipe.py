@@ -2,9 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Recipes: which models, which weights, which method, as data.
 
-A mergekit YAML file is a recipe, unchanged (`modules:` are read by
-`recipes.modules`). A recipe may further hold `rules`, `stats`, `axes`, `seed`,
-`format`, `untie`, `vocab` and `ignore_config`:
+A mergekit YAML file is a recipe, unchanged (`models:` and `slices:` are read by
+`recipes.sources`, `modules:` by `recipes.modules`). A recipe may further hold
+`rules`, `stats`, `axes`, `seed`, `format`, `untie`, `vocab` and
+`ignore_config`:
 
     merge_method: ties
     base_model: path/to/base
@@ -31,7 +32,6 @@ from collections.abc import Mapping
 import dataclasses
 import os
 import pathlib
-import re
 from typing import Any
 
 import yaml
@@ -42,6 +42,7 @@ from mergejax.merging.recipes import mergekit_words
 from mergejax.merging.recipes import model_names
 from mergejax.merging.recipes import modules as recipe_modules
 from mergejax.merging.recipes import parameters as parameters_lib
+from mergejax.merging.recipes import sources
 from mergejax.merging.recipes import tokenizer_words
 from mergejax.merging.recipes import values
 from mergejax.methods import base as merge_base
@@ -56,32 +57,6 @@ _TOP = (
 )  # fmt: skip
 FORMATS = ('safetensors', 'orbax', 't5x', 'npz')
 VOCAB_POLICIES = ('base', 'union', 'pad')
-
-
-@dataclasses.dataclass(frozen=True)
-class Input:
-  """One model of a merge, or some of its layers.
-
-  Attributes:
-    model: path, or `path+adapter`.
-    parameters: its own settings.
-    layers: half-open range of its layers, None for all.
-  """
-
-  model: str
-  parameters: Mapping[str, Any]
-  layers: tuple[int, int] | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Slice:
-  """Some layers of the result, and the inputs they are merged from."""
-
-  inputs: tuple[Input, ...]
-  base: str | None
-  parameters: Mapping[str, Any]
-  # Settings of the module that it belongs to.
-  outer: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +110,7 @@ class Recipe:
   """
 
   method: str | merge_base.Merge
-  slices: tuple[Slice, ...]
+  slices: tuple[sources.Slice, ...]
   sliced: bool = False
   modules: tuple[recipe_modules.Module, ...] = ()
   base: str | None = None
@@ -171,18 +146,18 @@ class Recipe:
   def models(self) -> list[str]:
     """Every model that is named, once, the base first."""
     names = [self.base] if self.base else []
-    for one in self.slices:
-      names += [one.base] if one.base else []
-      names += [source.model for source in one.inputs]
+    for part in self.slices:
+      names += [part.base] if part.base else []
+      names += [source.model for source in part.inputs]
     names += [r.copy for r in self.rules if r.copy not in (None, 'base')]
     return list(dict.fromkeys(names))
 
   def settings(self) -> list[Any]:
     """Every value that is given to an option or a weight, wherever it stands."""
     places = [self.parameters, *(rule.parameters for rule in self.rules)]
-    for one in self.slices:
-      places += [one.parameters, one.outer]
-      places += [source.parameters for source in one.inputs]
+    for part in self.slices:
+      places += [part.parameters, part.outer]
+      places += [source.parameters for source in part.inputs]
     return [value for place in places for value in place.values()]
 
 
@@ -241,17 +216,21 @@ class _Reader:
     self.problems = self._report.problems
 
   def recipe(self, data) -> Recipe | None:
-    if not self._mapping(data, _TOP, 'recipe'):
-      return None
     report = self._report
+    if not parameters_lib.is_mapping(data, _TOP, 'recipe', report):
+      return None
     method = self._method(data.get('merge_method'))
     base = self._name(data.get('base_model'), 'base_model')
     parameters = self._parameters(data.get('parameters'), method, 'parameters')
-    modules = self._modules(data, method, base, parameters)
+    common = method, base, parameters, report
+    modules: tuple[recipe_modules.Module, ...] = ()
     if 'modules' in data:
-      slices, sliced = sum((one.slices for one in modules), ()), True
+      if 'models' in data or 'slices' in data:
+        self.problems.append("give one of 'models', 'slices' and 'modules'.")
+      modules = recipe_modules.read(data['modules'], *common)
+      slices, sliced = sum((module.slices for module in modules), ()), True
     else:
-      slices, sliced = self._sources(data, method, base, parameters)
+      slices, sliced = sources.read(data, *common)
     tokenizer = self._name(data.get('tokenizer_source'), 'tokenizer_source')
     tokens, multiple = {}, None
     if data.get('tokenizer') is not None:
@@ -270,12 +249,7 @@ class _Reader:
       base=base,
       parameters=parameters,
       rules=self._rules(data.get('rules'), method),
-      stats=tuple(
-        map(
-          str,
-          values.entries(data.get('stats'), 'stats', 'paths', report),
-        )
-      ),
+      stats=values.texts(data.get('stats'), 'stats', 'paths', report),
       axes=values.axes(data.get('axes'), report),
       dtype=values.dtype(data.get('dtype'), data.get('out_dtype'), report),
       seed=values.whole_number(data.get('seed', 0), 'seed', report),
@@ -284,13 +258,8 @@ class _Reader:
       vocab=values.choice(
         data.get('vocab'), VOCAB_POLICIES, 'vocab policy', report
       ),
-      ignore_config=tuple(
-        map(
-          str,
-          values.entries(
-            data.get('ignore_config'), 'ignore_config', 'names', report
-          ),
-        )
+      ignore_config=values.texts(
+        data.get('ignore_config'), 'ignore_config', 'names', report
       ),
       tokenizer=tokenizer,
       tokens=tokens,
@@ -326,117 +295,8 @@ class _Reader:
       return None
     return named.entry_of(name)
 
-  def _modules(self, data, method, base, parameters):
-    if 'modules' not in data:
-      return ()
-    if 'models' in data or 'slices' in data:
-      self.problems.append("give one of 'models', 'slices' and 'modules'.")
-    return recipe_modules.read(
-      data['modules'],
-      mapping=self._mapping,
-      slices=lambda entry: self._sources(entry, method, base, parameters),
-      parameters=lambda own, what: self._parameters(own, method, what),
-    )
-
-  def _sources(self, data, method, base, parameters):
-    """`(slices, whether layers were chosen)` of a recipe or a module."""
-    slices, sliced = self._slices(data, method, base)
-    if not sliced and slices:
-      slices = self._with_base(slices[0], method, base, parameters)
-    return slices, sliced
-
-  def _slices(self, data, method, base):
-    entries = data.get('models')
-    if (entries is None) == (data.get('slices') is None):
-      self.problems.append("give either 'models' or 'slices', and not both.")
-      return (), False
-    if entries is not None:
-      inputs = self._inputs(entries, method, 'models', False)
-      return (Slice(inputs, base, {}),), False
-    slices = []
-    if not isinstance(data['slices'], list) or not data['slices']:
-      self.problems.append("'slices' must be a list of `- sources: [...]`.")
-      return (), True
-    for i, entry in enumerate(data['slices']):
-      what = f'slice {i}'
-      if not self._mapping(
-        entry, ('sources', 'base_model', 'parameters'), what
-      ):
-        continue
-      inputs = self._inputs(entry.get('sources'), method, what, True)
-      lengths = {b - a for a, b in (x.layers for x in inputs if x.layers)}
-      if len(lengths) > 1:
-        self.problems.append(
-          f'{what}: its sources have {sorted(lengths)} layers; they must have '
-          'the same number.'
-        )
-      slices.append(
-        Slice(
-          inputs,
-          self._name(entry.get('base_model'), 'base_model') or base,
-          self._parameters(entry.get('parameters'), method, what),
-        )
-      )
-    return tuple(slices), True
-
-  def _inputs(self, entries, method, what, with_layers):
-    if not isinstance(entries, list) or not entries:
-      self.problems.append(f'{what} must be a list of `- model: PATH`.')
-      return ()
-    inputs = []
-    for i, entry in enumerate(entries):
-      entry = {'model': entry} if isinstance(entry, str) else entry
-      known = ('model', 'parameters') + (
-        ('layer_range',) if with_layers else ()
-      )
-      where = f'entry {i} of {what}'
-      if not self._mapping(entry, known, where):
-        continue
-      if not isinstance(entry.get('model'), (str, dict)):
-        self.problems.append(f"{where} lacks 'model'.")
-        continue
-      layers = None
-      if with_layers:
-        layers = values.layers(entry.get('layer_range'), where, self._report)
-      inputs.append(
-        Input(
-          self._name(entry['model'], 'model') or '',
-          self._parameters(
-            entry.get('parameters'),
-            method,
-            f'parameters of {entry["model"]}',
-            of_model=True,
-          ),
-          layers,
-        )
-      )
-    return tuple(inputs)
-
-  def _with_base(self, one, method, base, parameters):
-    """The only slice of `models:`, with a base that counts as a model."""
-    if base is None or base in [source.model for source in one.inputs]:
-      return (one,)
-    if method is None or method.name not in mergekit_words.READS:
-      return (one,)
-    if method.base_policy != 'ignored':
-      return (one,)
-    counts = method.name == 'karcher' or 'weight' in parameters
-    if method.name in mergekit_words.TAKES_BASE_AS_MODEL and counts:
-      self._report.remark(
-        f'{method.name} takes {base}, the base, as one more model, as in mergekit'
-      )
-      inputs = (*one.inputs, Input(base, {}))
-      return (dataclasses.replace(one, inputs=inputs),)
-    self._report.remark(
-      f'{method.name} has no use for a base: {base} gives its configuration and '
-      'tokenizer, and is not merged'
-    )
-    return (one,)
-
-  def _parameters(self, data, method, what, of_model=False):
-    return parameters_lib.read(
-      data, method, what, self._report, of_model=of_model
-    )
+  def _parameters(self, data, method, what):
+    return parameters_lib.read(data, method, what, self._report, of_model=False)
 
   def _rules(self, data, method):
     rules = []
@@ -445,18 +305,16 @@ class _Reader:
     for i, entry in enumerate(entries):
       what = f'rule {i}'
       known = ('match', 'copy', 'method', 'parameters')
-      if not self._mapping(entry, known, what):
+      if not parameters_lib.is_mapping(entry, known, what, self._report):
         continue
-      try:
-        re.compile(str(entry.get('match')))
-      except re.error as error:
-        self.problems.append(f'{what}: match is not a regular expression: {error}.')  # fmt: skip
+      match = str(entry.get('match'))
+      values.is_expression(match, f'match of {what}', self._report)
       if 'match' not in entry:
         self.problems.append(f"{what} lacks 'match'.")
       own = self._method(entry['method']) if 'method' in entry else None
       rules.append(
         Rule(
-          str(entry.get('match')),
+          match,
           self._name(entry.get('copy'), 'copy'),
           own and (own.value or own.name),
           self._parameters(entry.get('parameters'), own or method, what),
@@ -466,16 +324,6 @@ class _Reader:
 
   def _name(self, value, what):
     return model_names.read(value, what, self._report)
-
-  def _mapping(self, data, known, what):
-    if not isinstance(data, dict):
-      self.problems.append(f'the {what} must be `key: value` lines.')
-      return False
-    if known is not None:
-      parameters_lib.check_keys(
-        data, known, what, self._report, mergekit_words.OPTIONS
-      )
-    return True
 
 
 def _without_values(data):

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mergejax.core import errors
+from mergejax.core import tree as tree_lib
 from mergejax.merging.recipes import chat_templates
 from mergejax.merging.recipes import parameters
 from mergejax.merging.recipes import settings
@@ -62,20 +63,20 @@ def choice(
 
 def flag(value: Any, what: str, report: parameters.Report) -> bool:
   """True or false, see `settings.flag`; false if it is neither."""
-  try:
-    return settings.flag(value)
-  except ValueError as error:
-    report.problems.append(f'{what!r} {error}')
-    return False
+  return _converted(settings.flag, value, what, report)
 
 
 def whole_number(value: Any, what: str, report: parameters.Report) -> int:
   """A number without fraction; 0 if it is none."""
+  return _converted(settings.whole_number, value, what, report)
+
+
+def _converted(convert, value, what, report):
   try:
-    return settings.whole_number(value)
+    return convert(value)
   except ValueError as error:
     report.problems.append(f'{what!r} {error}')
-    return 0
+    return convert(0)
 
 
 def layers(
@@ -108,6 +109,23 @@ def entries(
   return value
 
 
+def texts(
+  value: Any, what: str, form: str, report: parameters.Report
+) -> tuple[str, ...]:
+  """A list of words, names or paths, empty if there is none."""
+  return tuple(map(str, entries(value, what, form, report)))
+
+
+def is_expression(text: str, what: str, report: parameters.Report) -> bool:
+  """Whether text is a regular expression."""
+  try:
+    tree_lib.expression(text, what)
+    return True
+  except errors.UserError as error:
+    report.problems.append(error.message)
+    return False
+
+
 def axes(
   value: Any, report: parameters.Report
 ) -> tuple[tuple[str, tuple[str, ...]], ...]:
@@ -122,5 +140,7 @@ def axes(
     ):
       report.problems.append(f"'axes' must be a list of {form}.")
       continue
-    rules.append((str(entry[0]), tuple(map(str, entry[1]))))
+    pattern = str(entry[0])
+    if is_expression(pattern, 'axes rule', report):
+      rules.append((pattern, tuple(map(str, entry[1]))))
   return tuple(rules)

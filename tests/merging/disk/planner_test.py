@@ -1,6 +1,6 @@
 # Copyright 2026 The mergejax Authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Recipes and plans: mergekit's files work, mistakes are all told at once."""
+"""Plans: what is merged with what, and mistakes that are all told at once."""
 
 import json
 import pathlib
@@ -8,85 +8,13 @@ from unittest import mock
 
 from absl.testing import absltest
 from absl.testing import parameterized
-import ml_dtypes
 import models_on_disk
 import numpy as np
-import safetensors.numpy
 import yaml
 
 import mergejax as mj
 from mergejax.core import errors
 from mergejax.core import tree as tree_lib
-from mergejax.merging.recipes import recipe as recipe_lib
-from mergejax.merging.recipes import settings
-
-
-class RecipeTest(parameterized.TestCase):
-  def test_settings(self):
-    evaluate = settings.evaluate
-    self.assertEqual(evaluate(0.5, 'x', 0.3), 0.5)
-    self.assertEqual(evaluate([0, 1], 'x', 0.25), 0.25)
-    self.assertEqual(evaluate([1, 0, 4], 'x', 1.0), 4)
-    for depth, word in ((0.0, 'a'), (0.4, 'a'), (0.5, 'b'), (1.0, 'c')):
-      self.assertEqual(evaluate(['a', 'b', 'c'], 'x', depth), word)
-      self.assertIs(evaluate([True, False], 'x', depth), depth < 1)
-    filters = [
-      {'filter': 'mlp', 'value': [0, 1]},
-      {'filter': 'attn', 'value': 3},
-      {'value': 7},
-    ]
-    self.assertEqual(evaluate(filters, 'layers.0.mlp.up', 0.5), 0.5)
-    self.assertEqual(evaluate(filters, 'layers.0.attn.q', 0.5), 3)
-    self.assertEqual(evaluate(filters, 'norm', 0.5), 7)
-    self.assertIsNone(evaluate(filters[:1], 'norm', 0.5))
-
-  @parameterized.parameters(
-    ({'merge_method': 'dare-ties', 'models': ['a']}, "Did you mean 'dare_ties'"),
-    ({'merge_method': 'ties', 'models': ['a'], 'modls': 1}, "Did you mean 'models'"),
-    ({'merge_method': 'ties', 'models': ['a'], 'parameters': {'densty': 1}},
-     "Did you mean 'density'"),
-    ({'merge_method': 'linear', 'models': ['a'], 'slices': []}, 'and not both'),
-    ({'merge_method': 'linear'}, "either 'models' or 'slices'"),
-    ({'models': ['a']}, "lacks 'merge_method'"),
-    ({'merge_method': 'linear', 'models': [{'parameters': {}}]}, "lacks 'model'"),
-    ({'merge_method': 'linear', 'models': ['a'], 'dtype': 'bf16'}, 'dtype'),
-    ({'merge_method': 'linear', 'models': ['a'], 'seed': 'x'}, 'whole number'),
-    ({'merge_method': 'slerp', 'models': ['a'], 'parameters': {'t': ['x']}},
-     'list of numbers'),
-    ({'merge_method': 'slerp', 'models': ['a'],
-      'parameters': {'t': [{'flter': 'a', 'value': 1}]}}, 'filter: TEXT'),
-    ({'merge_method': 'linear', 'slices': [
-        {'sources': [{'model': 'a', 'layer_range': [2, 1]}]}]}, 'first < end'),
-    ({'merge_method': 'linear', 'slices': [{'sources': [
-        {'model': 'a', 'layer_range': [0, 2]},
-        {'model': 'b', 'layer_range': [0, 3]}]}]}, 'same number'),
-    ({'merge_method': 'linear', 'models': ['a'], 'rules': [{'match': '('}]},
-     'not a regular expression'),
-    ({'merge_method': 'linear', 'models': ['a'], 'chat_template': 'chatlm'},
-     "Did you mean 'chatml'"),
-    ('just text', '`key: value` lines'),
-  )  # fmt: skip
-  def test_mistakes_teach(self, data, message):
-    with self.assertRaisesRegex(mj.UserError, message):
-      recipe_lib.parse_recipe(data)
-
-  def test_all_mistakes_at_once(self):
-    data = {
-      'merge_method': 'dare-ties',
-      'models': [{'model': 'a', 'paramters': {}}],
-      'dtype': 'float23',
-      'seed': 1.5,
-    }
-    with self.assertRaises(mj.UserError) as caught:
-      recipe_lib.parse_recipe(data)
-    for word in (
-      'dare_ties',
-      'parameters',
-      'float32',
-      'whole number',
-      '4 mistakes',
-    ):
-      self.assertIn(word, caught.exception.message)
 
 
 class PlanTest(parameterized.TestCase):
@@ -290,7 +218,7 @@ class PlanTest(parameterized.TestCase):
     plan = mj.plan(self.recipe(method, ('x', 'y'), base='z'))
     (task,) = plan.tasks
     self.assertEqual(task.spec.axes, ('expert', 'inputs', 'outputs'))
-    self.assertEqual(plan.in_pieces(task), in_pieces)
+    self.assertEqual(task.in_pieces, in_pieces)
 
   def test_the_first_rule_of_axes_that_matches_counts(self):
     mj.save_checkpoint(
@@ -303,6 +231,48 @@ class PlanTest(parameterized.TestCase):
     self.assertEqual(task.spec.axes, ('layers', 'embed'))
 
   # Mistakes -------------------------------------------------------------------
+
+  def test_axes_that_match_nothing(self):
+    axes = [['.*norm.*', ['embed']], ['layrs.*', ['layers', 'embed']]]
+    with self.assertRaisesRegex(
+      mj.UserError, "axes: 'layrs.*' matches no"
+    ) as caught:
+      mj.plan(self.recipe(axes=axes))
+    self.assertNotIn('norm', caught.exception.message)
+
+  def test_what_disk_cannot_do_is_told_before(self):
+    name = 'model.layers.0.mlp.experts.gate_up_proj'
+    rng = np.random.default_rng(0)
+    models = [
+      {name: rng.normal(size=(2, 3, 4)).astype(np.float32)} for _ in range(3)
+    ]
+    for path, model in zip('xyz', models):
+      mj.save_checkpoint(
+        self.folder / path, model, 'safetensors',
+        config={'model_type': 'gpt_oss'},
+      )  # fmt: skip
+    options = dict(trim_scope='global', rescale='l1', density=0.5)
+    recipe = self.recipe('ties', ('x', 'y'), base='z', parameters=options)
+    with self.assertRaisesRegex(mj.UserError, f'{name}: ties .*mj.merge'):
+      mj.plan(recipe)
+    stores = [mj.open_checkpoint(self.folder / path) for path in 'xyz']
+    mj.merge(stores[:2], 'ties', base=stores[2], **options)
+    together = mj.linear()._replace(separable=False)
+    with self.assertRaisesRegex(mj.UserError, 'separable=False.*mj.merge'):
+      mj.plan(self.recipe(together))
+
+  def test_mistakes_of_one_kind_keep_it(self):
+    outside = {'density': 2.0}
+    with self.assertRaisesRegex(errors.ConfigError, 'ties: density must be'):
+      mj.plan(self.recipe('ties', base='base', parameters=outside))
+    with self.assertRaises(errors.CheckpointError):
+      mj.plan(self.recipe(names=('a', 'nowhere', 'elsewhere')))
+    models_on_disk.save(self.folder / 'a', self.models['a'], hidden_act='gelu')
+    models_on_disk.save(self.folder / 'b', self.models['b'], hidden_act='relu')
+    with self.assertRaises(errors.StructureError):
+      mj.plan(self.recipe())
+    with self.assertRaises(errors.RecipeError):
+      mj.plan(self.recipe(vocab='pad', tokenizer_source='base'))
 
   def test_missing_base(self):
     with self.assertRaisesRegex(mj.UserError, 'give `base_model:`'):
@@ -486,146 +456,6 @@ class PlanTest(parameterized.TestCase):
     self.assertEqual(caught.exception.code, code)
     self.assertFalse((self.folder / 'out').exists())
     self.assertEqual(main.main(command), 0)
-
-
-class AdapterTest(parameterized.TestCase):
-  def setUp(self):
-    super().setUp()
-    self.folder = pathlib.Path(self.create_tempdir().full_path)
-    rng = np.random.default_rng(0)
-    self.base = models_on_disk.llama(rng, ml_dtypes.bfloat16)
-    models_on_disk.save(self.folder / 'base', self.base)
-    self.rng = rng
-
-  def adapter(self, name, leaves, **config):
-    folder = self.folder / name
-    folder.mkdir()
-    (folder / 'adapter_config.json').write_text(json.dumps(config))
-    safetensors.numpy.save_file(leaves, folder / 'adapter_model.safetensors')
-    return str(folder)
-
-  def lora(self, name, modules, rank=2, **config):
-    leaves = {}
-    for module in modules:
-      rows, columns = self.base[f'{module}.weight'].shape
-      prefix = f'base_model.model.{module}'
-      leaves[f'{prefix}.lora_A.weight'] = self.rng.normal(size=(rank, columns)).astype(np.float32)  # fmt: skip
-      leaves[f'{prefix}.lora_B.weight'] = self.rng.normal(size=(rows, rank)).astype(np.float32)  # fmt: skip
-    path = self.adapter(
-      name, leaves, peft_type='LORA', r=rank, lora_alpha=3, **config
-    )
-    deltas = {
-      module: leaves[f'base_model.model.{module}.lora_B.weight']
-      @ leaves[f'base_model.model.{module}.lora_A.weight']
-      * (3 / (np.sqrt(rank) if config.get('use_rslora') else rank))
-      for module in modules
-    }
-    return path, deltas
-
-  @parameterized.parameters({}, {'use_rslora': True})
-  def test_lora_is_merged_in_delta_space(self, **config):
-    module = 'model.layers.1.mlp.up_proj'
-    one, deltas1 = self.lora('one', [module], **config)
-    two, deltas2 = self.lora('two', [module, 'model.layers.0.self_attn.q_proj'])
-    base = str(self.folder / 'base')
-    recipe = {
-      'merge_method': 'task_arithmetic',
-      'base_model': base,
-      'models': [one, f'{base}+{two}'],
-      'parameters': {'lambda': 0.5},
-    }
-    plan = mj.plan(recipe)
-    mj.execute(plan, self.folder / 'out')
-    merged = tree_lib.flatten(mj.open_checkpoint(self.folder / 'out').read())
-    for path, leaf in merged.items():
-      self.assertEqual(leaf.dtype, ml_dtypes.bfloat16)
-      expected = self.base[path].astype(np.float32)
-      name = path.removesuffix('.weight')
-      for deltas in (deltas1, deltas2):
-        if name in deltas:
-          expected = expected + 0.5 * deltas[name]
-      np.testing.assert_array_equal(
-        leaf, expected.astype(ml_dtypes.bfloat16), err_msg=path
-      )
-
-  def test_ia3(self):
-    down, q = 'model.layers.0.mlp.down_proj', 'model.layers.0.self_attn.q_proj'
-    inputs = self.rng.normal(size=(1, 25)).astype(np.float32)
-    outputs = self.rng.normal(size=(12, 1)).astype(np.float32)
-    path = self.adapter(
-      'ia3',
-      {
-        f'base_model.model.{down}.ia3_l': inputs,
-        f'base_model.model.{q}.ia3_l': outputs,
-      },
-      peft_type='IA3',
-      feedforward_modules=['down_proj'],
-    )
-    recipe = {
-      'merge_method': 'passthrough',
-      'base_model': str(self.folder / 'base'),
-      'models': [path],
-      'dtype': 'float32',
-    }
-    mj.execute(mj.plan(recipe), self.folder / 'out')
-    merged = tree_lib.flatten(mj.open_checkpoint(self.folder / 'out').read())
-    wide = {p: leaf.astype(np.float32) for p, leaf in self.base.items()}
-    np.testing.assert_array_equal(
-      merged[f'{down}.weight'], wide[f'{down}.weight'] * inputs
-    )
-    np.testing.assert_array_equal(
-      merged[f'{q}.weight'], wide[f'{q}.weight'] * outputs
-    )
-
-  def test_mistakes(self):
-    base = str(self.folder / 'base')
-    one, _ = self.lora('one', ['model.layers.0.mlp.up_proj'])
-    with self.assertRaisesRegex(mj.UserError, 'is an adapter'):
-      mj.plan({'merge_method': 'linear', 'models': [one]})
-    strange = self.adapter('p', {}, peft_type='PREFIX_TUNING')
-    with self.assertRaisesRegex(mj.UserError, 'PREFIX_TUNING'):
-      mj.plan({'merge_method': 'linear', 'models': [f'{base}+{strange}']})
-    other = self.adapter(
-      'o',
-      {'base_model.model.nowhere.lora_A.weight': np.zeros((1, 2), np.float32)},
-      peft_type='LORA',
-    )
-    with self.assertRaisesRegex(mj.UserError, 'belongs to no parameter'):
-      mj.plan({'merge_method': 'linear', 'models': [f'{base}+{other}']})
-
-  def test_extracted_lora_is_the_best_and_reports_what_it_misses(self):
-    from mergejax.cli import main
-
-    module = 'model.layers.1.mlp.up_proj'
-    tuned = {p: leaf.astype(np.float32) for p, leaf in self.base.items()}
-    delta = self.rng.normal(size=(25, 12)).astype(np.float32)
-    tuned[f'{module}.weight'] = tuned[f'{module}.weight'] + delta
-    tuned['model.norm.weight'] = tuned['model.norm.weight'] + 1
-    models_on_disk.save(self.folder / 'tuned', tuned)
-    base, model, out = (str(self.folder / n) for n in ('base', 'tuned', 'lora'))
-    from mergejax.checkpoints.peft import extract
-
-    residuals, missed = extract.extract_lora(model, base, out, rank=3)
-    self.assertEqual(missed, ['model.norm.weight'])
-    singular = np.linalg.svd(delta, compute_uv=False)
-    best = np.sqrt(np.sum(singular[3:] ** 2) / np.sum(singular**2))
-    shares = {r.path: r.share for r in residuals}
-    np.testing.assert_allclose(shares[f'{module}.weight'], best, rtol=1e-4)
-    self.assertEqual(sum(s > 0 for s in shares.values()), 1)
-    self.assertEqual(
-      main.main(['extract-lora', model, base, f'{out}12', '--rank', '12']), 0
-    )
-    mj.execute(
-      mj.plan({
-        'merge_method': 'passthrough', 'base_model': base,
-        'models': [f'{out}12'], 'dtype': 'float32',
-      }),
-      self.folder / 'again',
-    )  # fmt: skip
-    again = tree_lib.flatten(mj.open_checkpoint(self.folder / 'again').read())
-    np.testing.assert_allclose(
-      again[f'{module}.weight'], tuned[f'{module}.weight'], atol=1e-5
-    )
 
 
 if __name__ == '__main__':

@@ -1,6 +1,6 @@
 # Copyright 2026 The mergejax Authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Words of recipes: kinds of options, what is ignored, tokens, templates."""
+"""Words of recipes: mistakes, kinds of options, what is ignored, templates."""
 
 import importlib.util
 import json
@@ -16,6 +16,7 @@ import mergejax as mj
 from mergejax.core import tree as tree_lib
 from mergejax.merging.recipes import chat_templates
 from mergejax.merging.recipes import recipe as recipe_lib
+from mergejax.merging.recipes import settings
 from mergejax.methods import named
 
 
@@ -24,6 +25,76 @@ def parsed(method='ties', **parameters):
     'merge_method': method, 'base_model': 'c', 'models': ['a', 'b'],
     'parameters': parameters,
   })  # fmt: skip
+
+
+class MistakesTest(parameterized.TestCase):
+  def test_settings(self):
+    evaluate = settings.evaluate
+    self.assertEqual(evaluate(0.5, 'x', 0.3), 0.5)
+    self.assertEqual(evaluate([0, 1], 'x', 0.25), 0.25)
+    self.assertEqual(evaluate([1, 0, 4], 'x', 1.0), 4)
+    for depth, word in ((0.0, 'a'), (0.4, 'a'), (0.5, 'b'), (1.0, 'c')):
+      self.assertEqual(evaluate(['a', 'b', 'c'], 'x', depth), word)
+      self.assertIs(evaluate([True, False], 'x', depth), depth < 1)
+    filters = [
+      {'filter': 'mlp', 'value': [0, 1]},
+      {'filter': 'attn', 'value': 3},
+      {'value': 7},
+    ]
+    self.assertEqual(evaluate(filters, 'layers.0.mlp.up', 0.5), 0.5)
+    self.assertEqual(evaluate(filters, 'layers.0.attn.q', 0.5), 3)
+    self.assertEqual(evaluate(filters, 'norm', 0.5), 7)
+    self.assertIsNone(evaluate(filters[:1], 'norm', 0.5))
+
+  @parameterized.parameters(
+    ({'merge_method': 'dare-ties', 'models': ['a']}, "Did you mean 'dare_ties'"),
+    ({'merge_method': 'ties', 'models': ['a'], 'modls': 1}, "Did you mean 'models'"),
+    ({'merge_method': 'ties', 'models': ['a'], 'parameters': {'densty': 1}},
+     "Did you mean 'density'"),
+    ({'merge_method': 'linear', 'models': ['a'], 'slices': []}, 'and not both'),
+    ({'merge_method': 'linear'}, "either 'models' or 'slices'"),
+    ({'models': ['a']}, "lacks 'merge_method'"),
+    ({'merge_method': 'linear', 'models': [{'parameters': {}}]}, "lacks 'model'"),
+    ({'merge_method': 'linear', 'models': ['a'], 'dtype': 'bf16'}, 'dtype'),
+    ({'merge_method': 'linear', 'models': ['a'], 'seed': 'x'}, 'whole number'),
+    ({'merge_method': 'slerp', 'models': ['a'], 'parameters': {'t': ['x']}},
+     'list of numbers'),
+    ({'merge_method': 'slerp', 'models': ['a'],
+      'parameters': {'t': [{'flter': 'a', 'value': 1}]}}, 'filter: TEXT'),
+    ({'merge_method': 'linear', 'slices': [
+        {'sources': [{'model': 'a', 'layer_range': [2, 1]}]}]}, 'first < end'),
+    ({'merge_method': 'linear', 'slices': [{'sources': [
+        {'model': 'a', 'layer_range': [0, 2]},
+        {'model': 'b', 'layer_range': [0, 3]}]}]}, 'same number'),
+    ({'merge_method': 'linear', 'models': ['a'], 'rules': [{'match': '('}]},
+     'not a regular expression'),
+    ({'merge_method': 'linear', 'models': ['a'], 'axes': [['(', ['embed']]]},
+     'not a regular expression'),
+    ({'merge_method': 'linear', 'models': ['a'], 'chat_template': 'chatlm'},
+     "Did you mean 'chatml'"),
+    ('just text', '`key: value` lines'),
+  )  # fmt: skip
+  def test_mistakes_teach(self, data, message):
+    with self.assertRaisesRegex(mj.UserError, message):
+      recipe_lib.parse_recipe(data)
+
+  def test_all_mistakes_at_once(self):
+    data = {
+      'merge_method': 'dare-ties',
+      'models': [{'model': 'a', 'paramters': {}}],
+      'dtype': 'float23',
+      'seed': 1.5,
+    }
+    with self.assertRaises(mj.UserError) as caught:
+      recipe_lib.parse_recipe(data)
+    for word in (
+      'dare_ties',
+      'parameters',
+      'float32',
+      'whole number',
+      '4 mistakes',
+    ):
+      self.assertIn(word, caught.exception.message)
 
 
 class KindsTest(parameterized.TestCase):
