@@ -14,7 +14,6 @@ import small_batches
 from mergejax import models
 from mergejax import partition
 from mergejax import statistics
-from mergejax.checkpoints import base as store_base
 from mergejax.core import errors
 from mergejax.core import tree
 from mergejax.intercept import capture
