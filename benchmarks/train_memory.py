@@ -3,10 +3,11 @@
 """Memory of a large T5 in training: no device holds a whole copy of it.
 
 A T5 1.1 of a billion parameters is initialised and stepped on eight fake CPU
-devices, its parameters spread over them (`fsdp`). Told are the
-bytes that the compiled programs need on each device, those that the state
-really takes there, and the resident memory of the process, which holds all
-eight.
+devices, its parameters spread over them (`fsdp`), its layers scanned and
+computed anew in the backward pass, so that a kernel is whole only while its
+layer is at work. Told are the bytes that the compiled programs need on each
+device, those that the state really takes there, and the resident memory of the
+process, which holds all eight.
 
 Usage:
   python benchmarks/train_memory.py [--width 2048] [--layers 8] [--json FILE]
@@ -78,7 +79,8 @@ def main() -> None:
   config = t5.T5Config(
     emb_dim=options.width, num_heads=options.width // 64, head_dim=64,
     mlp_dim=options.width * 5 // 2, num_encoder_layers=options.layers,
-    num_decoder_layers=options.layers,
+    num_decoder_layers=options.layers, scan_layers=True, param_scan_axis=0,
+    remat_policy='full',
   )  # fmt: skip
   mesh = partition.make_mesh(data=8)
   trainer = training.Trainer(

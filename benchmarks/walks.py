@@ -29,13 +29,16 @@ import jax
 import numpy as np
 
 import mergejax as mj
+from mergejax.cli import main as command
 from mergejax.cli import merge as merge_command
 
 _PACKAGE = str(pathlib.Path(mj.__file__).parent) + os.sep
 
 
-def walk(run: Callable[[], object]) -> tuple[int, int, collections.Counter]:
-  """`(calls, moves, calls by file)` of a function."""
+def walk(
+  run: Callable[[], object], *, threads: bool = True
+) -> tuple[int, int, collections.Counter]:
+  """`(calls, moves, calls by file)` of a function, and of threads it starts."""
   walks: dict[int, list[str]] = collections.defaultdict(list)
 
   def note(frame, event, argument):
@@ -44,7 +47,8 @@ def walk(run: Callable[[], object]) -> tuple[int, int, collections.Counter]:
     if event == 'call' and file.startswith(_PACKAGE):
       walks[threading.get_ident()].append(file[len(_PACKAGE) :])
 
-  threading.setprofile(note)
+  if threads:
+    threading.setprofile(note)
   sys.setprofile(note)
   try:
     run()
@@ -144,6 +148,46 @@ def regmean(part: str):
   return journey
 
 
+def training(folder: pathlib.Path, layers: int):
+  """`mergejax train` for one step: a batch from text to loss and update."""
+  data, model = folder / 'train.tsv', folder / 'model.gin'
+  data.write_text(
+    'sentence\tlabel\n' + ''.join(f'word {i}\tx\n' for i in range(64))
+  )
+  model.write_text(
+    'from __gin__ import dynamic_registration\n'
+    'from mergejax.nn import t5\n'
+    "include 'models/t5_1_1_tiny.gin'\n"
+    f't5.T5Config.num_encoder_layers = {layers}\n'
+    f't5.T5Config.num_decoder_layers = {layers}\n'
+  )
+  gin_root = pathlib.Path(__file__).parents[1] / 'gin'
+  arguments = [
+    'train', f'--gin_file={gin_root / "runs/text_to_text.gin"}',
+    f'--gin_file={model}', f'--gin_search_paths={gin_root}',
+    f'--gin.TRAIN_FILE={str(data)!r}', "--gin.INPUTS='{sentence}'",
+    "--gin.TARGETS='{label}'",
+    f'--gin.MODEL_DIR={str(folder / f"trained_{layers}")!r}',
+    '--gin.TRAIN_STEPS=1', '--gin.BATCH_SIZE=8',
+    "--gin.LENGTHS={'inputs': 16, 'targets': 8}",
+  ]  # fmt: skip
+
+  def run():
+    with contextlib.redirect_stdout(io.StringIO()):
+      with contextlib.redirect_stderr(io.StringIO()):
+        command.main(arguments)
+
+  # Threads read ahead and write behind, as much as there is time for.
+  calls, moves, visited = walk(run, threads=False)
+  print(
+    f'a batch through mergejax train, T5 of {layers} + {layers} layers: {calls} '
+    f'calls {moves} moves (whole run, of which in experts/: '
+    f'{sum(n for file, n in visited.items() if file.startswith("experts"))})'
+  )
+  for file, n in visited.most_common(12):
+    print(f'    {n:>5}  {file}')
+
+
 def main():
   with tempfile.TemporaryDirectory() as name:
     folder = pathlib.Path(name)
@@ -152,6 +196,8 @@ def main():
     collected = of_one_more(regmean('collect'), 'collect gram of 2 models')
     merged = of_one_more(regmean('merge'), 'merge regmean in memory')
     print(f'collect and regmean: {collected + merged} moves')
+    for layers in (1, 4):
+      training(folder, layers)
 
 
 if __name__ == '__main__':

@@ -30,7 +30,8 @@ _ASIDE = re.compile(
   r'gradient_checkpointing\w*|chunk_size_feed_forward|tokenizer_\w+|prefix|'
   r'task_specific_params|finetuning_task|problem_type|pretraining_tp|\w*_coef|'
   r'\w*_lr|(un)?freeze_\w+|tune_\w+|(mm_)?use_im_\w+|unsloth\w*|name|'
-  r'keys_to_ignore_at_inference|mask_(time|feature)_\w+|apply_spec_augment'
+  r'keys_to_ignore_at_inference|mask_(time|feature)_\w+|apply_spec_augment|'
+  r'scan_layers|param_scan_axis'
 )
 # A model runs with either value; the result has that of the reference.
 _EITHER = re.compile(

@@ -38,6 +38,11 @@ class TextFamily(base.ModelFamily):
   }
   optional: tuple[str, ...] = ('decoder_segment_ids',)
 
+  def __init__(self, module):
+    super().__init__(module)
+    if self.config.scan_layers:
+      self.axes = t5x.scanned(self.axes, self.config.param_scan_axis)
+
   def arguments(self, batch, *, train=False):
     positional = [batch['decoder_input_tokens'], batch['decoder_target_tokens']]
     named = {name: batch[name] for name in self.optional if name in batch}

@@ -218,6 +218,10 @@ def build(config: Mapping[str, Any]) -> nn.Module:
 def describe(model: nn.Module | base.ModelFamily) -> dict[str, Any]:
   """The `config.json` from which `build` makes the module again.
 
+  A field whose metadata say `describe='changed'` is there if it has not its
+  default, so that what does not use it stays as it was before there was such a
+  field; one with `describe='never'` says how to compute, not what.
+
   Raises:
     ConfigError: no family knows the module.
   """
@@ -227,6 +231,10 @@ def describe(model: nn.Module | base.ModelFamily) -> dict[str, Any]:
       f'{type(family.module).__name__} cannot be described by a config.json: '
       'its family has no config_class.'
     )
-  return {
-    'model_type': family.model_type, **dataclasses.asdict(family.config)
-  }  # fmt: skip
+  fields = dataclasses.asdict(family.config)
+  for field in dataclasses.fields(family.config):
+    told = field.metadata.get('describe', 'always')
+    default = told == 'changed' and fields[field.name] == field.default
+    if told == 'never' or default:
+      del fields[field.name]
+  return {'model_type': family.model_type, **fields}

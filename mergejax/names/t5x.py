@@ -17,6 +17,26 @@ AXES: axes_lib.Rules = (
   (r'(.*/)?\w*norm/scale', ('embed',)),
 )
 
+
+def scanned(rules: axes_lib.Rules, axis: int) -> axes_lib.Rules:
+  """Rules of a model whose layers are one by one, for the same one scanned.
+
+  Args:
+    rules: axes of parameters of a layer.
+    axis: where a scanned parameter has its axis of layers.
+
+  Returns:
+    Rules of stacks called like their parents, and of what is outside of them.
+  """
+  stack = r'(encoder/encoder|decoder/decoder)/'
+  inside = tuple(
+    (stack + pattern, (*axes[:axis], 'layers', *axes[axis:]))
+    for pattern, axes in rules
+  )
+  outside = tuple((f'(?!{stack}){pattern}', axes) for pattern, axes in rules)
+  return inside + outside
+
+
 NAMING = base.Naming(
   model_types=('t5x', 'lm'),
   # flax's own numbers follow the name of the block: `encoderblock_3`.

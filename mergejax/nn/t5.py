@@ -8,6 +8,7 @@ parameter tree is that of T5X's `examples/t5/network.py`.
 """
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -18,6 +19,12 @@ from mergejax.core import errors
 from mergejax.core import tree
 from mergejax.core import typing
 from mergejax.nn import layers
+from mergejax.nn import stack as stack_lib
+
+
+def _told(default, describe):
+  """A field that `models.describe` tells if it is changed, or never."""
+  return dataclasses.field(default=default, metadata={'describe': describe})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,6 +45,11 @@ class StackConfig:
     float32_attention_logits: see `layers.Attention`.
     relative_buckets: see `layers.relative_position_bucket`.
     relative_max_distance: likewise.
+    relative_per_layer: every layer has a table of relative positions of its
+      own, as in T5X's `scalable_t5`; by default one serves a stack.
+    scan_layers: layers are stacked in one, see `stack`.
+    param_scan_axis: where scanned parameters have the axis of layers.
+    remat_policy: what the backward pass computes anew, see `stack.apply`.
   """
 
   vocab_size: int
@@ -52,6 +64,10 @@ class StackConfig:
   float32_attention_logits: bool = False
   relative_buckets: int = 32
   relative_max_distance: int = 128
+  relative_per_layer: bool = _told(False, 'changed')
+  scan_layers: bool = _told(False, 'changed')
+  param_scan_axis: int = _told(1, 'changed')
+  remat_policy: str = _told('none', 'never')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,24 +94,33 @@ class DecoderLayer(nn.Module):
   """Causal self-attention, cross-attention if there is an encoder, MLP.
 
   Shared by T5's decoder and the decoder-only language model.
+
+  Attributes:
+    config: sizes.
+    length: positions of a row; while decoding, of the cache.
+    deterministic: no dropout.
+    decode: see `layers.Attention`.
   """
 
   config: StackConfig
+  length: int
+  deterministic: bool
+  decode: bool = False
 
   @nn.compact
-  def __call__(
-    self, x, encoded, self_bias, cross_bias, *, deterministic, decode
-  ):
-    block = _Block(self.config, deterministic)
+  def __call__(self, x, encoded, bias, cross_bias):
+    block = _Block(self.config, self.deterministic)
+    if self.config.relative_per_layer:
+      bias = block.bias(self.length, bias, bidirectional=False)
     y = block.norm('pre_self_attention_layer_norm')(x)
     y = block.attention('self_attention')(
-      y, y, self_bias, deterministic=deterministic, decode=decode
+      y, y, bias, deterministic=self.deterministic, decode=self.decode
     )
     x = x + block.dropout(y)
     if encoded is not None:
       y = block.norm('pre_cross_attention_layer_norm')(x)
       y = block.attention('encoder_decoder_attention')(
-        y, encoded, cross_bias, deterministic=deterministic
+        y, encoded, cross_bias, deterministic=self.deterministic
       )
       x = x + block.dropout(y)
     return partition.constrain(x + block.mlp(x), _STREAM)
@@ -105,12 +130,17 @@ class EncoderLayer(nn.Module):
   """Bidirectional self-attention and MLP, each pre-normed, with residuals."""
 
   config: StackConfig
+  deterministic: bool
 
   @nn.compact
-  def __call__(self, x, bias, *, deterministic):
-    block = _Block(self.config, deterministic)
+  def __call__(self, x, bias):
+    block = _Block(self.config, self.deterministic)
+    if self.config.relative_per_layer:
+      bias = block.bias(x.shape[1], bias, bidirectional=True)
     y = block.norm('pre_attention_layer_norm')(x)
-    y = block.attention('attention')(y, y, bias, deterministic=deterministic)
+    y = block.attention('attention')(
+      y, y, bias, deterministic=self.deterministic
+    )
     x = x + block.dropout(y)
     return partition.constrain(x + block.mlp(x), _STREAM)
 
@@ -154,18 +184,26 @@ class _Block:
     )(y, deterministic=self.deterministic)
     return self.dropout(y)
 
+  def bias(self, length, mask_bias, *, bidirectional):
+    """Relative positions, with the mask where there is one."""
+    config = self.config
+    bias = layers.RelativePositionBias(
+      num_heads=config.num_heads,
+      num_buckets=config.relative_buckets,
+      max_distance=config.relative_max_distance,
+      bidirectional=bidirectional,
+      name='relpos_bias',
+    )(length, length)
+    return bias if mask_bias is None else bias + mask_bias
 
-def relative_bias(
-  config, *, bidirectional: bool
-) -> layers.RelativePositionBias:
-  """The relative-position table of one stack of `config`."""
-  return layers.RelativePositionBias(
-    num_heads=config.num_heads,
-    num_buckets=config.relative_buckets,
-    max_distance=config.relative_max_distance,
-    bidirectional=bidirectional,
-    name='relpos_bias',
-  )
+  def stack(self, layer, count, name, x, *args):
+    """`x` through a stack of layers; what they share is in `args`."""
+    config = self.config
+    return stack_lib.apply(
+      layer, count, name, x, *args,
+      scan_axis=config.param_scan_axis if config.scan_layers else None,
+      remat=config.remat_policy,
+    )  # fmt: skip
 
 
 class TokenEmbedder(nn.Embed):
@@ -197,13 +235,12 @@ class Encoder(nn.Module):
   def __call__(self, embedded, mask_bias, *, deterministic):
     config = self.config
     block = _Block(config, deterministic)
-    length = embedded.shape[1]
-    bias = relative_bias(config, bidirectional=True)(length, length) + mask_bias
+    bias = mask_bias
+    if not config.relative_per_layer:
+      bias = block.bias(embedded.shape[1], mask_bias, bidirectional=True)
     x = partition.constrain(block.dropout(embedded), _STREAM)
-    for i in range(config.num_encoder_layers):
-      x = EncoderLayer(config, name=f'layers_{i}')(
-        x, bias, deterministic=deterministic
-      )
+    layer = functools.partial(EncoderLayer, config, deterministic)
+    x = block.stack(layer, config.num_encoder_layers, 'encoder', x, bias)
     x = block.norm('encoder_norm')(x)
     # Element-wise here, unlike every other residual dropout of T5X.
     return nn.Dropout(config.dropout_rate)(x, deterministic=deterministic)
@@ -245,19 +282,15 @@ class Decoder(nn.Module):
       length = _check_length(cached or length, max_decode_length)
       if cached is None:
         mask_bias = layers.attention_bias(layers.causal_mask(length))
-    bias = relative_bias(config, bidirectional=False)(length, length)
-    if mask_bias is not None:
-      bias = bias + mask_bias
+    bias = mask_bias
+    if not config.relative_per_layer:
+      bias = block.bias(length, mask_bias, bidirectional=False)
     x = partition.constrain(block.dropout(embedder(tokens)), _STREAM)
-    for i in range(self.num_layers):
-      x = DecoderLayer(config, name=f'layers_{i}')(
-        x,
-        encoded,
-        bias,
-        cross_bias,
-        deterministic=deterministic,
-        decode=decode,
-      )
+    layer = functools.partial(
+      DecoderLayer, config, length, deterministic, decode
+    )
+    shared = encoded, bias, cross_bias
+    x = block.stack(layer, self.num_layers, 'decoder', x, *shared)
     x = block.dropout(block.norm('decoder_norm')(x))
     if config.logits_via_embedding:
       return embedder.attend(x)

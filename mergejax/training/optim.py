@@ -19,9 +19,12 @@ class Optimizer(optax.GradientTransformationExtraArgs):
 
   Attributes:
     settings: plain data; two optimizers with the same do the same.
+    of_model: `{path: logical axes} -> Optimizer`: the same one, told of the
+      model's stacked parameters; None where it treats every number by itself.
   """
 
   settings: Mapping[str, Any]
+  of_model: Callable[[axes_lib.Rules], 'Optimizer'] | None = None
 
 
 def adafactor(
@@ -55,8 +58,9 @@ def adafactor(
       are factored; T5X's 128.
     axes: `[(path, logical axes)]` of stacked parameters, as in `mj.merge`:
       `[('.*/layers/mlp/wi/kernel', ('layers', 'embed', 'mlp'))]`. Axes called
-      `layers`, `expert`, `branch` (see `axes.STACKS`) stack. An optimizer does
-      not see what is frozen: a rule for nothing else is refused.
+      `layers`, `expert`, `branch` (see `axes.STACKS`) stack. A `Trainer` tells
+      those that the model's family knows. An optimizer does not see what is
+      frozen: a rule for nothing else is refused.
     steps: length of the run, for a learning rate that spans it; jobs tell it.
 
   Returns:
@@ -73,20 +77,25 @@ def adafactor(
   """
   settings = dict(locals())
   rate = schedules.over(learning_rate, steps)
-  optimizer = slices.per_slice(
-    optax.adafactor(
-      rate,
-      min_dim_size_to_factor=min_dim_size_to_factor,
-      decay_rate=decay_rate,
-      decay_offset=step_offset,
-      multiply_by_parameter_scale=True,
-      clipping_threshold=clipping_threshold,
-      momentum=momentum,
-    ),
-    axes,
-    one_model=max_gradient_norm is not None,
+  optimizer = optax.adafactor(
+    rate,
+    min_dim_size_to_factor=min_dim_size_to_factor,
+    decay_rate=decay_rate,
+    decay_offset=step_offset,
+    multiply_by_parameter_scale=True,
+    clipping_threshold=clipping_threshold,
+    momentum=momentum,
   )
-  return _made('adafactor', optimizer, max_gradient_norm, settings, rate)
+
+  def of_model(known: axes_lib.Rules) -> Optimizer:
+    of_slices = slices.per_slice(
+      optimizer, axes, known, one_model=max_gradient_norm is not None
+    )
+    return _made('adafactor', of_slices, max_gradient_norm, settings, rate)
+
+  made = of_model(())
+  made.of_model = of_model
+  return made
 
 
 def adamw(
@@ -128,6 +137,7 @@ def of_run(
   optimizer: optax.GradientTransformation
   | Callable[..., optax.GradientTransformation],
   steps: int,
+  axes: axes_lib.Rules = (),
 ) -> optax.GradientTransformation:
   """The optimizer of a run.
 
@@ -135,10 +145,12 @@ def of_run(
     optimizer: a transformation, taken as it is; or a function that makes one,
       such as `adafactor` with all but its `steps` bound by gin.
     steps: updates of the whole run.
+    axes: of the model's stacked parameters that learn.
   """
-  if isinstance(optimizer, optax.GradientTransformation):
-    return optimizer
-  return optimizer(steps=steps)
+  if not isinstance(optimizer, optax.GradientTransformation):
+    optimizer = optimizer(steps=steps)
+  of_model = getattr(optimizer, 'of_model', None)
+  return of_model(axes) if axes and of_model else optimizer
 
 
 def describe(optimizer: optax.GradientTransformation) -> Any:

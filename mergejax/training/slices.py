@@ -7,7 +7,7 @@ stacked in one array (`nn.scan`), experts or branches must keep norms of their
 own.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from mergejax.core import typing
 def per_slice(
   optimizer: optax.GradientTransformation,
   axes: axes_lib.Rules,
+  known: axes_lib.Rules = (),
   *,
   one_model: bool = False,
 ) -> optax.GradientTransformation:
@@ -30,6 +31,7 @@ def per_slice(
   Args:
     optimizer: treats every leaf by itself.
     axes: `[(path, logical axes)]`; see `axes.with_axes` and `axes.STACKS`.
+    known: likewise, what the model says of itself; `axes` go before.
     one_model: the parameters must be those of one model: a `branch` axis, of
       several models, is refused.
 
@@ -41,7 +43,7 @@ def per_slice(
 
   def init(params):
     leaves = tree.flatten(params)
-    stacks = _stacks(params, axes, one_model)
+    stacks = _stacks(params, (known, axes), one_model)
     if not stacks:
       return optimizer.init(params)
     return {
@@ -53,7 +55,7 @@ def per_slice(
     }
 
   def update(updates, state, params):
-    stacks = _stacks(params, axes, one_model)
+    stacks = _stacks(params, (known, axes), one_model)
     if not stacks:
       return optimizer.update(updates, state, params)
     leaves, grads = tree.flatten(params), tree.flatten(updates)
@@ -77,10 +79,12 @@ def per_slice(
 
 
 def _stacks(
-  params: typing.Tree, axes: axes_lib.Rules, one_model: bool
+  params: typing.Tree, given: Sequence[axes_lib.Rules], one_model: bool
 ) -> dict[typing.Path, tuple[int, ...]]:
   """Positions of the stacked axes of every leaf that has some."""
-  specs = axes_lib.with_axes(tree.specs(params), axes)
+  specs = tree.specs(params)
+  for axes in given:
+    specs = axes_lib.with_axes(specs, axes)
   for path, spec in specs.items():
     if spec.axes is None and len(spec.shape) > 2:
       _check_known(path, spec)

@@ -15,11 +15,13 @@ import optax
 
 from mergejax import models
 from mergejax import partition
+from mergejax.core import axes as axes_lib
 from mergejax.core import tree
 from mergejax.core import typing
 from mergejax.training import batches as batches_lib
 from mergejax.training import callbacks as callbacks_lib
 from mergejax.training import checkpoints as checkpoints_lib
+from mergejax.training import frozen
 from mergejax.training import loop
 from mergejax.training import objective as objective_lib
 from mergejax.training import optim
@@ -188,7 +190,7 @@ class Trainer:
 
   def step(self, steps: int) -> step_lib.Step:
     """The step of one model in a run of `steps` steps."""
-    optimizer = optim.of_run(self.optimizer, steps)
+    optimizer = optim.of_run(self.optimizer, steps, self._stacks())
     return step_lib.make_step(self.family, optimizer, **self._settings)
 
   def layout(self, step: step_lib.Step) -> state_lib.TrainState:
@@ -256,6 +258,19 @@ class Trainer:
   def map(self, fn: Callable[..., Any]) -> Callable[..., Any]:
     """A step of this run from that of one model."""
     return fn
+
+  def _stacks(self):
+    """Axes of the stacked parameters that learn, by path."""
+    stacked = {
+      path: spec.axes
+      for path, spec in self.specs.items()
+      if axes_lib.stacked(spec)
+    }
+    if not stacked:
+      return {}
+    every, freeze = dict.fromkeys(self.specs, 0), self._settings['freeze']
+    fixed = frozen.paths(self.family, every, freeze)
+    return {path: axes for path, axes in stacked.items() if path not in fixed}
 
   def _abstract(self, step):
     """Shapes of the state of one model."""

@@ -1,0 +1,153 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""T5's layers one by one, or scanned: one model, stored in two ways.
+
+One by one, `encoder/layers_3/mlp/wi/kernel` is `[embed, mlp]`; scanned,
+`encoder/encoder/mlp/wi/kernel` is `[embed, layers, mlp]` or has its layers on
+another axis (`nn.stack`). The table of relative positions is one for a stack,
+`encoder/relpos_bias`, or one for every layer.
+"""
+
+from collections.abc import Mapping
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mergejax.core import errors
+from mergejax.core import stacks
+from mergejax.core import typing
+from mergejax.nn import t5
+
+_STACK = re.compile(r'(encoder|decoder)/\1/(.*)')
+_LAYER = re.compile(r'(encoder|decoder)/layers_(\d+)/(.*)')
+_TABLE = 'relpos_bias/rel_embedding'
+
+
+def restack(
+  leaves: Mapping[typing.Path, Any],
+  config: t5.StackConfig,
+  axes: Mapping[typing.Path, tuple[str, ...]] | None = None,
+) -> dict[typing.Path, Any]:
+  """Parameters in the form that a configuration asks for.
+
+  Args:
+    leaves: `{path: array}` in either form.
+    config: whose `scan_layers`, `param_scan_axis` and `relative_per_layer` say
+      the form wanted.
+    axes: logical axes of the given leaves, where they are known: of stacks that
+      name none, the axis is the one along which all are of one size.
+
+  Returns:
+    `{path: array}` of the same numbers, bit for bit.
+
+  Raises:
+    StructureError: where the layers of a stack lie is not known; tables of
+      relative positions that differ by layer, for a model that has but one.
+
+  Example:
+    >>> apart = {f'encoder/layers_{i}/mlp/wi/kernel': np.full((2, 3), i)
+    ...          for i in range(4)}
+    >>> found = restack(apart, t5.T5Config(scan_layers=True))
+    >>> {path: leaf.shape for path, leaf in found.items()}
+    {'encoder/encoder/mlp/wi/kernel': (2, 4, 3)}
+  """
+  found = _one_by_one(leaves, axes or {})
+  found = _own_tables(found) if config.relative_per_layer else _shared(found)
+  return (
+    _scanned(found, config.param_scan_axis) if config.scan_layers else found
+  )
+
+
+def _one_by_one(leaves, axes):
+  """Every stack in its layers."""
+  found, at = {}, {}
+  for path, leaf in leaves.items():
+    match = _STACK.fullmatch(path)
+    if match is None:
+      found[path] = leaf
+      continue
+    name, rest = match.groups()
+    if name not in at:
+      at[name] = _axis(name, leaves, axes)
+    for i in range(leaf.shape[at[name]]):
+      place = (slice(None),) * at[name] + (i,)
+      found[f'{name}/layers_{i}/{rest}'] = leaf[place]
+  return found
+
+
+def _axis(name, leaves, axes):
+  """Where the parameters of a stack have their axis of layers."""
+  paths = [path for path in leaves if path.startswith(f'{name}/{name}/')]
+  told = {
+    names.index(each)
+    for names in (axes.get(path) or () for path in paths)
+    for each in names
+    if each in stacks.NAMES
+  }
+  fits = [
+    axis
+    for axis in range(min(len(leaves[path].shape) for path in paths))
+    if len({leaves[path].shape[axis] for path in paths}) == 1
+  ]
+  found = sorted(told) or fits
+  if len(found) != 1 or found[0] not in fits:
+    raise errors.StructureError(
+      f'{name}/{name} stacks layers, but along which axis is not known: '
+      f'{"none" if not found else " or ".join(map(str, found))} would fit '
+      f'{paths[0]} {list(leaves[paths[0]].shape)} and the others. Save the '
+      'checkpoint with its axes (`axes=` of save_checkpoint).'
+    )
+  return found[0]
+
+
+def _layers(leaves):
+  """`{(stack, the rest of the path): {layer: array}}`."""
+  found: dict[tuple[str, str], dict[int, Any]] = {}
+  for path, leaf in leaves.items():
+    match = _LAYER.fullmatch(path)
+    if match is not None:
+      of_layer = found.setdefault((match[1], match[3]), {})
+      of_layer[int(match[2])] = leaf
+  return found
+
+
+def _own_tables(leaves):
+  """A table of relative positions for every layer."""
+  found = dict(leaves)
+  for (name, _), of_layer in _layers(leaves).items():
+    table = found.pop(f'{name}/{_TABLE}', None)
+    if table is not None:
+      found |= {f'{name}/layers_{i}/{_TABLE}': table for i in of_layer}
+  return found
+
+
+def _shared(leaves):
+  """One table of relative positions for a stack."""
+  found = dict(leaves)
+  for (name, rest), of_layer in _layers(leaves).items():
+    if rest != _TABLE:
+      continue
+    table, *others = of_layer.values()
+    if not all(np.array_equal(table, other) for other in others):
+      raise errors.StructureError(
+        f'Every layer of the {name} has a table of relative positions of its '
+        'own, and they differ: configure the model with '
+        'relative_per_layer=True.'
+      )
+    found[f'{name}/{_TABLE}'] = table
+    for i in of_layer:
+      del found[f'{name}/layers_{i}/{_TABLE}']
+  return found
+
+
+def _scanned(leaves, axis):
+  """Every stack as one."""
+  found = {p: leaf for p, leaf in leaves.items() if not _LAYER.fullmatch(p)}
+  for (name, rest), of_layer in _layers(leaves).items():
+    layers = [of_layer[i] for i in sorted(of_layer)]
+    stack = jnp.stack if isinstance(layers[0], jax.Array) else np.stack
+    found[f'{name}/{name}/{rest}'] = stack(layers, axis)
+  return found

@@ -1,0 +1,87 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""A stack of equal layers: one by one or scanned, with or without remat.
+
+Scanned, the layers are one: a parameter has an axis more, and the compiler is
+given one layer whatever their number, so compiling takes as long for 96 as for
+2. The stack is called like its parent (`encoder/encoder/mlp/wi/kernel`), as in
+T5X's `examples/scalable_t5`; one by one they are `encoder/layers_3/...`.
+"""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+
+from mergejax.core import errors
+from mergejax.core import typing
+
+# What a backward pass finds kept rather than computes anew.
+_POLICIES: dict[str, Callable[..., bool] | None] = {
+  'full': None,
+  'minimal': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def apply(
+  layer: Callable[..., nn.Module],
+  count: int,
+  name: str,
+  x: typing.Array,
+  *args: typing.Array | None,
+  scan_axis: int | None = None,
+  remat: str = 'none',
+) -> typing.Array:
+  """`layer_count(... layer_1(x, *args) ..., *args)`, inside a compact module.
+
+  Args:
+    layer: makes one of the layers, given its `name`; all must have parameters
+      of the same names and shapes.
+    count: how many.
+    name: of the stack where it is scanned; else they are `layers_0`, ...
+    x: `<float>[batch, length, embed]`, which a layer gives back so.
+    *args: what every layer is given besides.
+    scan_axis: where a scanned parameter has its axis of layers; None does not
+      scan. Caches have it in front.
+    remat: 'none' keeps what the backward pass needs; 'full' keeps each layer's
+      input alone and computes the rest anew, for one more forward pass;
+      'minimal' also keeps products with kernels. Or a policy of
+      `jax.checkpoint_policies` by its name. Parameters that are gathered for a
+      layer are let go after it under every policy.
+
+  Returns:
+    `<float>[batch, length, embed]`.
+
+  Raises:
+    ConfigError: `remat` is no policy.
+
+  Source: Chen et al., "Training Deep Nets with Sublinear Memory Cost" (2016),
+  https://arxiv.org/abs/1604.06174.
+  """
+  body = lambda module, x, *args: module(x, *args)
+  if remat != 'none':
+    body = nn.remat(body, prevent_cse=scan_axis is None, policy=_policy(remat))
+  if scan_axis is None:
+    for i in range(count):
+      x = body(layer(name=f'layers_{i}'), x, *args)
+    return x
+  scanned = nn.scan(
+    lambda module, x, *args: (body(module, x, *args), None),
+    variable_axes={'params': scan_axis, 'cache': 0},
+    split_rngs={'params': True, 'dropout': True},
+    in_axes=nn.broadcast,
+    length=count,
+  )
+  return scanned(layer(name=name), x, *args)[0]
+
+
+def _policy(name: str) -> Callable[..., bool] | None:
+  if name in _POLICIES:
+    return _POLICIES[name]
+  found = getattr(jax.checkpoint_policies, name, None)
+  if name.startswith('_') or found is None:
+    known = [n for n in dir(jax.checkpoint_policies) if not n.startswith('_')]
+    raise errors.ConfigError(
+      errors.near(name, ['none', *_POLICIES, *known], 'remat policy')
+    )
+  return found

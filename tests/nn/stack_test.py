@@ -1,0 +1,267 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Scanned layers and remat: the numbers stay those of layers one by one."""
+
+import dataclasses
+import json
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mergejax import models
+from mergejax import partition
+from mergejax import training
+from mergejax.core import errors
+from mergejax.core import tree
+from mergejax.models import layer_stacks
+from mergejax.nn import lm
+from mergejax.nn import stack
+from mergejax.nn import t5
+
+SIZES = dict(vocab_size=24, emb_dim=8, num_heads=2, head_dim=3, mlp_dim=10)
+
+
+def family(kind, **changes):
+  """A T5 of 2 + 2 layers, or a decoder-only model of 3."""
+  if kind == 't5':
+    layers = dict(num_encoder_layers=2, num_decoder_layers=2)
+    config = t5.T5Config(**SIZES | layers | changes)
+    return models.family_of(t5.Transformer(config))
+  config = lm.LMConfig(num_layers=3, **SIZES | changes)
+  return models.family_of(lm.LanguageModel(config))
+
+
+def batch_of(rows=2, length=5):
+  rng = np.random.default_rng(0)
+  targets = rng.integers(1, 24, (rows, length))
+  targets[0, 3:] = 0
+  return {
+    'encoder_input_tokens': rng.integers(1, 24, (rows, 4)),
+    'decoder_input_tokens': np.pad(targets, ((0, 0), (1, 0)))[:, :-1],
+    'decoder_target_tokens': targets,
+  }
+
+
+def restacked(params, model):
+  return tree.unflatten(
+    layer_stacks.restack(tree.flatten(params), model.config)
+  )
+
+
+def loss_of(model, batch):
+  objective = training.objective.cross_entropy()
+  return lambda params: objective(model, params, batch, {})[0]
+
+
+def loss_and_gradient(model, params, batch):
+  return jax.jit(jax.value_and_grad(loss_of(model, batch)))(params)
+
+
+def assert_close(expected, given, **tolerance):
+  expected, given = tree.flatten(expected), tree.flatten(given)
+  assert expected.keys() == given.keys()
+  for path, leaf in expected.items():
+    np.testing.assert_allclose(leaf, given[path], err_msg=path, **tolerance)
+
+
+FORMS = parameterized.parameters(
+  ('t5', 1, False), ('t5', 0, True), ('lm', 1, True), ('lm', 0, False)
+)  # fmt: skip
+
+
+class ScanTest(parameterized.TestCase):
+  @FORMS
+  def test_equals_one_by_one(self, kind, axis, per_layer):
+    apart = family(kind, relative_per_layer=per_layer)
+    scanned = family(
+      kind, relative_per_layer=per_layer, scan_layers=True, param_scan_axis=axis
+    )
+    params = apart.init(jax.random.key(0))
+    stacked = restacked(params, scanned)
+    self.assertEmpty(
+      tree.difference(
+        tree.specs(scanned.init(jax.random.key(0))), tree.specs(stacked)
+      )
+    )
+    batch = batch_of()
+    np.testing.assert_allclose(
+      scanned.logits(stacked, batch), apart.logits(params, batch),
+      rtol=1e-4, atol=1e-5,
+    )  # fmt: skip
+    loss, grad = loss_and_gradient(apart, params, batch)
+    other, given = loss_and_gradient(scanned, stacked, batch)
+    np.testing.assert_allclose(other, loss, rtol=1e-5)
+    assert_close(restacked(grad, scanned), given, rtol=1e-4, atol=1e-6)
+
+  @FORMS
+  def test_cached_decoding_equals_whole_rows(self, kind, axis, per_layer):
+    model = family(
+      kind, relative_per_layer=per_layer, scan_layers=True, param_scan_axis=axis
+    )
+    params = model.init(jax.random.key(0))
+    batch = batch_of()
+    batch['decoder_target_tokens'] = np.maximum(
+      batch['decoder_target_tokens'], 1
+    )
+    expected = model.logits(params, batch)
+    cache = model.init_cache(params, batch, 5)
+    for i in range(5):
+      tokens = jnp.asarray(batch['decoder_input_tokens'][:, i])
+      found, cache = model.decode_step(params, cache, tokens)
+      np.testing.assert_allclose(
+        found, expected[:, i], rtol=1e-4, atol=1e-5, err_msg=str(i)
+      )
+
+  def test_layers_begin_with_numbers_of_their_own(self):
+    model = family('t5', scan_layers=True)
+    kernel = model.init(jax.random.key(0))['encoder']['encoder']['mlp']['wo'][
+      'kernel'
+    ]
+    self.assertEqual(kernel.shape, (10, 2, 8))
+    self.assertGreater(np.abs(kernel[:, 0] - kernel[:, 1]).max(), 0.1)
+    # Fan-in is that of one layer, whatever the number of layers.
+    self.assertAlmostEqual(float(kernel.std()), 10**-0.5, delta=0.1)
+
+  @parameterized.parameters(None, 0)
+  def test_every_layer_draws_its_own_random_numbers(self, axis):
+    class Draw(nn.Module):
+      def __call__(self, x):
+        drawn = jax.random.uniform(self.make_rng('dropout'), (1,))
+        return jnp.concatenate([drawn, x[:-1]])
+
+    class Model(nn.Module):
+      @nn.compact
+      def __call__(self, x):
+        return stack.apply(Draw, 3, 'draw', x, scan_axis=axis)
+
+    drawn = Model().apply({}, jnp.zeros(3), rngs={'dropout': jax.random.key(0)})
+    self.assertLen(set(drawn.tolist()), 3)
+
+  def test_the_program_does_not_grow_with_depth(self):
+    sizes = []
+    for depth in (2, 12):
+      model = family(
+        't5', scan_layers=True, num_encoder_layers=depth,
+        num_decoder_layers=depth,
+      )  # fmt: skip
+      shapes = jax.eval_shape(model.init, jax.random.key(0))
+      program = jax.jit(jax.grad(loss_of(model, batch_of()))).lower(shapes)
+      sizes.append(len(program.as_text().splitlines()))
+    self.assertEqual(sizes[0], sizes[1])
+
+  def test_axes_name_the_layers(self):
+    for axis in (0, 1):
+      model = family('t5', scan_layers=True, param_scan_axis=axis)
+      specs = model.specs()
+      for path, spec in specs.items():
+        stacked = path.startswith(('encoder/encoder/', 'decoder/decoder/'))
+        self.assertEqual('layers' in spec.axes, stacked, path)
+        if stacked:
+          self.assertEqual(spec.axes.index('layers'), axis)
+      table = specs['encoder/relpos_bias/rel_embedding']
+      self.assertEqual(table.axes, ('heads', 'relpos_buckets'))
+
+  def test_adafactor_takes_every_layer_for_itself(self):
+    apart = family('t5', emb_dim=16, mlp_dim=12)
+    scanned = family('t5', emb_dim=16, mlp_dim=12, scan_layers=True)
+    params = apart.init(jax.random.key(0))
+    states = []
+    for model, start in (
+      (apart, params), (scanned, restacked(params, scanned)),
+    ):  # fmt: skip
+      trainer = training.Trainer(
+        model,
+        training.optim.adafactor(0.1, min_dim_size_to_factor=8),
+        mesh=partition.make_mesh(devices=jax.devices()[:1]),
+      )
+      states.append(trainer.fit([batch_of()], steps=1, params=start))
+    assert_close(
+      restacked(states[0].params, scanned), states[1].params,
+      rtol=1e-3, atol=1e-4,
+    )  # fmt: skip
+
+  def test_config_json_tells_of_it_only_where_it_is_so(self):
+    plain = models.describe(family('lm', remat_policy='full').module)
+    self.assertNoCommonElements(
+      plain, ['scan_layers', 'param_scan_axis', 'remat_policy']
+    )
+    scanned = family('lm', scan_layers=True, param_scan_axis=0).module
+    told = json.loads(json.dumps(models.describe(scanned)))
+    self.assertEqual(models.build(told), scanned)
+
+
+class RestackTest(parameterized.TestCase):
+  @FORMS
+  def test_there_and_back_is_the_same(self, kind, axis, per_layer):
+    apart = family(kind, relative_per_layer=per_layer)
+    params = tree.flatten(apart.init(jax.random.key(0)))
+    scanned = dataclasses.replace(
+      apart.config, scan_layers=True, param_scan_axis=axis
+    )
+    there = layer_stacks.restack(params, scanned)
+    back = layer_stacks.restack(there, apart.config)
+    self.assertEqual(back.keys(), params.keys())
+    for path, leaf in params.items():
+      np.testing.assert_array_equal(back[path], leaf)
+
+  def test_one_table_serves_layers_that_have_their_own(self):
+    shared, own = family('t5'), family('t5', relative_per_layer=True)
+    params = shared.init(jax.random.key(0))
+    tables = restacked(params, own)
+    batch = batch_of()
+    np.testing.assert_array_equal(
+      own.logits(tables, batch), shared.logits(params, batch)
+    )
+    assert_close(params, restacked(tables, shared), rtol=0)
+    tables['encoder']['layers_1']['relpos_bias']['rel_embedding'] += 1
+    with self.assertRaisesRegex(errors.UserError, 'relative_per_layer=True'):
+      restacked(tables, shared)
+
+  def test_axis_of_layers(self):
+    config = t5.T5Config()
+    leaves = {
+      'encoder/encoder/mlp/wi/kernel': np.zeros((4, 4, 5)),
+      'encoder/encoder/mlp/wo/kernel': np.zeros((4, 4, 3)),
+    }
+    with self.assertRaisesRegex(errors.UserError, '0 or 1 would fit'):
+      layer_stacks.restack(leaves, config)
+    axes = {'encoder/encoder/mlp/wi/kernel': ('layers', 'embed', 'mlp')}
+    found = layer_stacks.restack(leaves, config, axes)
+    self.assertEqual(found['encoder/layers_3/mlp/wi/kernel'].shape, (4, 5))
+    axes = {'encoder/encoder/mlp/wi/kernel': ('embed', 'mlp', 'layers')}
+    with self.assertRaisesRegex(errors.UserError, '2 would fit'):
+      layer_stacks.restack(leaves, config, axes)
+
+
+class RematTest(parameterized.TestCase):
+  @parameterized.product(policy=('full', 'dots_saveable'), scan=(False, True))
+  def test_the_numbers_stay(self, policy, scan):
+    plain = family('t5', scan_layers=scan)
+    remat = family('t5', scan_layers=scan, remat_policy=policy)
+    params, batch = plain.init(jax.random.key(0)), batch_of()
+    expected = loss_and_gradient(plain, params, batch)
+    found = loss_and_gradient(remat, params, batch)
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-6)
+    assert_close(expected[1], found[1], rtol=1e-4, atol=1e-6)
+
+  def test_less_is_kept(self):
+    sizes = {}
+    for policy in ('none', 'minimal', 'full'):
+      model = family('t5', scan_layers=True, remat_policy=policy)
+      loss = loss_of(model, batch_of(4, 16))
+      _, backward = jax.vjp(loss, model.init(jax.random.key(0)))
+      sizes[policy] = sum(leaf.nbytes for leaf in jax.tree.leaves(backward))
+    self.assertLess(sizes['minimal'], sizes['none'])
+    self.assertLess(sizes['full'], sizes['minimal'])
+
+  def test_unknown_policy(self):
+    with self.assertRaisesRegex(errors.UserError, "'ful'.*'?full"):
+      family('lm', remat_policy='ful').init(jax.random.key(0))
+
+
+if __name__ == '__main__':
+  absltest.main()
