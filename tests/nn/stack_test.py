@@ -68,9 +68,7 @@ def assert_close(expected, given, **tolerance):
     np.testing.assert_allclose(leaf, given[path], err_msg=path, **tolerance)
 
 
-FORMS = parameterized.parameters(
-  ('t5', 1, False), ('t5', 0, True), ('lm', 1, True), ('lm', 0, False)
-)  # fmt: skip
+FORMS = parameterized.parameters(('t5', 1, False), ('lm', 0, True))
 
 
 class ScanTest(parameterized.TestCase):
@@ -166,8 +164,8 @@ class ScanTest(parameterized.TestCase):
       self.assertEqual(table.axes, ('heads', 'relpos_buckets'))
 
   def test_adafactor_takes_every_layer_for_itself(self):
-    apart = family('t5', emb_dim=16, mlp_dim=12)
-    scanned = family('t5', emb_dim=16, mlp_dim=12, scan_layers=True)
+    apart = family('lm', emb_dim=16, mlp_dim=12)
+    scanned = family('lm', emb_dim=16, mlp_dim=12, scan_layers=True)
     params = apart.init(jax.random.key(0))
     states = []
     for model, start in (
@@ -238,10 +236,12 @@ class RestackTest(parameterized.TestCase):
 
 
 class RematTest(parameterized.TestCase):
-  @parameterized.product(policy=('full', 'dots_saveable'), scan=(False, True))
+  @parameterized.parameters(
+    ('full', False), ('full', True), ('dots_saveable', True)
+  )  # fmt: skip
   def test_the_numbers_stay(self, policy, scan):
-    plain = family('t5', scan_layers=scan)
-    remat = family('t5', scan_layers=scan, remat_policy=policy)
+    plain = family('lm', scan_layers=scan)
+    remat = family('lm', scan_layers=scan, remat_policy=policy)
     params, batch = plain.init(jax.random.key(0)), batch_of()
     expected = loss_and_gradient(plain, params, batch)
     found = loss_and_gradient(remat, params, batch)
@@ -253,8 +253,10 @@ class RematTest(parameterized.TestCase):
     for policy in ('none', 'minimal', 'full'):
       model = family('t5', scan_layers=True, remat_policy=policy)
       loss = loss_of(model, batch_of(4, 16))
-      _, backward = jax.vjp(loss, model.init(jax.random.key(0)))
-      sizes[policy] = sum(leaf.nbytes for leaf in jax.tree.leaves(backward))
+      backward = lambda params, loss=loss: jax.vjp(loss, params)[1]
+      shapes = jax.eval_shape(model.init, jax.random.key(0))
+      kept = jax.tree.leaves(jax.eval_shape(backward, shapes))
+      sizes[policy] = sum(leaf.size for leaf in kept)
     self.assertLess(sizes['minimal'], sizes['none'])
     self.assertLess(sizes['full'], sizes['minimal'])
 
