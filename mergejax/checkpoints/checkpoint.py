@@ -19,6 +19,7 @@ from mergejax.checkpoints import safetensors
 from mergejax.checkpoints import shards
 from mergejax.checkpoints import states
 from mergejax.checkpoints import t5x
+from mergejax.checkpoints import t5x_writing
 from mergejax.checkpoints import ties
 from mergejax.checkpoints import vocabulary
 from mergejax.core import axes as axes_lib
@@ -120,6 +121,33 @@ def open_weights(path: os.PathLike | str) -> base.ParamStore:
   return store
 
 
+def open_state(path: os.PathLike | str) -> base.ParamStore:
+  """Opens all of a training state: parameters, moments and the step number.
+
+  Args:
+    path: a step, or a run's folder of steps, of T5X (orbax or not) or of ours.
+
+  Returns:
+    A store with the names that are stored: of T5X `target/...`, `state/step`
+    and `state/param_states/PARAMETER/v_row`; of ours `params/...`,
+    `opt_state/...` and `step`.
+
+  Raises:
+    CheckpointError: nothing is there, or a format that holds weights alone.
+  """
+  path = pathlib.Path(path).expanduser()
+  if not path.exists():
+    raise errors.CheckpointError(_missing(path))
+  if orbax.locate(path) is not None:
+    return orbax.OrbaxStore(path, whole=True)
+  if t5x.locate(path) is not None:
+    return t5x.T5xStore(path, whole=True)
+  raise errors.CheckpointError(
+    f'{path} is no checkpoint of a training run: moments and step numbers are '
+    'in those of T5X and in the folders of our runs (checkpoints/STEP).'
+  )
+
+
 def _missing(path):
   text = f'There is no checkpoint at {path}.'
   if path.parent.is_dir():
@@ -212,7 +240,7 @@ def save_checkpoint(
     if format == 'orbax':
       orbax.write(temporary, leaves)
     elif format == 't5x':
-      t5x.write(temporary, leaves)
+      t5x_writing.write(temporary, leaves)
     else:
       host = {name: _native(leaf) for name, leaf in leaves.items()}
       if format == 'npz':

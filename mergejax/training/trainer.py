@@ -147,6 +147,7 @@ class Trainer:
     run = run_lib.Run(
       self.family, self.mesh, steps, phase, directory, self.experts,
       {each.name: each for each in self._transforms},
+      optim.of_run(self.optimizer, steps),
     )  # fmt: skip
     callbacks = [
       each

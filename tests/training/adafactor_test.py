@@ -15,6 +15,7 @@ import optax
 from mergejax.core import errors
 from mergejax.core import tree
 from mergejax.training import optim
+from mergejax.training import t5x_state
 
 # T5X's arguments by another name here.
 OURS = {
@@ -51,13 +52,18 @@ def golden(name):
 
 def run(optimizer, params, grads):
   """Parameters after every step."""
+  return run_with_state(optimizer, params, grads)[0]
+
+
+def run_with_state(optimizer, params, grads):
+  """Parameters after every step, and the state after the last."""
   update = jax.jit(optimizer.update)
   state, seen = optimizer.init(params), []
   for grad in grads:
     updates, state = update(grad, state, params)
     params = optax.apply_updates(params, updates)
     seen.append(params)
-  return seen
+  return seen, state
 
 
 class AdafactorTest(parameterized.TestCase):
@@ -68,12 +74,23 @@ class AdafactorTest(parameterized.TestCase):
   @parameterized.parameters(*T5X)
   def test_t5x(self, name):
     optimizer, params, grads, arrays = golden(name)
-    for i, found in enumerate(run(optimizer, params, grads)):
+    seen, state = run_with_state(optimizer, params, grads)
+    for i, found in enumerate(seen):
       for path in params:
         np.testing.assert_allclose(
             found[path], arrays[f'{name}/step{i + 1}/params/{path}'],
             rtol=2e-5, atol=1e-6, err_msg=f'step {i} {path}',
         )  # fmt: skip
+    # Its state is T5X's: of the same shapes, in the same order of axes.
+    moments = t5x_state.to_t5x(state, tree.specs(params), optimizer)
+    self.assertLen(moments, 4 * len(params))
+    for slot, leaf in moments.items():
+      expected = arrays[f'{name}/final_state/{slot}']
+      self.assertEqual(leaf.shape, expected.shape, slot)
+      np.testing.assert_allclose(leaf, expected, rtol=2e-5, err_msg=slot)
+    like = jax.eval_shape(optimizer.init, params)
+    again = t5x_state.from_t5x(moments, 4, like, tree.specs(params), optimizer)
+    jax.tree.map(np.testing.assert_array_equal, again, state)
 
   def test_numbers_that_would_be_nan_stay(self):
     params = {'a': jnp.ones((3, 4)), 'b': jnp.full(5, 2.0)}
