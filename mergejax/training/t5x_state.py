@@ -31,7 +31,6 @@ from mergejax.training import callbacks
 from mergejax.training import factors as factors_lib
 from mergejax.training import optim
 from mergejax.training import state as state_lib
-from mergejax.training import trainer as trainer_lib
 
 _ROW, _COLUMN, _FULL, _MOMENTUM = SLOTS = ('v_row', 'v_col', 'v', 'm')
 # optax's names of ours.
@@ -147,53 +146,41 @@ def from_t5x(
 
 
 def restore(
-  trainer: trainer_lib.Trainer,
   store: store_base.ParamStore,
-  params: typing.Tree,
-  *,
-  steps: int,
-  key: jax.Array,
+  begin: state_lib.TrainState,
+  specs: typing.SpecTree,
+  optimizer: optax.GradientTransformation,
 ) -> state_lib.TrainState:
   """A state that goes on where T5X stopped: its moments, its step number.
 
   Args:
-    trainer: of the model and `optim.adafactor`.
     store: from `checkpoint.open_state`.
-    params: the parameters, loaded from there.
-    steps: the step number to reach; T5X's counts pre-training too.
-    key: of the run.
+    begin: a state of step 0 with the parameters, loaded from there.
+    specs: of the parameters, with logical axes.
+    optimizer: of the run, from `optim.adafactor`; one that knows the model's
+      stacked parameters.
 
   Returns:
-    The state, for `trainer.fit(state=...)`.
+    The state, for `Trainer.fit(state=...)`.
 
   Raises:
-    UserError: see `from_t5x`; the checkpoint has no moments, or is beyond the
-      last step already.
+    UserError: see `from_t5x`; the checkpoint has no moments, or parameters are
+      frozen here.
   """
-  specs = store.specs()
-  names = [name for name in specs if name.startswith(_STATES)]
-  if 'state/step' not in specs or not names:
+  stored = store.specs()
+  names = [name for name in stored if name.startswith(_STATES)]
+  if 'state/step' not in stored or not names:
     raise errors.CheckpointError(
       f'{store.name} holds no state of an optimizer as T5X has it '
       '(state/step, state/param_states/...): start from its parameters alone, '
       "restore='params'."
     )
   leaves = tree.flatten(store.read([*names, 'state/step']))
-  number = int(leaves.pop('state/step'))
-  if number > steps:
-    raise errors.ConfigError(
-      f'{store.name} is of step {number}, and the run is to reach step {steps}: '
-      "with restore='state' the steps before count too. Ask for "
-      f'steps={number} and as many more as it should train.'
-    )
+  step = int(leaves.pop('state/step'))
   moments = {name.removeprefix(_STATES): leaf for name, leaf in leaves.items()}
-  optimizer = optim.of_run(trainer.optimizer, steps)
-  begin = jax.jit(trainer.step(steps).init)(params, key)
-  _check_all_learn(begin.opt_state, trainer.specs)
-  opt_state = from_t5x(
-    moments, number, begin.opt_state, trainer.specs, optimizer
-  )
-  return begin.replace(step=np.int32(number), opt_state=opt_state)
+  _check_all_learn(begin.opt_state, specs)
+  opt_state = from_t5x(moments, step, begin.opt_state, specs, optimizer)
+  return begin.replace(step=np.int32(step), opt_state=opt_state)
 
 
 def save(
