@@ -176,7 +176,7 @@ def train_model(
     initial_checkpoint, restore, restore_step, restore_rules,
     fallback_to_scratch, pad_vocabulary,
   )  # fmt: skip
-  start.check(module)
+  begin = start.check(module)
   trainer = trainer_lib.Trainer(
     module,
     optimizer_of(optimizer, steps),
@@ -208,14 +208,13 @@ def train_model(
   if kind == 'encoder_decoder' and jax.process_index() == 0:
     stream_lib.tell_cuts(name, 'train', lengths)
   key = jax.random.key(seed)
-  begin = start.begin(trainer, steps, key)
   same_run.write(record, settings, where)
   state = trainer.fit(
     stream,
     steps=steps,
     directory=directory / 'train',
     key=key,
-    **begin,
+    **(begin.arguments(trainer, steps, key) if begin else {}),
     local_rows=local_rows,
     save_every=save_every,
     log_every=log_every,
