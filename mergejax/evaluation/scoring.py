@@ -330,10 +330,8 @@ def check_count(word: str, value: Any, optional: bool = False) -> Any:
   Raises:
     ConfigError: something else.
   """
-  if value is None and optional:
-    return value
-  if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-    raise errors.ConfigError(f'{word} must be 1 or more, not {value!r}.')
+  if value is not None or not optional:
+    errors.check_whole(word, value)
   return value
 
 
