@@ -241,7 +241,8 @@ def save_checkpoint(
   """Saves a tree of parameters; a reader sees all of it or nothing.
 
   Args:
-    path: a file (`.safetensors`, `.npz`) or directory to create.
+    path: a file (`.safetensors`, `.npz`) or directory to create; T5X expects
+      `checkpoint_STEP`, and reads that step from inside.
     tree: nested dicts of arrays, or `{path: array}`.
     format: `'orbax'`, `'safetensors'`, `'npz'` or `'t5x'`; by default what the suffix
       of `path` says, else orbax.
@@ -285,7 +286,9 @@ def save_checkpoint(
     if format == 'orbax':
       orbax.write(temporary, leaves)
     elif format == 't5x':
-      t5x_writing.write(temporary, leaves)
+      named_step = re.fullmatch(r'checkpoint_(\d+)', path.name)
+      step = int(named_step[1]) if named_step else 0
+      t5x_writing.write(temporary, leaves, step)
     else:
       host = {name: _native(leaf) for name, leaf in leaves.items()}
       if format == 'npz':

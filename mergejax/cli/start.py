@@ -5,6 +5,7 @@
 from collections.abc import Callable
 import dataclasses
 import os
+import pathlib
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ from mergejax.core import errors
 from mergejax.core import typing
 from mergejax.models import architectures
 from mergejax.statistics import saved
+from mergejax.training import checkpoints
 from mergejax.training import trainer as trainer_lib
 
 RESTORE = ('params', 'state')
@@ -77,21 +79,21 @@ class Start:
     }
     return {name: value for name, value in found.items() if value is not None}
 
-  def check(self, module: Any) -> 'Begin | None':
+  def check(self, module: Any) -> 'Begin':
     """Finds the parameters, and checks that the module computes with them.
 
     A checkpoint without `config.json` says nothing of what it computes; one
     that is restored by rules need not compute the same.
 
     Returns:
-      What begins the run; None for a fresh one.
+      What begins the run.
 
     Raises:
       UserError: the checkpoint is of another model.
     """
     path = self.checkpoint
     if path is None:
-      return None
+      return Begin(None, None)
     if self.rules is None and checkpoint.read_config(path) is not None:
       architectures.check(
         {
@@ -125,17 +127,33 @@ class Begin(NamedTuple):
   """What begins a run.
 
   Attributes:
-    read: `(key) -> parameters`.
+    read: `(key) -> parameters`; None: fresh ones.
     store: of the moments and the step number; None: of step 0, without any.
   """
 
-  read: Callable[[jax.Array], typing.Tree]
+  read: Callable[[jax.Array], typing.Tree] | None
   store: store_base.ParamStore | None
 
   def arguments(
-    self, trainer: trainer_lib.Trainer, steps: int, key: jax.Array
+    self,
+    trainer: trainer_lib.Trainer,
+    steps: int,
+    key: jax.Array,
+    directory: pathlib.Path | None = None,
   ) -> dict[str, Any]:
-    """What `trainer.fit` begins with: `params` or `state`."""
+    """What `trainer.fit` begins with: nothing, `params` or `state`.
+
+    Args:
+      trainer: of the run.
+      steps: the step number to reach.
+      key: of the run.
+      directory: of the run; one that goes on begins with nothing.
+    """
+    goes_on = directory is not None and checkpoints.has_steps(
+      directory / 'checkpoints'
+    )
+    if self.read is None or goes_on:
+      return {}
     params = self.read(key)
     if self.store is None:
       return {'params': params}

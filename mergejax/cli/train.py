@@ -208,13 +208,14 @@ def train_model(
   if kind == 'encoder_decoder' and jax.process_index() == 0:
     stream_lib.tell_cuts(name, 'train', lengths)
   key = jax.random.key(seed)
+  given = begin.arguments(trainer, steps, key, directory / 'train')
   same_run.write(record, settings, where)
   state = trainer.fit(
     stream,
     steps=steps,
     directory=directory / 'train',
     key=key,
-    **(begin.arguments(trainer, steps, key) if begin else {}),
+    **given,
     local_rows=local_rows,
     save_every=save_every,
     log_every=log_every,

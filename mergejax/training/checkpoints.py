@@ -148,6 +148,13 @@ class Checkpoints:
     return _WriteErrors(self._directory)
 
 
+def has_steps(directory: os.PathLike | str) -> bool:
+  """Whether a folder of `Checkpoints` holds a step, so that a run goes on."""
+  folder = pathlib.Path(directory)
+  # A step that is being written has a longer name.
+  return folder.is_dir() and any(p.name.isdigit() for p in folder.iterdir())
+
+
 def continued(
   store: store_base.ParamStore, begin: state_lib.TrainState
 ) -> state_lib.TrainState:

@@ -52,6 +52,7 @@ class AssignTest(parameterized.TestCase):
   @parameterized.parameters(
     ([('encoder/w', 'enc/v')], "'enc/v'.*Did you mean 'enc/w'"),
     ([('w', 'enc/w')], 'match no parameter'),
+    ([('encoder', None), ('.*/w', None)], 'match no parameter'),
     ([('.*/w', None), ('head/w', None)], 'earlier rule took:\n.*head/w'),
     ([('target/encoder/w', 'enc/w')], 'without "target/"'),
     ([('encoder/(', None)], 'not a regular expression'),

@@ -90,6 +90,7 @@ class T5xTest(parameterized.TestCase):
     for key in (lambda t: t['version'], lambda t: t['optimizer']['target']):
       self.assertEqual(key(trees[0]), key(trees[1]))
     self.assertEqual(*(set(t['optimizer']['state']) for t in trees))
+    self.assertEqual(*(t['optimizer']['state']['step'] for t in trees))
     again = tree_lib.flatten(mj.open_checkpoint(out.parent).read())
     for path, leaf in leaves.items():
       self.assertEqual(np.asarray(again[path]).tobytes(), leaf.tobytes())

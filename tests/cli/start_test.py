@@ -96,6 +96,10 @@ class StartTest(parameterized.TestCase):
     last = begin(first)['params']
     trained = mj.load_model(first / 'model')[1]
     jax.tree.map(np.testing.assert_array_equal, last, trained)
+    # A run that goes on in its folder reads nothing of it.
+    begin = start_lib.Start(theirs, restore='state').check(MODULE)
+    given = begin.arguments(trainer, 3, jax.random.key(0), first / 'train')
+    self.assertEqual(given, {})
     # And it trains.
     second = run(
       'second', 3, initial_checkpoint=theirs, restore='state', restore_step=1
