@@ -19,6 +19,7 @@ from mergejax.core import tree
 from mergejax.nn import t5
 from mergejax.training import optim
 from mergejax.training import state as state_lib
+from mergejax.training import t5x_slots
 from mergejax.training import t5x_state
 from mergejax.training import trainer as trainer_lib
 
@@ -193,7 +194,7 @@ class FormsTest(parameterized.TestCase):
       )
     ).specs()
     for path in specs:
-      for slot in t5x_state.SLOTS:
+      for slot in t5x_slots.NAMES:
         moments.setdefault(f'{path}/{slot}', np.zeros((1,), np.float32))
     optimizer = optim.adafactor(
       0.05, min_dim_size_to_factor=8, momentum=0.9,
