@@ -37,6 +37,7 @@ from mergejax.training import callbacks as callbacks_lib
 from mergejax.training import checkpoints
 from mergejax.training import objective as objective_lib
 from mergejax.training import optim
+from mergejax.training import peers
 from mergejax.training import streams
 from mergejax.training import trainer as trainer_lib
 from mergejax.training import transforms as transforms_lib
@@ -92,6 +93,7 @@ def trainer_callbacks(
   """Progress, JSON lines and TensorBoard, and those of the user before them."""
   return [
     *callbacks,
+    peers.watch_peers(),
     callbacks_lib.progress(),
     callbacks_lib.jsonl(),
     callbacks_lib.tensorboard(),

@@ -10,6 +10,7 @@ from mergejax.training import transforms
 from mergejax.training.arrays import ArrayStream
 from mergejax.training.callbacks import Callback
 from mergejax.training.objective import cross_entropy
+from mergejax.training.peers import watch_peers
 from mergejax.training.scoring import evaluate
 from mergejax.training.state import TrainState
 from mergejax.training.trainer import Trainer
@@ -38,4 +39,5 @@ __all__ = [
   'schedules',
   'skip_nonfinite',
   'transforms',
+  'watch_peers',
 ]
