@@ -19,6 +19,7 @@ import math
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
@@ -168,7 +169,8 @@ def make_mesh(
 
   Returns:
     A mesh whose axes are `Auto`: the compiler propagates shardings from those
-    of the arguments.
+    of the arguments. Of several TPU slices, `branch` goes over the network
+    between them, then `data`; what an expert shares stays inside a slice.
 
   Raises:
     UserError: the sizes do not multiply to the number of devices.
@@ -192,12 +194,28 @@ def make_mesh(
     )
   for name in free:
     sizes[name] = len(devices) // fixed
-  return jax.make_mesh(
-    tuple(sizes[name] for name in AXES),
-    AXES,
-    axis_types=(jax.sharding.AxisType.Auto,) * len(AXES),
-    devices=devices,
+  kinds = (jax.sharding.AxisType.Auto,) * len(AXES)
+  shape = tuple(sizes[name] for name in AXES)
+  slices = {getattr(device, 'slice_index', 0) for device in devices}
+  if len(slices) == 1:
+    return jax.make_mesh(shape, AXES, axis_types=kinds, devices=devices)
+  across = _across_slices(sizes, len(slices))
+  arranged = mesh_utils.create_hybrid_device_mesh(
+    [size // n for size, n in zip(shape, across)], across, devices
   )
+  return jax.sharding.Mesh(arranged, AXES, axis_types=kinds)
+
+
+def _across_slices(sizes: Mapping[str, int], count: int) -> tuple[int, ...]:
+  """How many slices each axis goes over: of experts as many as can be."""
+  branch = math.gcd(sizes['branch'], count)
+  data = count // branch
+  if sizes['data'] % data:
+    raise errors.ConfigError(
+      f'Mesh {dict(sizes)} does not fit {count} slices: branch and data go over '
+      f'the network between them, so data must divide by {data}.'
+    )
+  return branch, data, 1, 1
 
 
 def spec_for(
