@@ -84,6 +84,12 @@ class TextFamily(base.ModelFamily):
     del path
     return batch['decoder_target_tokens'] > 0
 
+  def cache_rows(self, path, leaf):
+    # Inputs are read once for all answers to them.
+    if not path.endswith(('cached_key', 'cached_value')):
+      return None
+    return 1 if self.config.scan_layers else 0
+
   def features_layer(self, specs):
     head = 'decoder/logits_dense/kernel'
     return head if head in specs else 'decoder/token_embedder/embedding'

@@ -141,15 +141,35 @@ class RelativePositionBias(nn.Module):
   dtype: str = 'float32'
 
   @nn.compact
-  def __call__(self, query_length: int, key_length: int) -> typing.Array:
+  def __call__(
+    self,
+    query_length: int,
+    key_length: int,
+    *,
+    at: typing.Array | None = None,
+  ) -> typing.Array:
+    """The bias of the first `query_length` positions, or of one.
+
+    Args:
+      query_length: queries, from position 0 on.
+      key_length: keys, from position 0 on.
+      at: `<int32>[]`, the position of the only query, while decoding.
+
+    Returns:
+      `<dtype>[1, heads, query, key]`; `query` is 1 with `at`.
+    """
     table = self.param(
       'rel_embedding',
       initializers.variance_scaling(1.0, 'fan_avg', 'uniform'),
       (self.num_heads, self.num_buckets),
       jnp.float32,
     )
+    if at is None:
+      relative = np.arange(key_length) - np.arange(query_length)[:, None]
+    else:  # all that can come about; the row of the query is cut out below
+      relative = np.arange(1 - key_length, key_length)[None]
     buckets = relative_position_bucket(
-      np.arange(key_length)[None, :] - np.arange(query_length)[:, None],
+      relative,
       bidirectional=self.bidirectional,
       num_buckets=self.num_buckets,
       max_distance=self.max_distance,
@@ -161,7 +181,10 @@ class RelativePositionBias(nn.Module):
     )
     # [heads, buckets] x [query * key, buckets] -> [1, heads, query, key]
     bias = jnp.einsum('hn,pn->hp', table, one_hot)
-    bias = bias.reshape(1, self.num_heads, query_length, key_length)
+    bias = bias.reshape(1, self.num_heads, *relative.shape)
+    if at is not None:
+      first = key_length - 1 - at
+      bias = jax.lax.dynamic_slice_in_dim(bias, first, key_length, axis=3)
     return bias.astype(self.dtype)
 
 
@@ -195,6 +218,7 @@ class Attention(nn.Module):
     *,
     deterministic: bool = True,
     decode: bool = False,
+    keep: bool = False,
   ) -> typing.Array:
     """Attends from `queries` to `keys_values`.
 
@@ -206,7 +230,11 @@ class Attention(nn.Module):
       deterministic: no dropout.
       decode: keep keys and values in the collection `cache`. The call that
         creates the cache fixes its length; later calls bring one position, and
-        the `bias` of all queries and keys.
+        the `bias` of this query, or of all queries, and all keys.
+      keep: take the keys and values of `keys_values` from the collection
+        `encoded`. A call that may write that collection fills it; without it
+        they are computed as ever. Rows may then be several to one row of keys,
+        side by side, one query each: answers to the same input.
 
     Returns:
       `<dtype>[batch, query, embed]`.
@@ -224,13 +252,24 @@ class Attention(nn.Module):
       )
 
     query = project('query', queries, 1.0 / self.head_dim)
-    key = project('key', keys_values)
-    value = project('value', keys_values)
+    kept = keep and self.has_variable('encoded', 'key')
+    if kept:
+      key = self.get_variable('encoded', 'key')
+      value = self.get_variable('encoded', 'value')
+      # Answers to one row share its keys, as its queries.
+      query = query.reshape(len(key), -1, self.num_heads, self.head_dim)
+    else:
+      key = project('key', keys_values)
+      value = project('value', keys_values)
     query, key, value = partition.constrain(
       (query, key, value), ('batch', 'length', 'heads', 'kv')
     )
     if decode:
       key, value, bias = self._update_cache(key, value, bias)
+    elif keep and not kept and not self.is_initializing():
+      if self.is_mutable_collection('encoded'):
+        self.put_variable('encoded', 'key', key)
+        self.put_variable('encoded', 'value', value)
     if self.float32_logits:
       query, key = query.astype(jnp.float32), key.astype(jnp.float32)
     # [batch, query, heads, head_dim] x [batch, key, heads, head_dim]
@@ -271,16 +310,21 @@ class Attention(nn.Module):
         f'{key.shape[1]}. Create the cache with the full length, then feed '
         'tokens one by one.'
       )
-    if bias is not None and bias.shape[2:] != (length, length):
+    rows = None if bias is None else bias.shape[2:]
+    if rows not in (None, (1, length), (length, length)):
       raise errors.ConfigError(
         f'The cache has {length} positions, but the bias of the attention is '
-        f'for {list(bias.shape[2:])} queries and keys.'
+        f'for {list(rows)} queries and keys.'
       )
     if not numerics.is_traced(at) and at >= length:
       raise errors.ConfigError(
         f'The cache has {length} positions and all of them are taken: create '
         'it with as many as are decoded.'
       )
+    # Updates past the end are moved back onto the last position; a compiled
+    # program cannot raise, so its result from there on is not a number. (By the
+    # values: on CPU, the softmax of NaN is a number.)
+    value = jnp.where(at < length, value, jnp.nan)
     cached_key.value = jax.lax.dynamic_update_slice_in_dim(
       cached_key.value, to_cache(key), at, axis=3
     )
@@ -289,14 +333,11 @@ class Attention(nn.Module):
     )
     index.value = at + 1
     past = jnp.where(jnp.arange(length) <= at, 0.0, MASKED)[None, None, None]
-    if bias is not None:
-      past = past + jax.lax.dynamic_slice_in_dim(bias, at, 1, axis=2)
+    if bias is not None and bias.shape[2] == length:
+      bias = jax.lax.dynamic_slice_in_dim(bias, at, 1, axis=2)
+    past = past if bias is None else past + bias
     from_cache = lambda x: jnp.moveaxis(x, 3, 1)
-    # Updates past the end are moved back onto the last position; a compiled
-    # program cannot raise, so its result there is not a number. (In the values:
-    # on CPU, the softmax of NaN is a number.)
-    values = jnp.where(at < length, cached_value.value, jnp.nan)
-    return from_cache(cached_key.value), from_cache(values), past
+    return from_cache(cached_key.value), from_cache(cached_value.value), past
 
 
 class Mlp(nn.Module):
