@@ -188,6 +188,18 @@ class RelativePositionBias(nn.Module):
     return bias.astype(self.dtype)
 
 
+# What attention makes of the residual stream.
+_HEADS = ('batch', 'length', 'heads', 'kv')
+
+
+def _length_last(x: typing.Array) -> typing.Array:
+  """`[batch, length, heads, head_dim] -> [batch, heads, head_dim, length]`.
+
+  T5X's layout of caches, which a product with one query takes as it is.
+  """
+  return jnp.moveaxis(x, 1, 3)
+
+
 class Attention(nn.Module):
   """Multi-head attention with T5X's parameters `query, key, value, out`.
 
@@ -252,45 +264,45 @@ class Attention(nn.Module):
       )
 
     query = project('query', queries, 1.0 / self.head_dim)
-    kept = keep and self.has_variable('encoded', 'key')
-    if kept:
+    query = partition.constrain(query, _HEADS)
+    layout = 'bkhd'  # of keys and values
+    if keep and self.has_variable('encoded', 'key'):
       key = self.get_variable('encoded', 'key')
       value = self.get_variable('encoded', 'value')
+      layout = 'bhdk'
       # Answers to one row share its keys, as its queries.
       query = query.reshape(len(key), -1, self.num_heads, self.head_dim)
     else:
       key = project('key', keys_values)
       value = project('value', keys_values)
-    query, key, value = partition.constrain(
-      (query, key, value), ('batch', 'length', 'heads', 'kv')
-    )
-    if decode:
-      key, value, bias = self._update_cache(key, value, bias)
-    elif keep and not kept and not self.is_initializing():
-      if self.is_mutable_collection('encoded'):
-        self.put_variable('encoded', 'key', key)
-        self.put_variable('encoded', 'value', value)
+      key, value = partition.constrain((key, value), _HEADS)
+      if decode:
+        key, value, bias = self._update_cache(key, value, bias)
+        layout = 'bhdk'
+      elif keep and not self.is_initializing():
+        if self.is_mutable_collection('encoded'):
+          self.put_variable('encoded', 'key', _length_last(key))
+          self.put_variable('encoded', 'value', _length_last(value))
     if self.float32_logits:
       query, key = query.astype(jnp.float32), key.astype(jnp.float32)
     # [batch, query, heads, head_dim] x [batch, key, heads, head_dim]
     #   -> [batch, heads, query, key]
-    logits = jnp.einsum('bqhd,bkhd->bhqk', query, key)
+    logits = jnp.einsum(f'bqhd,{layout}->bhqk', query, key)
     if bias is not None:
       logits = logits + bias.astype(logits.dtype)
     probabilities = jax.nn.softmax(logits).astype(self.dtype)
     probabilities = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))(
       probabilities, deterministic=deterministic
     )
-    mixed = jnp.einsum('bhqk,bkhd->bqhd', probabilities, value)
+    mixed = jnp.einsum(f'bhqk,{layout}->bqhd', probabilities, value)
     mixed = mixed.reshape(*queries.shape[:-1], joined)
     return dense(queries.shape[-1], self.dtype, attention_init, 'out')(mixed)
 
   def _update_cache(self, key, value, bias):
     """Writes one position into the cache and returns all of it, with a mask."""
     created = not self.has_variable('cache', 'cached_key')
-    # [batch, heads, head_dim, length]: T5X's layout, length last.
-    to_cache = lambda x: jnp.moveaxis(x, 1, 3)
-    shape = to_cache(key).shape
+    key, value = _length_last(key), _length_last(value)
+    shape = key.shape
     cached_key = self.variable(
       'cache', 'cached_key', jnp.zeros, shape, key.dtype
     )
@@ -304,10 +316,10 @@ class Attention(nn.Module):
       return key, value, bias
     length = cached_key.value.shape[-1]
     at = index.value
-    if key.shape[1] != 1:
+    if shape[-1] != 1:
       raise errors.ConfigError(
         'Cached decoding takes one position a call; this call brought '
-        f'{key.shape[1]}. Create the cache with the full length, then feed '
+        f'{shape[-1]}. Create the cache with the full length, then feed '
         'tokens one by one.'
       )
     rows = None if bias is None else bias.shape[2:]
@@ -326,18 +338,17 @@ class Attention(nn.Module):
     # values: on CPU, the softmax of NaN is a number.)
     value = jnp.where(at < length, value, jnp.nan)
     cached_key.value = jax.lax.dynamic_update_slice_in_dim(
-      cached_key.value, to_cache(key), at, axis=3
+      cached_key.value, key, at, axis=3
     )
     cached_value.value = jax.lax.dynamic_update_slice_in_dim(
-      cached_value.value, to_cache(value), at, axis=3
+      cached_value.value, value, at, axis=3
     )
     index.value = at + 1
     past = jnp.where(jnp.arange(length) <= at, 0.0, MASKED)[None, None, None]
     if bias is not None and bias.shape[2] == length:
       bias = jax.lax.dynamic_slice_in_dim(bias, at, 1, axis=2)
     past = past if bias is None else past + bias
-    from_cache = lambda x: jnp.moveaxis(x, 3, 1)
-    return from_cache(cached_key.value), from_cache(cached_value.value), past
+    return cached_key.value, cached_value.value, past
 
 
 class Mlp(nn.Module):
