@@ -8,6 +8,7 @@ from mergejax.models.loading import axes
 from mergejax.models.loading import is_converted
 from mergejax.models.loading import load_model
 from mergejax.models.loading import load_module
+from mergejax.models.loading import load_params
 from mergejax.models.registry import build
 from mergejax.models.registry import conversion
 from mergejax.models.registry import describe
@@ -32,6 +33,7 @@ __all__ = [
   'is_converted',
   'load_model',
   'load_module',
+  'load_params',
   'names',
   'register',
 ]

@@ -358,6 +358,33 @@ class ModelFamily:
       for path, spec in found.items()
     }
 
+  def in_form(self, specs: typing.SpecTree) -> bool:
+    """Whether stored parameters lie as in the module, or must be `arranged`.
+
+    Args:
+      specs: of the stored parameters, with axes where they are known.
+    """
+    del specs
+    return True
+
+  def arranged(
+    self,
+    leaves: Mapping[typing.Path, Any],
+    axes: Mapping[typing.Path, tuple[str, ...]] | None = None,
+  ) -> dict[typing.Path, Any]:
+    """Parameters of the same model, stored in another way, as the module's.
+
+    Args:
+      leaves: `{path: array}`; families whose layers may be stacked accept them
+        stacked or one by one.
+      axes: logical axes of the given leaves, where they are known.
+
+    Returns:
+      `{path: array}` of the same numbers.
+    """
+    del axes
+    return dict(leaves)
+
   def features_layer(self, specs: typing.SpecTree) -> typing.Path:
     """The kernel whose inputs are the model's features of an example.
 

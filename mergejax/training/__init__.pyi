@@ -6,6 +6,7 @@ from mergejax.training import losses
 from mergejax.training import objective
 from mergejax.training import optim
 from mergejax.training import schedules
+from mergejax.training import t5x_state
 from mergejax.training import transforms
 from mergejax.training.arrays import ArrayStream
 from mergejax.training.callbacks import Callback
@@ -37,5 +38,6 @@ __all__ = [
   'running',
   'schedules',
   'skip_nonfinite',
+  't5x_state',
   'transforms',
 ]
