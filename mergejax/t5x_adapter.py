@@ -88,7 +88,7 @@ class DecoderOnlyModel(t5x_models.DecoderOnlyModel):
   """T5X's decoder-only model, with a `LanguageModel` of ours.
 
   T5X's network reads a prompt in one go into its cache. Ours reads it token by
-  token, and so takes as many steps as prompt and answer have tokens. The answers
+  token, and so takes as many steps as prompt and answer have tokens. Answers
   are the same, but for the random numbers of sampled ones.
   """
 
