@@ -27,6 +27,7 @@ from mergejax.checkpoints import assignment
 from mergejax.cli import common
 from mergejax.cli import same_run
 from mergejax.cli import start as start_lib
+from mergejax.cli import t5x_gin
 from mergejax.core import errors
 from mergejax.core import files as files_lib
 from mergejax.data import stream as stream_lib
@@ -53,7 +54,8 @@ def main(arguments: Sequence[str]) -> None:
   parser.add_argument(
     '--gin_file',
     action='append',
-    help='a gin file; later ones add to and override earlier ones',
+    help='a gin file, of ours or of T5X; later ones add to and override '
+    'earlier ones',
   )
   parser.add_argument('--gin_search_paths', help='folders, comma-separated')
   parser.add_argument(
@@ -74,7 +76,8 @@ def main(arguments: Sequence[str]) -> None:
   options = parser.parse_args(rest)
   if not files:
     raise errors.ConfigError('mergejax train needs --gin_file=FILE.')
-  common.parse_gin(files, bindings, paths)
+  with t5x_gin.in_our_words(files, bindings, paths) as (files, bindings):
+    common.parse_gin(files, bindings, paths)
   if options.dry_run:
     print(gin.config_str())
     return

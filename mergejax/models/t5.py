@@ -24,7 +24,7 @@ _READS_INPUTS = re.compile(
 
 @registry.register
 class T5Family(lm.TextFamily):
-  """T5 1.0 and 1.1; batches also have `encoder_input_tokens`."""
+  """T5 1.0 and 1.1, mT5, ByT5, umT5; batches also have `encoder_input_tokens`."""
 
   model_type = 't5x'
   config_class = t5.T5Config
@@ -32,7 +32,7 @@ class T5Family(lm.TextFamily):
   optional = ('encoder_segment_ids', 'decoder_segment_ids')
   decodes = True
   answers = True
-  conversions = {'hf-t5': t5_hf.CONVERSION}
+  conversions = t5_hf.CONVERSIONS
   features = 'decoder/layers_0/encoder_decoder_attention/key/kernel'
 
   def arguments(self, batch, *, train=False):
