@@ -75,7 +75,9 @@ class SlicesTest(parameterized.TestCase):
       self.assertLen(set(expert.flat), data_over)
 
   def test_what_does_not_fit(self):
-    with self.assertRaisesRegex(errors.UserError, 'data must divide by 4'):
+    with self.assertRaisesRegex(
+      errors.UserError, '4 slices must divide branch x data'
+    ):
       partition.make_mesh(devices=self.chips, branch=1, data=2, model=8)
 
 
