@@ -21,6 +21,7 @@ import tensorflow as tf
 
 from mergejax.core import errors
 from mergejax.data import identity
+from mergejax.data import objectives
 from mergejax.data import samples
 from mergejax.data import sources
 from mergejax.data import tasks
@@ -314,7 +315,7 @@ def evaluation_batches(
   if max_examples is not None:
     check_positive('number of examples', max_examples)
     provider = samples.narrowed(provider, split, max_examples)
-  if kind in ('encoder_decoder', 'prefix_lm'):
+  if kind in ('encoder_decoder', 'prefix_lm') and not _cut_by_itself(provider):
     _check_cuts(provider, split, lengths, max_examples, answers)
   dataset = _plain(provider, split, lengths)
   rows = list(_read(_converter(kind, dataset), dataset, lengths, max_examples))
@@ -323,6 +324,12 @@ def evaluation_batches(
       f'The split {split!r} of {mixture_or_task} has no example.'
     )
   return _in_batches(rows, batch_size)
+
+
+def _cut_by_itself(provider):
+  return any(
+    objectives.makes_rows(task) for task in seqio.get_subtasks(provider)
+  )
 
 
 def _plain(provider, split, lengths):

@@ -8,18 +8,22 @@ them: a name that is taken by another one is an error.
 """
 
 from collections.abc import Mapping
+import functools
 import hashlib
+import inspect
 import json
 import logging
 import os
 import pathlib
 import re
+from typing import Any
 
 import seqio
 
 from mergejax.core import checksums
 from mergejax.core import errors
 from mergejax.data import features
+from mergejax.data import objectives
 from mergejax.data import preprocessors
 from mergejax.data import rows
 from mergejax.data import sources
@@ -49,8 +53,11 @@ def locate(path: os.PathLike | str) -> pathlib.Path:
   raise errors.DataError(f'There is no {path} here, {where}.')
 
 
-def _source(files, templates, vocabulary, *, example_a_row):
-  """The source of a task over files of one format."""
+def _source(files, templates, vocabulary, *, example_a_row, made_by=None):
+  """The source of a task over files of one format.
+
+  `made_by` says what else makes examples of the rows, as plain data.
+  """
   paths = {split: locate(path) for split, path in files.items()}
   suffixes = {path.suffix for path in paths.values()}
   if len(suffixes) != 1 or not suffixes <= set(rows.SUFFIXES):
@@ -66,6 +73,7 @@ def _source(files, templates, vocabulary, *, example_a_row):
     'templates': dict(templates),
     'vocabulary': _identity(vocabulary),
     'example_a_row': example_a_row,
+    **({'made_by': made_by} if made_by else {}),
   }
   digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode())
   source = sources.RowSource(
@@ -174,6 +182,11 @@ def _add(name, by_content, source, **arguments) -> seqio.Task:
   return seqio.TaskRegistry.add(name, source=source, metric_fns=[], **arguments)
 
 
+def _text_templates(files, field):
+  suffixes = {pathlib.Path(path).suffix for path in files.values()}
+  return {'targets': '{text}' if '.txt' in suffixes else f'{{{field}}}'}
+
+
 def add_text_task(
   name: str,
   files: Mapping[str, os.PathLike | str],
@@ -199,8 +212,7 @@ def add_text_task(
   Raises:
     UserError: a missing file, mixed formats, or a name that is taken.
   """
-  suffixes = {pathlib.Path(path).suffix for path in files.values()}
-  templates = {'targets': '{text}' if '.txt' in suffixes else f'{{{field}}}'}
+  templates = _text_templates(files, field)
   vocabulary = vocabulary or features.vocabulary()
   return _add(
     name,
@@ -214,6 +226,74 @@ def add_text_task(
     ],
     output_features=features.language_model(vocabulary),
   )
+
+
+def add_unlabelled_task(
+  name: str,
+  files: Mapping[str, os.PathLike | str],
+  *,
+  objective: str = 'span_corruption',
+  options: Mapping[str, Any] | None = None,
+  vocabulary: seqio.Vocabulary | None = None,
+  field: str = 'text',
+  by_content: bool = False,
+) -> seqio.Task:
+  """Registers a pre-training task: text, and what is to be learned of it.
+
+  Args:
+    name: the task's name in seqio.
+    files: `{split: file}`, as in `add_text_task`.
+    objective: a name of `objectives.OBJECTIVES`.
+    options: of the objective: `{'density': 0.5}`.
+    vocabulary: bytes and 100 sentinels by default.
+    field: where JSONL rows keep the text.
+    by_content: append a digest of the content to the name, so that it cannot
+      be that of another task.
+
+  Returns:
+    The task; its features are `inputs` and `targets`, or `targets` alone of a
+    language model.
+
+  Raises:
+    UserError: an unknown objective or option, a missing file, mixed formats, or
+      a name that is taken. What depends on the lengths is told when a stream
+      is opened.
+  """
+  known = objectives.OBJECTIVES
+  if objective not in known:
+    raise errors.ConfigError(errors.near(objective, known, 'objective'))
+  options = dict(options or {})
+  found = inspect.signature(known[objective]).parameters.values()
+  settings = [p.name for p in found if p.kind == p.KEYWORD_ONLY]
+  for option in options:
+    if option not in settings:
+      raise errors.ConfigError(
+        errors.near(option, settings, f'option of {objective}')
+      )
+  vocabulary = vocabulary or features.vocabulary(extra_ids=100)
+  templates = _text_templates(files, field)
+  without_inputs = objective == 'language_model'
+  return _add(
+    name,
+    by_content,
+    _source(
+      files, templates, vocabulary, example_a_row=False,
+      made_by={'objective': objective, **options},
+    ),
+    shuffle_buffer_size=SHUFFLE_BUFFER,
+    preprocessors=[
+      preprocessors.format_features(templates),
+      seqio.preprocessors.tokenize,
+      seqio.CacheDatasetPlaceholder(),
+      functools.partial(known[objective], **options),
+      seqio.preprocessors.append_eos_after_trim,
+    ],
+    output_features=(
+      features.language_model(vocabulary)
+      if without_inputs
+      else features.encoder_decoder(vocabulary)
+    ),
+  )  # fmt: skip
 
 
 def add_table_task(
@@ -261,9 +341,19 @@ def add_table_task(
 
 
 def add_corpora(
-  folder: os.PathLike | str, vocabulary: seqio.Vocabulary | None = None
+  folder: os.PathLike | str,
+  vocabulary: seqio.Vocabulary | None = None,
+  *,
+  objective: str | None = None,
+  options: Mapping[str, Any] | None = None,
 ) -> dict[str, str]:
   """Registers a task per domain of a folder made by `corpora.write_splits`.
+
+  Args:
+    folder: holds `DOMAIN/{train,validation,test}.jsonl`.
+    vocabulary: bytes by default; with 100 sentinels for an objective.
+    objective: see `add_unlabelled_task`; None gives those of `add_text_task`.
+    options: of the objective.
 
   Returns:
     `{domain: task name}`.
@@ -275,8 +365,13 @@ def add_corpora(
       split: folder / domain / f'{split}.jsonl'
       for split in ('train', 'validation', 'test')
     }
-    task = add_text_task(
-      f'corpus_{domain}', files, vocabulary=vocabulary, by_content=True
-    )
+    name = f'corpus_{domain}'
+    if objective is None:
+      task = add_text_task(name, files, vocabulary=vocabulary, by_content=True)
+    else:
+      task = add_unlabelled_task(
+        name, files, objective=objective, options=options,
+        vocabulary=vocabulary, by_content=True,
+      )  # fmt: skip
     names[domain] = task.name
   return names
