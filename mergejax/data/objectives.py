@@ -29,16 +29,12 @@ import seqio
 import tensorflow as tf
 
 from mergejax.core import errors
+from mergejax.data import documents as documents_lib
 from mergejax.data import noise
 
 Dataset = tf.data.Dataset
 Features = Mapping[str, seqio.Feature]
 Sizes = Mapping[str, int] | None
-
-# A longer document gives one piece of so many tokens an epoch.
-PIECE = 65_536
-# Documents that are joined end to end, so that fewer rows are short.
-DOCUMENTS = 128
 
 
 def span_corruption(
@@ -48,7 +44,7 @@ def span_corruption(
   *,
   density: float = 0.15,
   mean_span: float = 3.0,
-  documents: int | None = DOCUMENTS,
+  documents: int | None = documents_lib.JOINED,
   random_roll: bool = False,
 ) -> Dataset:
   """T5's denoising: spans of noise become sentinels, the targets say them.
@@ -90,11 +86,11 @@ def span_corruption(
   spans = _spans(fitting.raw, density, mean_span)
   # Where a row is turned its noise may be cut in two.
   _check_sentinels(output_features, spans + random_roll)
-  dataset = random_piece(dataset)
+  dataset = documents_lib.random_piece(dataset)
   if documents:
-    dataset = joined(dataset, documents)
+    dataset = documents_lib.joined(dataset, documents)
   return denoise(
-    rows(dataset, fitting.raw), output_features, density,
+    documents_lib.rows(dataset, fitting.raw), output_features, density,
     mask=functools.partial(
       noise.spans_mask, mean_span=mean_span, random_roll=random_roll
     ),
@@ -107,7 +103,7 @@ def independent_denoising(
   output_features: Features,
   *,
   density: float = 0.15,
-  documents: int | None = DOCUMENTS,
+  documents: int | None = documents_lib.JOINED,
 ) -> Dataset:
   """Denoising where every token is noise by itself ("i.i.d." in the paper).
 
@@ -129,11 +125,14 @@ def independent_denoising(
   _check_share(density)
   raw = _room(lengths, output_features, 'inputs')
   _check_sentinels(output_features, noise.likely_runs(raw, density))
-  dataset = random_piece(dataset)
+  dataset = documents_lib.random_piece(dataset)
   if documents:
-    dataset = joined(dataset, documents)
+    dataset = documents_lib.joined(dataset, documents)
   return denoise(
-    rows(dataset, raw), output_features, density, mask=noise.independent_mask
+    documents_lib.rows(dataset, raw),
+    output_features,
+    density,
+    mask=noise.independent_mask,
   )
 
 
@@ -156,7 +155,7 @@ def prefix_lm(
   raw = _room(lengths, output_features, 'inputs')
   # What is "noise" here is the prefix: dropped from the targets.
   return denoise(
-    rows(random_piece(dataset), raw), output_features, 0.5,
+    documents_lib.rows(documents_lib.random_piece(dataset), raw), output_features, 0.5,
     mask=noise.prefix_mask,
     inputs=lambda tokens, mask, vocab: noise.without(tokens, ~mask, vocab),
     targets=noise.without,
@@ -168,7 +167,7 @@ def language_model(
   sequence_length: Sizes,
   output_features: Features,
   *,
-  documents: int | None = DOCUMENTS,
+  documents: int | None = documents_lib.JOINED,
 ) -> Dataset:
   """Rows of text as `targets` alone.
 
@@ -185,10 +184,10 @@ def language_model(
     ConfigError: no length of targets.
   """
   lengths = _lengths(sequence_length, 'targets')
-  dataset = random_piece(dataset)
+  dataset = documents_lib.random_piece(dataset)
   if documents:
-    dataset = joined(dataset, documents)
-  return rows(dataset, _room(lengths, output_features, 'targets'))
+    dataset = documents_lib.joined(dataset, documents)
+  return documents_lib.rows(dataset, _room(lengths, output_features, 'targets'))
 
 
 # name in gin and in tasks -> the preprocessor.
@@ -208,68 +207,6 @@ def makes_rows(task: seqio.Task) -> bool:
   """
   found = [getattr(step, 'func', step) for step in task.preprocessors]
   return any(step in OBJECTIVES.values() for step in found)
-
-
-# The steps ------------------------------------------------------------------
-
-
-def random_piece(dataset: Dataset, most: int = PIECE) -> Dataset:
-  """One piece of each document: the text in parts of `most`, one at random."""
-
-  @seqio.map_over_dataset(num_seeds=1)
-  def piece(example, seed):
-    tokens = example['targets']
-    size = tf.size(tokens)
-    parts = tf.cast(tf.math.ceil(size / most), tf.int32)
-    number = tf.random.stateless_uniform(
-      [], seed, minval=0, maxval=parts, dtype=tf.int32
-    )
-    return {'targets': tokens[number * most : (number + 1) * most]}
-
-  return piece(dataset.filter(lambda example: tf.size(example['targets']) > 0))
-
-
-def joined(dataset: Dataset, documents: int = DOCUMENTS) -> Dataset:
-  """So many documents end to end, and so on; nothing stands between them."""
-  dataset = dataset.map(lambda example: {'targets': example['targets']})
-
-  def join(batch):
-    tokens = batch['targets'].flat_values
-    # A pad token, which some vocabularies make of odd text, ends no row.
-    return {'targets': tf.boolean_mask(tokens, tokens != 0)}
-
-  return dataset.ragged_batch(documents).map(
-    join, num_parallel_calls=tf.data.AUTOTUNE
-  )
-
-
-def rows(dataset: Dataset, length: int) -> Dataset:
-  """Tokens cut into rows of `length`; the last of each may be shorter."""
-
-  # T5 has a seed for rows of random lengths: it is taken here, so that those
-  # of the steps after this one are the same.
-  @seqio.map_over_dataset(num_seeds=1)
-  def cut(example, seed):
-    del seed
-    tokens = example['targets']
-    starts = tf.range(0, tf.size(tokens), length)
-    ends = tf.minimum(starts + length, tf.size(tokens))
-    return {
-      'targets': tf.RaggedTensor.from_row_limits(tokens, ends, validate=False)
-    }
-
-  dataset = dataset.filter(lambda example: tf.size(example['targets']) > 0)
-  return (
-    cut(dataset)
-    .unbatch()
-    .map(
-      lambda row: {'targets': tf.ensure_shape(_dense(row['targets']), [None])}
-    )
-  )
-
-
-def _dense(row):
-  return row.to_tensor() if isinstance(row, tf.RaggedTensor) else row
 
 
 def denoise(

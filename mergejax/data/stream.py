@@ -25,6 +25,7 @@ from mergejax.data import objectives
 from mergejax.data import samples
 from mergejax.data import sources
 from mergejax.data import tasks
+from mergejax.data import tfds_sets
 
 Batch = dict[str, np.ndarray]
 
@@ -64,10 +65,11 @@ def _converter(kind, dataset):
 
 
 def find(mixture_or_task: str, split: str) -> seqio.Task | seqio.Mixture:
-  """The task or mixture of a name, all of which has the split.
+  """The task or mixture of a name, all of which has the split and its data.
 
   Raises:
-    UserError: an unknown name (near ones are offered), or no such split.
+    UserError: an unknown name (near ones are offered), no such split, or TFDS
+      sets that are not on this machine.
   """
   known = [*seqio.MixtureRegistry.names(), *seqio.TaskRegistry.names()]
   if mixture_or_task not in known:
@@ -76,6 +78,7 @@ def find(mixture_or_task: str, split: str) -> seqio.Task | seqio.Mixture:
     )
   provider = seqio.get_mixture_or_task(mixture_or_task)
   tasks.check_split(provider, split)
+  tfds_sets.check(provider)
   return provider
 
 

@@ -8,9 +8,7 @@ them: a name that is taken by another one is an error.
 """
 
 from collections.abc import Mapping
-import functools
 import hashlib
-import inspect
 import json
 import logging
 import os
@@ -23,7 +21,6 @@ import seqio
 from mergejax.core import checksums
 from mergejax.core import errors
 from mergejax.data import features
-from mergejax.data import objectives
 from mergejax.data import preprocessors
 from mergejax.data import rows
 from mergejax.data import sources
@@ -53,10 +50,25 @@ def locate(path: os.PathLike | str) -> pathlib.Path:
   raise errors.DataError(f'There is no {path} here, {where}.')
 
 
-def _source(files, templates, vocabulary, *, example_a_row, made_by=None):
+def source_of(
+  files: Mapping[str, os.PathLike | str],
+  templates: Mapping[str, str],
+  vocabulary: seqio.Vocabulary,
+  *,
+  example_a_row: bool,
+  made_by: Mapping[str, Any] | None = None,
+) -> sources.RowSource:
   """The source of a task over files of one format.
 
-  `made_by` says what else makes examples of the rows, as plain data.
+  Args:
+    files: `{split: file}`.
+    templates: of the features; they name the columns that are read.
+    vocabulary: of the task.
+    example_a_row: see `sources.RowSource`.
+    made_by: what else makes examples of the rows, as plain data.
+
+  Raises:
+    UserError: a missing file, mixed formats, or a column that no file has.
   """
   paths = {split: locate(path) for split, path in files.items()}
   suffixes = {path.suffix for path in paths.values()}
@@ -161,7 +173,14 @@ def check_split(
       )
 
 
-def _add(name, by_content, source, **arguments) -> seqio.Task:
+def register(
+  name: str, by_content: bool, source: sources.RowSource, **arguments: Any
+) -> seqio.Task:
+  """Adds a task to seqio's, in place of one of the same content.
+
+  Raises:
+    UserError: a name that seqio does not take, or that another task has.
+  """
   if by_content:
     name = ''.join(c if c.isalnum() else '_' for c in name)
     name = f'{name}_{source.identity[:16]}'
@@ -182,7 +201,10 @@ def _add(name, by_content, source, **arguments) -> seqio.Task:
   return seqio.TaskRegistry.add(name, source=source, metric_fns=[], **arguments)
 
 
-def _text_templates(files, field):
+def text_templates(
+  files: Mapping[str, os.PathLike | str], field: str
+) -> dict[str, str]:
+  """The template of documents: a line of text, or a field of JSONL rows."""
   suffixes = {pathlib.Path(path).suffix for path in files.values()}
   return {'targets': '{text}' if '.txt' in suffixes else f'{{{field}}}'}
 
@@ -212,12 +234,12 @@ def add_text_task(
   Raises:
     UserError: a missing file, mixed formats, or a name that is taken.
   """
-  templates = _text_templates(files, field)
+  templates = text_templates(files, field)
   vocabulary = vocabulary or features.vocabulary()
-  return _add(
+  return register(
     name,
     by_content,
-    _source(files, templates, vocabulary, example_a_row=False),
+    source_of(files, templates, vocabulary, example_a_row=False),
     shuffle_buffer_size=SHUFFLE_BUFFER,
     preprocessors=[
       preprocessors.format_features(templates),
@@ -226,74 +248,6 @@ def add_text_task(
     ],
     output_features=features.language_model(vocabulary),
   )
-
-
-def add_unlabelled_task(
-  name: str,
-  files: Mapping[str, os.PathLike | str],
-  *,
-  objective: str = 'span_corruption',
-  options: Mapping[str, Any] | None = None,
-  vocabulary: seqio.Vocabulary | None = None,
-  field: str = 'text',
-  by_content: bool = False,
-) -> seqio.Task:
-  """Registers a pre-training task: text, and what is to be learned of it.
-
-  Args:
-    name: the task's name in seqio.
-    files: `{split: file}`, as in `add_text_task`.
-    objective: a name of `objectives.OBJECTIVES`.
-    options: of the objective: `{'density': 0.5}`.
-    vocabulary: bytes and 100 sentinels by default.
-    field: where JSONL rows keep the text.
-    by_content: append a digest of the content to the name, so that it cannot
-      be that of another task.
-
-  Returns:
-    The task; its features are `inputs` and `targets`, or `targets` alone of a
-    language model.
-
-  Raises:
-    UserError: an unknown objective or option, a missing file, mixed formats, or
-      a name that is taken. What depends on the lengths is told when a stream
-      is opened.
-  """
-  known = objectives.OBJECTIVES
-  if objective not in known:
-    raise errors.ConfigError(errors.near(objective, known, 'objective'))
-  options = dict(options or {})
-  found = inspect.signature(known[objective]).parameters.values()
-  settings = [p.name for p in found if p.kind == p.KEYWORD_ONLY]
-  for option in options:
-    if option not in settings:
-      raise errors.ConfigError(
-        errors.near(option, settings, f'option of {objective}')
-      )
-  vocabulary = vocabulary or features.vocabulary(extra_ids=100)
-  templates = _text_templates(files, field)
-  without_inputs = objective == 'language_model'
-  return _add(
-    name,
-    by_content,
-    _source(
-      files, templates, vocabulary, example_a_row=False,
-      made_by={'objective': objective, **options},
-    ),
-    shuffle_buffer_size=SHUFFLE_BUFFER,
-    preprocessors=[
-      preprocessors.format_features(templates),
-      seqio.preprocessors.tokenize,
-      seqio.CacheDatasetPlaceholder(),
-      functools.partial(known[objective], **options),
-      seqio.preprocessors.append_eos_after_trim,
-    ],
-    output_features=(
-      features.language_model(vocabulary)
-      if without_inputs
-      else features.encoder_decoder(vocabulary)
-    ),
-  )  # fmt: skip
 
 
 def add_table_task(
@@ -326,10 +280,10 @@ def add_table_task(
   """
   templates = {'inputs': inputs, 'targets': targets}
   vocabulary = vocabulary or features.vocabulary()
-  return _add(
+  return register(
     name,
     by_content,
-    _source(files, templates, vocabulary, example_a_row=True),
+    source_of(files, templates, vocabulary, example_a_row=True),
     shuffle_buffer_size=None,  # the source shuffles whole files
     preprocessors=[
       preprocessors.format_features(templates),
@@ -340,38 +294,30 @@ def add_table_task(
   )
 
 
-def add_corpora(
+def corpora_files(
   folder: os.PathLike | str,
-  vocabulary: seqio.Vocabulary | None = None,
-  *,
-  objective: str | None = None,
-  options: Mapping[str, Any] | None = None,
+) -> dict[str, dict[str, pathlib.Path]]:
+  """`{domain: {split: file}}` of a folder made by `corpora.write_splits`."""
+  folder = pathlib.Path(folder)
+  splits = ('train', 'validation', 'test')
+  return {
+    domain: {split: folder / domain / f'{split}.jsonl' for split in splits}
+    for domain in sorted(p.name for p in folder.iterdir() if p.is_dir())
+  }
+
+
+def add_corpora(
+  folder: os.PathLike | str, vocabulary: seqio.Vocabulary | None = None
 ) -> dict[str, str]:
   """Registers a task per domain of a folder made by `corpora.write_splits`.
-
-  Args:
-    folder: holds `DOMAIN/{train,validation,test}.jsonl`.
-    vocabulary: bytes by default; with 100 sentinels for an objective.
-    objective: see `add_unlabelled_task`; None gives those of `add_text_task`.
-    options: of the objective.
 
   Returns:
     `{domain: task name}`.
   """
-  folder = pathlib.Path(folder)
   names = {}
-  for domain in sorted(p.name for p in folder.iterdir() if p.is_dir()):
-    files = {
-      split: folder / domain / f'{split}.jsonl'
-      for split in ('train', 'validation', 'test')
-    }
-    name = f'corpus_{domain}'
-    if objective is None:
-      task = add_text_task(name, files, vocabulary=vocabulary, by_content=True)
-    else:
-      task = add_unlabelled_task(
-        name, files, objective=objective, options=options,
-        vocabulary=vocabulary, by_content=True,
-      )  # fmt: skip
+  for domain, files in corpora_files(folder).items():
+    task = add_text_task(
+      f'corpus_{domain}', files, vocabulary=vocabulary, by_content=True
+    )
     names[domain] = task.name
   return names

@@ -10,6 +10,7 @@ import seqio
 import tensorflow as tf
 
 from mergejax.core import errors
+from mergejax.data import documents as documents_lib
 from mergejax.data import features
 from mergejax.data import noise
 from mergejax.data import objectives
@@ -171,16 +172,16 @@ class ObjectivesTest(parameterized.TestCase):
     self.assertEqual(sum(rows, []), sum(texts, []))
 
   def test_of_a_long_document_a_piece_is_taken(self):
-    long = np.arange(objectives.PIECE * 2 + 5, dtype=np.int32)
+    long = np.arange(documents_lib.PIECE * 2 + 5, dtype=np.int32)
     seen = set()
     for seed in range(12):
       with seqio.map_seed_manager(seed):
-        dataset = objectives.random_piece(documents(long))
+        dataset = documents_lib.random_piece(documents(long))
       (row,) = dataset.as_numpy_iterator()
       start = int(row['targets'][0])
-      seen.add(start // objectives.PIECE)
-      self.assertEqual(start % objectives.PIECE, 0)
-      size = 5 if start == 2 * objectives.PIECE else objectives.PIECE
+      seen.add(start // documents_lib.PIECE)
+      self.assertEqual(start % documents_lib.PIECE, 0)
+      size = 5 if start == 2 * documents_lib.PIECE else documents_lib.PIECE
       np.testing.assert_array_equal(row['targets'], long[start:][:size])
     self.assertEqual(seen, {0, 1, 2})
 

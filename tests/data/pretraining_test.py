@@ -42,7 +42,7 @@ class PretrainingTest(parameterized.TestCase):
 
   def task(self, name='spans', **options):
     write(self.folder / 'in')
-    return tasks.add_unlabelled_task(
+    return pretraining.add_unlabelled_task(
       name, {'train': self.folder / 'in' / '0.jsonl'}, by_content=True,
       **options,
     ).name  # fmt: skip
