@@ -78,7 +78,7 @@ def find(mixture_or_task: str, split: str) -> seqio.Task | seqio.Mixture:
     )
   provider = seqio.get_mixture_or_task(mixture_or_task)
   tasks.check_split(provider, split)
-  tfds_sets.check(provider)
+  tfds_sets.check(seqio.get_subtasks(provider))
   return provider
 
 

@@ -18,9 +18,11 @@ import seqio
 
 from mergejax.core import errors
 from mergejax.data import features
+from mergejax.data import mixtures
 from mergejax.data import postprocessors as post
 from mergejax.data import text_metrics
 from mergejax.data import text_preprocessors as text
+from mergejax.data import tfds_sets
 
 _part = functools.partial
 _SPLITS = {name: name for name in ('train', 'validation', 'test')}
@@ -242,3 +244,35 @@ def add(
     postprocess_fn=spec.postprocess,
     metric_fns=list(spec.metrics),
   )
+
+
+def add_mixture(
+  names: Sequence[str],
+  *,
+  cap: float | None = 1 << 19,
+  temperature: float = 1.0,
+  vocabulary: seqio.Vocabulary | None = None,
+  data_dir: str | None = None,
+) -> seqio.Mixture:
+  """Registers tasks of the suite and their mixture, by numbers of examples.
+
+  Args:
+    names: of `TASKS`.
+    cap: see `mixtures.rate`; T5's 2^19.
+    temperature: likewise.
+    vocabulary: see `add`.
+    data_dir: likewise.
+
+  Returns:
+    The mixture, named after its content.
+
+  Raises:
+    DataError: see `add`; sets that are not on this machine, all at once.
+  """
+  options = dict(vocabulary=vocabulary, data_dir=data_dir)
+  tasks = [add(name, **options) for name in names]
+  tfds_sets.check(tasks)
+  return mixtures.add_mixture(
+    't5_tasks', [task.name for task in tasks], cap=cap, temperature=temperature,
+    by_content=True,
+  )  # fmt: skip

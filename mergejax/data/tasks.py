@@ -24,6 +24,7 @@ from mergejax.data import features
 from mergejax.data import preprocessors
 from mergejax.data import rows
 from mergejax.data import sources
+from mergejax.data import tfds_sets
 
 # Files are shuffled whole; but a document yields its pieces in order, so that
 # many pieces are shuffled again. They are part of a stream's state.
@@ -146,12 +147,14 @@ def num_examples(task: str, split: str = 'train') -> int:
   every saved position of a stream.
 
   Raises:
-    UserError: the task has no such split, or does not know how many it has.
+    UserError: the task has no such split, does not know how many it has, or
+      its TFDS set is not on this machine.
   """
   one = seqio.TaskRegistry.get(task)
   check_split(one, split)
   if isinstance(one.source, sources.RowSource):
     return len(one.source.rows(split))
+  tfds_sets.check([one])
   count = one.num_input_examples(split)
   if count is None:
     raise errors.DataError(

@@ -235,3 +235,25 @@ def definite_pronoun(dataset: Dataset) -> Dataset:
     return {'inputs': 'wsc: ' + text, 'targets': targets}
 
   return one(dataset)
+
+
+def answer(dataset: Dataset, name: str, inputs: str, targets: str) -> Dataset:
+  """`NAME: INPUTS` -> TARGETS, or the first of them; all are kept as answers.
+
+  Args:
+    dataset: rows.
+    name: of the task, which begins the inputs.
+    inputs: column with a text.
+    targets: column with a text or a list of texts.
+  """
+
+  @seqio.map_over_dataset
+  def one(row):
+    answers = tf.reshape(row[targets], [-1])
+    return {
+      'inputs': name + ': ' + row[inputs],
+      'targets': tf.concat([answers, ['']], 0)[0],
+      'answers': answers,
+    }
+
+  return one(dataset)

@@ -2,19 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which TFDS sets are on this machine, asked without a network."""
 
-from collections.abc import Iterable
-import functools
+from collections.abc import Iterable, Sequence
+import logging
 
 import seqio
 import tensorflow_datasets as tfds
 
 from mergejax.core import errors
-
-
-@functools.cache
-def known() -> frozenset[str]:
-  """Names of the sets that the installed TFDS can make."""
-  return frozenset(tfds.list_builders(with_community_datasets=False))
 
 
 def state(name: str, data_dir: str | None = None) -> str:
@@ -24,13 +18,18 @@ def state(name: str, data_dir: str | None = None) -> str:
     name: `set`, `set/config` or `set/config:version`.
     data_dir: TFDS's own by default (`TFDS_DATA_DIR`, `~/tensorflow_datasets`).
   """
+  logger = logging.getLogger('absl')
+  level = logger.level
+  logger.setLevel(logging.ERROR)  # TFDS warns of folders without data
   try:
     builder = tfds.builder(name, data_dir=data_dir, try_gcs=False)
+    return 'ready' if builder.is_prepared() else 'to build'
   except tfds.core.DatasetNotFoundError:
     return 'unknown'
   except (ValueError, AssertionError):  # no such configuration or version
     return 'unknown'
-  return 'ready' if builder.is_prepared() else 'to build'
+  finally:
+    logger.setLevel(level)
 
 
 def missing(tasks: Iterable[seqio.Task]) -> dict[str, tuple[str, str]]:
@@ -56,13 +55,12 @@ def _places(loader, splits):
   return {(name, folder or '') for name, folder in params}
 
 
-def check(provider: seqio.Task | seqio.Mixture) -> None:
-  """Raises if a set of a task or of a mixture's members is not ready.
+def check(tasks: Sequence[seqio.Task]) -> None:
+  """Raises if the set of a task is not ready.
 
   Raises:
     DataError: lists them all, and says how each is had.
   """
-  tasks = seqio.get_subtasks(provider)
   absent = missing(tasks)
   if not absent:
     return
@@ -78,7 +76,4 @@ def check(provider: seqio.Task | seqio.Mixture) -> None:
       f'`tfds build {build[0].split(":")[0]}`, with TFDS_DATA_DIR where all '
       'machines read it. '
     )
-  raise errors.DataError(
-    f'{message}Or leave these tasks out, for example with '
-    'exmix(missing="skip").'
-  )
+  raise errors.DataError(f'{message}Or leave these tasks out.')

@@ -11,10 +11,15 @@ from unittest import mock
 from absl.testing import absltest
 from absl.testing import parameterized
 import numpy as np
+import seqio
 
+import gin
+from mergejax.cli import common
 from mergejax.cli import main as main_lib
+from mergejax.cli import train
 from mergejax.core import errors
 from mergejax.data import features
+from mergejax.data import machine_text
 from mergejax.data import pretraining
 from mergejax.data import stream
 from mergejax.data import tasks
@@ -157,6 +162,23 @@ class PretrainingTest(parameterized.TestCase):
     )
     self.assertEqual(code, 0)
     self.assertTrue((self.folder / 'out' / 'model').exists())
+
+  @parameterized.parameters(
+    ('exmix', 'Of 107 tasks of ExMix, 107 cannot be had here'),
+    ('t5_tasks', 'Of 1 tasks, 1 have no data here'),
+  )
+  def test_gin_files_of_mixtures(self, name, message):
+    settings = {'CORPORA': 'None', 'MODEL_DIR': str(self.folder)}
+    if name == 't5_tasks':
+      settings['TASKS'] = "['glue_rte_v002']"
+      self.addCleanup(seqio.TaskRegistry.remove, 'glue_rte_v002')
+    common.parse_gin(
+      ['runs/pretrain.gin', f'mixtures/{name}.gin'], settings.items()
+    )
+    one_domain = {'a': [('train', 'some text of a domain ' * 9)]}
+    with mock.patch.object(machine_text, 'domains', lambda: one_domain):
+      with self.assertRaisesRegex(errors.DataError, message):
+        gin.get_configurable(train.run)()
 
 
 if __name__ == '__main__':
