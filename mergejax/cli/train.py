@@ -30,6 +30,7 @@ from mergejax.cli import start as start_lib
 from mergejax.cli import t5x_gin
 from mergejax.core import errors
 from mergejax.core import files as files_lib
+from mergejax.data import mixtures
 from mergejax.data import stream as stream_lib
 from mergejax.training import batches
 from mergejax.training import callbacks as callbacks_lib
@@ -210,8 +211,10 @@ def train_model(
   where = same_run.layout(trainer.mesh)
   same_run.check(record, settings, where)
   name = getattr(mixture_or_task, 'name', mixture_or_task)
-  if kind == 'encoder_decoder' and jax.process_index() == 0:
-    stream_lib.tell_cuts(name, 'train', lengths)
+  if jax.process_index() == 0:
+    if kind == 'encoder_decoder':
+      stream_lib.tell_cuts(name, 'train', lengths)
+    tell_mixture(name, steps, batch_size)
   key = jax.random.key(seed)
   same_run.write(record, settings, where)
   state = trainer.fit(
@@ -270,6 +273,15 @@ def _told(value):
   text = getattr(value, '__qualname__', repr(value))
   # Objects that say nothing of themselves say where they lie in memory.
   return re.sub(r' at 0x[0-9a-f]+', '', text)
+
+
+def tell_mixture(name: str, steps: int, batch_size: int) -> None:
+  """Prints what a mixture of several tasks draws; of a task, nothing."""
+  if name in seqio.MixtureRegistry.names():
+    shares = mixtures.probabilities(name, steps=steps, batch_size=batch_size)
+    if len(shares) > 1:
+      print(f'{name}, of each row one example:', file=sys.stderr)
+      print(mixtures.table(shares), file=sys.stderr)
 
 
 def _open_data(
