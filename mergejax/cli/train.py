@@ -27,14 +27,17 @@ from mergejax.checkpoints import assignment
 from mergejax.cli import common
 from mergejax.cli import same_run
 from mergejax.cli import start as start_lib
+from mergejax.cli import t5x_gin
 from mergejax.core import errors
 from mergejax.core import files as files_lib
+from mergejax.data import mixtures
 from mergejax.data import stream as stream_lib
 from mergejax.training import batches
 from mergejax.training import callbacks as callbacks_lib
 from mergejax.training import checkpoints
 from mergejax.training import objective as objective_lib
 from mergejax.training import optim
+from mergejax.training import peers
 from mergejax.training import streams
 from mergejax.training import trainer as trainer_lib
 from mergejax.training import transforms as transforms_lib
@@ -52,7 +55,8 @@ def main(arguments: Sequence[str]) -> None:
   parser.add_argument(
     '--gin_file',
     action='append',
-    help='a gin file; later ones add to and override earlier ones',
+    help='a gin file, of ours or of T5X; later ones add to and override '
+    'earlier ones',
   )
   parser.add_argument('--gin_search_paths', help='folders, comma-separated')
   parser.add_argument(
@@ -73,7 +77,8 @@ def main(arguments: Sequence[str]) -> None:
   options = parser.parse_args(rest)
   if not files:
     raise errors.ConfigError('mergejax train needs --gin_file=FILE.')
-  common.parse_gin(files, bindings, paths)
+  with t5x_gin.in_our_words(files, bindings, paths) as (files, bindings):
+    common.parse_gin(files, bindings, paths)
   if options.dry_run:
     print(gin.config_str())
     return
@@ -90,6 +95,7 @@ def trainer_callbacks(
   """Progress, JSON lines and TensorBoard, and those of the user before them."""
   return [
     *callbacks,
+    peers.watch_peers(),
     callbacks_lib.progress(),
     callbacks_lib.jsonl(),
     callbacks_lib.tensorboard(),
@@ -205,8 +211,10 @@ def train_model(
   where = same_run.layout(trainer.mesh)
   same_run.check(record, settings, where)
   name = getattr(mixture_or_task, 'name', mixture_or_task)
-  if kind == 'encoder_decoder' and jax.process_index() == 0:
-    stream_lib.tell_cuts(name, 'train', lengths)
+  if jax.process_index() == 0:
+    if kind == 'encoder_decoder':
+      stream_lib.tell_cuts(name, 'train', lengths)
+    tell_mixture(name, steps, batch_size)
   key = jax.random.key(seed)
   given = begin.arguments(trainer, steps, key, directory / 'train')
   same_run.write(record, settings, where)
@@ -266,6 +274,15 @@ def _told(value):
   text = getattr(value, '__qualname__', repr(value))
   # Objects that say nothing of themselves say where they lie in memory.
   return re.sub(r' at 0x[0-9a-f]+', '', text)
+
+
+def tell_mixture(name: str, steps: int, batch_size: int) -> None:
+  """Prints what a mixture of several tasks draws; of a task, nothing."""
+  if name in seqio.MixtureRegistry.names():
+    shares = mixtures.probabilities(name, steps=steps, batch_size=batch_size)
+    if len(shares) > 1:
+      print(f'{name}, of each row one example:', file=sys.stderr)
+      print(mixtures.table(shares), file=sys.stderr)
 
 
 def _open_data(
