@@ -22,6 +22,8 @@ _DATA = [
 ]
 _PLOTS = ['matplotlib>=3.9']
 _SEARCH = ['cmaes>=0.11']
+# BLEU and ROUGE.
+_METRICS = ['rouge-score>=0.1.2', 'sacrebleu>=2.4']
 
 setuptools.setup(
   name='mergejax',
@@ -58,6 +60,7 @@ setuptools.setup(
   ],
   extras_require={
     'data': _DATA,
+    'metrics': _METRICS,
     'plots': _PLOTS,
     'search': _SEARCH,
     'tpu': ['jax[tpu]>=0.10,<0.13'],
@@ -65,6 +68,7 @@ setuptools.setup(
       *_DATA,
       *_PLOTS,
       *_SEARCH,
+      *_METRICS,
       'hypothesis>=6.100',
       'pytest>=8.3',
       'pytest-xdist>=3.6',

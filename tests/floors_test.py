@@ -22,7 +22,7 @@ FLOORS = {
     'merging': 6, 'align': 6,
     'training': 7,
     'experts': 8, 'select': 8,
-    'evaluation': 9,
+    'evaluation': 9, 'pods': 9,
     'search': 10,
     'analysis': 11,
     'cli': 12, '__main__': 13, '__init__': 13,

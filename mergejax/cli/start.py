@@ -2,16 +2,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where a run starts from: fresh, from parameters, or where another stopped."""
 
+from collections.abc import Callable
 import dataclasses
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 from mergejax import models
 from mergejax.checkpoints import assignment
+from mergejax.checkpoints import base as store_base
 from mergejax.checkpoints import checkpoint
 from mergejax.core import errors
+from mergejax.core import typing
 from mergejax.models import architectures
 from mergejax.statistics import saved
 from mergejax.training import trainer as trainer_lib
@@ -74,28 +77,42 @@ class Start:
     }
     return {name: value for name, value in found.items() if value is not None}
 
-  def check(self, module: Any) -> None:
-    """Raises unless the checkpoint computes what the module does.
+  def check(self, module: Any) -> 'Begin | None':
+    """Finds the parameters, and checks that the module computes with them.
 
-    Reads no weight. A checkpoint without `config.json` says nothing of what it
-    computes; one that is restored by rules need not compute the same.
+    A checkpoint without `config.json` says nothing of what it computes; one
+    that is restored by rules need not compute the same.
+
+    Returns:
+      What begins the run; None for a fresh one.
+
+    Raises:
+      UserError: the checkpoint is of another model.
     """
     path = self.checkpoint
-    if path is None or self.rules is not None:
-      return
-    if checkpoint.read_config(path) is None:
-      checkpoint.open_weights(path)
-      return
-    loaded = models.load_module(path)
-    architectures.check(
-      {
-        'the configured module': models.describe(module),
-        str(path): models.describe(loaded),
-      },
-      'Configure the module as the checkpoint was trained.',
-      # Tables are copied to every layer, or must be alike.
-      ignored=('relative_per_layer',),
+    if path is None:
+      return None
+    if self.rules is None and checkpoint.read_config(path) is not None:
+      architectures.check(
+        {
+          'the configured module': models.describe(module),
+          str(path): models.describe(models.load_module(path)),
+        },
+        'Configure the module as the checkpoint was trained.',
+        # Tables are copied to every layer, or must be alike.
+        ignored=('relative_per_layer',),
+      )
+    read = models.fit_params(
+      path,
+      module,
+      rules=self.rules,
+      fallback_to_scratch=self.fallback_to_scratch,
+      pad_vocabulary=self.pad_vocabulary,
     )
+    store = None
+    if self.restore == 'state':
+      store = checkpoint.open_state(path)
+    return Begin(read, store)
 
   def fingerprint(self) -> str | None:
     """Of the checkpoint's weights; None for fresh parameters."""
@@ -103,21 +120,23 @@ class Start:
       return None
     return saved.fingerprint(checkpoint.open_checkpoint(self.checkpoint))
 
-  def begin(
+
+class Begin(NamedTuple):
+  """What begins a run.
+
+  Attributes:
+    read: `(key) -> parameters`.
+    store: of the moments and the step number; None: of step 0, without any.
+  """
+
+  read: Callable[[jax.Array], typing.Tree]
+  store: store_base.ParamStore | None
+
+  def arguments(
     self, trainer: trainer_lib.Trainer, steps: int, key: jax.Array
   ) -> dict[str, Any]:
-    """Arguments for `trainer.fit`: nothing, `params` or `state`."""
-    if self.checkpoint is None:
-      return {}
-    params = models.load_params(
-      self.checkpoint,
-      trainer.family,
-      rules=self.rules,
-      fallback_to_scratch=self.fallback_to_scratch,
-      pad_vocabulary=self.pad_vocabulary,
-      key=key,
-    )
-    if self.restore == 'params':
+    """What `trainer.fit` begins with: `params` or `state`."""
+    params = self.read(key)
+    if self.store is None:
       return {'params': params}
-    store = checkpoint.open_state(self.checkpoint)
-    return {'state': trainer.begin(steps, params, key, store)}
+    return {'state': trainer.begin(steps, params, key, self.store)}

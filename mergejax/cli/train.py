@@ -30,12 +30,14 @@ from mergejax.cli import start as start_lib
 from mergejax.cli import t5x_gin
 from mergejax.core import errors
 from mergejax.core import files as files_lib
+from mergejax.data import mixtures
 from mergejax.data import stream as stream_lib
 from mergejax.training import batches
 from mergejax.training import callbacks as callbacks_lib
 from mergejax.training import checkpoints
 from mergejax.training import objective as objective_lib
 from mergejax.training import optim
+from mergejax.training import peers
 from mergejax.training import streams
 from mergejax.training import trainer as trainer_lib
 from mergejax.training import transforms as transforms_lib
@@ -93,6 +95,7 @@ def trainer_callbacks(
   """Progress, JSON lines and TensorBoard, and those of the user before them."""
   return [
     *callbacks,
+    peers.watch_peers(),
     callbacks_lib.progress(),
     callbacks_lib.jsonl(),
     callbacks_lib.tensorboard(),
@@ -179,7 +182,7 @@ def train_model(
     initial_checkpoint, restore, restore_step, restore_rules,
     fallback_to_scratch, pad_vocabulary,
   )  # fmt: skip
-  start.check(module)
+  begin = start.check(module)
   trainer = trainer_lib.Trainer(
     module,
     optimizer_of(optimizer, steps),
@@ -208,17 +211,18 @@ def train_model(
   where = same_run.layout(trainer.mesh)
   same_run.check(record, settings, where)
   name = getattr(mixture_or_task, 'name', mixture_or_task)
-  if kind == 'encoder_decoder' and jax.process_index() == 0:
-    stream_lib.tell_cuts(name, 'train', lengths)
+  if jax.process_index() == 0:
+    if kind == 'encoder_decoder':
+      stream_lib.tell_cuts(name, 'train', lengths)
+    tell_mixture(name, steps, batch_size)
   key = jax.random.key(seed)
-  begin = start.begin(trainer, steps, key)
   same_run.write(record, settings, where)
   state = trainer.fit(
     stream,
     steps=steps,
     directory=directory / 'train',
     key=key,
-    **begin,
+    **(begin.arguments(trainer, steps, key) if begin else {}),
     local_rows=local_rows,
     save_every=save_every,
     log_every=log_every,
@@ -269,6 +273,15 @@ def _told(value):
   text = getattr(value, '__qualname__', repr(value))
   # Objects that say nothing of themselves say where they lie in memory.
   return re.sub(r' at 0x[0-9a-f]+', '', text)
+
+
+def tell_mixture(name: str, steps: int, batch_size: int) -> None:
+  """Prints what a mixture of several tasks draws; of a task, nothing."""
+  if name in seqio.MixtureRegistry.names():
+    shares = mixtures.probabilities(name, steps=steps, batch_size=batch_size)
+    if len(shares) > 1:
+      print(f'{name}, of each row one example:', file=sys.stderr)
+      print(mixtures.table(shares), file=sys.stderr)
 
 
 def _open_data(

@@ -10,25 +10,31 @@ import seqio
 from mergejax.core import errors
 
 
-def vocabulary(name: os.PathLike | str = 'bytes') -> seqio.Vocabulary:
+def vocabulary(
+  name: os.PathLike | str = 'bytes', extra_ids: int | None = None
+) -> seqio.Vocabulary:
   """A vocabulary by name or file.
 
   Args:
     name: `'bytes'` (259 ids: padding, end, unknown, then the bytes), or the
-      path of a SentencePiece `.model`, to which T5's 100 sentinels are added.
+      path of a SentencePiece `.model`.
+    extra_ids: sentinels after the last id, which span corruption needs; by
+      default none for bytes, T5's 100 for SentencePiece. mT5's model has them
+      inside: 0.
 
   Raises:
     UserError: the file is missing.
   """
   if str(name) == 'bytes':
-    return seqio.ByteVocabulary()
+    return seqio.ByteVocabulary(extra_ids=extra_ids or 0)
   path = pathlib.Path(name).expanduser()
   if not path.is_file():
     raise errors.DataError(
       f'There is no SentencePiece model at {path}. Give the path of a .model '
       "file, or 'bytes'."
     )
-  return seqio.SentencePieceVocabulary(str(path), extra_ids=100)
+  extra_ids = 100 if extra_ids is None else extra_ids
+  return seqio.SentencePieceVocabulary(str(path), extra_ids=extra_ids)
 
 
 def encoder_decoder(vocab: seqio.Vocabulary) -> dict[str, seqio.Feature]:

@@ -21,9 +21,11 @@ import tensorflow as tf
 
 from mergejax.core import errors
 from mergejax.data import identity
+from mergejax.data import objectives
 from mergejax.data import samples
 from mergejax.data import sources
 from mergejax.data import tasks
+from mergejax.data import tfds_sets
 
 Batch = dict[str, np.ndarray]
 
@@ -63,10 +65,11 @@ def _converter(kind, dataset):
 
 
 def find(mixture_or_task: str, split: str) -> seqio.Task | seqio.Mixture:
-  """The task or mixture of a name, all of which has the split.
+  """The task or mixture of a name, all of which has the split and its data.
 
   Raises:
-    UserError: an unknown name (near ones are offered), or no such split.
+    UserError: an unknown name (near ones are offered), no such split, or TFDS
+      sets that are not on this machine.
   """
   known = [*seqio.MixtureRegistry.names(), *seqio.TaskRegistry.names()]
   if mixture_or_task not in known:
@@ -75,6 +78,7 @@ def find(mixture_or_task: str, split: str) -> seqio.Task | seqio.Mixture:
     )
   provider = seqio.get_mixture_or_task(mixture_or_task)
   tasks.check_split(provider, split)
+  tfds_sets.check(seqio.get_subtasks(provider))
   return provider
 
 
@@ -104,6 +108,29 @@ def _check_lengths(lengths, kind):
     )
   for name, length in lengths.items():
     check_positive(f'length of {name}', length)
+
+
+def batch_lengths(
+  lengths: Mapping[str, int], *, kind: str, pack: bool
+) -> dict[str, int]:
+  """Positions of a row of every array of a batch; opens no data.
+
+  Args:
+    lengths: tokens per feature.
+    kind: as of `SeqioStream`.
+    pack: likewise.
+
+  Raises:
+    UserError: lengths of other features than the kind has.
+
+  Example:
+    >>> batch_lengths({'targets': 8}, kind='lm', pack=False)
+    {'decoder_target_tokens': 8, 'decoder_input_tokens': 8, \
+'decoder_loss_weights': 8}
+  """
+  _check_lengths(lengths, kind)
+  converter = _CONVERTERS[kind](pack=pack)
+  return dict(converter.get_model_feature_lengths(dict(lengths)))
 
 
 def check_positive(what: str, value: Any) -> None:
@@ -314,7 +341,7 @@ def evaluation_batches(
   if max_examples is not None:
     check_positive('number of examples', max_examples)
     provider = samples.narrowed(provider, split, max_examples)
-  if kind in ('encoder_decoder', 'prefix_lm'):
+  if kind in ('encoder_decoder', 'prefix_lm') and not _cut_by_itself(provider):
     _check_cuts(provider, split, lengths, max_examples, answers)
   dataset = _plain(provider, split, lengths)
   rows = list(_read(_converter(kind, dataset), dataset, lengths, max_examples))
@@ -323,6 +350,12 @@ def evaluation_batches(
       f'The split {split!r} of {mixture_or_task} has no example.'
     )
   return _in_batches(rows, batch_size)
+
+
+def _cut_by_itself(provider):
+  return any(
+    objectives.makes_rows(task) for task in seqio.get_subtasks(provider)
+  )
 
 
 def _plain(provider, split, lengths):

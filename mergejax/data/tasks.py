@@ -14,6 +14,7 @@ import logging
 import os
 import pathlib
 import re
+from typing import Any
 
 import seqio
 
@@ -23,6 +24,7 @@ from mergejax.data import features
 from mergejax.data import preprocessors
 from mergejax.data import rows
 from mergejax.data import sources
+from mergejax.data import tfds_sets
 
 # Files are shuffled whole; but a document yields its pieces in order, so that
 # many pieces are shuffled again. They are part of a stream's state.
@@ -49,8 +51,26 @@ def locate(path: os.PathLike | str) -> pathlib.Path:
   raise errors.DataError(f'There is no {path} here, {where}.')
 
 
-def _source(files, templates, vocabulary, *, example_a_row):
-  """The source of a task over files of one format."""
+def source_of(
+  files: Mapping[str, os.PathLike | str],
+  templates: Mapping[str, str],
+  vocabulary: seqio.Vocabulary,
+  *,
+  example_a_row: bool,
+  made_by: Mapping[str, Any] | None = None,
+) -> sources.RowSource:
+  """The source of a task over files of one format.
+
+  Args:
+    files: `{split: file}`.
+    templates: of the features; they name the columns that are read.
+    vocabulary: of the task.
+    example_a_row: see `sources.RowSource`.
+    made_by: what else makes examples of the rows, as plain data.
+
+  Raises:
+    UserError: a missing file, mixed formats, or a column that no file has.
+  """
   paths = {split: locate(path) for split, path in files.items()}
   suffixes = {path.suffix for path in paths.values()}
   if len(suffixes) != 1 or not suffixes <= set(rows.SUFFIXES):
@@ -66,6 +86,7 @@ def _source(files, templates, vocabulary, *, example_a_row):
     'templates': dict(templates),
     'vocabulary': _identity(vocabulary),
     'example_a_row': example_a_row,
+    **({'made_by': made_by} if made_by else {}),
   }
   digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode())
   source = sources.RowSource(
@@ -126,12 +147,14 @@ def num_examples(task: str, split: str = 'train') -> int:
   every saved position of a stream.
 
   Raises:
-    UserError: the task has no such split, or does not know how many it has.
+    UserError: the task has no such split, does not know how many it has, or
+      its TFDS set is not on this machine.
   """
   one = seqio.TaskRegistry.get(task)
   check_split(one, split)
   if isinstance(one.source, sources.RowSource):
     return len(one.source.rows(split))
+  tfds_sets.check([one])
   count = one.num_input_examples(split)
   if count is None:
     raise errors.DataError(
@@ -153,7 +176,14 @@ def check_split(
       )
 
 
-def _add(name, by_content, source, **arguments) -> seqio.Task:
+def register(
+  name: str, by_content: bool, source: sources.RowSource, **arguments: Any
+) -> seqio.Task:
+  """Adds a task to seqio's, in place of one of the same content.
+
+  Raises:
+    UserError: a name that seqio does not take, or that another task has.
+  """
   if by_content:
     name = ''.join(c if c.isalnum() else '_' for c in name)
     name = f'{name}_{source.identity[:16]}'
@@ -172,6 +202,14 @@ def _add(name, by_content, source, **arguments) -> seqio.Task:
     # The same content may lie elsewhere now.
     seqio.TaskRegistry.remove(name)
   return seqio.TaskRegistry.add(name, source=source, metric_fns=[], **arguments)
+
+
+def text_templates(
+  files: Mapping[str, os.PathLike | str], field: str
+) -> dict[str, str]:
+  """The template of documents: a line of text, or a field of JSONL rows."""
+  suffixes = {pathlib.Path(path).suffix for path in files.values()}
+  return {'targets': '{text}' if '.txt' in suffixes else f'{{{field}}}'}
 
 
 def add_text_task(
@@ -199,13 +237,12 @@ def add_text_task(
   Raises:
     UserError: a missing file, mixed formats, or a name that is taken.
   """
-  suffixes = {pathlib.Path(path).suffix for path in files.values()}
-  templates = {'targets': '{text}' if '.txt' in suffixes else f'{{{field}}}'}
+  templates = text_templates(files, field)
   vocabulary = vocabulary or features.vocabulary()
-  return _add(
+  return register(
     name,
     by_content,
-    _source(files, templates, vocabulary, example_a_row=False),
+    source_of(files, templates, vocabulary, example_a_row=False),
     shuffle_buffer_size=SHUFFLE_BUFFER,
     preprocessors=[
       preprocessors.format_features(templates),
@@ -246,10 +283,10 @@ def add_table_task(
   """
   templates = {'inputs': inputs, 'targets': targets}
   vocabulary = vocabulary or features.vocabulary()
-  return _add(
+  return register(
     name,
     by_content,
-    _source(files, templates, vocabulary, example_a_row=True),
+    source_of(files, templates, vocabulary, example_a_row=True),
     shuffle_buffer_size=None,  # the source shuffles whole files
     preprocessors=[
       preprocessors.format_features(templates),
@@ -260,6 +297,18 @@ def add_table_task(
   )
 
 
+def corpora_files(
+  folder: os.PathLike | str,
+) -> dict[str, dict[str, pathlib.Path]]:
+  """`{domain: {split: file}}` of a folder made by `corpora.write_splits`."""
+  folder = pathlib.Path(folder)
+  splits = ('train', 'validation', 'test')
+  return {
+    domain: {split: folder / domain / f'{split}.jsonl' for split in splits}
+    for domain in sorted(p.name for p in folder.iterdir() if p.is_dir())
+  }
+
+
 def add_corpora(
   folder: os.PathLike | str, vocabulary: seqio.Vocabulary | None = None
 ) -> dict[str, str]:
@@ -268,13 +317,8 @@ def add_corpora(
   Returns:
     `{domain: task name}`.
   """
-  folder = pathlib.Path(folder)
   names = {}
-  for domain in sorted(p.name for p in folder.iterdir() if p.is_dir()):
-    files = {
-      split: folder / domain / f'{split}.jsonl'
-      for split in ('train', 'validation', 'test')
-    }
+  for domain, files in corpora_files(folder).items():
     task = add_text_task(
       f'corpus_{domain}', files, vocabulary=vocabulary, by_content=True
     )

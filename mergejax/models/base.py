@@ -425,3 +425,21 @@ class ModelFamily:
       `(<float32>[batch, vocab] logits of the next token, cache)`.
     """
     raise errors.ConfigError(f'{self.model_type} models do not decode.')
+
+  def cache_rows(self, path: typing.Path, leaf: jax.Array) -> int | None:
+    """The axis along which a leaf of the cache has the rows of the batch.
+
+    Several answers to a row (beams, samples) have a row of their own in what is
+    told here, side by side, and beams are moved along it. What all answers to a
+    row share is kept once: `decode_step` gets more tokens than it has rows.
+
+    Args:
+      path: of the leaf in the cache.
+      leaf: of the cache.
+
+    Returns:
+      The axis, or None: nothing to repeat. By default 0, of all arrays that
+      have axes.
+    """
+    del path
+    return 0 if leaf.ndim else None

@@ -86,13 +86,13 @@ def check_vocabulary(
   """
   if padding:
     lines = [
-      f'{path}: {list(wanted[path].shape)} in the model, '
-      f'{list(stored[path].shape)} in {name}'
+      f'{path} {list(wanted[path].shape)} expected, '
+      f'{list(stored[path].shape)} given'
       for path in padding
     ]
     raise errors.StructureError(
-      'Vocabularies differ by their padding (to a multiple of '
-      f'{_PADDED_TO}):\n{errors.listed(lines)}\nConfigure the vocab_size of '
+      f'{name} has a vocabulary of another size than the model, which may be '
+      f'its padding to a multiple of {_PADDED_TO}:\n{errors.listed(lines)}\nConfigure the vocab_size of '
       'the checkpoint, or set pad_vocabulary=True: rows that are added are the '
       'mean of those there, rows beyond the smaller size are left out.'
     )

@@ -91,6 +91,12 @@ class TextFamily(base.ModelFamily):
   def arranged(self, leaves, axes=None):
     return layer_stacks.restack(leaves, self.config, axes)
 
+  def cache_rows(self, path, leaf):
+    # Inputs are read once for all answers to them.
+    if not path.endswith(('cached_key', 'cached_value')):
+      return None
+    return 1 if self.config.scan_layers else 0
+
   def features_layer(self, specs):
     head = 'decoder/logits_dense/kernel'
     return head if head in specs else 'decoder/token_embedder/embedding'

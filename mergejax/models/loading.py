@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models from checkpoints: the `config.json` beside the weights tells which."""
 
+from collections.abc import Callable
 import os
 from typing import Any
 
@@ -97,10 +98,8 @@ def load_params(
   path: os.PathLike | str,
   model: nn.Module | models_base.ModelFamily,
   *,
-  rules: assignment.Rules | None = None,
-  fallback_to_scratch: bool = False,
-  pad_vocabulary: bool = False,
   key: jax.Array | None = None,
+  **how: Any,
 ) -> typing.Tree:
   """Loads parameters for a module that is there already.
 
@@ -109,22 +108,15 @@ def load_params(
       same model, its layers stacked or one by one, or named as Hugging Face
       does.
     model: the module, or its family.
-    rules: restore in part, `[(expression, stored name or None), ...]`, see
-      `assignment.assign`; names are of parameters as the module has them, the
-      layers of the checkpoint stacked likewise. What the checkpoint has beyond
-      is left there.
-    fallback_to_scratch: parameters that are not found are fresh.
-    pad_vocabulary: tables of tokens may differ in the padding of the
-      vocabulary to a multiple of 128, see `fitting.padded`.
     key: of fresh parameters; `key(0)` by default.
+    **how: `rules`, `fallback_to_scratch`, `pad_vocabulary`: see `fit_params`.
 
   Returns:
     The parameters in the dtypes of the module, whatever they are stored in, in
     host memory but for fresh ones.
 
   Raises:
-    UserError: the checkpoint is of another model (the differences are listed),
-      or a rule does not fit; see `assignment.assign`.
+    UserError: see `fit_params`.
 
   Example:
     >>> from mergejax import models
@@ -133,6 +125,40 @@ def load_params(
     >>> checkpoint.save_checkpoint('/tmp/doc.npz', params, overwrite=True)
     >>> sorted(load_params('/tmp/doc.npz', module)) == sorted(params)
     True
+  """
+  return fit_params(path, model, **how)(key)
+
+
+def fit_params(
+  path: os.PathLike | str,
+  model: nn.Module | models_base.ModelFamily,
+  *,
+  rules: assignment.Rules | None = None,
+  fallback_to_scratch: bool = False,
+  pad_vocabulary: bool = False,
+) -> Callable[[jax.Array | None], typing.Tree]:
+  """Finds where a module's parameters are in a checkpoint, to read them later.
+
+  No weight is read of a checkpoint that has our names, and stacks its layers as
+  the module does.
+
+  Args:
+    path: see `load_params`.
+    model: likewise.
+    rules: restore in part, `[(expression, stored name or None), ...]`, see
+      `assignment.assign`; names are of parameters as the module has them, the
+      layers of the checkpoint stacked likewise. What the checkpoint has beyond
+      is left there.
+    fallback_to_scratch: parameters that are not found are fresh.
+    pad_vocabulary: tables of tokens may differ in the padding of the
+      vocabulary to a multiple of 128, see `fitting.padded`.
+
+  Returns:
+    `(key of fresh parameters, or None) -> parameters`.
+
+  Raises:
+    UserError: the checkpoint is of another model (the differences are listed),
+      or a rule does not fit; see `assignment.assign`.
   """
   family, name = registry.family_of(model), str(path)
   wanted = family.specs()
@@ -154,18 +180,22 @@ def load_params(
   _check_same(
     {path: spec for path, spec in wanted.items() if path not in fresh},
     {p: wanted[p] if p in padding else spec for p, spec in given.items()},
-    'the model',
+    'the configured module',
     name,
   )
-  leaves = tree.flatten(store.read(dict.fromkeys(taken.values())))
-  found = _fresh(family, fresh, key)
-  for path, old in taken.items():
-    leaf = leaves[old]
-    if path in padding:
-      axis = padding[path]
-      leaf = fitting.padded(leaf, wanted[path].shape[axis], axis)
-    found[path] = leaf.astype(wanted[path].dtype, copy=False)
-  return tree.unflatten({path: found[path] for path in wanted})
+
+  def read(key: jax.Array | None = None) -> typing.Tree:
+    leaves = tree.flatten(store.read(dict.fromkeys(taken.values())))
+    found = _fresh(family, fresh, key)
+    for path, old in taken.items():
+      leaf = leaves[old]
+      if path in padding:
+        axis = padding[path]
+        leaf = fitting.padded(leaf, wanted[path].shape[axis], axis)
+      found[path] = leaf.astype(wanted[path].dtype, copy=False)
+    return tree.unflatten({path: found[path] for path in wanted})
+
+  return read
 
 
 def _converted(path, store):

@@ -50,24 +50,26 @@ class T5Family(lm.TextFamily):
 
   def init_cache(self, params, batch, length):
     inputs = batch['encoder_input_tokens']
-    empty = jnp.ones((len(inputs), length), jnp.int32)
-    shapes = jax.eval_shape(
-      lambda: self.module.init(
-        jax.random.key(0), inputs, empty, empty, decode=True,
-        max_decode_length=length,
-      )
-    )['cache']  # fmt: skip
+    variables = self.variables(params)
     encoded = self.module.apply(
-      self.variables(params), inputs, method=self.module_class.encode
+      variables, inputs, method=self.module_class.encode
     )
-    cache = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    return {'encoded': encoded, 'inputs': inputs, 'cache': cache}
+    empty = jnp.ones((len(inputs), length), jnp.int32)
+    # Of this pass nothing is kept but the keys and values of `encoded`: a
+    # compiled program leaves the rest out.
+    _, made = self.module.apply(
+      variables, encoded, inputs, empty, empty, decode=True,
+      max_decode_length=length, mutable=['cache', 'encoded'],
+      method=self.module_class.decode,
+    )  # fmt: skip
+    return {'inputs': inputs, 'encoder_output': encoded, **made}
 
   def decode_step(self, params, cache, tokens):
     row = tokens[:, None]
+    kept = {name: cache[name] for name in ('cache', 'encoded')}
     found, changed = self.module.apply(
-      {**self.variables(params), 'cache': cache['cache']},
-      cache['encoded'], cache['inputs'], row, jnp.ones_like(row), decode=True,
+      {**self.variables(params), **kept},
+      cache['encoder_output'], cache['inputs'], row, row, decode=True,
       mutable=['cache'], method=self.module_class.decode,
     )  # fmt: skip
     return found[:, 0], {**cache, 'cache': changed['cache']}

@@ -11,6 +11,7 @@ from mergejax.training import transforms
 from mergejax.training.arrays import ArrayStream
 from mergejax.training.callbacks import Callback
 from mergejax.training.objective import cross_entropy
+from mergejax.training.peers import watch_peers
 from mergejax.training.scoring import evaluate
 from mergejax.training.state import TrainState
 from mergejax.training.trainer import Trainer
@@ -40,4 +41,5 @@ __all__ = [
   'skip_nonfinite',
   't5x_state',
   'transforms',
+  'watch_peers',
 ]

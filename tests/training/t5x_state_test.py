@@ -10,6 +10,7 @@ import flax.serialization
 import goldens
 import jax
 import numpy as np
+import optax
 
 from mergejax import models
 from mergejax.checkpoints import checkpoint
@@ -171,6 +172,54 @@ class FormsTest(parameterized.TestCase):
     self.assertEqual(int(stored['state/step']), 7)
     for path, leaf in moments.items():
       np.testing.assert_array_equal(stored[f'state/param_states/{path}'], leaf)
+
+  def test_a_step_of_t5x_with_scanned_layers(self):
+    # `before` was restored, moved by `grads` and saved as `after` by T5X's own
+    # checkpointer and Adafactor (0.05, min_dim_size_to_factor=8, beta1=0.9,
+    # weight_decay_rate_lr_exponent=2, standard factor rules); slots of shape
+    # [1] are left out.
+    arrays = goldens.load('t5x_scanned_state')
+    moments, params = (
+      {
+        name.removeprefix(prefix): leaf
+        for name, leaf in arrays.items()
+        if name.startswith(prefix)
+      }
+      for prefix in ('before/state/param_states/', 'before/target/')
+    )
+    specs = models.family_of(
+      t5.Transformer(
+        t5.T5Config(scan_layers=True, relative_per_layer=True, **SIZES)
+      )
+    ).specs()
+    for path in specs:
+      for slot in t5x_state.SLOTS:
+        moments.setdefault(f'{path}/{slot}', np.zeros((1,), np.float32))
+    optimizer = optim.adafactor(
+      0.05, min_dim_size_to_factor=8, momentum=0.9,
+      weight_decay_rate_lr_exponent=2.0,
+      logical_factor_rules=optim.standard_logical_factor_rules(),
+    ).of_model({p: s.axes for p, s in specs.items() if 'layers' in s.axes})  # fmt: skip
+    like = jax.eval_shape(optimizer.init, params)
+    state = t5x_state.from_t5x(moments, 3, like, specs, optimizer)
+    back = t5x_state.to_t5x(state, specs, optimizer)
+    jax.tree.map(np.testing.assert_array_equal, back, moments)
+    grads = {path: arrays[f'grads/{path}'] for path in specs}
+    updates, state = jax.jit(optimizer.update)(grads, state, params)
+    found = {
+      f'state/param_states/{path}': leaf
+      for path, leaf in t5x_state.to_t5x(state, specs, optimizer).items()
+      if leaf.shape != (1,)
+    }
+    for path, leaf in optax.apply_updates(params, updates).items():
+      found[f'target/{path}'] = leaf
+    wanted = {n[6:]: leaf for n, leaf in arrays.items() if n[:6] == 'after/'}
+    self.assertEqual(int(wanted.pop('state/step')), 4)
+    self.assertCountEqual(found, wanted)
+    for name, leaf in wanted.items():
+      np.testing.assert_allclose(
+        found[name], leaf, rtol=2e-5, atol=1e-6, err_msg=name
+      )
 
   def test_which_number_goes_where(self):
     # A kernel [embed, layers, mlp], taller than wide: optax's rows are the
