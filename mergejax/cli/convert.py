@@ -79,10 +79,8 @@ def _renamed(names, leaves, config, axes):
       config = dict(model_type=model_type, **way.read_config(config))
     return leaves, config
   if config is not None:
-    if config.get('scan_layers') or config.get('relative_per_layer'):
-      leaves, config = _restacked(
-        leaves, config, axes, scan_layers=False, relative_per_layer=False
-      )
+    if config.get('scan_layers'):
+      leaves, config = _restacked(leaves, config, axes, scan_layers=False)
     fields = dataclasses.asdict(models.build(config).config)
     config = way.write_config(fields)
   return way.write(leaves), config
@@ -100,8 +98,8 @@ def main(arguments: Sequence[str]) -> None:
   )
   parser.add_argument(
     '--names',
-    help='rename the parameters: t5x from Hugging Face names of T5, hf-t5 the '
-    'other way',
+    help='rename the parameters: t5x from Hugging Face names of T5, mT5 and '
+    'umT5; hf-t5, hf-mt5 and hf-umt5 the other way',
   )
   parser.add_argument(
     '--scan_layers',

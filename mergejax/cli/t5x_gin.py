@@ -20,10 +20,14 @@ import re
 import sys
 import tempfile
 
+import seqio
+
 from mergejax.cli import common
 from mergejax.cli import t5x_reader
 from mergejax.cli import t5x_words
 from mergejax.core import errors
+from mergejax.data import features
+from mergejax.data import t5_tasks
 
 _OF_T5X = re.compile(
   r'^\s*(from t5x\b|import t5x\b|import __main__|include [\'"]t5x/)', re.M
@@ -122,6 +126,7 @@ def translate(
   _check_modules(read.modules)
   text = _write(fields, read)
   _import(read.modules, fields.get('imports.module'))
+  _add_task(fields, read)
   return text, asides
 
 
@@ -215,6 +220,31 @@ def _import(modules, module):
         'from the folder that holds it with PYTHONPATH=., or leave the line '
         'out if its tasks are not needed.'
       ) from error
+
+
+def _add_task(fields, read):
+  """Registers a task of T5's suite where nothing else has; others are not ours.
+
+  Its vocabulary is that of the gin files, as T5X checks that it is.
+  """
+  name = fields['job.mixture_or_task']
+  known = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
+  if name in known or name not in t5_tasks.TASKS:
+    return
+  given = [
+    str(read.resolved(read.bindings.get(('', model, argument))))
+    for model, argument in (
+      ('EncoderDecoderModel', 'input_vocabulary'),
+      ('DecoderOnlyModel', 'vocabulary'),
+    )
+  ]
+  settings = {}
+  if '@SentencePieceVocabulary()' in given:
+    settings = {
+      'name': fields.get('vocabulary.name', 'sentencepiece_model_file'),
+      'extra_ids': fields.get('vocabulary.extra_ids') or 0,
+    }
+  t5_tasks.add(name, vocabulary=features.vocabulary(**settings))
 
 
 def _network(fields, read):

@@ -16,6 +16,7 @@ DECODING = 'decoding'
 DATA = 'how data are read'
 KEEPING = 'what is kept of a run'
 COMPUTING = 'how the machine computes'
+_VOCABULARY = 'the vocabulary, which is that of the task'
 
 
 class Word(NamedTuple):
@@ -99,9 +100,9 @@ _SCHEDULE = {
 }  # fmt: skip
 _MODEL = {
   'module': _only(*_MODULES, advice='only networks of T5X are known'),
-  'input_vocabulary': _aside('the vocabulary, which is that of the task'),
-  'output_vocabulary': _aside('the vocabulary, which is that of the task'),
-  'vocabulary': _aside('the vocabulary, which is that of the task'),
+  'input_vocabulary': _aside(_VOCABULARY),
+  'output_vocabulary': _aside(_VOCABULARY),
+  'vocabulary': _aside(_VOCABULARY),
   'optimizer_def': _only(
     '@Adafactor()',
     advice='bind train.train_model.optimizer in a gin file of ours',
@@ -243,9 +244,11 @@ ALL: Mapping[str, Mapping[str, Word]] = {
   'T5Config': _NETWORK,
   'TransformerConfig': _NETWORK,
   'SentencePieceVocabulary': {
-    '*': _aside('the vocabulary, which is that of the task')
+    'sentencepiece_model_file': _same('vocabulary.name'),
+    'extra_ids': _same('vocabulary.extra_ids'),
+    '*': _aside(_VOCABULARY),
   },
-  'ByteVocabulary': {'*': _aside('the vocabulary, which is that of the task')},
+  'ByteVocabulary': {'*': _aside(_VOCABULARY)},
 }
 # What T5X's own defaults are where ours are others.
 DEFAULTS: Mapping[str, Any] = {
@@ -274,4 +277,4 @@ def find(scope: str, name: str, argument: str) -> Word | None:
 
 def all_alike(scope: str, name: str) -> bool:
   """Whether all arguments of a configurable mean the same, see `find`."""
-  return '*' in ALL.get(f'{scope}/{name}' if scope else name, {})
+  return list(ALL.get(f'{scope}/{name}' if scope else name, {})) == ['*']

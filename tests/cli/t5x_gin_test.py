@@ -13,6 +13,7 @@ from unittest import mock
 
 from absl.testing import absltest
 from absl.testing import parameterized
+import seqio
 
 import gin
 from mergejax.cli import common
@@ -39,7 +40,7 @@ Z_LOSS = 0.001
 DROPOUT_RATE = %gin.REQUIRED
 LOSS_NORMALIZING_FACTOR = None
 VOCABULARY = @seqio.SentencePieceVocabulary()
-seqio.SentencePieceVocabulary.sentencepiece_model_file = 'gs://somewhere/x.model'
+seqio.SentencePieceVocabulary.sentencepiece_model_file = 'gs://there/x.model'
 OPTIMIZER = @adafactor.Adafactor()
 adafactor.Adafactor:
   decay_rate = 0.7
@@ -284,8 +285,12 @@ class T5XGinTest(parameterized.TestCase):
   def test_what_is_left_aside_is_told(self):
     _, asides = self.translated()
     text = '\n'.join(asides)
-    for name in ('Evaluator.*', 'infer_eval/DatasetConfig.*',
-                 'train.eval_period', 'SentencePieceVocabulary.*'):  # fmt: skip
+    for name in (
+      'Evaluator.*',
+      'infer_eval/DatasetConfig.*',
+      'train.eval_period',
+      'EncoderDecoderModel.input_vocabulary',
+    ):
       self.assertIn(name, text)
     self.assertNotIn('total_steps', text)
 
@@ -362,6 +367,27 @@ class T5XGinTest(parameterized.TestCase):
     prefix = 'models.DecoderOnlyModel.inputs_bidirectional_attention = True'
     found = self.read(model, prefix)
     self.assertEqual(found('train.train_model.kind'), 'prefix_lm')
+
+  def test_a_task_of_t5_is_there_without_t5(self):
+    name = 'glue_cola_v002'
+    self.addCleanup(lambda: seqio.TaskRegistry.remove(name))
+    self.translated(
+      'import t5.data.mixtures\nVOCABULARY = @seqio.ByteVocabulary()\n',
+      MIXTURE_OR_TASK_NAME=name,
+    )
+    found = seqio.TaskRegistry.get(name).output_features['inputs'].vocabulary
+    self.assertEqual(found, seqio.ByteVocabulary())
+    seqio.TaskRegistry.remove(name)
+    # The vocabulary of the files is the one, so it must be there.
+    with self.assertRaisesRegex(errors.DataError, 'gs:.*/x.model'):
+      self.translated(MIXTURE_OR_TASK_NAME=name)
+    seqio.TaskRegistry.add(
+      name, source=seqio.FunctionDataSource(
+        lambda split, shuffle_files: None, splits=['train']
+      ),
+      preprocessors=[], output_features={},
+    )  # fmt: skip
+    self.translated(MIXTURE_OR_TASK_NAME=name)  # the user's own counts
 
   def test_files_without_t5x_stay_as_they_are(self):
     files = ['gin/runs/text_to_text.gin', 'no_such_file.gin']

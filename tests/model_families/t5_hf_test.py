@@ -5,7 +5,9 @@
 `benchmarks/hf_round_trip.py` compares logits with transformers where it is.
 """
 
+import contextlib
 import dataclasses
+import io
 import json
 import pathlib
 
@@ -17,6 +19,7 @@ import numpy as np
 import mergejax as mj
 from mergejax import models
 from mergejax.checkpoints import ties
+from mergejax.cli import convert
 from mergejax.core import errors
 from mergejax.core import tree
 from mergejax.models import architectures
@@ -198,18 +201,22 @@ class ConfigTest(parameterized.TestCase):
     config['tie_word_embeddings'] = False
     self.assertNotIn('decoder/logits_dense/kernel', way.read(stored, config))
 
-  @parameterized.parameters('mt5', 'umt5')
-  def test_load_model(self, kind):
+  @parameterized.parameters(('mt5', False), ('umt5', False), ('umt5', True))
+  def test_convert_and_load_model(self, kind, scanned):
     fields = {'relative_per_layer': True} if kind == 'umt5' else {}
     config = small(**fields)
     leaves = random_leaves(config)
-    folder = pathlib.Path(self.create_tempdir().full_path) / kind
+    form = dataclasses.replace(config, scan_layers=scanned)
+    source = pathlib.Path(self.create_tempdir().full_path) / 'source'
     mj.save_checkpoint(
-      folder,
-      t5_hf.CONVERSIONS[f'hf-{kind}'].write(leaves),
-      format='safetensors',
-      config=configured(kind, config),
+      source,
+      tree.unflatten(layer_stacks.restack(leaves, form)),
+      config=models.describe(t5.Transformer(form)),
     )
+    folder = source.parent / kind
+    with contextlib.redirect_stdout(io.StringIO()):
+      convert.main([str(source), str(folder), '--format=safetensors',
+                    f'--names=hf-{kind}'])  # fmt: skip
     written = json.loads((folder / 'config.json').read_text())
     self.assertEqual(written['model_type'], kind)
     module, params = mj.load_model(folder)
