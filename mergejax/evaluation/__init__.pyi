@@ -9,17 +9,23 @@ from mergejax.evaluation.base import Evaluator
 from mergejax.evaluation.base import Metric
 from mergejax.evaluation.base import Score
 from mergejax.evaluation.base import Table
+from mergejax.evaluation.beam import Beam
+from mergejax.evaluation.decode import make_decoder
+from mergejax.evaluation.sampling import Sample
 from mergejax.evaluation.scoring import Suite
 from mergejax.evaluation.scoring import Task
 
 __all__ = [
+  'Beam',
   'Evaluator',
   'Metric',
+  'Sample',
   'Score',
   'Suite',
   'Table',
   'Task',
   'expert_table',
+  'make_decoder',
   'metrics',
   'plots',
   'report',

@@ -22,6 +22,7 @@ from mergejax.cli import main as main_lib
 from mergejax.core import resume
 from mergejax.evaluation import beam
 from mergejax.evaluation import decode
+from mergejax.evaluation import sampling
 from mergejax.evaluation import suite as suite_lib
 from mergejax.evaluation import texts
 
@@ -147,6 +148,28 @@ class InferTest(parameterized.TestCase):
     self.assertEqual([row['inputs'] for row in rows], LINES)
     self.assertTrue(all(len(row['predictions']) == 2 for row in rows))
     self.assertIn('already exists', self.infer(*command, '--out', out, code=2))
+
+  def test_rows_are_numbered_through(self):
+    """So that draws are the same however rows are put in batches."""
+    seen = []
+
+    class Numbers:
+      method = sampling.Sample()
+
+      def __call__(self, params, batch, *, key, rows):
+        seen.append((rows.tolist(), int(jax.random.key_data(key)[-1])))
+        return np.zeros((len(rows), 2), np.int32)
+
+    family = models.family_of(built('lm')[0])
+    writer = texts.Writer(
+      Numbers(), family, {}, seqio.ByteVocabulary(), batch_size=4, seed=7
+    )
+    rows = texts.read('\n'.join(LINES), 'here', json_lines=False)
+    answered = list(writer.batches(rows))
+    self.assertEqual(seen, [([0, 1, 2, 3], 7), ([4, 5, 6, 7], 7)])
+    self.assertEqual([len(batch) for batch in answered], [4, 2])
+    self.assertLen(list(writer.batches(rows, 4)), 1)
+    self.assertEqual(seen[-1], seen[1])
 
   def test_mistakes(self):
     model, out = self.model('t5x'), self.folder / 'out.jsonl'

@@ -156,6 +156,30 @@ class BeamTest(parameterized.TestCase):
       found.scores, arrays['decode/beam3_scores'], rtol=1e-5
     )
 
+  def test_t5x_where_answers_end(self):
+    """T5X's own `decoding.beam_search`, 4 beams, logits three times as large.
+
+    It fills the places of answers that did not end with scores near -1e7.
+    """
+    arrays = goldens.load('t5x_network_v1_1')
+    theirs = goldens.load('t5x_beams_ended')
+    module = models.build(dict(
+        model_type='t5x', vocab_size=64, emb_dim=8, num_heads=2, head_dim=4,
+        mlp_dim=16, num_encoder_layers=2, num_decoder_layers=2,
+    ))  # fmt: skip
+    params = goldens.subtree(arrays, 'params/')
+    params['decoder']['logits_dense']['kernel'] *= 3
+    found = decode.make_decoder(
+      module, length=7, end=int(theirs['end']), method=beam.Beam()
+    ).answers(params, {'encoder_input_tokens': theirs['inputs']})
+    given = found.scores > -np.inf
+    self.assertBetween(given.mean(), 0.5, 0.9)
+    np.testing.assert_array_equal(given, theirs['scores'] > -1e6)
+    np.testing.assert_array_equal(found.tokens[given], theirs['tokens'][given])
+    np.testing.assert_allclose(
+      found.scores[given], theirs['scores'][given], rtol=1e-5
+    )
+
   def test_mistakes(self):
     for words, said in (
       ({'beams': 0}, 'beams must be a whole number of 1 or more'),

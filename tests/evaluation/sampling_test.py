@@ -88,9 +88,12 @@ class SamplingTest(parameterized.TestCase):
       params, batch([PROMPTS[4], PROMPTS[1]], 11), key=key, rows=[4, 1]
     )
     np.testing.assert_array_equal(part.tokens, whole.tokens[[4, 1]])
-    # Equal rows are drawn for apart, and so are places.
-    same = two.answers(params, batch([[5]] * 9), key=key).tokens
-    self.assertGreater(len({tuple(row) for row in same.reshape(18, -1)}), 9)
+    # Equal rows are drawn for apart, and so are places: of what is all alike.
+    alike = np.zeros_like(params)
+    same = two.answers(alike, batch([[5]] * 9), key=key).tokens.reshape(18, -1)
+    self.assertGreater(len({tuple(row) for row in same}), 9)
+    self.assertGreater(len({*same[(same != END).all(axis=1)].ravel()}), 3)
+    self.assertGreater((same[:, 0] != same[:, 1]).sum(), 9)
     three = decoder(temperature=1.3, samples=3)
     found = three.answers(params, batch(PROMPTS), key=key)
     np.testing.assert_array_equal(found.tokens[:, :2], whole.tokens)
