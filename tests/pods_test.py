@@ -55,7 +55,7 @@ def tiny(**changes):
 def compiled_step():
   """`(work, report, compiled)` of a tiny model on data 4, model 2."""
   trainer = training.Trainer(
-    tiny(), training.optim.adafactor(0.1, min_dim_size_to_factor=8),
+    tiny(), optax.sgd(0.1, momentum=0.9),
     mesh=partition.make_mesh(data=4, model=2), rules=partition.fsdp(),
   )  # fmt: skip
   work = work_lib.training_step(trainer, LENGTHS, rows=8)
@@ -318,6 +318,15 @@ class StepTest(absltest.TestCase):
     self.assertNotEmpty(found.crosses('data'))
     self.assertEmpty(found.crosses('branch'))
     self.assertEqual(found.tokens, 4 * 4 * 8)
+
+  def test_a_sum_of_experts_crosses_branch(self):
+    mesh = partition.make_mesh(branch=2, data=4)
+    stacked = jax.ShapeDtypeStruct(
+      (2, 8), jnp.float32, sharding=partition.sharding(mesh, ('branch', None))
+    )
+    program = work_lib.Program(jax.jit(lambda x: x.sum(axis=0)), (stacked,))
+    found = compiler.report(work_lib.Work('sum', mesh, (program,), {}))
+    self.assertNotEmpty(found.crosses('branch'))
 
   def test_rows_that_do_not_divide(self):
     trainer = compiled_step()[0]
