@@ -338,7 +338,7 @@ def tree_size(params):
   return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-class FitsTest(absltest.TestCase):
+class FitsTest(parameterized.TestCase):
   def report(self, **changes):
     figures = dict(
       name='step', topology='v5e:4x4', mesh={'data': 16},
@@ -385,25 +385,36 @@ class FitsTest(absltest.TestCase):
     rows, second = compiler.largest_rows(make(16), make, 16)
     self.assertEqual((rows, second.rows), (48, 32))
 
-  def test_a_refusal_is_read(self):
+  @parameterized.parameters(
+    (
+      'Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. '
+      'Exceeded hbm capacity by 4.75G.',
+      int(20.5 * 2**30),
+    ),
+    (
+      'Ran out of memory on HBM, the total memory required for HLO temporaries '
+      '(35.76G) exceeds available HBM (15.75G).',
+      int(35.76 * 2**30) + 32,
+    ),
+  )
+  def test_a_refusal_is_read(self, message, used):
     """What the TPU compiler says when a program does not fit."""
     work = work_lib.Work(
       'step', partition.make_mesh(),
       (work_lib.Program(jax.jit(jnp.sin), (jnp.ones(8),)),), {},
     )  # fmt: skip
-    message = (
-      'RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G '
-      'of 15.75G hbm. Exceeded hbm capacity by 4.75G.'
-    )
-    refuse = mock.patch.object(
+    refuse = lambda text: mock.patch.object(
       jax.stages.Lowered, 'compile',
-      side_effect=jax.errors.JaxRuntimeError(message),
+      side_effect=jax.errors.JaxRuntimeError(text),
     )  # fmt: skip
-    with refuse:
+    with refuse('RESOURCE_EXHAUSTED: ' + message):
       found = compiler.report(work)
-    self.assertEqual(found.used, int(20.5 * 2**30))
+    self.assertEqual(found.used, used)
     self.assertEqual(found.memory, int(15.75 * 2**30))
     self.assertFalse(found.fits)
+    with refuse('INTERNAL: a fault'):
+      with self.assertRaises(jax.errors.JaxRuntimeError):
+        compiler.report(work)
 
 
 class MergeTest(absltest.TestCase):
