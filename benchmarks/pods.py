@@ -172,7 +172,8 @@ def summary(done: dict) -> list[str]:
       name, mesh, gib(held), gib(found['temporaries']), gib(found['total']),
       gib(found['memory']), 'yes' if found['fits'] else '**no**',
       *(milliseconds(seconds[each]) if seconds else '' for each in times),
-      found['bound'] or '', f'{found["compile_s"]:.0f}',
+      found['bound'] or '',
+        f'{found.get("compile_cpu_s") or found["compile_s"]:.0f}',
     ])  # fmt: skip
   return table(
     [

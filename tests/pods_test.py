@@ -132,6 +132,7 @@ class CollectivesTest(absltest.TestCase):
     found = {
       each.kind: each for each in collectives.found(hlo.Program(text), mesh)
     }
+    self.assertEndsWith(found['all-gather'].source, 'all_gather')
     size = 16 * 4 * 4
     self.assertEqual(
       found,
