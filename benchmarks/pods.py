@@ -114,13 +114,21 @@ def merging(method, topology: str, *, base=True, scan=False, grams=False):
   )
 
 
+# Tensor parallelism over `model` beside parameters spread over `data`.
+MESHES = {
+  'v5e:16x16': {'data': 32, 'model': 8},
+  'v5p:4x4x4': {'data': 16, 'model': 4},
+}
 CASES = {
-  f'{size} on {topology}': (pretraining, (size, topology), {})
-  for topology in ('v5e:16x16', 'v5p:4x4x4')
+  f'{size} on {topology}': (pretraining, (size, topology), mesh)
+  for topology, mesh in MESHES.items()
   for size in ('base', 'large', 'xl', 'xxl')
 }
 CASES |= {
-  'xl, 4 layers on v5e:16x16': (pretraining, ('xl, 4 layers', 'v5e:16x16'), {}),
+  'base, data alone, on v5e:16x16': (pretraining, ('base', 'v5e:16x16'), {}),
+  'xl, 4 layers on v5e:16x16': (
+    pretraining, ('xl, 4 layers', 'v5e:16x16'), MESHES['v5e:16x16'],
+  ),
   '16 experts of large on v5p:4x4x4': (
     experts, ('large', 'v5p:4x4x4', 16, 128), {'branch': 16},
   ),
@@ -139,23 +147,93 @@ CASES |= {
 }  # fmt: skip
 
 
+def gib(count: float) -> str:
+  return f'{count / 2**30:.2f}'
+
+
+def milliseconds(seconds: float) -> str:
+  return f'{1e3 * seconds:.1f}'
+
+
+def table(head: list[str], rows: list[list[str]]) -> list[str]:
+  line = lambda cells: '| ' + ' | '.join(cells) + ' |'
+  return [line(head), '|---' * len(head) + '|', *map(line, rows)]
+
+
+def summary(done: dict) -> list[str]:
+  """A row a case: memory, and the time that at least passes."""
+  rows = []
+  for name, found in done.items():
+    mesh = ', '.join(f'{n} {s}' for n, s in found['mesh'].items() if s > 1)
+    held = sum(found['held'].values())
+    seconds = found['seconds']
+    times = ['compute', 'memory', 'network']
+    rows.append([
+      name, mesh, gib(held), gib(found['temporaries']), gib(found['total']),
+      gib(found['memory']), 'yes' if found['fits'] else '**no**',
+      *(milliseconds(seconds[each]) if seconds else '' for each in times),
+      found['bound'] or '',
+        f'{found["compile_s"]:.0f}',
+        f'{found["compile_cpu_s"]:.0f}' if 'compile_cpu_s' in found else '',
+    ])  # fmt: skip
+  return table(
+    [
+      'what', 'mesh', 'held', 'temporaries', 'all', 'of', 'fits', 'compute',
+      'memory', 'network', 'bound', 'compiled in', 'of a processor',
+    ],
+    rows,
+  )  # fmt: skip
+
+
+def sent(done: dict) -> list[str]:
+  """A row a case and kind of collective."""
+  rows = [
+    [
+      name, each['kind'], ' and '.join(each['axes']), str(each['count']),
+      f'{each["sent_bytes"] / 2**20:,.1f}', f'{each["largest"] / 2**20:,.2f}',
+    ]
+    for name, found in done.items()
+    for each in found['collectives']
+    if each['sent_bytes'] >= 2**20 or 'merge' in found['name']
+  ]  # fmt: skip
+  return table(
+    ['what', 'kind', 'mesh axes', 'count', 'sent MiB', 'largest MiB'], rows
+  )
+
+
+def write_docs(done: dict) -> None:
+  """Puts the tables between the marks of docs/pods.md."""
+  text = DOCS.read_text()
+  for name, lines in (('summary', summary(done)), ('sent', sent(done))):
+    begin, end = f'<!-- {name} -->', f'<!-- end of {name} -->'
+    before, after = text.split(begin)[0], text.split(end)[1]
+    text = '\n'.join([before + begin, *lines, end]) + after
+  DOCS.write_text(text)
+
+
+def results() -> dict:
+  """What was compiled so far, in the order of the cases."""
+  done = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+  return {name: done[name] for name in CASES if name in done}
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--only', action='append', choices=CASES)
   parser.add_argument('--again', action='store_true')
   options = parser.parse_args()
-  done = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
   for name in options.only or CASES:
-    if name in done and not options.again:
+    if name in results() and not options.again:
       continue
     make, arguments, settings = CASES[name]
     found = compiler.report(
       make(*arguments, **settings), topology=name.split(' on ')[-1]
     )
     print(f'== {name}\n{found.to_text()}\n', flush=True)
-    done[name] = found.to_json()
+    done = {**results(), name: found.to_json()}
     RESULTS.write_text(json.dumps(done, indent=2) + '\n')
     jax.clear_caches()
+  write_docs(results())
 
 
 if __name__ == '__main__':

@@ -55,7 +55,7 @@ def tiny(**changes):
 def compiled_step():
   """`(work, report, compiled)` of a tiny model on data 4, model 2."""
   trainer = training.Trainer(
-    tiny(), training.optim.adafactor(0.1, min_dim_size_to_factor=8),
+    tiny(), optax.sgd(0.1, momentum=0.9),
     mesh=partition.make_mesh(data=4, model=2), rules=partition.fsdp(),
   )  # fmt: skip
   work = work_lib.training_step(trainer, LENGTHS, rows=8)
@@ -132,6 +132,7 @@ class CollectivesTest(absltest.TestCase):
     found = {
       each.kind: each for each in collectives.found(hlo.Program(text), mesh)
     }
+    self.assertEndsWith(found['all-gather'].source, 'all_gather')
     size = 16 * 4 * 4
     self.assertEqual(
       found,
@@ -319,6 +320,15 @@ class StepTest(absltest.TestCase):
     self.assertEmpty(found.crosses('branch'))
     self.assertEqual(found.tokens, 4 * 4 * 8)
 
+  def test_a_sum_of_experts_crosses_branch(self):
+    mesh = partition.make_mesh(branch=2, data=4)
+    stacked = jax.ShapeDtypeStruct(
+      (2, 8), jnp.float32, sharding=partition.sharding(mesh, ('branch', None))
+    )
+    program = work_lib.Program(jax.jit(lambda x: x.sum(axis=0)), (stacked,))
+    found = compiler.report(work_lib.Work('sum', mesh, (program,), {}))
+    self.assertNotEmpty(found.crosses('branch'))
+
   def test_rows_that_do_not_divide(self):
     trainer = compiled_step()[0]
     with self.assertRaisesRegex(errors.DataError, '7 rows'):
@@ -329,7 +339,7 @@ def tree_size(params):
   return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-class FitsTest(absltest.TestCase):
+class FitsTest(parameterized.TestCase):
   def report(self, **changes):
     figures = dict(
       name='step', topology='v5e:4x4', mesh={'data': 16},
@@ -376,25 +386,36 @@ class FitsTest(absltest.TestCase):
     rows, second = compiler.largest_rows(make(16), make, 16)
     self.assertEqual((rows, second.rows), (48, 32))
 
-  def test_a_refusal_is_read(self):
+  @parameterized.parameters(
+    (
+      'Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. '
+      'Exceeded hbm capacity by 4.75G.',
+      int(20.5 * 2**30),
+    ),
+    (
+      'Ran out of memory on HBM, the total memory required for HLO temporaries '
+      '(35.76G) exceeds available HBM (15.75G).',
+      int(35.76 * 2**30) + 32,
+    ),
+  )
+  def test_a_refusal_is_read(self, message, used):
     """What the TPU compiler says when a program does not fit."""
     work = work_lib.Work(
       'step', partition.make_mesh(),
       (work_lib.Program(jax.jit(jnp.sin), (jnp.ones(8),)),), {},
     )  # fmt: skip
-    message = (
-      'RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G '
-      'of 15.75G hbm. Exceeded hbm capacity by 4.75G.'
-    )
-    refuse = mock.patch.object(
+    refuse = lambda text: mock.patch.object(
       jax.stages.Lowered, 'compile',
-      side_effect=jax.errors.JaxRuntimeError(message),
+      side_effect=jax.errors.JaxRuntimeError(text),
     )  # fmt: skip
-    with refuse:
+    with refuse('RESOURCE_EXHAUSTED: ' + message):
       found = compiler.report(work)
-    self.assertEqual(found.used, int(20.5 * 2**30))
+    self.assertEqual(found.used, used)
     self.assertEqual(found.memory, int(15.75 * 2**30))
     self.assertFalse(found.fits)
+    with refuse('INTERNAL: a fault'):
+      with self.assertRaises(jax.errors.JaxRuntimeError):
+        compiler.report(work)
 
 
 class MergeTest(absltest.TestCase):

@@ -24,7 +24,8 @@ class Chip:
 
   Attributes:
     kind: `device_kind` of its devices.
-    memory: bytes of HBM.
+    memory: bytes of HBM that the compiler gives a program, a little less than
+      the chip has.
     flops: bfloat16 operations a second.
     memory_bandwidth: bytes of HBM a second.
     ici: bytes a second that a chip sends over all of its links to other chips
@@ -43,15 +44,22 @@ class Chip:
   dimensions: int
 
 
+_GIB = 2**30
 # Source: https://cloud.google.com/tpu/docs/v4, /v5e, /v5p and /v6e, tables of
-# key specifications (1600 Gbps of links is 200e9 bytes a second; a v5e host
-# has two cards of 100 Gbps for 8 chips). Memory is what those pages call 16, 95
-# and 32 GB, in GiB.
+# key specifications: 1600 Gbps of links is 200e9 bytes a second; v4's are told
+# by what a pod of 4096 all-reduces, 1.1e15 bytes a second. A host of 8 v5e has
+# two network cards of 100 Gbps; the pages of v4 and v5p name none, and 200 Gbps
+# for a host's 4 chips is assumed. Memory is from the compiler's refusals of
+# programs that do not fit, but of v4, which has 32 GiB by its page.
 CHIPS = {
-  'v4': Chip('TPU v4', 32 << 30, 275e12, 1228e9, 300e9, 6.25e9, 3),
-  'v5e': Chip('TPU v5 lite', 16 << 30, 197e12, 819e9, 200e9, 3.125e9, 2),
-  'v5p': Chip('TPU v5', 95 << 30, 459e12, 2765e9, 600e9, 6.25e9, 3),
-  'v6e': Chip('TPU v6 lite', 32 << 30, 918e12, 1600e9, 400e9, 12.5e9, 2),
+  'v4': Chip('TPU v4', 32 * _GIB, 275e12, 1200e9, 268e9, 6.25e9, 3),
+  'v5e': Chip(
+    'TPU v5 lite', int(15.75 * _GIB), 197e12, 819e9, 200e9, 3.125e9, 2
+  ),
+  'v5p': Chip('TPU v5', int(95.74 * _GIB), 459e12, 2765e9, 600e9, 6.25e9, 3),
+  'v6e': Chip(
+    'TPU v6 lite', int(31.25 * _GIB), 918e12, 1600e9, 400e9, 12.5e9, 2
+  ),
 }
 # libtpu would ask a cloud machine's metadata server what it is, and lock out
 # other processes; where there is no TPU it complains of what it does not know.
@@ -75,8 +83,8 @@ def chip_of(topology: str) -> Chip:
     ConfigError: no such chip, or no such form of a name.
 
   Example:
-    >>> chip_of('v5e:4x4').memory >> 30
-    16
+    >>> chip_of('v5e:4x4').memory / 2**30
+    15.75
   """
   name, colon, shape = topology.partition(':')
   if not colon or not re.fullmatch(r'\d+(x\d+)+', shape):
@@ -112,7 +120,9 @@ def devices(topology: str, slices: int = 1) -> Sequence[Any]:
     raise errors.ConfigError(_INSTALL)
   for name, value in _QUIET.items():
     os.environ.setdefault(name, value)
-  more = {} if slices == 1 else {'num_slices': slices}
+  more: dict[str, Any] = {} if slices == 1 else {'num_slices': slices}
+  if topology.startswith('v4:'):
+    more['chip_config_name'] = 'megacore'  # a device a chip, not two cores
   try:
     found = topologies.get_topology_desc(
       platform='tpu', topology_name=topology, **more

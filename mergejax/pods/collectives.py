@@ -50,6 +50,7 @@ class Collective:
       `g - 1` times what it is given to gather, `2 (g - 1) / g` to all-reduce,
       `(g - 1) / g` to reduce and scatter or to exchange, as much to permute.
     largest: bytes of the largest result: a kernel that is gathered shows here.
+    source: of which operation that is, by the modules it stands in.
   """
 
   kind: str
@@ -58,6 +59,7 @@ class Collective:
   given_bytes: int
   sent_bytes: float
   largest: int
+  source: str = dataclasses.field(default='', compare=False)
 
   def repeated(self, times: int) -> 'Collective':
     """The same of so many calls."""
@@ -162,8 +164,9 @@ def found(program: hlo.Program, mesh: jax.sharding.Mesh) -> list[Collective]:
     given = sum(operand.nbytes for operand in operands)
     largest = given * size if kind == 'all-gather' else given
     once = Collective(
-      kind, axes_of(groups, mesh), 1, given, given * _SENT[kind](size), largest
-    )
+      kind, axes_of(groups, mesh), 1, given, given * _SENT[kind](size), largest,
+      _source(each.rest),
+    )  # fmt: skip
     rows.append(once.repeated(runs))
   return joined(rows)
 
@@ -174,16 +177,21 @@ def joined(rows: Sequence[Collective]) -> list[Collective]:
   for row in rows:
     before = sums.get((row.kind, row.axes))
     if before is not None:
-      row = Collective(
-        row.kind,
-        row.axes,
-        before.count + row.count,
-        before.given_bytes + row.given_bytes,
-        before.sent_bytes + row.sent_bytes,
-        max(before.largest, row.largest),
+      biggest = max(before, row, key=lambda each: each.largest)
+      row = dataclasses.replace(
+        biggest,
+        count=before.count + row.count,
+        given_bytes=before.given_bytes + row.given_bytes,
+        sent_bytes=before.sent_bytes + row.sent_bytes,
       )
     sums[row.kind, row.axes] = row
   return sorted(sums.values(), key=lambda row: -row.sent_bytes)
+
+
+def _source(text):
+  """The last modules and the operation of an instruction's `op_name`."""
+  found = re.search(r'op_name="([^"]*)"', text)
+  return '/'.join(found[1].split('/')[-4:]) if found else ''
 
 
 def _numbers(text):

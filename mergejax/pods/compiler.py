@@ -19,7 +19,13 @@ from mergejax.pods import traffic
 from mergejax.pods import work as work_lib
 
 _UNITS = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30}
-_REFUSED = re.compile(r'Used ([\d.]+)([KMG]?) of ([\d.]+)([KMG]?) hbm')
+_SIZE = r'([\d.]+)([KMG]?)'
+# What the TPU compiler says of a program that does not fit: what all of it
+# takes, or what its temporaries alone do, beside what it is given.
+_ALL = re.compile(rf'Used {_SIZE} of {_SIZE} hbm')
+_TEMPORARIES = re.compile(
+  rf'HLO temporaries \({_SIZE}\) exceeds available HBM \({_SIZE}\)'
+)
 
 
 @dataclasses.dataclass
@@ -36,6 +42,7 @@ class _Figures:
   accessed: float = 0
   trace_s: float = 0
   compile_s: float = 0
+  compile_cpu_s: float = 0
   refused: tuple[int, int] | None = None
   sent: list[collectives.Collective] = dataclasses.field(default_factory=list)
 
@@ -88,6 +95,7 @@ def report(
     rows=work.rows,
     trace_s=round(sums.trace_s, 1),
     compile_s=round(sums.compile_s, 1),
+    compile_cpu_s=round(sums.compile_cpu_s, 1),
     chip=chip,
     crossing=crossing(work.mesh),
   )
@@ -135,26 +143,25 @@ def crossing(mesh: jax.sharding.Mesh) -> tuple[str, ...]:
 
 def _add(program, mesh, sums):
   """Compiles one program, and adds what it needs."""
+  given = work_lib.shard_bytes(program.arguments)
   started = time.perf_counter()
   traced = program.fn.trace(*program.arguments)
   times = program.times
   sums.operations += times * operations.of_jaxpr(traced.jaxpr)
   lowered = traced.lower()
   sums.trace_s += time.perf_counter() - started
-  started = time.perf_counter()
+  started, before = time.perf_counter(), time.process_time()
   try:
     compiled = lowered.compile()
   except jax.errors.JaxRuntimeError as error:
-    found = _REFUSED.search(str(error))
-    if not found:
+    sums.refused = _refusal(str(error), given)
+    if sums.refused is None:
       raise
-    size = lambda i: int(float(found[i]) * _UNITS[found[i + 1]])
-    sums.refused = size(1), size(3)
     return
   finally:
     sums.compile_s += time.perf_counter() - started
+    sums.compile_cpu_s += time.process_time() - before
   memory = compiled.memory_analysis()
-  given = work_lib.shard_bytes(program.arguments)
   padding = max(memory.argument_size_in_bytes - given, 0)
   outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
   sums.padding += times * padding
@@ -167,3 +174,13 @@ def _add(program, mesh, sums):
   text = hlo.Program(compiled.as_text())
   sums.traffic += times * traffic.found(text)
   sums.sent += [each.repeated(times) for each in collectives.found(text, mesh)]
+
+
+def _refusal(message, given):
+  """`(bytes needed, bytes there are)` of a refusal to compile, or None."""
+  whole, part = _ALL.search(message), _TEMPORARIES.search(message)
+  found = whole or part
+  if found is None:
+    return None
+  size = lambda i: int(float(found[i]) * _UNITS[found[i + 1]])
+  return size(1) + (0 if whole else given), size(3)

@@ -40,6 +40,8 @@ class Report:
     rows: of a batch.
     trace_s: seconds of tracing.
     compile_s: seconds of compiling.
+    compile_cpu_s: seconds of a processor's work in that: what a busy machine
+      does not change.
     chip: its peaks; None if it is not known.
     crossing: mesh axes that cross slices.
     largest_batch: the most rows that fit, by a line through two compilations,
@@ -67,6 +69,7 @@ class Report:
   rows: int = 0
   trace_s: float = 0
   compile_s: float = 0
+  compile_cpu_s: float = 0
   chip: chips.Chip | None = None
   crossing: tuple[str, ...] = ()
   largest_batch: int | None = None
@@ -168,7 +171,9 @@ class Report:
         f'line through {self.rows} and {self.second_rows} rows'
       )
     lines.append(
-      f'{"compiling":<22}{self.compile_s:10.1f} s, tracing {self.trace_s:.1f} s'
+      f'{"compiling":<22}{self.compile_s:10.1f} s '
+      f'({self.compile_cpu_s:.1f} s of a processor), tracing '
+      f'{self.trace_s:.1f} s'
     )
     return '\n'.join(lines)
 
@@ -195,14 +200,14 @@ class Report:
       return ['no collectives']
     lines = [
       f'{"collective":<20}{"mesh axes":<18}{"count":>8}{"given":>14}'
-      f'{"sent":>14}{"largest":>14}'
+      f'{"sent":>14}{"largest":>14}  in'
     ]
     for each in self.collectives:
       axes = _AXES_APART.join(each.axes) or 'none'
       lines.append(
         f'{each.kind:<20}{axes:<18}{each.count:>8}'
         f'{_size(each.given_bytes):>14}{_size(each.sent_bytes):>14}'
-        f'{_size(each.largest):>14}'
+        f'{_size(each.largest):>14}  {each.source}'
       )
     return lines
 
