@@ -18,6 +18,7 @@ from mergejax.training.transforms import ema
 from mergejax.training.transforms import lawa
 from mergejax.training.transforms import running
 from mergejax.training.transforms import skip_nonfinite
+from mergejax.training.transforms import task_metrics
 
 __all__ = [
   'ArrayStream',
@@ -37,5 +38,6 @@ __all__ = [
   'running',
   'schedules',
   'skip_nonfinite',
+  'task_metrics',
   'transforms',
 ]
