@@ -15,6 +15,7 @@ from mergejax.core import errors
 COMMANDS = {
   'quickstart': 'Branch-Train-Merge on text this machine has, in minutes',
   'train': 'train what a gin file describes',
+  'cache': 'tokenise tasks once, by Apache Beam, for data too large to read',
   'merge': 'merge checkpoints as a recipe says: RECIPE OUT',
   'stats': 'Gram matrices, Fishers, or a survey of models, before merging',
   'search': 'coefficients of a merge, chosen on held-out data: RECIPE OUT',
@@ -27,7 +28,7 @@ COMMANDS = {
   'methods': 'the merge methods and their options',
 }
 
-_READS_TEXT = ('quickstart', 'train', 'evaluate', 'search', 'rank')
+_READS_TEXT = ('quickstart', 'train', 'cache', 'evaluate', 'search', 'rank')
 # These read text only if they are given a suite of tasks.
 _MAY_READ_TEXT = ('stats', 'align')
 
