@@ -19,6 +19,7 @@ import math
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
@@ -168,10 +169,12 @@ def make_mesh(
 
   Returns:
     A mesh whose axes are `Auto`: the compiler propagates shardings from those
-    of the arguments.
+    of the arguments. Of several TPU slices, `branch` goes over the network
+    between them, then `data`; what an expert shares stays inside a slice.
 
   Raises:
-    UserError: the sizes do not multiply to the number of devices.
+    UserError: the sizes do not multiply to the number of devices, or branch
+      and data cannot cross the slices that these are of.
 
   Example:
     >>> dict(make_mesh(devices=jax.devices()[:1]).shape)
@@ -192,11 +195,45 @@ def make_mesh(
     )
   for name in free:
     sizes[name] = len(devices) // fixed
-  return jax.make_mesh(
-    tuple(sizes[name] for name in AXES),
-    AXES,
-    axis_types=(jax.sharding.AxisType.Auto,) * len(AXES),
+  shape = tuple(sizes[name] for name in AXES)
+  kinds = (jax.sharding.AxisType.Auto,) * len(AXES)
+  slices = len({getattr(device, 'slice_index', 0) for device in devices})
+  try:
+    if slices > 1:
+      return jax.sharding.Mesh(
+        _over_slices(devices, slices, shape), AXES, axis_types=kinds
+      )
+    return jax.make_mesh(shape, AXES, axis_types=kinds, devices=devices)
+  except NotImplementedError as error:  # of a torus that they do not fit
+    raise errors.ConfigError(
+      f'Mesh {sizes} cannot be laid out on these chips: each axis must be the '
+      'product of sides of the slice, v5p:4x4x4 can be data 16, model 4. '
+      f'({str(error).partition(". ")[0]}.)'
+    ) from error
+
+
+def _over_slices(devices, slices, shape):
+  """Devices of several slices, the outermost axes over the slow network.
+
+  `branch` crosses slices as far as its size allows, then `data`; all other
+  axes stay inside a slice.
+  """
+  branch = math.gcd(slices, shape[0])
+  data = slices // branch
+  if shape[1] % data:
+    raise errors.ConfigError(
+      f'{slices} slices must divide branch x data of the mesh '
+      f'{dict(zip(AXES, shape))}: other axes do not cross the slow network '
+      'between slices.'
+    )
+  outer = (branch, data) + (1,) * (len(shape) - 2)
+  inner = tuple(whole // part for whole, part in zip(shape, outer))
+  return mesh_utils.create_hybrid_device_mesh(
+    inner,
+    outer,
     devices=devices,
+    # As `jax.make_mesh`: these slices are flat, and large axes must be folded.
+    allow_split_physical_axes=devices[0].device_kind == 'TPU v5 lite',
   )
 
 

@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Meshes, and what lies where on them."""
 
+import dataclasses
+
 from absl.testing import absltest
 from absl.testing import parameterized
 import jax
@@ -39,6 +41,44 @@ class MeshTest(absltest.TestCase):
     self.assertEqual(tuple(spec(('vocab', 'embed'), (259, 8))), (None, None))
     with self.assertRaisesRegex(errors.UserError, "Did you mean 'embed'"):
       spec(('embd',))
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """As much of a described device as a mesh looks at."""
+
+  id: int
+  slice_index: int
+  platform: str = 'described'
+  device_kind: str = 'described'
+  process_index: int = 0
+
+
+class SlicesTest(parameterized.TestCase):
+  chips = [Chip(i, i // 4) for i in range(16)]
+
+  @parameterized.parameters(
+    (dict(branch=4, data=4), 1), (dict(branch=2, data=4, model=2), 2),
+    (dict(data=8, model=2), 4), (dict(branch=8, model=2, data=1), 1),
+  )  # fmt: skip
+  def test_branch_goes_over_slices_first(self, sizes, data_over):
+    mesh = partition.make_mesh(devices=self.chips[::-1], **sizes)
+    self.assertEqual(
+      dict(mesh.shape), dict(branch=1, expert=1, model=1) | sizes
+    )
+    slices = np.vectorize(lambda chip: chip.slice_index)(mesh.devices)
+    self.assertLen({chip.id for chip in mesh.devices.flat}, 16)
+    # Whatever shares kernels is in one slice; so are the rows of an expert, but
+    # for as many groups of them as there are slices without an expert.
+    self.assertTrue((slices == slices[:, :, :1, :1]).all())
+    for expert in slices:
+      self.assertLen(set(expert.flat), data_over)
+
+  def test_what_does_not_fit(self):
+    with self.assertRaisesRegex(
+      errors.UserError, '4 slices must divide branch x data'
+    ):
+      partition.make_mesh(devices=self.chips, branch=1, data=2, model=8)
 
 
 class SpecTest(parameterized.TestCase):

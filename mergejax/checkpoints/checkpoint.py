@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import json
 import os
 import pathlib
+import re
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from mergejax.checkpoints import safetensors
 from mergejax.checkpoints import shards
 from mergejax.checkpoints import states
 from mergejax.checkpoints import t5x
+from mergejax.checkpoints import t5x_writing
 from mergejax.checkpoints import ties
 from mergejax.checkpoints import vocabulary
 from mergejax.core import axes as axes_lib
@@ -120,6 +122,77 @@ def open_weights(path: os.PathLike | str) -> base.ParamStore:
   return store
 
 
+def open_state(path: os.PathLike | str) -> base.ParamStore:
+  """Opens all of a training state: parameters, moments and the step number.
+
+  Args:
+    path: a step, or a run's folder of steps, of T5X (orbax or not) or of ours.
+
+  Returns:
+    A store with the names that are stored: of T5X `target/...`, `state/step`
+    and `state/param_states/PARAMETER/v_row`; of ours `params/...`,
+    `opt_state/...` and `step`.
+
+  Raises:
+    CheckpointError: nothing is there, or a format that holds weights alone.
+  """
+  path = pathlib.Path(path).expanduser()
+  if not path.exists():
+    raise errors.CheckpointError(_missing(path))
+  if orbax.locate(path) is not None:
+    return orbax.OrbaxStore(path, whole=True)
+  if t5x.locate(path) is not None:
+    return t5x.T5xStore(path, whole=True)
+  raise errors.CheckpointError(
+    f'{path} is no checkpoint of a training run: moments and step numbers are '
+    'in those of T5X and in the folders of our runs (checkpoints/STEP).'
+  )
+
+
+# Where the steps of a run lie: T5X's and ours, in a run's or a job's folder.
+_STEPS = ('', 'checkpoints', 'train/checkpoints')
+_STEP = re.compile(r'(?:[A-Za-z]\w*_)?(\d+)')
+
+
+def at_step(path: os.PathLike | str, step: int | None = None) -> pathlib.Path:
+  """The checkpoint of a step of a run.
+
+  Args:
+    path: a run's folder, of T5X (`checkpoint_STEP`) or of ours
+      (`checkpoints/STEP`); any other checkpoint if `step` is None.
+    step: its number, which may be 0; None: `path` itself if it is a
+      checkpoint, else the last step.
+
+  Raises:
+    CheckpointError: the run has no such step (those that it has are listed).
+
+  Example:
+    >>> save_checkpoint('/tmp/run/checkpoint_0', {'w': np.zeros(2)}, overwrite=True)
+    >>> at_step('/tmp/run', 0).name
+    'checkpoint_0'
+  """
+  path = pathlib.Path(path).expanduser()
+  found: dict[int, pathlib.Path] = {}
+  for place in _STEPS if path.is_dir() else ():
+    for child in (path / place).glob('*'):
+      match = _STEP.fullmatch(child.name)
+      if match and (orbax.locate(child) or t5x.locate(child)) is not None:
+        found.setdefault(int(match[1]), child)
+  if step is None:
+    below = (orbax.locate(path) or t5x.locate(path)) if path.exists() else path
+    alone = below is not None or shards.is_here(path) or not found
+    return path if alone else found[max(found)]
+  if step not in found:
+    if not path.exists():
+      raise errors.CheckpointError(_missing(path))
+    steps = ', '.join(map(str, sorted(found))) or 'no step of a run'
+    raise errors.CheckpointError(
+      f'{path} has no checkpoint of step {step}: it has {steps}. Name the '
+      "run's folder, which holds checkpoint_STEP (T5X) or checkpoints/STEP."
+    )
+  return found[step]
+
+
 def _missing(path):
   text = f'There is no checkpoint at {path}.'
   if path.parent.is_dir():
@@ -212,7 +285,7 @@ def save_checkpoint(
     if format == 'orbax':
       orbax.write(temporary, leaves)
     elif format == 't5x':
-      t5x.write(temporary, leaves)
+      t5x_writing.write(temporary, leaves)
     else:
       host = {name: _native(leaf) for name, leaf in leaves.items()}
       if format == 'npz':

@@ -81,14 +81,25 @@ class OrbaxStore(base.ParamStore):
   A training state shows its parameters only; see `states.parameters`.
   """
 
-  def __init__(self, path: pathlib.Path):
+  def __init__(self, path: pathlib.Path, *, whole: bool = False):
+    """Opens a tree by its metadata.
+
+    Args:
+      path: see `locate`.
+      whole: show a training state as it lies, not its parameters alone.
+    """
     directory = locate(path)
     if directory is None:
       raise errors.CheckpointError(f'{path} is no orbax checkpoint.')
     self._directory = directory.absolute()
     self._checkpointer = _checkpointer()
     self._trees = {self._directory: self._metadata(self._directory, path)}
-    found = states.parameters(self._trees[self._directory], str(path))
+    tree = self._trees[self._directory]
+    found = (
+      states.Parts({name: name for name in tree_lib.flatten(tree)}, [])
+      if whole
+      else states.parameters(tree, str(path))
+    )
     self._place = {p: (self._directory, own) for p, own in found.paths.items()}
     others = _other_items(self._directory)
     if states.BATCH_STATS in others:

@@ -7,7 +7,7 @@ state}}`, and one zarr directory an array; a leaf of the tree is an array or
 says which zarr directory holds it. Early ones are a single msgpack file.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import pathlib
 import re
 from typing import Any
@@ -22,10 +22,10 @@ from mergejax.core import errors
 from mergejax.core import tree as tree_lib
 from mergejax.core import typing
 
-_FILE = 'checkpoint'
+FILE = 'checkpoint'
 _TENSORFLOW = b'model_checkpoint_path'
 # Older trees than this lie differently; T5X refuses them too.
-_VERSION = 3
+VERSION = 3
 # Collection of T5X's layers that names the axes of each parameter.
 _AXES, _SUFFIX = 'params_axes', '_axes'
 
@@ -34,14 +34,14 @@ def locate(path: pathlib.Path) -> pathlib.Path | None:
   """The msgpack file meant by a file, a step's folder or a run's folder."""
   if path.is_file():
     return path if _is_tree(path) else None
-  if (path / _FILE).is_file() and not (path / '_METADATA').exists():
-    return path / _FILE if _is_tree(path / _FILE) else None
+  if (path / FILE).is_file() and not (path / '_METADATA').exists():
+    return path / FILE if _is_tree(path / FILE) else None
   steps = []
   if path.is_dir():
     for child in path.iterdir():
       match = re.fullmatch(r'checkpoint_(\d+)', child.name)
-      if match and (child / _FILE).is_file() and _is_tree(child / _FILE):
-        steps.append((int(match[1]), child / _FILE))
+      if match and (child / FILE).is_file() and _is_tree(child / FILE):
+        steps.append((int(match[1]), child / FILE))
   return max(steps)[1] if steps else None
 
 
@@ -95,7 +95,14 @@ def _axis_names(node) -> tuple[str, ...] | None:
 class T5xStore(base.ParamStore):
   """Reads the parameters (`optimizer/target`) of a T5X checkpoint."""
 
-  def __init__(self, path: pathlib.Path):
+  def __init__(self, path: pathlib.Path, *, whole: bool = False):
+    """Opens a checkpoint by its msgpack tree.
+
+    Args:
+      path: see `locate`.
+      whole: show all that a training state is, `target/...` and `state/...`;
+        by default the parameters alone, without `target/`.
+    """
     import flax.serialization  # pylint: disable=import-outside-toplevel
 
     file = locate(path)
@@ -112,27 +119,30 @@ class T5xStore(base.ParamStore):
       stats = mutables.get(states.BATCH_STATS)
     except Exception as error:  # msgpack raises many kinds on damaged bytes
       raise base.damaged(file, 'a T5X checkpoint', error) from error
-    if version != _VERSION:
+    if version != VERSION:
       raise errors.CheckpointError(
-        f'{file} has version {version}; version {_VERSION} is known. Load and '
+        f'{file} has version {version}; version {VERSION} is known. Load and '
         'save it once with T5X.'
       )
-    if not target:
+    if not target and not whole:
       raise errors.CheckpointError(
         f'{file} holds optimizer state '
         f'({", ".join(sorted(state)) or "nothing"}) but no parameters: its '
         "'target' is empty."
       )
     self._entries: dict[typing.Path, Any] = {}
-    self._collect(target, '')
-    if stats:
+    self._collect(target, 'target' if whole else '')
+    if whole:
+      self._collect(state, 'state')
+    elif stats:
       self._collect(stats, states.BATCH_STATS)
-    left_out = ['state'] if state.get('param_states') else []
+    left_out = ['state'] if state.get('param_states') and not whole else []
     left_out += sorted(set(mutables) - {states.BATCH_STATS, _AXES})
     if left_out:
       self.provenance['left_out'] = left_out
     self._specs = {p: self._spec(p, e) for p, e in self._entries.items()}
-    axes_file.attach(self, _axes(data, mutables))
+    if not whole:
+      axes_file.attach(self, _axes(data, mutables))
 
   def _collect(self, node, path):
     if isinstance(node, dict) and not {'driver', 'kvstore'} <= set(node):
@@ -163,7 +173,7 @@ class T5xStore(base.ParamStore):
 
   def files(self) -> list[pathlib.Path]:
     # Files, not the folder: a run's folder holds other steps as well.
-    files = [self._folder / _FILE]
+    files = [self._folder / FILE]
     for entry in self._entries.values():
       if isinstance(entry, dict):
         files += [f for f in self._place(entry).rglob('*') if f.is_file()]
@@ -222,13 +232,16 @@ class T5xStore(base.ParamStore):
     if not (place / '.zarray').is_file():
       dtype = self._specs[path].dtype
       spec['assume_metadata'] = True
-      spec['metadata'] = _metadata(
+      spec['metadata'] = zarr_metadata(
         self._specs[path].shape, dtype, entry['metadata']['chunks']
       )
     return spec
 
 
-def _metadata(shape, dtype, chunks) -> dict[str, Any]:
+def zarr_metadata(
+  shape: Sequence[int], dtype: np.dtype, chunks: Sequence[int]
+) -> dict[str, Any]:
+  """What T5X writes into the `.zarray` of an array."""
   # Dtypes of ml_dtypes go by their names in tensorstore's zarr.
   name = dtype.name if dtype.isbuiltin == 2 else dtype.str
   return {
@@ -241,49 +254,3 @@ def _metadata(shape, dtype, chunks) -> dict[str, Any]:
     'filters': None,
     'order': 'C',
   }
-
-
-def write(
-  path: pathlib.Path, leaves: Mapping[typing.Path, Any], step: int = 0
-) -> None:
-  """Writes `{path: array}` as a T5X checkpoint without optimizer state.
-
-  Args:
-    path: the directory to create; T5X expects it to be called
-      `checkpoint_STEP`.
-    leaves: the parameters.
-    step: the step that the checkpoint says it is of.
-  """
-  import flax.serialization  # pylint: disable=import-outside-toplevel
-  import tensorstore  # pylint: disable=import-outside-toplevel
-
-  base.check_zarr(tree_lib.specs(leaves))
-  path.mkdir()
-  target = {}
-  for name, leaf in leaves.items():
-    leaf = np.asarray(leaf)
-    folder = f'target.{name.replace("/", ".")}/'
-    metadata = _metadata(leaf.shape, leaf.dtype, leaf.shape)
-    store = tensorstore.open(
-      {
-        'driver': 'zarr',
-        'kvstore': {'driver': 'file', 'path': f'{path.absolute()}/{folder}'},
-        'metadata': metadata,
-      },
-      create=True,
-    ).result()
-    store.write(leaf).result()
-    target[name] = {
-      'driver': 'zarr',
-      'dtype': leaf.dtype.name,
-      'kvstore': {'driver': 'file', 'path': folder},
-      'metadata': {k: metadata[k] for k in ('chunks', 'compressor', 'shape')},
-    }
-  data = {
-    'version': _VERSION,
-    'optimizer': {
-      'target': tree_lib.unflatten(target),
-      'state': {'step': np.int32(step), 'param_states': {}},
-    },
-  }
-  (path / _FILE).write_bytes(flax.serialization.msgpack_serialize(data))

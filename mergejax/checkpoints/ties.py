@@ -27,7 +27,7 @@ SECTIONS = ('text_config', 'language_config', 'llm_config')
 def flag(config: Mapping[str, Any] | None) -> bool | None:
   """`tie_word_embeddings`, of the model or of its language model; or None."""
   config = config or {}
-  if config.get('model_type') == 't5' and 'scale_decoder_outputs' in config:
+  if t5.head_is_told(config):
     return t5.has_tied_head(config)
   places = [config, *(config.get(section) for section in SECTIONS)]
   for place in places:

@@ -247,14 +247,19 @@ def write_corpora(settings: Settings, folder: pathlib.Path) -> None:
 
 
 def make_meshes(
-  settings: Settings, experts: int
+  settings: Settings, experts: int, devices: Sequence[Any] | None = None
 ) -> tuple[jax.sharding.Mesh, jax.sharding.Mesh]:
   """The mesh of the experts, and that of a single model.
+
+  Args:
+    settings: of the run.
+    experts: how many.
+    devices: as of `partition.make_mesh`.
 
   Raises:
     UserError: a mesh that experts or rows do not divide over.
   """
-  count = len(jax.devices())
+  count = len(jax.devices() if devices is None else devices)
   sizes = settings.mesh
   if sizes is None:
     branches = math.gcd(experts, count)
@@ -262,7 +267,7 @@ def make_meshes(
     # What rows do not divide over repeats them.
     data = math.gcd(settings.batch_size, rest)
     sizes = dict(branch=branches, data=data, expert=rest // data)
-  side_by_side = partition.make_mesh(**sizes)
+  side_by_side = partition.make_mesh(devices=devices, **sizes)
   branch.check_experts(experts, side_by_side)
   batches.check_rows(
     'A batch of an expert', settings.batch_size, side_by_side,
@@ -270,7 +275,7 @@ def make_meshes(
   )  # fmt: skip
   # Rows that do not divide over all devices are repeated on the rest.
   data = math.gcd(settings.batch_size, count)
-  single = partition.make_mesh(branch=count // data, data=data)
+  single = partition.make_mesh(branch=count // data, data=data, devices=devices)
   return side_by_side, single
 
 

@@ -151,7 +151,7 @@ def split_gin_flags(
   return gin_files, paths, bindings, rest
 
 
-def _literal(value: str) -> str:
+def literal(value: str) -> str:
   """A gin value; bare words are strings, so shells need no nested quotes."""
   if value.startswith(('@', '%')):
     return value
@@ -198,7 +198,7 @@ def parse_gin(
         )
       if '.' not in name and name not in known:
         raise errors.ConfigError(errors.near(name, known, 'gin name'))
-      gin.parse_config(f'{name} = {_literal(value)}')
+      gin.parse_config(f'{name} = {literal(value)}')
   except errors.UserError:
     raise
   except (

@@ -14,15 +14,57 @@ from mergejax.core import files
 from mergejax.core import tree
 
 
-def _axes(options, destination, store):
+def _axes(options, destination, store, config):
   """The axes that the source knows, if the destination has place for them."""
   npz = destination.suffix == '.npz' or options.format == 'npz'
   if options.names is not None or npz:
     return None
+  if options.scan_layers is not None:
+    specs = models.family_of(models.build(config)).specs()
+    return {path: spec.axes for path, spec in specs.items() if spec.axes}
   return store.axes() or None
 
 
-def _renamed(names, leaves, config):
+def _restacked(leaves, config, axes, **fields):
+  """`(leaves, config.json)` with layers stacked, or one by one.
+
+  Args:
+    leaves: `{path: array}` by our names.
+    config: their `config.json`.
+    axes: of the leaves, where they are known.
+    **fields: of the configuration, to change.
+
+  Raises:
+    ConfigError: no configuration, or one of a model whose layers do not stack.
+  """
+  family = models.family_of(models.build(config))
+  if not hasattr(family.config, 'scan_layers'):
+    raise errors.ConfigError(
+      f'The layers of {family.model_type} models do not stack: --scan_layers '
+      'is for t5x and lm.'
+    )
+  module = type(family.module)(dataclasses.replace(family.config, **fields))
+  family = models.family_of(module)
+  return family.arranged(leaves, axes), models.describe(module)
+
+
+def _scanned(options, leaves, config, axes):
+  """`(leaves, config.json)` in the form that the command line asks for."""
+  if config is None or models.conversion(config) is not None:
+    raise errors.ConfigError(
+      f'--scan_layers needs a {checkpoint.CONFIG} of our own beside '
+      f'{options.source}: add one, {{"model_type": "t5x", ...sizes}} with '
+      '"scan_layers" as it is there; of Hugging Face names, add --names t5x.'
+    )
+  fields = {'scan_layers': options.scan_layers == 'true'}
+  if options.param_scan_axis is not None:
+    fields['param_scan_axis'] = options.param_scan_axis
+  elif not fields['scan_layers']:
+    fields['param_scan_axis'] = 1  # means nothing, so it is not written
+  return _restacked(leaves, config, axes, **fields)
+
+
+def _renamed(names, leaves, config, axes):
   """`(leaves, config.json or None)` by other names."""
   ways = {}
   for name in models.names():
@@ -37,6 +79,10 @@ def _renamed(names, leaves, config):
       config = dict(model_type=model_type, **way.read_config(config))
     return leaves, config
   if config is not None:
+    if config.get('scan_layers') or config.get('relative_per_layer'):
+      leaves, config = _restacked(
+        leaves, config, axes, scan_layers=False, relative_per_layer=False
+      )
     fields = dataclasses.asdict(models.build(config).config)
     config = way.write_config(fields)
   return way.write(leaves), config
@@ -57,7 +103,21 @@ def main(arguments: Sequence[str]) -> None:
     help='rename the parameters: t5x from Hugging Face names of T5, hf-t5 the '
     'other way',
   )
+  parser.add_argument(
+    '--scan_layers',
+    choices=('true', 'false'),
+    help='stack the layers (T5X: scalable_t5), or store them one by one',
+  )
+  parser.add_argument(
+    '--param_scan_axis',
+    type=int,
+    help="with --scan_layers true: the axis of layers; by default 1, T5X's",
+  )
   options = parser.parse_args(arguments)
+  if options.param_scan_axis is not None and options.scan_layers != 'true':
+    raise errors.ConfigError(
+      '--param_scan_axis says where layers are stacked: add --scan_layers true.'
+    )
   if options.format is not None and options.format not in checkpoint.FORMATS:
     raise errors.ConfigError(
       errors.near(options.format, checkpoint.FORMATS, 'checkpoint format')
@@ -68,7 +128,11 @@ def main(arguments: Sequence[str]) -> None:
   leaves = tree.flatten(store.read())
   config = checkpoint.read_config(options.source)
   if options.names is not None:
-    leaves, config = _renamed(options.names, leaves, config)
+    leaves, config = _renamed(options.names, leaves, config, store.axes())
+  if options.scan_layers is not None:
+    known = store.axes() if options.names is None else {}
+    leaves, config = _scanned(options, leaves, config, known)
+  axes = _axes(options, destination, store, config)
   notes = []
   if store.provenance.get('left_out'):
     notes.append(f'not copied: {", ".join(store.provenance["left_out"])}')
@@ -84,6 +148,6 @@ def main(arguments: Sequence[str]) -> None:
     )
   checkpoint.save_checkpoint(
     destination, leaves, format=options.format, config=config,
-    axes=_axes(options, destination, store),
+    axes=axes,
   )  # fmt: skip
   print('\n'.join([f'{destination}: {len(leaves)} arrays', *notes]))

@@ -22,13 +22,18 @@ COMMANDS = {
   'align': 'permute the units of one model to match another: A B OUT',
   'rank': 'which model for which task, without training',
   'evaluate': 'a table of models and recipes by tasks or domains',
+  'infer': 'what a model says to lines of text: CHECKPOINT',
   'inspect': 'list the parameters of a checkpoint',
   'convert': 'copy a checkpoint into another format: SRC DST',
+  'compile': 'what a run or a merge needs of a pod, without the pod',
   'extract-lora': 'the best adapter for a difference: MODEL BASE OUT',
   'methods': 'the merge methods and their options',
 }
 
-_READS_TEXT = ('quickstart', 'train', 'cache', 'evaluate', 'search', 'rank')
+_READS_TEXT = (
+  'quickstart', 'train', 'cache', 'evaluate', 'infer', 'search', 'rank',
+  'compile',
+)  # fmt: skip
 # These read text only if they are given a suite of tasks.
 _MAY_READ_TEXT = ('stats', 'align')
 

@@ -23,22 +23,22 @@ import seqio
 import gin
 from mergejax import models
 from mergejax import partition
-from mergejax.checkpoints import checkpoint
+from mergejax.checkpoints import assignment
 from mergejax.cli import common
 from mergejax.cli import same_run
+from mergejax.cli import start as start_lib
+from mergejax.cli import t5x_gin
 from mergejax.core import errors
 from mergejax.core import files as files_lib
-from mergejax.core import tree as tree_lib
 from mergejax.data import mixtures
 from mergejax.data import stream as stream_lib
 from mergejax.data import task_ids
-from mergejax.models import architectures
-from mergejax.statistics import saved
 from mergejax.training import batches
 from mergejax.training import callbacks as callbacks_lib
 from mergejax.training import checkpoints
 from mergejax.training import objective as objective_lib
 from mergejax.training import optim
+from mergejax.training import peers
 from mergejax.training import streams
 from mergejax.training import trainer as trainer_lib
 from mergejax.training import transforms as transforms_lib
@@ -56,7 +56,8 @@ def main(arguments: Sequence[str]) -> None:
   parser.add_argument(
     '--gin_file',
     action='append',
-    help='a gin file; later ones add to and override earlier ones',
+    help='a gin file, of ours or of T5X; later ones add to and override '
+    'earlier ones',
   )
   parser.add_argument('--gin_search_paths', help='folders, comma-separated')
   parser.add_argument(
@@ -77,7 +78,8 @@ def main(arguments: Sequence[str]) -> None:
   options = parser.parse_args(rest)
   if not files:
     raise errors.ConfigError('mergejax train needs --gin_file=FILE.')
-  common.parse_gin(files, bindings, paths)
+  with t5x_gin.in_our_words(files, bindings, paths) as (files, bindings):
+    common.parse_gin(files, bindings, paths)
   if options.dry_run:
     print(gin.config_str())
     return
@@ -94,6 +96,7 @@ def trainer_callbacks(
   """Progress, JSON lines and TensorBoard, and those of the user before them."""
   return [
     *callbacks,
+    peers.watch_peers(),
     callbacks_lib.progress(),
     callbacks_lib.jsonl(),
     callbacks_lib.tensorboard(),
@@ -116,6 +119,11 @@ def train_model(
   seed: int,
   save_every: int,
   initial_checkpoint: os.PathLike | str | None = None,
+  restore: str = 'params',
+  restore_step: int | None = None,
+  restore_rules: assignment.Rules | None = None,
+  fallback_to_scratch: bool = False,
+  pad_vocabulary: bool = False,
   log_every: int = 10,
   loss: Mapping[str, Any] | None = None,
   objective: objective_lib.Objective | None = None,
@@ -128,8 +136,9 @@ def train_model(
   clip: float | None = None,
   per_task: bool = False,
   cache_dir: os.PathLike | str | None = None,
+  allow_float16: bool = False,
 ) -> None:
-  """The job that trains one model on one task or mixture.
+  r"""The job that trains one model on one task or mixture.
 
   Args:
     module: a T5 or a language model.
@@ -145,7 +154,18 @@ def train_model(
     pack: put several examples into one row.
     seed: seeds parameters, data order and dropout.
     save_every: steps between checkpoints.
-    initial_checkpoint: parameters to start from; fresh ones by default.
+    initial_checkpoint: what to start from, of any format, or a run's folder;
+      its layers may be stacked or not, whatever the module's are. Fresh
+      parameters by default.
+    restore: `'params'`, from step 0; or `'state'`: with its moments and step
+      number, of T5X's Adafactor or of a run of ours. `steps` counts those
+      before then, as in T5X.
+    restore_step: of a run's folder; its last by default.
+    restore_rules: start from some of its parameters, or by other names:
+      `[('decoder/(.*)', r'old_decoder/\1'), ('.*logits_dense.*', None)]`; None
+      is for fresh ones. See `models.load_params`.
+    fallback_to_scratch: parameters that it does not have are fresh.
+    pad_vocabulary: its vocabulary may be padded otherwise.
     log_every: steps between logged metrics.
     loss: options of `objective.cross_entropy`.
     objective: what is minimised, instead: a function of your own by its import
@@ -160,6 +180,7 @@ def train_model(
     per_task: log the loss of every task of a mixture, and how many of its
       examples were drawn; see `transforms.task_metrics`.
     cache_dir: read tasks from where `mergejax cache` wrote them.
+    allow_float16: see `trainer.Trainer`.
   """
   directory = pathlib.Path(model_dir)
   name = getattr(mixture_or_task, 'name', mixture_or_task)
@@ -171,8 +192,11 @@ def train_model(
     transforms = [*transforms, transforms_lib.task_metrics(names)]
     loss = {**(loss or {}), 'tasks': len(names)}
   record = directory / 'run.json'
-  if initial_checkpoint is not None:
-    _check_initial(module, initial_checkpoint)
+  start = start_lib.Start(
+    initial_checkpoint, restore, restore_step, restore_rules,
+    fallback_to_scratch, pad_vocabulary,
+  )  # fmt: skip
+  begin = start.check(module)
   trainer = trainer_lib.Trainer(
     module,
     optimizer_of(optimizer, steps),
@@ -184,6 +208,7 @@ def train_model(
     freeze=freeze,
     accumulate=accumulate,
     clip=clip,
+    allow_float16=allow_float16,
   )
   stream, data, local_rows = _open_data(
     trainer, provider, record, batch_size, lengths=lengths, kind=kind,
@@ -193,8 +218,8 @@ def train_model(
     'model': models.describe(module),
     'optimizer': optim.describe(trainer.optimizer),
     'loss': dict(loss or {}),
-    'initial_checkpoint': initial_checkpoint
-    and saved.fingerprint(checkpoint.open_checkpoint(initial_checkpoint)),
+    'initial_checkpoint': start.fingerprint(),
+    **start.described(),
     **data,
     **described(objective, transforms, freeze, accumulate, clip),
   }
@@ -204,16 +229,14 @@ def train_model(
     if kind == 'encoder_decoder' and cache_dir is None:
       stream_lib.tell_cuts(name, 'train', lengths)
     tell_mixture(name, steps, batch_size)
-  params = None
-  if initial_checkpoint is not None:
-    _, params = models.load_model(initial_checkpoint)
+  key = jax.random.key(seed)
   same_run.write(record, settings, where)
   state = trainer.fit(
     stream,
     steps=steps,
     directory=directory / 'train',
-    key=jax.random.key(seed),
-    params=params,
+    key=key,
+    **(begin.arguments(trainer, steps, key) if begin else {}),
     local_rows=local_rows,
     save_every=save_every,
     log_every=log_every,
@@ -292,21 +315,6 @@ def _open_data(trainer, provider, record, batch_size, **settings):
     batch_size=batch_size,
     **settings,
   )
-
-
-def _check_initial(module, path):
-  """Raises unless a checkpoint computes what the module does; reads no weight."""
-  loaded = models.load_module(path)
-  specs = lambda model: models.family_of(model).specs()
-  configured = 'the configured module'
-  architectures.check(
-    {configured: models.describe(module), str(path): models.describe(loaded)},
-    'Configure the module as the checkpoint was trained.',
-  )
-  tree_lib.check_same(
-    specs(module), specs(loaded),
-    expected_name=configured, given_name=str(path),
-  )  # fmt: skip
 
 
 def open_shared(

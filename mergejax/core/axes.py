@@ -12,7 +12,7 @@ the inputs of a linear map and which its output units. Flax kernels are `[in,
 out]`, PyTorch weights `[out, in]`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 import dataclasses
 import math
 import re
@@ -56,9 +56,7 @@ def logical_axes(
   """
   unknown = [path for path, spec in specs.items() if spec.axes is None]
   # A table serves many architectures: a rule that a model does not use is fine.
-  used: list[Any] = [
-    rule for rule in rules if any(_matches(rule[0], path) for path in unknown)
-  ]
+  used: list[Any] = [rule for rule in rules if _matched(rule, unknown)]
   found = tree.apply_rules(used, unknown, 'logical axes')
   result = {}
   for path, spec in specs.items():
@@ -73,8 +71,10 @@ def logical_axes(
   return result
 
 
-def _matches(pattern: str, path: str) -> bool:
-  return tree.expression(pattern, 'axes rule').fullmatch(path) is not None
+def _matched(rule, paths: Iterable[typing.Path]) -> list[typing.Path]:
+  """The paths that the expression of a rule matches."""
+  pattern = tree.expression(rule[0], 'axes rule')
+  return [path for path in paths if pattern.fullmatch(path)]
 
 
 STACKS = stacks.NAMES
@@ -205,7 +205,8 @@ def with_axes(
       if path not in specs:
         raise errors.StructureError(errors.near(path, specs, 'parameter'))
   else:
-    covered = [p for p in specs if any(_matches(r[0], p) for r in rules)]
+    matched = set().union(*(_matched(rule, specs) for rule in rules))
+    covered = [path for path in specs if path in matched]
     found = tree.apply_rules(rules, covered, 'axes') if rules else {}
   result = dict(specs)
   for path, names in found.items():

@@ -4,6 +4,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 import difflib
+import math
 import numbers
 import os
 from typing import Any
@@ -99,6 +100,31 @@ def check_whole(name: str, number: Any, least: int = 1) -> None:
     raise ConfigError(
       f'{name} must be a whole number of {least} or more, not {number!r}.'
     )
+
+
+def check_number(
+  name: str,
+  number: Any,
+  least: float,
+  most: float = math.inf,
+  *,
+  open_below: bool = False,
+) -> None:
+  """Raises a `ConfigError` for what is no number from `least` to `most`.
+
+  Args:
+    name: of the setting.
+    number: its value.
+    least: the smallest that it may have.
+    most: the largest; any finite number by default.
+    open_below: `least` itself is too small.
+  """
+  real = isinstance(number, numbers.Real) and not isinstance(number, bool)
+  fits = real and least <= number <= most and math.isfinite(number)
+  if not fits or (open_below and number == least):
+    low = f'above {least}' if open_below else f'of {least} or more'
+    high = f' and {most} at most' if math.isfinite(most) else ''
+    raise ConfigError(f'{name} must be a number {low}{high}, not {number!r}.')
 
 
 def some(names: Sequence[str], limit: int = 3) -> str:

@@ -121,6 +121,29 @@ def _check_lengths(lengths, kind):
     check_positive(f'length of {name}', length)
 
 
+def batch_lengths(
+  lengths: Mapping[str, int], *, kind: str, pack: bool
+) -> dict[str, int]:
+  """Positions of a row of every array of a batch; opens no data.
+
+  Args:
+    lengths: tokens per feature.
+    kind: as of `SeqioStream`.
+    pack: likewise.
+
+  Raises:
+    UserError: lengths of other features than the kind has.
+
+  Example:
+    >>> batch_lengths({'targets': 8}, kind='lm', pack=False)
+    {'decoder_target_tokens': 8, 'decoder_input_tokens': 8, \
+'decoder_loss_weights': 8}
+  """
+  _check_lengths(lengths, kind)
+  converter = _CONVERTERS[kind](pack=pack)
+  return dict(converter.get_model_feature_lengths(dict(lengths)))
+
+
 def check_positive(what: str, value: Any) -> None:
   """Raises a `UserError` for what is no whole number of 1 or more."""
   whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)

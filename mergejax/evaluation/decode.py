@@ -1,40 +1,138 @@
 # Copyright 2026 The mergejax Authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What a model says: greedy decoding through its family, compiled.
+"""What a model says: decoding through its family, compiled.
 
 decode = decode_lib.make_decoder(module, length=32)
 tokens = decode(params, batch)  # <int32>[batch, 32], 0 after the end token
+
+decode = decode_lib.make_decoder(module, length=32, method=Beam(beams=4))
+tokens, scores = decode.answers(params, batch)  # [batch, 4, 32], [batch, 4]
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+import dataclasses
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mergejax import models
+from mergejax import partition
 from mergejax.core import errors
 from mergejax.core import typing
+from mergejax.evaluation import beam
+from mergejax.evaluation import positions
+from mergejax.evaluation import sampling
 
 # The end token of seqio's vocabularies.
 END = 1
-_PLAIN = {'decoder_input_tokens', 'decoder_target_tokens'}
+GREEDY = sampling.Sample(temperature=0)
+
+is_decoder_only = positions.is_decoder_only
 
 
-def is_decoder_only(family: models.ModelFamily) -> bool:
-  """Whether a model reads nothing but the tokens it continues."""
-  return set(family.example_batch()) <= _PLAIN
+class Answers(NamedTuple):
+  """What a model says to a batch.
+
+  Attributes:
+    tokens: `<int32>[rows, answers, length]`, 0 after the end token.
+    scores: `<float32>[rows, answers]`; see the method for what they are, and
+      for the order of the answers.
+  """
+
+  tokens: np.ndarray
+  scores: np.ndarray
+
+
+class Decoder:
+  """A model and a method, compiled once for every shape; see `make_decoder`."""
+
+  def __init__(self, family, length, end, method, mesh):
+    self._family, self._mesh = family, mesh
+    self.method = method
+
+    def run(params, batch, key, rows, scored):
+      ready = positions.prepare(
+        family, params, batch, length=length, answers=method.answers
+      )
+      named = dict(end=end, key=key, rows=rows, scored=scored)
+      tokens, scores = method.decode(ready, **named)
+      return (tokens, scores) if scored else tokens[:, method.best]
+
+    self._run = jax.jit(run, static_argnums=4)
+
+  def __call__(
+    self,
+    params: typing.Tree,
+    batch: Mapping[str, Any],
+    *,
+    key: jax.Array | None = None,
+    rows: typing.Array | None = None,
+  ) -> np.ndarray:
+    """`<int32>[rows, length]`: of every row, the answer that stands for it.
+
+    Args:
+      params: of the model.
+      batch: see `greedy`.
+      key: what draws come from; for methods that draw.
+      rows: `<int32>[rows]` numbers of the rows, which go into their draws; 0,
+        1, ... by default. Rows of one data set, numbered through, have the same
+        answers however they are put in batches.
+
+    Raises:
+      ConfigError: a model that does not decode, or draws without a key.
+    """
+    return self._called(params, batch, key, rows, False)
+
+  def answers(
+    self,
+    params: typing.Tree,
+    batch: Mapping[str, Any],
+    *,
+    key: jax.Array | None = None,
+    rows: typing.Array | None = None,
+  ) -> Answers:
+    """All answers to every row, with their scores; arguments as of a call."""
+    return Answers(*self._called(params, batch, key, rows, True))
+
+  def _called(self, params, batch, key, rows, scored):
+    batch = dict(batch)
+    if self._mesh is None:
+      return jax.tree.map(
+        np.asarray, self._run(params, batch, key, rows, scored)
+      )
+    batch = {n: self._placed(np.asarray(x)) for n, x in batch.items()}
+    with partition.rules_of(self._mesh, partition.standard()):
+      found = self._run(params, batch, key, rows, scored)
+    return partition.to_host(found)
+
+  def _placed(self, x):
+    axes = ('batch', *[None] * (x.ndim - 1))
+    return jax.device_put(x, partition.sharding(self._mesh, axes, x.shape))
 
 
 def make_decoder(
-  model: nn.Module | models.ModelFamily, *, length: int, end: int = END
-) -> Callable[[typing.Tree, Mapping[str, Any]], np.ndarray]:
-  """`(params, batch) -> tokens`: `greedy`, compiled once for every shape."""
-  family = models.family_of(model)
-  compiled = jax.jit(lambda p, b: greedy(family, p, b, length=length, end=end))
-  return lambda params, batch: np.asarray(compiled(params, dict(batch)))
+  model: nn.Module | models.ModelFamily,
+  *,
+  length: int,
+  end: int = END,
+  method: positions.Method = GREEDY,
+  mesh: jax.sharding.Mesh | None = None,
+) -> Decoder:
+  """`(params, batch) -> tokens`, compiled once for every shape.
+
+  Args:
+    model: a module whose family decodes, or the family.
+    length: most tokens of an answer, the end token included.
+    end: the token after which an answer stops.
+    method: `sampling.Sample` or `beam.Beam`; by default the most likely token,
+      again and again.
+    mesh: spreads the rows of a batch over `data`, where they divide; parameters
+      stay where they are. By default nothing is moved.
+  """
+  errors.check_whole('length', length)
+  return Decoder(models.family_of(model), length, end, method, mesh)
 
 
 def greedy(
@@ -69,85 +167,40 @@ def greedy(
     ConfigError: a model that does not decode.
   """
   family = models.family_of(model)
-  if not family.decodes:
-    raise errors.ConfigError(
-      f'{family.model_type or type(family).__name__} models do not decode: '
-      "score them by 'accuracy' or 'loss'."
-    )
-  prompt, real = _prompt(family, batch), _real(family, batch)
-  total = prompt.shape[1] + length
-  start = jnp.sum(prompt > 0, axis=1)
-  prompt = jnp.pad(prompt, ((0, 0), (0, length)))
-  begin, cache, next_logits = _stepper(family, params, batch, total)
-
-  def go_on(state):
-    at, _, _, done = state
-    return (at < total) & ~jnp.all(done)
-
-  def step(state):
-    at, said, cache, done = state
-    logits, cache = next_logits(cache, said, at)
-    chosen = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    answers = at >= start
-    token = jnp.where(answers, chosen, prompt[:, at])
-    said = said.at[:, at].set(jnp.where(done, 0, token))
-    last = (token == end) | (at + 1 >= start + length)
-    return at + 1, said, cache, done | (answers & last)
-
-  begin = jnp.min(start) if begin else jnp.zeros((), jnp.int32)
-  state = begin, prompt, cache, ~real
-  _, said, _, _ = jax.lax.while_loop(go_on, step, state)
-  places = start[:, None] + jnp.arange(length, dtype=start.dtype)[None]
-  return jnp.take_along_axis(said, places, axis=1)
+  ready = positions.prepare(family, params, batch, length=length)
+  return GREEDY.decode(ready, end=end, scored=False)[0][:, 0]
 
 
-def _prompt(family, batch):
-  """`<int32>[rows, width]`, 0 after a row's end; no column if there is none."""
-  weights = batch.get('decoder_loss_weights', batch.get('weights'))
-  rows = len(next(iter(batch.values())))
-  if not is_decoder_only(family) or weights is None:
-    return jnp.zeros((rows, 0), jnp.int32)
-  tokens = jnp.asarray(batch['decoder_target_tokens'], jnp.int32)
-  return jnp.where(jnp.asarray(weights) > 0, 0, tokens)
+_METHODS = {
+  word.name: kind
+  for kind in (sampling.Sample, beam.Beam)
+  for word in dataclasses.fields(kind)
+}
 
 
-def _real(family, batch):
-  """`<bool>[rows]`, False where a row only fills the batch."""
-  if 'decoder_target_tokens' not in batch:
-    return jnp.ones(len(next(iter(batch.values()))), jnp.bool_)
-  return jnp.any(family.target_weights(batch) > 0, axis=1)
+def method_of(words: Mapping[str, Any]) -> positions.Method:
+  """A method from its options: `{'beams': 4, 'alpha': 0.6}`.
 
+  Args:
+    words: options of one method, each with its value; greedy without any.
 
-def _stepper(family, params, batch, total):
-  """How the logits of a position come about.
+  Raises:
+    ConfigError: an unknown option, options of different methods, or a value out
+      of its range.
 
-  Returns:
-    `(whether it can begin at the end of a prompt, cache, (cache, said so far,
-    position) -> (<float32>[rows, vocab], cache))`.
+  Example:
+    >>> method_of({'temperature': 0.7, 'top_k': 40})
+    Sample(temperature=0.7, top_k=40, top_p=1.0, samples=1)
   """
-  prefix = batch.get('decoder_causal_attention')
-  if prefix is None or not is_decoder_only(family):
-    cache = family.init_cache(params, batch, total)
-
-    def cached(cache, said, at):
-      before = jnp.where(at > 0, said[:, at - 1], 0)
-      return family.decode_step(params, cache, before)
-
-    return False, cache, cached
-  room = total - prefix.shape[1]
-  prefix = jnp.pad(jnp.asarray(prefix), ((0, 0), (0, room)))
-  # The mark reaches one position further than the prompt: it is the last one
-  # of the prompt, which the shift by one has put there.
-  ahead = jnp.sum(prefix > 0, axis=1)
-
-  def whole(cache, said, at):
-    seen = jnp.maximum(at + 1, ahead)[:, None]
-    known = jnp.arange(total, dtype=seen.dtype)[None] < seen
-    row = {
-      'decoder_input_tokens': jnp.pad(said, ((0, 0), (1, 0)))[:, :-1],
-      'decoder_target_tokens': known.astype(jnp.int32),
-      'decoder_causal_attention': prefix,
-    }
-    return family.logits(params, row)[:, at], cache
-
-  return True, (), whole
+  for word in words:
+    if word not in _METHODS:
+      raise errors.ConfigError(errors.near(word, _METHODS, 'decoding option'))
+  kinds = {_METHODS[word]: word for word in words}
+  if len(kinds) > 1:
+    a, b = sorted(kinds.values())
+    raise errors.ConfigError(
+      f'{a} and {b} are of different ways to decode: a beam search (beams, '
+      'alpha) finds the most likely answers, sampling (temperature, top_k, '
+      'top_p, samples) draws them. Take one of the two.'
+    )
+  return next(iter(kinds), lambda: GREEDY)(**words)

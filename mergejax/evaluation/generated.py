@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scores of generated text: exact match, and seqio's metric functions.
 
-A model answers by greedy decoding, its vocabulary turns the tokens into text,
-the task's `postprocess_fn` into what its `metric_fns` compare: `fn(targets,
+A model answers, greedily or as `decode` is told, its vocabulary turns the tokens
+into text, the task's `postprocess_fn` into what its `metric_fns` compare: `fn(targets,
 predictions)`. Those of the form `fn(targets, scores)` get the log-likelihood of
 every target, in nats, instead.
 """
@@ -14,6 +14,7 @@ import functools
 import numbers
 from typing import Any
 
+import jax
 import numpy as np
 import seqio
 
@@ -25,6 +26,7 @@ from mergejax.data import stream
 from mergejax.evaluation import base
 from mergejax.evaluation import decode
 from mergejax.evaluation import metrics
+from mergejax.evaluation import positions
 
 EXACT_MATCH = base.Metric('exact_match')
 NAMES = ('exact_match', 'seqio')
@@ -42,6 +44,8 @@ class Generated:
     lengths: tokens of `inputs` and `targets`; of an answer, that of `targets`.
     max_examples: a fixed sample of so many; None takes all.
     lower_is_better: numbers of the metric functions of which less is better.
+    decoding: options of a way to decode, see `decode.method_of`, and the `seed`
+      of its draws; greedy without any.
   """
 
   task: str
@@ -49,6 +53,7 @@ class Generated:
   lengths: Mapping[str, int]
   max_examples: int | None
   lower_is_better: Sequence[str] = ()
+  decoding: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   # Compiled once for all models of a module.
   _decoders: dict[Any, Any] = dataclasses.field(default_factory=dict)
   _scorers: dict[Any, Any] = dataclasses.field(default_factory=dict)
@@ -87,17 +92,26 @@ class Generated:
     """
     family = models.family_of(model)
     if family.module not in self._decoders:
+      method, _ = parse_decoding(self.decoding)
       self._decoders[family.module] = decode.make_decoder(
-        family, length=self.lengths['targets']
+        family, length=self.lengths['targets'], method=method
       )
-    decoder = self._decoders[family.module]
-    rows = [
-      row
-      for batch in batches
-      for row, real in zip(decoder(params, batch), family.real_rows(batch))
-      if real
-    ]
-    return [self._text(row) for row in rows]
+    said, count = [], 0
+    for batch in batches:
+      real = np.asarray(family.real_rows(batch))
+      answers = self._answers(
+        self._decoders[family.module], params, batch, count
+      )
+      said += [self._text(row) for row in answers[real]]
+      count += len(real)
+    return said
+
+  def _answers(self, decoder, params, batch, first):
+    if not decoder.method.draws:
+      return decoder(params, batch)
+    _, seed = parse_decoding(self.decoding)
+    rows = np.arange(first, first + len(next(iter(batch.values()))))
+    return decoder(params, batch, key=jax.random.key(seed), rows=rows)
 
   def _text(self, tokens):
     vocabulary = self.provider.output_features['targets'].vocabulary
@@ -185,6 +199,32 @@ class Generated:
     return result
 
 
+def parse_decoding(
+  words: Mapping[str, Any],
+) -> tuple[positions.Method, int]:
+  """`(method, seed)` of the options under a suite's `decoding`.
+
+  Raises:
+    ConfigError: see `decode.method_of`; or several samples, or a seed of what
+      does not draw.
+  """
+  options = dict(words)
+  seed = options.pop('seed', 0)
+  errors.check_whole('seed', seed, least=0)
+  if 'samples' in options:
+    raise errors.ConfigError(
+      'decoding: one answer to an example is scored, so there are no samples. '
+      'Leave it out; `mergejax infer --samples` writes several.'
+    )
+  method = decode.method_of(options)
+  if 'seed' in words and not method.draws:
+    raise errors.ConfigError(
+      'decoding: a seed is for what is drawn, at a temperature above 0. Leave '
+      'it out.'
+    )
+  return method, seed
+
+
 def check_functions(task: seqio.Task) -> None:
   """Raises if a task has no metric function that can be called here.
 
@@ -199,7 +239,7 @@ def check_functions(task: seqio.Task) -> None:
     )
   if task.predict_with_aux_metric_fns:
     raise errors.ConfigError(
-      f'The task {task.name} has metric_fns with aux_values, which greedy '
+      f'The task {task.name} has metric_fns with aux_values, which '
       'decoding does not give: register it without them.'
     )
 

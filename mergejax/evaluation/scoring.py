@@ -67,6 +67,7 @@ class Suite:
     max_examples: of each task, a fixed sample; None takes all.
     vocabulary: of the text.
     base: checkpoint that is always a row of the table, or None.
+    decoding: how answers are generated, see `generated.parse_decoding`.
   """
 
   tasks: Mapping[str, Task]
@@ -75,6 +76,7 @@ class Suite:
   max_examples: int | None
   vocabulary: Any
   base: str | None = None
+  decoding: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   def batches(
     self,
@@ -167,6 +169,8 @@ class Suite:
     if task.kind == 'images':
       file = images.path(task.source, split)
       return {**about, 'files': f'{file.name} {checksums.SUMS.of(file)[:16]}'}
+    if task.metric in generated.NAMES and self.decoding:
+      about['decoding'] = dict(self.decoding)
     lengths = self._lengths(task)
     found = identity.describe(task.source, split, lengths)
     return {**about, 'lengths': lengths, **found}
@@ -293,7 +297,7 @@ class Suite:
     task = self._task(name)
     return generated.Generated(
       task.source, split, self._lengths(task), self.max_examples,
-      task.lower_is_better,
+      task.lower_is_better, self.decoding,
     )  # fmt: skip
 
   def table(
@@ -330,10 +334,8 @@ def check_count(word: str, value: Any, optional: bool = False) -> Any:
   Raises:
     ConfigError: something else.
   """
-  if value is None and optional:
-    return value
-  if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-    raise errors.ConfigError(f'{word} must be 1 or more, not {value!r}.')
+  if value is not None or not optional:
+    errors.check_whole(word, value)
   return value
 
 

@@ -31,6 +31,8 @@ told by one forward pass. `exact_match` decodes: answers are generated, at most
 generates too and calls the tasks' own `metric_fns`, after their
 `postprocess_fn`; every number that they return is a column, `TASK` or
 `TASK/NUMBER`. `lower_is_better: [NUMBER, ...]` names those that are losses.
+Both decode greedily, or as `decoding: {beams: 4, alpha: 0.6}` or `decoding:
+{temperature: 0.7, top_k: 40, seed: 0}` says, see `beam.Beam`, `sampling.Sample`.
 """
 
 from collections.abc import Mapping
@@ -52,7 +54,7 @@ from mergejax.evaluation import scoring
 
 _TOP = (
   'vocabulary', 'lengths', 'batch_size', 'max_examples', 'base', 'tasks',
-  'mixture', 'import', 'metric', 'experts', 'lower_is_better',
+  'mixture', 'import', 'metric', 'experts', 'lower_is_better', 'decoding',
 )  # fmt: skip
 _TASK = ('files', 'inputs', 'targets', 'text', 'images', 'metric', 'expert')
 
@@ -176,7 +178,25 @@ def _parse(data):
     ),
     vocabulary,
     data.get('base'),
+    _decoding(data.get('decoding', {}), found),
   )
+
+
+def _decoding(given, tasks):
+  """How the answers of tasks are generated, checked."""
+  if not isinstance(given, Mapping):
+    raise errors.ConfigError(
+      'decoding must be a mapping, such as {beams: 4} or {temperature: 0.7, '
+      f'top_k: 40}}, not {given!r}.'
+    )
+  generated.parse_decoding(given)
+  if given and not any(t.metric in generated.NAMES for t in tasks.values()):
+    raise errors.ConfigError(
+      'decoding says how answers are generated, but no task of the suite is '
+      f'scored by what is generated ({", ".join(generated.NAMES)}): leave it '
+      'out, or change a metric.'
+    )
+  return dict(given)
 
 
 def _lengths(given):

@@ -145,7 +145,15 @@ def batch_posterior(
   """Mean over the rows of a batch of the posterior of the whole text: `[K]`.
 
   Rows without a real token (they only fill a batch) do not count.
+
+  Raises:
+    DataError: no row has one.
   """
+  if not np.any(mask):
+    raise errors.DataError(
+      'A batch without a real token says nothing of which expert it needs: its '
+      'mask is 0 everywhere.'
+    )
   final = np.exp(np.asarray(log_posterior(lp, mask, prior, **options)))[..., -1]
   real = np.asarray(mask).any(axis=-1)
   return final[:, real].mean(axis=1, dtype=np.float64)

@@ -5,9 +5,11 @@ from mergejax.models.base import ModelFamily
 from mergejax.models.base import Outputs
 from mergejax.models.classifier import Classifier
 from mergejax.models.loading import axes
+from mergejax.models.loading import fit_params
 from mergejax.models.loading import is_converted
 from mergejax.models.loading import load_model
 from mergejax.models.loading import load_module
+from mergejax.models.loading import load_params
 from mergejax.models.registry import build
 from mergejax.models.registry import conversion
 from mergejax.models.registry import describe
@@ -29,9 +31,11 @@ __all__ = [
   'family_class',
   'family_for',
   'family_of',
+  'fit_params',
   'is_converted',
   'load_model',
   'load_module',
+  'load_params',
   'names',
   'register',
 ]

@@ -60,6 +60,7 @@ _T5 = {
 _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
   't5': _T5,
   'mt5': {**_T5, 'feed_forward_proj': 'gated-gelu'},
+  'umt5': {**_T5, 'feed_forward_proj': 'gated-gelu'},
   'gpt2': {
     'activation_function': 'gelu_new',
     'scale_attn_weights': True,

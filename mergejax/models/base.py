@@ -358,6 +358,33 @@ class ModelFamily:
       for path, spec in found.items()
     }
 
+  def in_form(self, specs: typing.SpecTree) -> bool:
+    """Whether stored parameters lie as in the module, or must be `arranged`.
+
+    Args:
+      specs: of the stored parameters, with axes where they are known.
+    """
+    del specs
+    return True
+
+  def arranged(
+    self,
+    leaves: Mapping[typing.Path, Any],
+    axes: Mapping[typing.Path, tuple[str, ...]] | None = None,
+  ) -> dict[typing.Path, Any]:
+    """Parameters of the same model, stored in another way, as the module's.
+
+    Args:
+      leaves: `{path: array}`; families whose layers may be stacked accept them
+        stacked or one by one.
+      axes: logical axes of the given leaves, where they are known.
+
+    Returns:
+      `{path: array}` of the same numbers.
+    """
+    del axes
+    return dict(leaves)
+
   def features_layer(self, specs: typing.SpecTree) -> typing.Path:
     """The kernel whose inputs are the model's features of an example.
 
@@ -398,3 +425,21 @@ class ModelFamily:
       `(<float32>[batch, vocab] logits of the next token, cache)`.
     """
     raise errors.ConfigError(f'{self.model_type} models do not decode.')
+
+  def cache_rows(self, path: typing.Path, leaf: jax.Array) -> int | None:
+    """The axis along which a leaf of the cache has the rows of the batch.
+
+    Several answers to a row (beams, samples) have a row of their own in what is
+    told here, side by side, and beams are moved along it. What all answers to a
+    row share is kept once: `decode_step` gets more tokens than it has rows.
+
+    Args:
+      path: of the leaf in the cache.
+      leaf: of the cache.
+
+    Returns:
+      The axis, or None: nothing to repeat. By default 0, of all arrays that
+      have axes.
+    """
+    del path
+    return 0 if leaf.ndim else None

@@ -61,6 +61,31 @@ def restack(
   )
 
 
+def in_form(specs: typing.SpecTree, config: t5.StackConfig) -> bool:
+  """Whether parameters lie as a configuration asks for, as far as one sees.
+
+  Args:
+    specs: of the parameters, in either form, with axes where they are known.
+    config: see `restack`.
+  """
+  for path, spec in specs.items():
+    match = _STACK.fullmatch(path) or _LAYER.fullmatch(path)
+    if match is None:
+      # A table for a whole stack.
+      if config.relative_per_layer and path.endswith(f'coder/{_TABLE}'):
+        return False
+      continue
+    scanned = _STACK.fullmatch(path) is not None
+    if scanned != config.scan_layers:
+      return False
+    if match[match.lastindex] == _TABLE and not config.relative_per_layer:
+      return False
+    at = [i for i, name in enumerate(spec.axes or ()) if name in stacks.NAMES]
+    if scanned and at and at != [config.param_scan_axis]:
+      return False
+  return True
+
+
 def _one_by_one(leaves, axes):
   """Every stack in its layers."""
   found, at = {}, {}

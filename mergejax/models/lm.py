@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from mergejax.core import typing
 from mergejax.models import base
+from mergejax.models import layer_stacks
 from mergejax.models import registry
 from mergejax.names import t5x
 from mergejax.nn import lm
@@ -83,6 +84,18 @@ class TextFamily(base.ModelFamily):
   def mask(self, path: typing.Path, batch: Mapping[str, Any]):
     del path
     return batch['decoder_target_tokens'] > 0
+
+  def in_form(self, specs):
+    return layer_stacks.in_form(specs, self.config)
+
+  def arranged(self, leaves, axes=None):
+    return layer_stacks.restack(leaves, self.config, axes)
+
+  def cache_rows(self, path, leaf):
+    # Inputs are read once for all answers to them.
+    if not path.endswith(('cached_key', 'cached_value')):
+      return None
+    return 1 if self.config.scan_layers else 0
 
   def features_layer(self, specs):
     head = 'decoder/logits_dense/kernel'

@@ -24,7 +24,7 @@ _READS_INPUTS = re.compile(
 
 @registry.register
 class T5Family(lm.TextFamily):
-  """T5 1.0 and 1.1; batches also have `encoder_input_tokens`."""
+  """T5 1.0 and 1.1, mT5, ByT5, umT5; batches also have `encoder_input_tokens`."""
 
   model_type = 't5x'
   config_class = t5.T5Config
@@ -32,7 +32,7 @@ class T5Family(lm.TextFamily):
   optional = ('encoder_segment_ids', 'decoder_segment_ids')
   decodes = True
   answers = True
-  conversions = {'hf-t5': t5_hf.CONVERSION}
+  conversions = t5_hf.CONVERSIONS
   features = 'decoder/layers_0/encoder_decoder_attention/key/kernel'
 
   def arguments(self, batch, *, train=False):
@@ -50,24 +50,26 @@ class T5Family(lm.TextFamily):
 
   def init_cache(self, params, batch, length):
     inputs = batch['encoder_input_tokens']
-    empty = jnp.ones((len(inputs), length), jnp.int32)
-    shapes = jax.eval_shape(
-      lambda: self.module.init(
-        jax.random.key(0), inputs, empty, empty, decode=True,
-        max_decode_length=length,
-      )
-    )['cache']  # fmt: skip
+    variables = self.variables(params)
     encoded = self.module.apply(
-      self.variables(params), inputs, method=self.module_class.encode
+      variables, inputs, method=self.module_class.encode
     )
-    cache = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    return {'encoded': encoded, 'inputs': inputs, 'cache': cache}
+    empty = jnp.ones((len(inputs), length), jnp.int32)
+    # Of this pass nothing is kept but the keys and values of `encoded`: a
+    # compiled program leaves the rest out.
+    _, made = self.module.apply(
+      variables, encoded, inputs, empty, empty, decode=True,
+      max_decode_length=length, mutable=['cache', 'encoded'],
+      method=self.module_class.decode,
+    )  # fmt: skip
+    return {'inputs': inputs, 'encoder_output': encoded, **made}
 
   def decode_step(self, params, cache, tokens):
     row = tokens[:, None]
+    kept = {name: cache[name] for name in ('cache', 'encoded')}
     found, changed = self.module.apply(
-      {**self.variables(params), 'cache': cache['cache']},
-      cache['encoded'], cache['inputs'], row, jnp.ones_like(row), decode=True,
+      {**self.variables(params), **kept},
+      cache['encoder_output'], cache['inputs'], row, row, decode=True,
       mutable=['cache'], method=self.module_class.decode,
     )  # fmt: skip
     return found[:, 0], {**cache, 'cache': changed['cache']}

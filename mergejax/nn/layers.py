@@ -141,15 +141,35 @@ class RelativePositionBias(nn.Module):
   dtype: str = 'float32'
 
   @nn.compact
-  def __call__(self, query_length: int, key_length: int) -> typing.Array:
+  def __call__(
+    self,
+    query_length: int,
+    key_length: int,
+    *,
+    at: typing.Array | None = None,
+  ) -> typing.Array:
+    """The bias of the first `query_length` positions, or of one.
+
+    Args:
+      query_length: queries, from position 0 on.
+      key_length: keys, from position 0 on.
+      at: `<int32>[]`, the position of the only query, while decoding.
+
+    Returns:
+      `<dtype>[1, heads, query, key]`; `query` is 1 with `at`.
+    """
     table = self.param(
       'rel_embedding',
       initializers.variance_scaling(1.0, 'fan_avg', 'uniform'),
       (self.num_heads, self.num_buckets),
       jnp.float32,
     )
+    if at is None:
+      relative = np.arange(key_length) - np.arange(query_length)[:, None]
+    else:  # all that can come about; the row of the query is cut out below
+      relative = np.arange(1 - key_length, key_length)[None]
     buckets = relative_position_bucket(
-      np.arange(key_length)[None, :] - np.arange(query_length)[:, None],
+      relative,
       bidirectional=self.bidirectional,
       num_buckets=self.num_buckets,
       max_distance=self.max_distance,
@@ -161,8 +181,23 @@ class RelativePositionBias(nn.Module):
     )
     # [heads, buckets] x [query * key, buckets] -> [1, heads, query, key]
     bias = jnp.einsum('hn,pn->hp', table, one_hot)
-    bias = bias.reshape(1, self.num_heads, query_length, key_length)
+    bias = bias.reshape(1, self.num_heads, *relative.shape)
+    if at is not None:
+      first = key_length - 1 - at
+      bias = jax.lax.dynamic_slice_in_dim(bias, first, key_length, axis=3)
     return bias.astype(self.dtype)
+
+
+# What attention makes of the residual stream.
+_HEADS = ('batch', 'length', 'heads', 'kv')
+
+
+def _length_last(x: typing.Array) -> typing.Array:
+  """`[batch, length, heads, head_dim] -> [batch, heads, head_dim, length]`.
+
+  T5X's layout of caches, which a product with one query takes as it is.
+  """
+  return jnp.moveaxis(x, 1, 3)
 
 
 class Attention(nn.Module):
@@ -195,6 +230,7 @@ class Attention(nn.Module):
     *,
     deterministic: bool = True,
     decode: bool = False,
+    keep: bool = False,
   ) -> typing.Array:
     """Attends from `queries` to `keys_values`.
 
@@ -206,7 +242,11 @@ class Attention(nn.Module):
       deterministic: no dropout.
       decode: keep keys and values in the collection `cache`. The call that
         creates the cache fixes its length; later calls bring one position, and
-        the `bias` of all queries and keys.
+        the `bias` of this query, or of all queries, and all keys.
+      keep: take the keys and values of `keys_values` from the collection
+        `encoded`. A call that may write that collection fills it; without it
+        they are computed as ever. Rows may then be several to one row of keys,
+        side by side, one query each: answers to the same input.
 
     Returns:
       `<dtype>[batch, query, embed]`.
@@ -224,34 +264,45 @@ class Attention(nn.Module):
       )
 
     query = project('query', queries, 1.0 / self.head_dim)
-    key = project('key', keys_values)
-    value = project('value', keys_values)
-    query, key, value = partition.constrain(
-      (query, key, value), ('batch', 'length', 'heads', 'kv')
-    )
-    if decode:
-      key, value, bias = self._update_cache(key, value, bias)
+    query = partition.constrain(query, _HEADS)
+    layout = 'bkhd'  # of keys and values
+    if keep and self.has_variable('encoded', 'key'):
+      key = self.get_variable('encoded', 'key')
+      value = self.get_variable('encoded', 'value')
+      layout = 'bhdk'
+      # Answers to one row share its keys, as its queries.
+      query = query.reshape(len(key), -1, self.num_heads, self.head_dim)
+    else:
+      key = project('key', keys_values)
+      value = project('value', keys_values)
+      key, value = partition.constrain((key, value), _HEADS)
+      if decode:
+        key, value, bias = self._update_cache(key, value, bias)
+        layout = 'bhdk'
+      elif keep and not self.is_initializing():
+        if self.is_mutable_collection('encoded'):
+          self.put_variable('encoded', 'key', _length_last(key))
+          self.put_variable('encoded', 'value', _length_last(value))
     if self.float32_logits:
       query, key = query.astype(jnp.float32), key.astype(jnp.float32)
     # [batch, query, heads, head_dim] x [batch, key, heads, head_dim]
     #   -> [batch, heads, query, key]
-    logits = jnp.einsum('bqhd,bkhd->bhqk', query, key)
+    logits = jnp.einsum(f'bqhd,{layout}->bhqk', query, key)
     if bias is not None:
       logits = logits + bias.astype(logits.dtype)
     probabilities = jax.nn.softmax(logits).astype(self.dtype)
     probabilities = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))(
       probabilities, deterministic=deterministic
     )
-    mixed = jnp.einsum('bhqk,bkhd->bqhd', probabilities, value)
+    mixed = jnp.einsum(f'bhqk,{layout}->bqhd', probabilities, value)
     mixed = mixed.reshape(*queries.shape[:-1], joined)
     return dense(queries.shape[-1], self.dtype, attention_init, 'out')(mixed)
 
   def _update_cache(self, key, value, bias):
     """Writes one position into the cache and returns all of it, with a mask."""
     created = not self.has_variable('cache', 'cached_key')
-    # [batch, heads, head_dim, length]: T5X's layout, length last.
-    to_cache = lambda x: jnp.moveaxis(x, 1, 3)
-    shape = to_cache(key).shape
+    key, value = _length_last(key), _length_last(value)
+    shape = key.shape
     cached_key = self.variable(
       'cache', 'cached_key', jnp.zeros, shape, key.dtype
     )
@@ -265,38 +316,39 @@ class Attention(nn.Module):
       return key, value, bias
     length = cached_key.value.shape[-1]
     at = index.value
-    if key.shape[1] != 1:
+    if shape[-1] != 1:
       raise errors.ConfigError(
         'Cached decoding takes one position a call; this call brought '
-        f'{key.shape[1]}. Create the cache with the full length, then feed '
+        f'{shape[-1]}. Create the cache with the full length, then feed '
         'tokens one by one.'
       )
-    if bias is not None and bias.shape[2:] != (length, length):
+    rows = None if bias is None else bias.shape[2:]
+    if rows not in (None, (1, length), (length, length)):
       raise errors.ConfigError(
         f'The cache has {length} positions, but the bias of the attention is '
-        f'for {list(bias.shape[2:])} queries and keys.'
+        f'for {list(rows)} queries and keys.'
       )
     if not numerics.is_traced(at) and at >= length:
       raise errors.ConfigError(
         f'The cache has {length} positions and all of them are taken: create '
         'it with as many as are decoded.'
       )
+    # Updates past the end are moved back onto the last position; a compiled
+    # program cannot raise, so its result from there on is not a number. (By the
+    # values: on CPU, the softmax of NaN is a number.)
+    value = jnp.where(at < length, value, jnp.nan)
     cached_key.value = jax.lax.dynamic_update_slice_in_dim(
-      cached_key.value, to_cache(key), at, axis=3
+      cached_key.value, key, at, axis=3
     )
     cached_value.value = jax.lax.dynamic_update_slice_in_dim(
-      cached_value.value, to_cache(value), at, axis=3
+      cached_value.value, value, at, axis=3
     )
     index.value = at + 1
     past = jnp.where(jnp.arange(length) <= at, 0.0, MASKED)[None, None, None]
-    if bias is not None:
-      past = past + jax.lax.dynamic_slice_in_dim(bias, at, 1, axis=2)
-    from_cache = lambda x: jnp.moveaxis(x, 3, 1)
-    # Updates past the end are moved back onto the last position; a compiled
-    # program cannot raise, so its result there is not a number. (In the values:
-    # on CPU, the softmax of NaN is a number.)
-    values = jnp.where(at < length, cached_value.value, jnp.nan)
-    return from_cache(cached_key.value), from_cache(values), past
+    if bias is not None and bias.shape[2] == length:
+      bias = jax.lax.dynamic_slice_in_dim(bias, at, 1, axis=2)
+    past = past if bias is None else past + bias
+    return cached_key.value, cached_value.value, past
 
 
 class Mlp(nn.Module):

@@ -67,7 +67,7 @@ def apply(
     return x
   scanned = nn.scan(
     lambda module, x, *args: (body(module, x, *args), None),
-    variable_axes={'params': scan_axis, 'cache': 0},
+    variable_axes={'params': scan_axis, 'cache': 0, 'encoded': 0},
     split_rngs={'params': True, 'dropout': True},
     in_axes=nn.broadcast,
     length=count,

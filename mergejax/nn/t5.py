@@ -111,7 +111,8 @@ class DecoderLayer(nn.Module):
   def __call__(self, x, encoded, bias, cross_bias):
     block = _Block(self.config, self.deterministic)
     if self.config.relative_per_layer:
-      bias = block.bias(self.length, bias, bidirectional=False)
+      at = _position(self.variables.get('cache', {})) if self.decode else None
+      bias = block.bias(self.length, bias, bidirectional=False, at=at)
     y = block.norm('pre_self_attention_layer_norm')(x)
     y = block.attention('self_attention')(
       y, y, bias, deterministic=self.deterministic, decode=self.decode
@@ -120,8 +121,9 @@ class DecoderLayer(nn.Module):
     if encoded is not None:
       y = block.norm('pre_cross_attention_layer_norm')(x)
       y = block.attention('encoder_decoder_attention')(
-        y, encoded, cross_bias, deterministic=self.deterministic
-      )
+        y, encoded, cross_bias, deterministic=self.deterministic,
+        keep=self.decode,
+      )  # fmt: skip
       x = x + block.dropout(y)
     return partition.constrain(x + block.mlp(x), _STREAM)
 
@@ -184,8 +186,8 @@ class _Block:
     )(y, deterministic=self.deterministic)
     return self.dropout(y)
 
-  def bias(self, length, mask_bias, *, bidirectional):
-    """Relative positions, with the mask where there is one."""
+  def bias(self, length, mask_bias, *, bidirectional, at=None):
+    """Relative positions (of one query, `at`), with the mask if there is one."""
     config = self.config
     bias = layers.RelativePositionBias(
       num_heads=config.num_heads,
@@ -193,7 +195,7 @@ class _Block:
       max_distance=config.relative_max_distance,
       bidirectional=bidirectional,
       name='relpos_bias',
-    )(length, length)
+    )(length, length, at=at)
     return bias if mask_bias is None else bias + mask_bias
 
   def stack(self, layer, count, name, x, *args):
@@ -276,15 +278,16 @@ class Decoder(nn.Module):
     config = self.config
     block = _Block(config, deterministic)
     embedder = self.embedder or token_embedder(config)
-    length = tokens.shape[1]
+    length, at = tokens.shape[1], None
     if decode:
-      cached = _cached_length(self.variables.get('cache', {}))
+      cache = self.variables.get('cache', {})
+      cached, at = _cached_length(cache), _position(cache)
       length = _check_length(cached or length, max_decode_length)
       if cached is None:
         mask_bias = layers.attention_bias(layers.causal_mask(length))
     bias = mask_bias
     if not config.relative_per_layer:
-      bias = block.bias(length, mask_bias, bidirectional=False)
+      bias = block.bias(length, mask_bias, bidirectional=False, at=at)
     x = partition.constrain(block.dropout(embedder(tokens)), _STREAM)
     layer = functools.partial(
       DecoderLayer, config, length, deterministic, decode
@@ -304,6 +307,14 @@ def _cached_length(cache: typing.Tree) -> int | None:
   for path, leaf in tree.flatten(cache).items():
     if path.endswith('cached_key'):
       return leaf.shape[-1]
+  return None
+
+
+def _position(cache: typing.Tree) -> typing.Array | None:
+  """The next position of a decoder's `cache`; None before it is made."""
+  for path, leaf in tree.flatten(cache).items():
+    if path.endswith('cache_index'):
+      return leaf.reshape(-1)[0]  # scanned layers have one each
   return None
 
 
@@ -393,7 +404,10 @@ class Transformer(nn.Module):
       decoder_segment_ids: `<int32>[batch, target]`, or None.
       enable_dropout: draw dropout from the rng stream `dropout`.
       decode: use the collection `cache`. The first call makes it, as long as
-        its tokens; every later one takes the next position.
+        its tokens; every later one takes the next position. A first call that
+        may also write the collection `encoded` keeps there what attention makes
+        of `encoded`; given it, later calls do not compute that anew, and may
+        have several rows of tokens to a row of inputs.
       max_decode_length: length of that cache, to have it checked; T5X's.
 
     Returns:
@@ -405,8 +419,8 @@ class Transformer(nn.Module):
     layers.check_decoding(decode, decoder_segment_ids=decoder_segment_ids)
     inputs_real = encoder_input_tokens > 0
     if decode:
-      mask_bias = None
-      targets_real = jnp.ones_like(decoder_input_tokens, jnp.bool_)
+      # Of every query: there may be several answers to an input.
+      mask_bias, targets_real = None, jnp.ones_like(inputs_real[:, :1])
     else:
       targets_real = decoder_target_tokens > 0
       mask_bias = layers.attention_bias(

@@ -5,7 +5,6 @@
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import logging
-import re
 from typing import Any
 
 import numpy as np
@@ -162,7 +161,8 @@ def _interpolated(models, point):
 
 def _check_frozen(base_model, tuned, pattern):
   before, after = tree_lib.flatten(base_model), tree_lib.flatten(tuned)
-  held = [path for path in before if re.fullmatch(pattern, path)]
+  frozen = tree_lib.expression(pattern, 'frozen pattern')
+  held = [path for path in before if frozen.fullmatch(path)]
   if not held:
     raise errors.ConfigError(f'{pattern!r} matches no parameter to be frozen.')
   moved = [

@@ -75,11 +75,9 @@ def fisher(
     fixed = {n: p for n, p in params.items() if n in beside}
     _check_packing(family, batch, estimator)
     share, counted = _examples(family, batch)
-    keys = jax.vmap(
-      lambda row: jax.random.fold_in(
-        jax.random.fold_in(jax.random.key(seed), number), row
-      )
-    )(jnp.arange(len(share), dtype=jnp.uint32))
+    key = jax.random.fold_in(jax.random.key(seed), number)
+    rows = jnp.arange(len(share), dtype=jnp.uint32)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
 
     def one(example):
       return _squares(

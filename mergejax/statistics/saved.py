@@ -202,8 +202,8 @@ def combine(
     Statistics for the merged model; use it with weight `sum_k w_k`.
 
   Raises:
-    UserError: Fisher statistics (their scales are a matter of the merge), or
-      parts with different parameters.
+    UserError: Fisher statistics (their scales are a matter of the merge),
+      parts with different parameters, or weights that sum to 0.
   """
   spec = parts[0].spec
   if any(part.spec != spec for part in parts) or not spec.combines:
@@ -215,6 +215,10 @@ def combine(
   if len(weights) != len(parts):
     raise errors.ConfigError(
       f'{len(weights)} weight(s) for {len(parts)} statistics: one for each.'
+    )
+  if not sum(weights):
+    raise errors.ConfigError(
+      f'The weights {weights} sum to 0: there is no mean of these statistics.'
     )
   paths = [set(part) for part in parts]
   if any(one != paths[0] for one in paths):

@@ -6,10 +6,12 @@ from mergejax.training import losses
 from mergejax.training import objective
 from mergejax.training import optim
 from mergejax.training import schedules
+from mergejax.training import t5x_state
 from mergejax.training import transforms
 from mergejax.training.arrays import ArrayStream
 from mergejax.training.callbacks import Callback
 from mergejax.training.objective import cross_entropy
+from mergejax.training.peers import watch_peers
 from mergejax.training.scoring import evaluate
 from mergejax.training.state import TrainState
 from mergejax.training.trainer import Trainer
@@ -38,6 +40,8 @@ __all__ = [
   'running',
   'schedules',
   'skip_nonfinite',
+  't5x_state',
   'task_metrics',
   'transforms',
+  'watch_peers',
 ]

@@ -11,13 +11,16 @@ import os
 import pathlib
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from mergejax import models
 from mergejax import partition
+from mergejax.checkpoints import base as store_base
 from mergejax.checkpoints import checkpoint
 from mergejax.core import errors
 from mergejax.core import files as files_lib
+from mergejax.core import tree
 from mergejax.core import typing
 from mergejax.training import state as state_lib
 
@@ -143,6 +146,30 @@ class Checkpoints:
 
   def _writing(self):
     return _WriteErrors(self._directory)
+
+
+def continued(
+  store: store_base.ParamStore, begin: state_lib.TrainState
+) -> state_lib.TrainState:
+  """A state with the moments and the step number of another run of ours.
+
+  Args:
+    store: from `checkpoint.open_state`: a step of that run.
+    begin: a state of step 0 with the parameters of that step.
+
+  Raises:
+    StructureError: the moments are those of another optimizer or model.
+  """
+  prefix = 'opt_state/'
+  names = [name for name in store.specs() if name.startswith(prefix)]
+  leaves = tree.flatten(store.read([*names, 'step']))
+  moments = {name.removeprefix(prefix): leaves[name] for name in names}
+  tree.check_same(
+    tree.specs(begin.opt_state), tree.specs(moments),
+    expected_name="this run's optimizer", given_name=store.name,
+  )  # fmt: skip
+  opt_state = tree.map_paths(lambda path, _: moments[path], begin.opt_state)
+  return begin.replace(step=np.int32(leaves['step']), opt_state=opt_state)
 
 
 def _stored(state):

@@ -31,12 +31,8 @@ def paths(
   measured = [p for p in every if p.split('/')[0] in family.collections]
   found = set(measured)
   for pattern in freeze:
-    try:
-      matching = [p for p in every if re.fullmatch(pattern, p)]
-    except re.error as error:
-      raise errors.ConfigError(
-        f'freeze: {pattern!r} is not a regular expression: {error}.'
-      ) from error
+    wanted = tree.expression(pattern, 'freeze rule')
+    matching = [p for p in every if wanted.fullmatch(p)]
     if not matching:
       raise errors.ConfigError(
         f'freeze: {pattern!r} matches no parameter; an expression must match '

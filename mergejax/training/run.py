@@ -7,6 +7,7 @@ import dataclasses
 import pathlib
 
 import jax
+import optax
 
 from mergejax import models
 from mergejax.core import errors
@@ -25,6 +26,7 @@ class Run:
     directory: where it is kept, or None.
     experts: names of the experts that train side by side, or None.
     transforms: `{name: step transform}`.
+    optimizer: the one of this run.
   """
 
   family: models.ModelFamily
@@ -36,6 +38,7 @@ class Run:
   transforms: Mapping[str, transforms_lib.StepTransform] = dataclasses.field(
     default_factory=dict
   )
+  optimizer: optax.GradientTransformation | None = None
 
   def folder(self, what: str) -> pathlib.Path:
     """The run's folder, for something that must have one.

@@ -7,69 +7,78 @@ stacked in one array (`nn.scan`), experts or branches must keep norms of their
 own.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from mergejax.core import axes as axes_lib
 from mergejax.core import errors
 from mergejax.core import tree
 from mergejax.core import typing
+from mergejax.training import factors as factors_lib
 
 
 def per_slice(
-  optimizer: optax.GradientTransformation,
+  make: Callable[[bool | None], optax.GradientTransformation],
   axes: axes_lib.Rules,
   known: axes_lib.Rules = (),
   *,
+  factors: factors_lib.Factors = factors_lib.Factors(),
   one_model: bool = False,
 ) -> optax.GradientTransformation:
   """An optimizer that takes each slice of a stacked array for an array.
 
   Args:
-    optimizer: treats every leaf by itself.
+    make: `(factored) -> optimizer` that treats every leaf by itself; `None`
+      leaves it to sizes whether a leaf is factored.
     axes: `[(path, logical axes)]`; see `axes.with_axes` and `axes.STACKS`.
     known: likewise, what the model says of itself; `axes` go before.
+    factors: rules of what is factored; a slice of more than two axes goes to
+      the optimizer as the matrix `[rows, columns]`.
     one_model: the parameters must be those of one model: a `branch` axis, of
       several models, is refused.
 
   Returns:
-    The transformation. Where nothing is stacked its state is that of
-    `optimizer`; otherwise `{'whole': state of the other leaves, 'stacked':
-    {path: state, with the stacked axes first}}`.
+    The transformation. Where nothing is stacked, or has a rule, its state is
+    that of `make(None)`; otherwise `{'whole': state of the other leaves,
+    'stacked': {path: state, with the stacked axes first}}`.
   """
+  optimizers = {factored: make(factored) for factored in (None, True, False)}
+  optimizer = optimizers[None]
 
   def init(params):
     leaves = tree.flatten(params)
-    stacks = _stacks(params, (known, axes), one_model)
-    if not stacks:
+    special = _special(params, (known, axes), factors, one_model)
+    if not special:
       return optimizer.init(params)
     return {
-      'whole': optimizer.init(_rest(leaves, stacks)),
+      'whole': optimizer.init(_rest(leaves, special)),
       'stacked': {
-        path: _mapped(optimizer.init, stack)(_first(leaves[path], stack))
-        for path, stack in stacks.items()
+        path: _mapped(optimizers[layout.factored].init, layout.stack)(
+          factors_lib.lay(leaves[path], layout)
+        )
+        for path, layout in special.items()
       },
     }
 
   def update(updates, state, params):
-    stacks = _stacks(params, (known, axes), one_model)
-    if not stacks:
+    special = _special(params, (known, axes), factors, one_model)
+    if not special:
       return optimizer.update(updates, state, params)
     leaves, grads = tree.flatten(params), tree.flatten(updates)
     result, whole = optimizer.update(
-      _rest(grads, stacks), state['whole'], _rest(leaves, stacks)
+      _rest(grads, special), state['whole'], _rest(leaves, special)
     )
     stacked = {}
-    for path, stack in stacks.items():
-      found, stacked[path] = _mapped(optimizer.update, stack)(
-        _first(grads[path], stack),
+    for path, layout in special.items():
+      move = _mapped(optimizers[layout.factored].update, layout.stack)
+      found, stacked[path] = move(
+        factors_lib.lay(grads[path], layout),
         state['stacked'][path],
-        _first(leaves[path], stack),
+        factors_lib.lay(leaves[path], layout),
       )
-      result[path] = jnp.moveaxis(found, range(len(stack)), stack)
+      result[path] = factors_lib.unlay(found, leaves[path].shape, layout)
     result = jax.tree.unflatten(
       jax.tree.structure(updates), [result[path] for path in grads]
     )
@@ -78,16 +87,15 @@ def per_slice(
   return optax.GradientTransformation(init, update)
 
 
-def _stacks(
-  params: typing.Tree, given: Sequence[axes_lib.Rules], one_model: bool
-) -> dict[typing.Path, tuple[int, ...]]:
-  """Positions of the stacked axes of every leaf that has some."""
+def _special(params, given, factors, one_model):
+  """Layouts of the leaves that are not taken as they lie."""
   specs = tree.specs(params)
   for axes in given:
     specs = axes_lib.with_axes(specs, axes)
   for path, spec in specs.items():
     if spec.axes is None and len(spec.shape) > 2:
-      _check_known(path, spec)
+      if not factors_lib.parts(path, spec, factors):
+        _check_known(path, spec)
     if one_model and 'branch' in (spec.axes or ()):
       raise errors.ConfigError(
         f'{path} stacks several models on the axis `branch`, but '
@@ -95,8 +103,7 @@ def _stacks(
         '`experts.branch.BranchTrainer`, which maps the step of one model '
         'over them, or leave max_gradient_norm out.'
       )
-  found = {path: axes_lib.stacked(spec) for path, spec in specs.items()}
-  return {path: stack for path, stack in found.items() if stack}
+  return factors_lib.layouts(specs, factors)
 
 
 def _check_known(path, spec):
@@ -114,14 +121,9 @@ def _check_known(path, spec):
 
 def _rest(
   leaves: Mapping[typing.Path, typing.Array],
-  stacks: Mapping[typing.Path, tuple[int, ...]],
+  special: Mapping[typing.Path, factors_lib.Layout],
 ) -> dict[typing.Path, typing.Array]:
-  return {path: leaf for path, leaf in leaves.items() if path not in stacks}
-
-
-def _first(leaf, stack):
-  """The leaf with its stacked axes in front."""
-  return jnp.moveaxis(leaf, stack, range(len(stack)))
+  return {path: leaf for path, leaf in leaves.items() if path not in special}
 
 
 def _mapped(fn, stack):

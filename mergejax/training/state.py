@@ -77,7 +77,7 @@ def logical_axes(
   """
   found = {}
   for path, leaf in tree.flatten(state).items():
-    parameter = _parameter(path, specs)
+    parameter = parameter_of(path, specs)
     if parameter is None:
       continue
     axes = _following(path, tuple(leaf.shape), specs[parameter])
@@ -86,7 +86,9 @@ def logical_axes(
   return found
 
 
-def _parameter(path, specs):
+def parameter_of(
+  path: typing.Path, specs: Mapping[typing.Path, Any]
+) -> typing.Path | None:
   """The longest path of a parameter that is a part of a leaf's path."""
   parts = path.split('/')
   count = len(parts)

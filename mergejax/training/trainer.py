@@ -11,11 +11,14 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import optax
 
 from mergejax import models
 from mergejax import partition
+from mergejax.checkpoints import base as store_base
 from mergejax.core import axes as axes_lib
+from mergejax.core import errors
 from mergejax.core import tree
 from mergejax.core import typing
 from mergejax.training import batches as batches_lib
@@ -29,6 +32,7 @@ from mergejax.training import run as run_lib
 from mergejax.training import state as state_lib
 from mergejax.training import step as step_lib
 from mergejax.training import streams
+from mergejax.training import t5x_state
 from mergejax.training import transforms as transforms_lib
 
 
@@ -66,6 +70,7 @@ class Trainer:
     freeze: Sequence[str] = (),
     accumulate: int = 1,
     clip: float | None = None,
+    allow_float16: bool = False,
   ):
     """Says what is trained, how and where.
 
@@ -83,8 +88,16 @@ class Trainer:
       freeze: see `step.make_step`.
       accumulate: likewise.
       clip: likewise.
+      allow_float16: a model that computes in float16, whose largest number is
+        65504, is refused otherwise: feed-forward blocks of T5 exceed it, and
+        nothing here scales the loss. bfloat16 is as fast.
+
+    Raises:
+      ConfigError: the model computes in float16.
     """
     self.family = models.family_of(model)
+    if not allow_float16:
+      _refuse_float16(self.family)
     self.mesh = partition.make_mesh() if mesh is None else mesh
     self.rules = rules or partition.ShardingRules()
     self.optimizer = optimizer
@@ -147,6 +160,7 @@ class Trainer:
     run = run_lib.Run(
       self.family, self.mesh, steps, phase, directory, self.experts,
       {each.name: each for each in self._transforms},
+      optim.of_run(self.optimizer, steps),
     )  # fmt: skip
     callbacks = [
       each
@@ -249,6 +263,42 @@ class Trainer:
     place = batches_lib.placer(self.mesh, self.rules, local_rows=local_rows)
     return lambda batch: place(check(batch))
 
+  def begin(
+    self,
+    steps: int,
+    params: typing.Tree,
+    key: jax.Array,
+    store: store_base.ParamStore | None = None,
+  ) -> state_lib.TrainState:
+    """A state to start from: of step 0, or with a stored run's moments.
+
+    Args:
+      steps: the step number to reach.
+      params: of one model.
+      key: of the run.
+      store: from `checkpoint.open_state`, of T5X or of a run of ours with the
+        same optimizer; its step number counts on.
+
+    Raises:
+      UserError: the moments are none of this optimizer's; the stored run is at
+        or beyond `steps` already.
+    """
+    state = jax.jit(self.step(steps).init)(params, key)
+    if store is None:
+      return state
+    if any(path.startswith('opt_state/') for path in store.specs()):
+      state = checkpoints_lib.continued(store, state)
+    else:
+      optimizer = optim.of_run(self.optimizer, steps, self._stacks())
+      state = t5x_state.restore(store, state, self.specs, optimizer)
+    if state.step >= steps:
+      raise errors.ConfigError(
+        f'{store.name} is of step {state.step}, and the run is to reach step '
+        f'{steps}: steps made before count too. Ask for {state.step} and as '
+        'many more as it should train.'
+      )
+    return state
+
   # What a trainer of several models does otherwise -----------------------------
 
   def expand(self, state: state_lib.TrainState) -> state_lib.TrainState:
@@ -309,3 +359,14 @@ class Trainer:
   def _put(self, values, layout, alias=True):
     put = functools.partial(batches_lib.whole, alias=alias)
     return jax.tree.map(put, values, layout)
+
+
+def _refuse_float16(family):
+  dtype = getattr(family.config, 'dtype', None)
+  if dtype is not None and jnp.dtype(dtype) == jnp.float16:
+    raise errors.ConfigError(
+      f'The {family.model_type} model computes in float16, whose largest number '
+      'is 65504: activations of T5 exceed it, and the loss becomes NaN. Set '
+      "dtype='bfloat16', which is as fast; allow_float16=True trains it all the "
+      'same.'
+    )

@@ -16,6 +16,7 @@ import mergejax as mj
 from mergejax import models
 from mergejax.checkpoints import checkpoint
 from mergejax.cli import convert
+from mergejax.core import tree
 from mergejax.names import t5 as t5_names
 from mergejax.nn import t5
 
@@ -42,7 +43,13 @@ class ConvertT5Test(parameterized.TestCase):
     self.folder = pathlib.Path(self.create_tempdir().full_path)
 
   def saved(self, module):
-    params = models.family_of(module).init(jax.random.key(0))
+    rng = np.random.default_rng(0)
+    params = tree.unflatten(
+      {
+        path: rng.normal(size=spec.shape).astype(spec.dtype)
+        for path, spec in models.family_of(module).specs().items()
+      }
+    )
     source = self.folder / 'source'
     mj.save_checkpoint(source, params, config=models.describe(module))
     return source, params
@@ -111,6 +118,64 @@ class ConvertT5Test(parameterized.TestCase):
     jax.tree.map(np.testing.assert_array_equal, restored, dict(params))
     config['scale_decoder_outputs'] = True
     self.assertTrue(t5_names.has_tied_head(config))
+
+  def test_layers_are_stacked_and_back(self):
+    module = small()
+    source, params = self.saved(module)
+    files = []
+    for axis, form in ((1, 'orbax'), (0, 'safetensors'), (1, 't5x')):
+      there = self.folder / f'stacked_{axis}_{form}'
+      command(
+        source, there, '--format', form, '--scan_layers', 'true',
+        '--param_scan_axis', axis,
+      )  # fmt: skip
+      loaded, stacked = mj.load_model(there)
+      self.assertEqual(
+        (loaded.config.scan_layers, loaded.config.param_scan_axis), (True, axis)
+      )
+      kernel = stacked['decoder']['decoder']['mlp']['wi_0']['kernel']
+      self.assertEqual(kernel.shape, [(2, 8, 16), (8, 2, 16)][axis])
+      axes = checkpoint.open_checkpoint(there).axes()
+      names = axes['decoder/decoder/mlp/wi_0/kernel']
+      self.assertEqual(names.index('layers'), axis)
+      files.append(there)
+    for i, there in enumerate(files):
+      back = self.folder / f'back_{i}'
+      command(there, back, '--scan_layers', 'false')
+      again, restored = mj.load_model(back)
+      self.assertEqual(again.config, module.config)
+      jax.tree.map(np.testing.assert_array_equal, restored, dict(params))
+      self.assertEqual(
+        (back / 'config.json').read_text(), (source / 'config.json').read_text()
+      )
+    # Hugging Face's layers are one by one.
+    hf = self.folder / 'hf'
+    command(files[0], hf, '--format', 'safetensors', '--names', 'hf-t5')
+    _, restored = mj.load_model(hf)
+    jax.tree.map(np.testing.assert_array_equal, restored, dict(params))
+    command(
+      hf, self.folder / 'theirs', '--names', 't5x', '--scan_layers', 'true'
+    )
+    _, again = mj.load_model(self.folder / 'theirs')
+    jax.tree.map(
+      np.testing.assert_array_equal, again, mj.load_model(files[0])[1]
+    )
+
+  def test_mistakes_in_stacking(self):
+    source, params = self.saved(small())
+    out = self.folder / 'out'
+    with self.assertRaisesRegex(mj.UserError, 'add --scan_layers true'):
+      command(source, out, '--param_scan_axis', '0')
+    (source / 'config.json').unlink()
+    with self.assertRaisesRegex(mj.UserError, 'needs a config.json'):
+      command(source, out, '--scan_layers', 'true')
+    pictures = models.build({'model_type': 'mlp', 'hidden': (4,)})
+    mj.save_checkpoint(
+      self.folder / 'mlp', {'w': np.ones(2)}, config=models.describe(pictures)
+    )
+    with self.assertRaisesRegex(mj.UserError, 'mlp models do not stack'):
+      command(self.folder / 'mlp', out, '--scan_layers', 'true')
+    self.assertFalse(out.exists())
 
   def test_what_is_not_copied_is_told(self):
     state = {'params': {'w': np.ones(2)}, 'opt_state': {'mu': np.ones(2)}}

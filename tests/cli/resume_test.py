@@ -137,12 +137,13 @@ class ResumeTest(absltest.TestCase):
     expected = self.final('whole')
     self.assertEqual(expected['experts']['at'], 24)
 
-    # SIGKILL at random moments of what is left to do, then to the end.
+    # SIGKILL at random moments of what is left to do, then to the end. The
+    # whole run compiled what the others load: they need two thirds of its time.
     rng = random.Random(time.time())
     moments = []
     for _ in range(5):
       process = self.start('killed')
-      moments.append(rng.uniform(0.3, 0.95) * self.took)
+      moments.append(rng.uniform(0.2, 0.65) * self.took)
       try:
         process.communicate(timeout=moments[-1])
       except subprocess.TimeoutExpired:
@@ -211,11 +212,9 @@ class ResumeTest(absltest.TestCase):
             rows[f'{phase} {row["step"]} {key}'] = value
     return rows
 
-  def test_eight_devices_and_two_processes_then_one_give_the_same_losses(self):
-    mesh = "--gin.MESH={'branch': 2, 'data': %d}"
-    eight = self.start('eight', mesh % 4, devices=8)
-    _, err = eight.communicate(timeout=600)
-    self.assertEqual(eight.returncode, 0, err[-3000:])
+  def test_two_processes_then_one_give_the_same_losses(self):
+    # That eight devices do is a law of the trainer, see `branch_test`.
+    mesh = "--gin.MESH={'branch': 2, 'data': 1}"
     # Two processes are killed among their experts; one goes on with what each
     # of them saved, then the table is that of a run which nobody touched.
     with socket.socket() as probe:
@@ -223,8 +222,7 @@ class ResumeTest(absltest.TestCase):
       address = f'127.0.0.1:{probe.getsockname()[1]}'
     join = [f'--coordinator_address={address}', '--process_count=2']
     pair = [
-      self.start('pair', mesh % 1, *join, f'--process_index={i}')
-      for i in range(2)
+      self.start('pair', mesh, *join, f'--process_index={i}') for i in range(2)
     ]
     checkpoints = self.folder / 'pair' / 'train' / 'experts' / 'checkpoints'
     while all(p.poll() is None for p in pair) and not list(
@@ -235,17 +233,16 @@ class ResumeTest(absltest.TestCase):
       process.send_signal(signal.SIGKILL)
     errors = [process.communicate(timeout=600)[1] for process in pair]
     self.assertTrue(checkpoints.exists(), errors[0][-3000:])
-    one = self.start('pair', mesh % 1, devices=2)
+    one = self.start('pair', mesh, devices=2)
     _, err = one.communicate(timeout=600)
     self.assertEqual(one.returncode, 0, err[-3000:])
     self.assertIn('processes: 2 there, 1 asked for', err)
     expected = self.losses('whole')
     self.assertLen(expected, 2 + 2 * 2 + 2)
-    for name in ('eight', 'pair'):
-      found = self.losses(name)
-      self.assertEqual(sorted(found), sorted(expected))
-      for key, value in expected.items():
-        np.testing.assert_allclose(found[key], value, rtol=1e-5, err_msg=key)
+    found = self.losses('pair')
+    self.assertEqual(sorted(found), sorted(expected))
+    for key, value in expected.items():
+      np.testing.assert_allclose(found[key], value, rtol=1e-5, err_msg=key)
 
   def test_the_best_merge_loads(self):
     module, params = mj.load_model(self.folder / 'whole/checkpoints/best_merge')

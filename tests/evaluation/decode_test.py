@@ -1,6 +1,6 @@
 # Copyright 2026 The mergejax Authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Greedy decoding against step by step argmax of full forward passes."""
+"""Decoding against full forward passes, on one device and on several."""
 
 import functools
 
@@ -10,17 +10,20 @@ import jax
 import numpy as np
 
 from mergejax import models
+from mergejax import partition
 from mergejax.core import errors
+from mergejax.evaluation import beam
 from mergejax.evaluation import decode
+from mergejax.evaluation import sampling
 
 SIZES = dict(vocab_size=12, emb_dim=8, num_heads=2, head_dim=4, mlp_dim=8)
 LENGTH = 7
 
 
-def build(kind):
-  layers = {'num_layers': 2}
+def build(kind, **changes):
+  layers = {'num_layers': 2, **changes}
   if kind == 't5x':
-    layers = {'num_encoder_layers': 1, 'num_decoder_layers': 2}
+    layers = {'num_encoder_layers': 1, 'num_decoder_layers': 2, **changes}
   module = models.build(dict(model_type=kind, **SIZES, **layers))
   params = jax.jit(models.family_of(module).init)(jax.random.key(3))
   # Larger logits, so that answers differ from row to row.
@@ -53,6 +56,23 @@ def slowly(module, params, row, end=decode.END):
     if said[-1] == end:
       break
   return said + [0] * (LENGTH - len(said))
+
+
+def likelihood(module, params, inputs, prompt, said):
+  """Log-likelihood of an answer, by a forward pass of one padded row."""
+  known = [*prompt, *said] if inputs is None else said
+  padded = lambda tokens: np.array([[*tokens, *[0] * (14 - len(tokens))]])
+  batch = {
+    'decoder_input_tokens': padded([0, *known[:-1]]),
+    # Padding that is said counts as a token before the end.
+    'decoder_target_tokens': padded(np.maximum(known, 1)),
+  }
+  if inputs is not None:
+    batch['encoder_input_tokens'] = np.array([inputs])
+  logits = np.asarray(forward(module)(params, batch), np.float64)[0]
+  log_p = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+  first = len(known) - len(said)
+  return sum(log_p[first + i, token] for i, token in enumerate(said))
 
 
 def prefix_batch(prompts, width, both_ways):
@@ -106,6 +126,68 @@ class DecodeTest(parameterized.TestCase):
     np.testing.assert_array_equal(
       decode.make_decoder(module, length=LENGTH)(params, alone), expected[2:3]
     )
+
+  @parameterized.parameters(('t5x', False), ('t5x', True), ('lm', False))
+  def test_scores_are_those_of_full_forward_passes(self, kind, scan):
+    """Of beams, which the cache follows from one place to another."""
+    module, params = build(kind, scan_layers=scan)
+    rng, length = np.random.default_rng(1), 6
+    inputs = rng.integers(2, 12, (5, 6))
+    prompts = [[], [3, 9, 4, 1], [8, 2, 6], [9], [4]]
+    batch = {'encoder_input_tokens': inputs}
+    if kind == 'lm':
+      batch = prefix_batch(prompts, 6, False)
+    decoder = decode.make_decoder(
+      module, length=length, end=4, method=beam.Beam(beams=3, alpha=1.0)
+    )
+    found = decoder.answers(params, batch)
+    parts = set()
+    for row, (answers, scores) in enumerate(zip(*found)):
+      self.assertEqual(scores.tolist(), sorted(scores))
+      self.assertLen(
+        {tuple(said) for said in answers[scores > -np.inf]},
+        np.sum(scores > -np.inf),
+      )
+      for said, score in zip(answers.tolist(), scores):
+        if score == -np.inf:  # an empty place
+          self.assertFalse(any(said))
+          continue
+        ended = 4 in said
+        said = said[: said.index(4) + 1] if ended else said
+        given = inputs[row] if kind == 't5x' else None
+        log_p = likelihood(module, params, given, prompts[row], said)
+        penalty = (5 + len(said)) / 6 if ended else 1.0
+        self.assertAlmostEqual(score * penalty, log_p, places=3)
+        parts.add((ended, len(said)))
+    self.assertGreater(len(parts), 3)
+
+  def test_on_a_mesh(self):
+    """Rows over `data`, parameters over `model`."""
+    module, params = build('t5x', num_decoder_layers=1)
+    family = models.family_of(module)
+    mesh = partition.make_mesh(data=4, model=2)
+    axes = {path: spec.axes for path, spec in family.specs().items()}
+    spread = jax.device_put(
+      params, partition.shardings(mesh, params, axes, partition.standard())
+    )
+    self.assertFalse(
+      spread['decoder']['layers_0']['mlp']['wo']['kernel'].is_fully_replicated
+    )
+    inputs = np.random.default_rng(2).integers(2, 12, (4, 6))
+    batch = {'encoder_input_tokens': inputs}
+    key = jax.random.key(0)
+    for method in (beam.Beam(beams=3), sampling.Sample(top_k=5, samples=2)):
+      named = dict(length=5, end=4, method=method)
+      expected = decode.make_decoder(module, **named).answers(
+        params, batch, key=key
+      )
+      found = decode.make_decoder(module, mesh=mesh, **named).answers(
+        spread, batch, key=key
+      )
+      np.testing.assert_array_equal(found.tokens, expected.tokens)
+      np.testing.assert_allclose(
+        found.scores, expected.scores, rtol=1e-5, atol=1e-4
+      )
 
   def test_rows_that_fill_a_batch_stay_empty(self):
     module, params = build('t5x')

@@ -6,37 +6,16 @@ import pathlib
 
 from absl.testing import absltest
 from absl.testing import parameterized
-import jax
 import numpy as np
 import seqio
+import small_talkers
 
-from mergejax import models
 from mergejax.core import errors
 from mergejax.data import samples
 from mergejax.data import tasks
 from mergejax.evaluation import suite as suite_lib
 
-SIZES = dict(vocab_size=384, emb_dim=8, num_heads=2, head_dim=4, mlp_dim=8)
 INPUTS = [f'{word} {i}' for i in range(4) for word in ('good', 'bad', 'fine')]
-END, A, B = 1, ord('a') + 3, ord('b') + 3
-
-
-def build(kind):
-  """A model that says nothing but a, b and the end."""
-  layers = {'num_layers': 1}
-  if kind == 't5x':
-    layers = {'num_encoder_layers': 1, 'num_decoder_layers': 1}
-  module = models.build(dict(model_type=kind, **SIZES, **layers))
-  params = jax.jit(models.family_of(module).init)(
-    jax.random.key(int(kind == 't5x'))
-  )
-  params = jax.tree.map(lambda leaf: 3 * leaf, params)
-  head = np.array(params['decoder']['logits_dense']['kernel'])
-  kept = head[:, [A, END]]
-  head[:] = 0
-  head[:, A], head[:, B], head[:, END] = kept[:, 0], -kept[:, 0], kept[:, 1]
-  params['decoder']['logits_dense']['kernel'] = head
-  return module, params
 
 
 class GeneratedTest(parameterized.TestCase):
@@ -66,7 +45,7 @@ class GeneratedTest(parameterized.TestCase):
 
   @parameterized.parameters('t5x', 'lm')
   def test_exact_match_is_the_accuracy_of_one_forward_pass(self, kind):
-    module, params = build(kind)
+    module, params = small_talkers.build(kind)
     said = self.answers(module, params)
     self.assertGreater(len(set(said)), 1)
     self.assertTrue(all(set(text) <= set('ab') for text in said))
@@ -130,7 +109,7 @@ class GeneratedTest(parameterized.TestCase):
         'lower_is_better': ['misses'], 'batch_size': 5,
         'experts': {'with_functions': 'x'},
     })  # fmt: skip
-    module, params = build('t5x')
+    module, params = small_talkers.build('t5x')
     table = suite.table([('m', module, params)])
     row = table['m']
     self.assertEqual(
@@ -158,6 +137,46 @@ class GeneratedTest(parameterized.TestCase):
       row['with_functions/log_p'].value, -2 * losses.value, places=5
     )
 
+  def test_as_decoding_says(self):
+    module, params = small_talkers.build('t5x')
+    targets = ['a'] * len(INPUTS)
+    said = {}
+    for words in (
+      {}, {'temperature': 0}, {'beams': 2}, {'temperature': 2.0, 'seed': 1},
+    ):  # fmt: skip
+      suite = self.suite(targets, 'exact_match', decoding=words)
+      batches = suite.batches('t', 'test', kind=suite.kind_for('t', module))
+      found = suite.by_generation('t', 'test')
+      said[str(words)] = found.predictions(module, params, batches)
+      self.assertEqual(
+        suite.content('t', 'test').get('decoding', {}), words, 'in searches'
+      )
+    greedy, cold, beams, drawn = said.values()
+    self.assertEqual(cold, greedy)
+    self.assertNotEqual(beams, greedy)
+    self.assertNotEqual(drawn, greedy)
+    # In batches of another size, the same draws.
+    suite = self.suite(
+      targets, 'exact_match', decoding={'temperature': 2.0, 'seed': 1},
+      batch_size=7,
+    )  # fmt: skip
+    batches = suite.batches('t', 'test', kind=suite.kind_for('t', module))
+    found = suite.by_generation('t', 'test')
+    self.assertEqual(found.predictions(module, params, batches), drawn)
+
+  def test_mistakes_of_decoding(self):
+    for words, said in (
+      (4, 'must be a mapping, such as {beams: 4}'),
+      ({'beam': 4}, "'beams'"),
+      ({'beams': 4, 'top_p': 0.5}, 'different ways'),
+      ({'beams': 4, 'seed': 1}, 'a seed is for what is drawn'),
+      ({'temperature': 1.0, 'samples': 2}, 'one answer'),
+    ):
+      with self.assertRaisesRegex(errors.ConfigError, said):
+        self.suite(['a'] * 12, 'exact_match', decoding=words)
+    with self.assertRaisesRegex(errors.ConfigError, 'no task of the suite'):
+      self.suite(['a'] * 12, 'accuracy', decoding={'beams': 4})
+
   def test_mistakes(self):
     with self.assertRaisesRegex(errors.UserError, 'of files has none'):
       self.suite(['a'] * 12, 'seqio')
@@ -172,7 +191,7 @@ class GeneratedTest(parameterized.TestCase):
       suite_lib.load({'mixture': 'with_functions', 'lower_is_better': ['x']})
     suite = self.suite(['a'] * 12, 'exact_match')
     with self.assertRaisesRegex(errors.ConfigError, 'cannot be compiled'):
-      suite.evaluator(build('t5x')[0], 'test')
+      suite.evaluator(small_talkers.build('t5x')[0], 'test')
 
 
 if __name__ == '__main__':

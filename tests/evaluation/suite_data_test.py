@@ -127,10 +127,10 @@ class SuiteDataTest(parameterized.TestCase):
     self.assertBetween(share, 0.5 - 4 * 0.05, 0.5 + 4 * 0.05)
 
   @parameterized.parameters(
-    (dict(batch_size=0), 'batch_size must be 1 or more'),
-    (dict(batch_size='many'), 'batch_size must be 1 or more'),
-    (dict(max_examples=0), 'max_examples must be 1 or more'),
-    (dict(max_examples=-1), 'max_examples must be 1 or more'),
+    (dict(batch_size=0), 'batch_size must be a whole number of 1 or more'),
+    (dict(batch_size='many'), 'batch_size must be a whole number of 1 or more'),
+    (dict(max_examples=0), 'max_examples must be a whole number of 1 or more'),
+    (dict(max_examples=-1), 'max_examples must be a whole number of 1 or more'),
     (dict(lengths={'targets': 0}), 'lengths: targets must be'),
     (dict(lengths={'target': 8}), "Did you mean 'targets'"),
     (dict(lengths=8), 'must be a mapping'),

@@ -144,6 +144,8 @@ class EnsembleTest(parameterized.TestCase):
     only = ensemble.batch_posterior(self.lp, empty)
     row = ensemble.batch_posterior(self.lp[:, :1], self.mask[:1])
     np.testing.assert_allclose(only, row, rtol=1e-5)
+    with self.assertRaisesRegex(errors.DataError, 'without a real token'):
+      ensemble.batch_posterior(self.lp, np.zeros_like(self.mask))
 
   def test_mistakes(self):
     for prior, message in (

@@ -176,6 +176,8 @@ class PatchTest(absltest.TestCase):
           self.zero, self.tuned, self.evaluate, goal, alphas=[1.5])),
       ('should have been frozen', lambda: patch.single(
           self.zero, self.tuned, self.evaluate, goal, frozen='w')),
+      ('not a regular expression', lambda: patch.single(
+          self.zero, self.tuned, self.evaluate, goal, frozen='(w')),
       ('neww', lambda: patch.single(
           self.zero, self.tuned, self.evaluate,
           patch.objective(['old'], ['neww']))),

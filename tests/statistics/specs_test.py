@@ -216,6 +216,8 @@ class SpecsTest(parameterized.TestCase):
       both['kernel']['moments'], (first + 3 * second) / 4, rtol=1e-6
     )
     self.assertEqual(both.spec, MOMENTS)
+    with self.assertRaisesRegex(errors.ConfigError, 'sum to 0'):
+      statistics.combine(self.found, merged, weights=[1.0, -1.0])
     # Parts that were saved tell their own model; the result has another.
     for k, part in enumerate(self.found):
       part.save(self.folder / f'part{k}')

@@ -15,50 +15,159 @@ import optax
 from mergejax.core import errors
 from mergejax.core import tree
 from mergejax.training import optim
+from mergejax.training import t5x_state
 
-# T5X's arguments of each golden run -> ours.
-T5X = {
-    'default_min4': dict(min_dim_size_to_factor=4),
-    # T5X factors stacked matrices however small; ours obey the law below.
-    'default_min128': dict(leave_out='bat'),
-    'gnclip': dict(min_dim_size_to_factor=4, max_gradient_norm=1.0),
-}  # fmt: skip
+# T5X's arguments by another name here.
+OURS = {
+  'beta1': 'momentum',
+  'global_norm_clip_threshold': 'max_gradient_norm',
+  'lr': 'learning_rate',
+}
+T5X = (
+  'default_min4', 'default_min128', 'unfactored', 'noscale_mom', 'wd',
+  'wd_lr_exp', 'noclip', 'gnclip', 'maxscale_offset',
+)  # fmt: skip
+
+
+def golden(name):
+  """`(our optimizer, parameters, gradients, arrays)` of a golden run."""
+  arrays = goldens.load('t5x_adafactor')
+  settings = json.loads(str(arrays[f'cfg/{name}']))
+  settings = {OURS.get(key, key): value for key, value in settings.items()}
+  axes = [
+    (path, tuple(names.split(',')))
+    for path, names in (str(text).split(':') for text in arrays['axes'])
+    if names
+  ]
+  if settings.get('factored', True):
+    settings['logical_factor_rules'] = optim.standard_logical_factor_rules()
+  else:  # T5X has no batch axes then: one root mean square for the whole stack
+    axes = [('bat', ('many', 'embed', 'mlp'))]
+  params = tree.flatten(goldens.subtree(arrays, 'params/'))
+  grads = [
+    {path: arrays[f'grads/{i}/{path}'] for path in params} for i in range(4)
+  ]
+  return optim.adafactor(axes=axes, **settings), params, grads, arrays
 
 
 def run(optimizer, params, grads):
   """Parameters after every step."""
+  return run_with_state(optimizer, params, grads)[0]
+
+
+def run_with_state(optimizer, params, grads):
+  """Parameters after every step, and the state after the last."""
   update = jax.jit(optimizer.update)
   state, seen = optimizer.init(params), []
   for grad in grads:
     updates, state = update(grad, state, params)
     params = optax.apply_updates(params, updates)
     seen.append(params)
-  return seen
+  return seen, state
 
 
 class AdafactorTest(parameterized.TestCase):
+  def test_every_golden_run_is_compared(self):
+    runs = [n[4:] for n in goldens.load('t5x_adafactor') if n[:4] == 'cfg/']
+    self.assertCountEqual(runs, T5X)
+
   @parameterized.parameters(*T5X)
   def test_t5x(self, name):
-    arrays = goldens.load('t5x_adafactor')
-    settings = json.loads(str(arrays[f'cfg/{name}']))
-    named = dict(T5X[name])
-    left_out = named.pop('leave_out', None)
-    axes = [
-      (path, tuple(names.split(',')))
-      for path, names in (str(text).split(':') for text in arrays['axes'])
-      if names
-    ]
-    params = tree.flatten(goldens.subtree(arrays, 'params/'))
-    grads = [
-      {path: arrays[f'grads/{i}/{path}'] for path in params} for i in range(4)
-    ]
-    optimizer = optim.adafactor(settings['lr'], axes=axes, **named)
-    for i, found in enumerate(run(optimizer, params, grads)):
-      for path in sorted(set(params) - {left_out}):
+    optimizer, params, grads, arrays = golden(name)
+    seen, state = run_with_state(optimizer, params, grads)
+    for i, found in enumerate(seen):
+      for path in params:
         np.testing.assert_allclose(
             found[path], arrays[f'{name}/step{i + 1}/params/{path}'],
             rtol=2e-5, atol=1e-6, err_msg=f'step {i} {path}',
         )  # fmt: skip
+    # Its state is T5X's: of the same shapes, in the same order of axes.
+    moments = t5x_state.to_t5x(state, tree.specs(params), optimizer)
+    self.assertLen(moments, 4 * len(params))
+    for slot, leaf in moments.items():
+      expected = arrays[f'{name}/final_state/{slot}']
+      self.assertEqual(leaf.shape, expected.shape, slot)
+      np.testing.assert_allclose(leaf, expected, rtol=2e-5, err_msg=slot)
+    like = jax.eval_shape(optimizer.init, params)
+    again = t5x_state.from_t5x(moments, 4, like, tree.specs(params), optimizer)
+    jax.tree.map(np.testing.assert_array_equal, again, state)
+
+  def test_numbers_that_would_be_nan_stay(self):
+    params = {'a': jnp.ones((3, 4)), 'b': jnp.full(5, 2.0)}
+    grads = {'a': jnp.ones((3, 4)).at[1, 2].set(jnp.nan), 'b': jnp.ones(5)}
+    make = lambda skip: optim.adafactor(
+      0.1, skip_nan_updates=skip, momentum=0.9, clipping_threshold=None
+    )
+    (found,) = run(make(True), params, [grads])
+    (plain,) = run(make(False), params, [grads])
+    stays = np.isnan(plain['a'])
+    self.assertEqual(stays.sum(), 1)
+    np.testing.assert_array_equal(found['a'][stays], 1.0)
+    np.testing.assert_array_equal(found['a'][~stays], plain['a'][~stays])
+    np.testing.assert_array_equal(found['b'], plain['b'])
+    optimizer = make(True)
+    state = optimizer.init(params)
+    _, after = optimizer.update(grads, state, params)
+    for leaf in jax.tree.leaves(after):
+      self.assertFalse(np.isnan(leaf).any())
+    # Without a limit by rows one NaN is one number; with one it is the leaf.
+    (found,) = run(optim.adafactor(0.1, skip_nan_updates=True), params, [grads])
+    np.testing.assert_array_equal(found['a'], params['a'])
+
+  def test_a_rule_makes_a_matrix_of_more_than_two_axes(self):
+    rng = np.random.default_rng(0)
+    size = lambda *shape: rng.normal(size=shape).astype(np.float32)
+    kernel, grad = size(2, 3, 6, 4), size(2, 3, 6, 4)  # heads stack embed kv
+    path = 'query/kernel'
+    axes = [(path, ('heads', 'layers', 'embed', 'kv'))]
+    by_axis = dict(
+      axes=axes, logical_factor_rules=optim.standard_logical_factor_rules()
+    )
+    by_path = dict(factor_map=[(path, ('column', 'batch', 'row', 'column'))])
+    matrix = lambda x: np.transpose(x, (1, 2, 0, 3)).reshape(3, 6, 8)
+    alone = run(
+      optim.adafactor(0.1, min_dim_size_to_factor=1),
+      dict(enumerate(matrix(kernel))), [dict(enumerate(matrix(grad)))] * 2,
+    )  # fmt: skip
+    for given in (by_axis, by_path):
+      found = run(
+        optim.adafactor(0.1, **given), {path: kernel}, [{path: grad}] * 2
+      )
+      for step in range(2):
+        for i in range(3):
+          np.testing.assert_allclose(
+            matrix(found[step][path])[i], alone[step][i], rtol=1e-6
+          )
+
+  def test_mistakes_in_rules(self):
+    params = {'wi': jnp.ones((3, 4, 5))}
+    axes = [('wi', ('layers', 'embed', 'mlp'))]
+    for message, settings in (
+      ("Did you mean 'row'", dict(factor_map=[('wi', ('batch', 'rows', 'none'))])),
+      ('2 parts', dict(factor_map=[('wi', ('batch', 'row'))])),
+      ('matches no parameter',
+       dict(axes=axes, factor_map=[('w', ('row',) * 3)])),
+      ('neither row nor column',
+       dict(factor_map=[('wi', ('none', 'row', 'column'))])),
+      ("axis of factor rules 'mlp'",
+       dict(axes=axes, logical_factor_rules={'embed': 'row'})),
+    ):  # fmt: skip
+      with self.assertRaisesRegex(errors.UserError, message):
+        optim.adafactor(0.1, **settings).init(params)
+    with self.assertRaisesRegex(errors.UserError, 'factored=False'):
+      optim.adafactor(0.1, factored=False, logical_factor_rules={'a': 'row'})
+
+  def test_settings_tell_later_options_only_where_they_are_used(self):
+    # So that the record of an older run stays that of the same run.
+    told = optim.describe(optim.adafactor(0.1))
+    self.assertCountEqual(
+      told,
+      ['optimizer', 'learning_rate', 'decay_rate', 'step_offset', 'momentum',
+       'clipping_threshold', 'max_gradient_norm', 'min_dim_size_to_factor',
+       'axes'],
+    )  # fmt: skip
+    told = optim.describe(optim.adafactor(0.1, weight_decay_rate=0.1))
+    self.assertEqual(told['weight_decay_rate'], 0.1)
 
   def test_transformers(self):
     arrays = goldens.load('adafactor_trajectory')

@@ -318,10 +318,13 @@ class GradientsTest(parameterized.TestCase):
     for path, leaf in tree.flatten(after.params).items():
       changed = bool(np.any(leaf != tree.flatten(params)[path]))
       self.assertEqual(changed, path in ('dense_1/kernel', 'head/kernel'), path)
-    with self.assertRaisesRegex(errors.ConfigError, 'matches no parameter'):
-      step_lib.make_step(module, optax.adam(0.1), freeze=['dense']).init(
-        params, jax.random.key(0)
-      )
+    for pattern, message in (
+      ('dense', 'matches no parameter'), ('(dense', 'not a regular expression'),
+    ):  # fmt: skip
+      with self.assertRaisesRegex(errors.ConfigError, message):
+        step_lib.make_step(module, optax.adam(0.1), freeze=[pattern]).init(
+          params, jax.random.key(0)
+        )
 
 
 class Auxiliary(models.Classifier):

@@ -71,7 +71,8 @@ def extract_lora(
     and that the adapter therefore misses.
 
   Raises:
-    UserError: differing architectures, nothing to extract, a rank below 1.
+    UserError: differing architectures, nothing to extract, a rank below 1, a
+      `match` that is no regular expression.
   """
   if rank < 1:
     raise errors.ConfigError(f'The rank must be 1 or more, not {rank}.')
@@ -83,11 +84,12 @@ def extract_lora(
     expected_name=stores[0].name,
     given_name=stores[1].name,
   )
+  wanted = tree.expression(match, 'match')
   kernels = [
     path
     for path, spec in specs.items()
     if len(spec.shape) == 2
-    and re.fullmatch(match, path)
+    and wanted.fullmatch(path)
     and not known.ADAPTED_TABLE.fullmatch(path)
     and (match != KERNELS or not _HEADS.fullmatch(path))
   ]

@@ -1,0 +1,162 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""T5 1.1 compiled for TPU pods that are only described; writes docs/pods.md.
+
+The TPU compiler runs here, without a TPU: every case is compiled for all chips
+of a slice, and its memory, collectives, operations and least time are read off
+the compiled program. Cases are compiled one after the other, a minute or two
+each; those that the JSON has already are left out.
+
+Needs: pip install 'mergejax[tpu]'.
+
+Usage:
+  python benchmarks/pods.py [--only NAME ...] [--again]
+"""
+
+import argparse
+import json
+import os
+import pathlib
+
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+
+import mergejax as mj  # noqa: E402
+from mergejax import models  # noqa: E402
+from mergejax import partition  # noqa: E402
+from mergejax import training  # noqa: E402
+from mergejax.core import typing  # noqa: E402
+from mergejax.experts import branch  # noqa: E402
+from mergejax.nn import t5  # noqa: E402
+from mergejax.pods import chips  # noqa: E402
+from mergejax.pods import compiler  # noqa: E402
+from mergejax.pods import work  # noqa: E402
+
+HERE = pathlib.Path(__file__).parent
+RESULTS = HERE / 'results' / 'pods.json'
+DOCS = HERE.parent / 'docs' / 'pods.md'
+# Width, layers of each stack, heads of 64, width of the feed-forward block.
+SIZES = {
+  'base': (768, 12, 12, 2048),
+  'large': (1024, 24, 16, 2816),
+  'xl': (2048, 24, 32, 5120),
+  'xl, 4 layers': (2048, 4, 32, 5120),
+  'xxl': (4096, 24, 64, 10240),
+}
+# T5's rows of pre-training: 512 tokens in, 114 out, 2048 of them.
+LENGTHS = {
+  'encoder_input_tokens': 512,
+  'decoder_input_tokens': 114,
+  'decoder_target_tokens': 114,
+}
+ROWS = 2048
+
+
+def config(size: str, **changes) -> t5.T5Config:
+  width, layers, heads, hidden = SIZES[size]
+  settings = dict(
+    emb_dim=width, num_encoder_layers=layers, num_decoder_layers=layers,
+    num_heads=heads, head_dim=64, mlp_dim=hidden, dtype='bfloat16',
+    scan_layers=True, remat_policy='full',
+  )  # fmt: skip
+  return t5.T5Config(**{**settings, **changes})
+
+
+def pretraining(size: str, topology: str, **mesh: int):
+  """The step of pre-training, parameters spread over `data`."""
+  trainer = training.Trainer(
+    t5.Transformer(config(size)),
+    training.optim.adafactor(1e-2),
+    mesh=partition.make_mesh(devices=chips.devices(topology), **mesh),
+    rules=partition.fsdp(),
+  )
+  return work.training_step(trainer, LENGTHS, rows=ROWS)
+
+
+def experts(size: str, topology: str, count: int, rows: int, **mesh: int):
+  """Experts side by side, each on its slice of `branch`."""
+  trainer = branch.BranchTrainer(
+    t5.Transformer(config(size)),
+    training.optim.adafactor(1e-2),
+    experts=[f'expert {i}' for i in range(count)],
+    mesh=partition.make_mesh(devices=chips.devices(topology), **mesh),
+    rules=partition.fsdp(),
+  )
+  return work.training_step(trainer, LENGTHS, rows=rows)
+
+
+def merging(method, topology: str, *, base=True, scan=False, grams=False):
+  """Eight models of T5 1.1 xxl in bfloat16, merged where they lie."""
+  family = models.family_of(t5.Transformer(config('xxl', scan_layers=scan)))
+  specs = {
+    path: typing.LeafSpec(spec.shape, np.dtype(jnp.bfloat16), spec.axes)
+    for path, spec in family.specs().items()
+  }
+  stats = ()
+  if grams:
+    spec = mj.stats.gram().spec
+    stats = [
+      {
+        path: {spec.name: typing.LeafSpec(shape, np.dtype(np.float32))}
+        for path, leaf in specs.items()
+        if path.endswith('kernel') and (shape := spec.shape(path, leaf))
+      }
+    ] * 8
+  return work.merge(
+    method,
+    [specs] * 8,
+    partition.make_mesh(devices=chips.devices(topology)),
+    base=specs if base else None,
+    stats=stats,
+  )
+
+
+CASES = {
+  f'{size} on {topology}': (pretraining, (size, topology), {})
+  for topology in ('v5e:16x16', 'v5p:4x4x4')
+  for size in ('base', 'large', 'xl', 'xxl')
+}
+CASES |= {
+  'xl, 4 layers on v5e:16x16': (pretraining, ('xl, 4 layers', 'v5e:16x16'), {}),
+  '16 experts of large on v5p:4x4x4': (
+    experts, ('large', 'v5p:4x4x4', 16, 128), {'branch': 16},
+  ),
+  'linear, 8 of xxl on v5e:16x16': (
+    merging, (mj.linear(), 'v5e:16x16'), {'base': False},
+  ),
+  'ties (each tensor), 8 of xxl on v5e:16x16': (
+    merging, (mj.ties(trim_scope='tensor'), 'v5e:16x16'), {},
+  ),
+  'ties (whole model), 8 of xxl on v5e:16x16': (
+    merging, (mj.ties(trim_scope='global'), 'v5e:16x16'), {'scan': True},
+  ),
+  'regmean, 8 of xxl on v5e:16x16': (
+    merging, (mj.regmean(), 'v5e:16x16'), {'base': False, 'grams': True},
+  ),
+}  # fmt: skip
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('--only', action='append', choices=CASES)
+  parser.add_argument('--again', action='store_true')
+  options = parser.parse_args()
+  done = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+  for name in options.only or CASES:
+    if name in done and not options.again:
+      continue
+    make, arguments, settings = CASES[name]
+    found = compiler.report(
+      make(*arguments, **settings), topology=name.split(' on ')[-1]
+    )
+    print(f'== {name}\n{found.to_text()}\n', flush=True)
+    done[name] = found.to_json()
+    RESULTS.write_text(json.dumps(done, indent=2) + '\n')
+    jax.clear_caches()
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,320 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""`mergejax compile --topology v5e:16x16 ...`: does it fit a pod, and how fast.
+
+A gin run or a recipe is compiled for chips that are only described, from shapes
+alone: no data are opened, no weight is read, no TPU is needed.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+import copy
+import inspect
+import json
+import math
+from typing import Any
+
+import jax
+
+import gin
+from mergejax import partition
+from mergejax.cli import branch_train_merge
+from mergejax.cli import common
+from mergejax.cli import train
+from mergejax.core import errors
+from mergejax.core import typing
+from mergejax.data import corpora as corpora_lib
+from mergejax.data import machine_text
+from mergejax.data import stream as stream_lib
+from mergejax.experts import branch
+from mergejax.merging.disk import planner
+from mergejax.merging.disk import plans
+from mergejax.merging.recipes import recipe as recipe_lib
+from mergejax.pods import chips
+from mergejax.pods import compiler
+from mergejax.pods import work as work_lib
+from mergejax.training import trainer as trainer_lib
+
+# Arguments of `train.train_model` that no program depends on: what they name
+# is not opened.
+_UNUSED = (
+  'mixture_or_task', 'model_dir', 'initial_checkpoint', 'callbacks', 'seed',
+  'save_every', 'log_every',
+)  # fmt: skip
+# The devices of this machine, instead of a described slice.
+HERE = 'here'
+
+# `rows -> work`, and the slices that rows must divide over.
+Made = tuple[Callable[[int], work_lib.Work], trainer_lib.Trainer, int]
+
+
+def main(arguments: Sequence[str]) -> None:
+  """Compiles, and prints what one chip must have."""
+  files, paths, bindings, rest = common.split_gin_flags(arguments)
+  options = _parser().parse_args(rest)
+  if bool(files) == bool(options.recipe):
+    raise errors.ConfigError(
+      'mergejax compile needs --gin_file=FILE, or --recipe=RECIPE, and not '
+      'both.'
+    )
+  topology = '' if options.topology == HERE else options.topology
+  devices = None
+  if topology:
+    jax.config.update('jax_platforms', 'cpu')
+    devices = chips.devices(topology, options.slices)
+  sizes = _sizes(options.mesh)
+  where = {'topology': topology, 'slices': options.slices}
+  if options.recipe:
+    mesh = partition.make_mesh(devices=devices, **(sizes or {}))
+    reports = [
+      compiler.report(work, **where)
+      for work in recipe_work(options.recipe, mesh)
+    ]
+  else:
+    common.parse_gin(files, bindings, paths)
+    reports = _of_run(options, devices, sizes, where)
+  print('\n\n'.join(report.to_text() for report in reports))
+  if options.json:
+    data = [report.to_json() for report in reports]
+    common.write_text(options.json, json.dumps(data, indent=2) + '\n')
+
+
+def _parser():
+  parser = common.parser(
+    'compile', 'Compile a run or a merge for a described slice of chips.'
+  )
+  parser.add_argument(
+    '--topology', required=True,
+    help=f'{", ".join(chips.CHIPS)} and a shape, such as v5e:16x16; or '
+    f'{HERE!r}, the devices of this machine',
+  )  # fmt: skip
+  parser.add_argument(
+    '--slices', type=int, default=1, help='slices of that topology'
+  )
+  parser.add_argument(
+    '--gin_file', action='append', help='a run, as of `mergejax train`'
+  )
+  parser.add_argument('--gin_search_paths', help='folders, comma-separated')
+  parser.add_argument('--recipe', help='a merge, as of `mergejax merge`')
+  parser.add_argument(
+    '--mesh', help='instead of that of the run: data=32,model=8'
+  )
+  parser.add_argument(
+    '--phase', default='experts', choices=('seed', 'experts', 'dense'),
+    help='of a run of Branch-Train-Merge',
+  )  # fmt: skip
+  parser.add_argument(
+    '--experts', type=int, metavar='K',
+    help='of such a run; by default one for each domain of its text',
+  )  # fmt: skip
+  parser.add_argument(
+    '--largest_batch', action='store_true',
+    help='compile twice, and tell the largest batch that fits',
+  )  # fmt: skip
+  parser.add_argument(
+    '--skip_init', action='store_true', help='compile the step alone'
+  )
+  parser.add_argument('--json', metavar='FILE', help='also write all figures')
+  return parser
+
+
+def _of_run(options, devices, sizes, where):
+  """Reports of a gin run: its step, and how its state begins."""
+  job = gin.get_bindings(train.run, resolve_references=False).get('job')
+  function = getattr(getattr(job, 'configurable', None), 'wrapped', None)
+  if function is train.train_model:
+    made = _train_model(_bound(job), devices, sizes)
+  elif function is branch_train_merge.run:
+    settings = _resolved(_bound(job)['settings'])
+    settings = settings() if callable(settings) else settings
+    made = _branch_train_merge(settings, options, devices, sizes)
+  else:
+    raise errors.ConfigError(
+      f'mergejax compile knows the jobs train.train_model and '
+      f'branch_train_merge.run, not {job}: compile your own trainer with '
+      '`mergejax.pods.work.training_step`.'
+    )
+  make, trainer, rows = made
+  report = compiler.report(make(rows), **where)
+  if options.largest_batch:
+    report = _with_largest(report, make, trainer, where)
+  if options.skip_init:
+    return [report]
+  return [report, compiler.report(work_lib.fresh_state(trainer), **where)]
+
+
+def _with_largest(report, make, trainer, where):
+  if report.memory is None:
+    raise errors.ConfigError(
+      f'The memory of {report.topology} devices is not known: --largest_batch '
+      'needs a described --topology.'
+    )
+  slices = math.prod(trainer.mesh.shape[axis] for axis in ('data', 'expert'))
+  rows, second = compiler.largest_rows(
+    report, lambda rows: compiler.report(make(rows), **where), slices
+  )
+  return report.with_largest(rows, second.rows)
+
+
+def _train_model(arguments: Mapping[str, Any], devices, sizes) -> Made:
+  """The trainer of `train.train_model`, on described devices."""
+  known = inspect.signature(train.train_model).parameters
+  given = {n: p.default for n, p in known.items()}
+  given |= {n: _resolved(v) for n, v in arguments.items() if n not in _UNUSED}
+  missing = [
+    name
+    for name, value in given.items()
+    if value is inspect.Parameter.empty and name not in _UNUSED
+  ]
+  if missing:
+    raise errors.ConfigError(
+      f'train.train_model needs {", ".join(missing)}: bind them in the gin '
+      'file.'
+    )
+  get = given.__getitem__
+  mesh = sizes if sizes is not None else get('mesh') or {}
+  trainer = trainer_lib.Trainer(
+    get('module'),
+    train.optimizer_of(get('optimizer'), get('steps')),
+    objective=train.objective_of(get('objective'), get('loss')),
+    mesh=partition.make_mesh(devices=devices, **mesh),
+    rules=get('rules'),
+    transforms=get('transforms'),
+    freeze=get('freeze'),
+    accumulate=get('accumulate'),
+    clip=get('clip'),
+  )
+  lengths = stream_lib.batch_lengths(
+    get('lengths'), kind=get('kind'), pack=get('pack')
+  )
+  return _maker(trainer, lengths, get('steps')), trainer, get('batch_size')
+
+
+def _branch_train_merge(
+  settings: branch_train_merge.Settings, options, devices, sizes
+) -> Made:
+  """The trainer of one phase of Branch-Train-Merge, on described devices."""
+  experts = options.experts or len(_domains(settings))
+  if sizes is not None:
+    side_by_side = single = partition.make_mesh(devices=devices, **sizes)
+    branch.check_experts(experts, side_by_side)
+  else:
+    side_by_side, single = branch_train_merge.make_meshes(
+      settings, experts, devices
+    )
+  total = settings.seed_steps + settings.branch_steps
+  shared = {
+    'objective': train.objective_of(settings.objective, settings.loss),
+    'rules': settings.rules,
+    'transforms': settings.transforms,
+    'freeze': settings.freeze,
+    'accumulate': settings.accumulate,
+    'clip': settings.clip,
+  }
+  model = settings.module, train.optimizer_of(settings.optimizer, total)
+  rows = settings.batch_size
+  if options.phase == 'experts':
+    names = [f'expert {i}' for i in range(experts)]
+    trainer = branch.BranchTrainer(
+      *model, experts=names, mesh=side_by_side, **shared
+    )
+  else:
+    trainer = trainer_lib.Trainer(*model, mesh=single, **shared)
+    rows *= experts if options.phase == 'dense' else 1
+  lengths = stream_lib.batch_lengths(
+    {'targets': settings.length}, kind='lm', pack=False
+  )
+  return _maker(trainer, lengths, total), trainer, rows
+
+
+def _maker(trainer, lengths, steps):
+  return lambda rows: work_lib.training_step(
+    trainer, lengths, rows=rows, steps=steps
+  )
+
+
+def _domains(settings):
+  """Names of the domains of a run's text; none of it is read."""
+  if settings.corpora is None:
+    return machine_text.domains()
+  return corpora_lib.find_domains(settings.corpora)
+
+
+def _bound(job) -> dict[str, Any]:
+  """What gin binds of a job's arguments, nothing of it evaluated."""
+  with gin.config_scope(job.scopes):
+    return gin.get_bindings(job.configurable.wrapped, resolve_references=False)
+
+
+def _resolved(value):
+  """A bound value; gin evaluates its references when they are copied."""
+  return copy.deepcopy(value)
+
+
+def _sizes(text: str | None) -> dict[str, int] | None:
+  """`data=32,model=8` as sizes of mesh axes."""
+  if text is None:
+    return None
+  sizes = {}
+  for part in text.split(','):
+    name, _, size = part.partition('=')
+    if name not in partition.AXES:
+      raise errors.ConfigError(errors.near(name, partition.AXES, 'mesh axis'))
+    try:
+      sizes[name] = int(size)
+    except ValueError as error:
+      raise errors.ConfigError(
+        f'--mesh gives each axis a whole number, data=32,model=8, not {part!r}.'
+      ) from error
+  return sizes
+
+
+def recipe_work(recipe: str, mesh: jax.sharding.Mesh) -> list[work_lib.Work]:
+  """The merges of a recipe, one for the parameters that are merged alike.
+
+  Args:
+    recipe: path of a YAML file.
+    mesh: where the models lie.
+
+  Raises:
+    UserError: see `planner.plan`; a recipe that merges nothing.
+  """
+  plan = planner.plan(recipe_lib.load_recipe(recipe))
+  found = [
+    _of_group(plan, tasks, mesh)
+    for tasks in plan.groups()
+    if tasks[0].settings is not None
+  ]
+  if not found:
+    raise errors.RecipeError(f'{recipe} copies everything: nothing is merged.')
+  return found
+
+
+def _of_group(plan: plans.Plan, tasks, mesh) -> work_lib.Work:
+  """The merge of the parameters of one group of a plan."""
+  first = tasks[0]
+
+  def specs(refs):
+    found = {}
+    for task, (model, path) in zip(tasks, refs):
+      dtype = plan.stores[model].specs()[path].dtype
+      found[task.path] = typing.LeafSpec(task.spec.shape, dtype, task.spec.axes)
+    return found
+
+  models = [
+    specs([task.inputs[k] for task in tasks]) for k in range(len(first.inputs))
+  ]
+  base = specs([task.base for task in tasks]) if first.base else None
+  stats = [
+    {
+      task.path: {
+        name: store.specs()[path] for name, path in task.stats[k].items()
+      }
+      for task in tasks
+      if task.stats and task.stats[k]
+    }
+    for k, store in enumerate(plan.stats)
+  ]
+  return work_lib.merge(
+    first.settings.method, models, mesh, base=base, stats=stats,
+    weights=first.weights,
+  )  # fmt: skip

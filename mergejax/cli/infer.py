@@ -1,0 +1,208 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""`mergejax infer CHECKPOINT`: what a model says to lines of text."""
+
+from collections.abc import Sequence
+import hashlib
+import json
+import pathlib
+import sys
+import time
+
+import jax
+import tqdm
+
+from mergejax import models
+from mergejax import partition
+from mergejax.cli import common
+from mergejax.core import checksums
+from mergejax.core import errors
+from mergejax.core import files
+from mergejax.core import resume
+from mergejax.core import stop as stop_lib
+from mergejax.data import features
+from mergejax.evaluation import decode
+from mergejax.evaluation import recipes
+from mergejax.evaluation import texts
+from mergejax.statistics import saved
+
+_METHOD = ('temperature', 'top_k', 'top_p', 'samples', 'beams', 'alpha')
+
+
+def _parser():
+  parser = common.parser(
+    'infer',
+    'Answer lines of text, greedily unless told otherwise. Killed, the same '
+    'command continues, to the same file.',
+  )
+  parser.add_argument(
+    'checkpoint', help='a checkpoint with its config.json, or a recipe (.yaml)'
+  )
+  parser.add_argument(
+    '--inputs', required=True,
+    help='a .txt file, a text a line; a .jsonl file of {"inputs": text}; or -, '
+    'texts from standard input',
+  )  # fmt: skip
+  parser.add_argument(
+    '--out', required=True,
+    help='the .jsonl file to create: every row with its prediction',
+  )  # fmt: skip
+  parser.add_argument('--vocabulary', default='bytes', help='or a .model file')
+  parser.add_argument(
+    '--length', type=int, default=64, help='most tokens of an answer'
+  )
+  parser.add_argument('--batch_size', type=int, default=32)
+  search = parser.add_argument_group('beam search')
+  search.add_argument('--beams', type=int, help='as many answers begun; try 4')
+  search.add_argument('--alpha', type=float, help='of the length penalty; 0.6')
+  draws = parser.add_argument_group('sampling')
+  draws.add_argument('--temperature', type=float, help='1.0; 0 is greedy')
+  draws.add_argument('--top_k', type=int, help='most likely tokens kept')
+  draws.add_argument('--top_p', type=float, help='probability kept')
+  draws.add_argument('--samples', type=int, help='answers to a row')
+  draws.add_argument('--seed', type=int, default=0, help='of the draws')
+  parser.add_argument(
+    '--scores', action='store_true',
+    help='adds the score: the log-likelihood; of beams, with length penalty',
+  )  # fmt: skip
+  parser.add_argument(
+    '--all', action='store_true',
+    help='adds predictions: all beams, the best first; samples always are',
+  )  # fmt: skip
+  parser.add_argument(
+    '--prefix', action='store_true',
+    help='a decoder-only model was trained on tasks: it reads inputs as those, '
+    'ended and in both directions',
+  )  # fmt: skip
+  parser.add_argument('--data', type=int, default=1, help='devices for rows')
+  parser.add_argument('--model_parallel', type=int, default=1)
+  return parser
+
+
+def main(arguments: Sequence[str]) -> None:
+  """Writes what a model says to every line."""
+  options = _parser().parse_args(arguments)
+  for name in ('length', 'batch_size'):
+    errors.check_whole(f'--{name}', getattr(options, name))
+  words = {name: getattr(options, name) for name in _METHOD}
+  method = decode.method_of({n: w for n, w in words.items() if w is not None})
+  files.check_new(options.out)
+  vocabulary = features.vocabulary(options.vocabulary)
+  rows = _read(options.inputs)
+  writer = _writer(options, method, vocabulary)
+  settings = _settings(options, method, rows, writer)
+  _answer(writer, rows, pathlib.Path(options.out), settings)
+
+
+def _read(source):
+  """The rows of a file, or of standard input."""
+  if source == '-':
+    return texts.read(sys.stdin.read(), 'standard input', json_lines=False)
+  path = pathlib.Path(source)
+  if path.suffix not in ('.txt', '.jsonl'):
+    raise errors.DataError(
+      f'--inputs must be a .txt file (a text a line), a .jsonl file or -, not '
+      f'{source}.'
+    )
+  if not path.is_file():
+    raise errors.DataError(f'There is no file {path} to read inputs from.')
+  try:
+    text = path.read_text(encoding='utf-8')
+  except UnicodeDecodeError as error:
+    raise errors.DataError(f'{path} is not UTF-8 text: {error}.') from error
+  return texts.read(text, str(path), json_lines=path.suffix == '.jsonl')
+
+
+def _writer(options, method, vocabulary):
+  module, params = recipes.load(options.checkpoint)
+  family, mesh = models.family_of(module), None
+  if not family.decodes:
+    raise errors.ConfigError(
+      f'{options.checkpoint} is a {family.model_type} model, which does not '
+      'decode: infer is for models of text.'
+    )
+  if options.prefix and not decode.is_decoder_only(family):
+    raise errors.ConfigError(
+      '--prefix is for decoder-only models; an encoder-decoder reads its '
+      'inputs so anyway.'
+    )
+  if options.data * options.model_parallel > 1:
+    mesh = partition.make_mesh(data=options.data, model=options.model_parallel)
+    axes = {path: spec.axes for path, spec in family.specs().items()}
+    layout = partition.shardings(mesh, params, axes, partition.standard())
+    params = jax.device_put(params, layout)
+  return texts.Writer(
+    decode.make_decoder(
+      family, length=options.length, method=method, mesh=mesh
+    ),
+    family,
+    jax.device_put(params) if mesh is None else params,
+    vocabulary,
+    options.batch_size,
+    prefix=options.prefix,
+    seed=options.seed,
+    scored=options.scores,
+    every=options.all or getattr(method, 'samples', 1) > 1,
+  )
+
+
+def _settings(options, method, rows, writer):
+  """All that the answers depend on."""
+  vocabulary = options.vocabulary
+  if vocabulary != 'bytes':
+    vocabulary = checksums.SUMS.of(pathlib.Path(vocabulary).expanduser())
+  text = json.dumps(rows, ensure_ascii=False).encode()
+  names = ('length', 'batch_size', 'seed', 'scores', 'all', 'prefix')
+  return {
+    'model': models.describe(writer.family),
+    'weights': saved.fingerprint(writer.params),
+    'vocabulary': vocabulary,
+    'inputs': hashlib.sha256(text).hexdigest(),
+    'method': {type(method).__name__: method},
+    'devices': [options.data, options.model_parallel],
+    **{name: getattr(options, name) for name in names},
+  }
+
+
+def _answer(writer, rows, out, settings):
+  """Answers what is still to be answered, then writes all of it."""
+  path = out.with_name(f'.{out.name}.answers.jsonl')
+  journal = resume.Journal(path, 'infer', settings)
+  answered = [row for batch in journal.rows() for row in batch]
+  if answered:
+    print(f'{len(answered)} of {len(rows)} are answered.', file=sys.stderr)
+  shown = _Progress(len(rows), len(answered))
+  with stop_lib.StopRequest() as stop:
+    for batch in writer.batches(rows, len(answered)):
+      journal.append(batch)
+      answered += batch
+      shown.at(len(answered))
+      if len(answered) < len(rows):
+        stop.check(f'Stopped after {len(answered)} of {len(rows)} answers.')
+  shown.close()
+  lines = (json.dumps(row, ensure_ascii=False) + '\n' for row in answered)
+  common.write_text(out, ''.join(lines))
+  journal.forget()
+  print(f'{len(answered)} answers: {out}')
+
+
+class _Progress:
+  """A bar on a terminal; else a line every ten seconds."""
+
+  def __init__(self, total: int, done: int):
+    self._total, self._told, self._bar = total, time.monotonic(), None
+    if sys.stderr.isatty():
+      self._bar = tqdm.tqdm(total=total, initial=done, unit='row')
+
+  def at(self, done: int) -> None:
+    """Tells how many are answered."""
+    if self._bar is not None:
+      self._bar.update(done - self._bar.n)
+    elif time.monotonic() - self._told > 10:
+      self._told = time.monotonic()
+      print(f'{done} of {self._total} answers', file=sys.stderr)
+
+  def close(self) -> None:
+    """Leaves the bar as it is."""
+    if self._bar is not None:
+      self._bar.close()

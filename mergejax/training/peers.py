@@ -1,0 +1,184 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The processes of a run watch each other: when one dies, the others end too.
+
+A process that waits for the share of a dead one waits for ever, or until the
+runtime aborts it with a page of addresses. So each counts in a file of the
+run's folder, which all of them share, and reads what the others count.
+"""
+
+from collections.abc import Callable
+import contextlib
+import os
+import pathlib
+import re
+import shutil
+import sys
+import threading
+import time
+
+import jax
+from jax.experimental import multihost_utils
+import numpy as np
+
+from mergejax.core import errors
+from mergejax.core import files
+from mergejax.training import callbacks
+
+_FAILED = 'failed'
+# What the runtime says where another process does not answer.
+_UNANSWERED = re.compile(r'peer|Gloo|UNAVAILABLE|heartbeat|coordination', re.I)
+
+
+def _leave(message: str, after: float) -> None:
+  """Ends this process in so many seconds, whatever its main thread waits for."""
+  print(f'mergejax: {message}', file=sys.stderr, flush=True)
+  time.sleep(after)
+  os._exit(1)
+
+
+class Watch:
+  """Counts in a file, and reads those of the other processes.
+
+  Example:
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...   watch = Watch(pathlib.Path(folder) / 'alive', index=0, count=1)
+    ...   watch.close()
+  """
+
+  def __init__(
+    self,
+    folder: pathlib.Path,
+    index: int,
+    count: int,
+    *,
+    every: float = 5.0,
+    patience: float = 40.0,
+    leave: Callable[[str, float], None] = _leave,
+  ):
+    """Begins to count, in a thread of its own.
+
+    Args:
+      folder: of this run of all processes, and of no other.
+      index: of this process.
+      count: of processes.
+      every: seconds between two counts.
+      patience: seconds without a count after which a process is taken for dead.
+      leave: ends this process with a message, after so many seconds.
+    """
+    self._folder, self._index, self._count = folder, index, count
+    self._every, self._patience, self._leave = every, patience, leave
+    folder.mkdir(parents=True, exist_ok=True)
+    self._closing = threading.Event()
+    self._thread = threading.Thread(target=self._run, daemon=True)
+    self._thread.start()
+
+  def _file(self, index):
+    return self._folder / f'process_{index}'
+
+  def _write(self, text):
+    with files.atomic_path(self._file(self._index), overwrite=True) as path:
+      path.write_text(text)
+
+  def _run(self):
+    beat = 0
+    last: dict[int, tuple[str, float]] = {}
+    while not self._closing.is_set():
+      began = time.monotonic()
+      try:
+        self._write(str(beat))
+        beat += 1
+        lost = self._lost(last)
+      except OSError:
+        lost = None  # a slow disk is no dead process
+      # Whoever could not write for so long cannot judge the others either.
+      if time.monotonic() - began > self._patience / 2:
+        last.clear()
+      elif lost is not None and not self._closing.is_set():
+        self._leave(
+          f'{lost} This process ends too, as it would wait for the other '
+          'without end. Start all processes again with the same command: the '
+          'run goes on from its last checkpoint.',
+          # The runtime aborts all others when the first process is gone.
+          0.0 if self._index else 2 * self._every,
+        )
+        return
+      self._closing.wait(self._every)
+
+  def _lost(self, last):
+    """What happened to a process that counts no more; None if all do."""
+    now = time.monotonic()
+    for index in range(self._count):
+      try:
+        text = self._file(index).read_text()
+      except FileNotFoundError:  # it has not begun, or it ended
+        last.pop(index, None)
+        continue
+      if text.startswith(_FAILED):
+        return f'Process {index} of {self._count} {text}.'
+      before, since = last.setdefault(index, (text, now))
+      if text != before:
+        last[index] = text, now
+      elif now - since > self._patience:
+        return (
+          f'Process {index} of {self._count} has given no sign for '
+          f'{now - since:.0f} s: it was killed, or its machine is gone.'
+        )
+    return None
+
+  def close(self, failure: BaseException | None = None) -> None:
+    """This process ends: as it should, or by an error that the others hear of.
+
+    Args:
+      failure: the error. One of the runtime, of another process that does not
+        answer, is not this one's: it is waited for until that one is known.
+    """
+    if failure is not None and _UNANSWERED.search(str(failure)):
+      self._thread.join(self._patience + 4 * self._every)
+    self._closing.set()
+    self._thread.join()
+    try:
+      if failure is None or isinstance(failure, errors.Stopped):
+        self._file(self._index).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # others still count there
+          self._folder.rmdir()
+      else:
+        kind = type(failure).__name__
+        self._write(f'{_FAILED} ({kind}: {errors.first_line(failure)})')
+    except OSError:
+      pass  # the others will see that it counts no more
+
+
+class watch_peers(callbacks.Callback):  # pylint: disable=invalid-name
+  """Ends a process of several when another one of them is dead.
+
+  Within `patience` seconds, with one message and exit code 1. A run of one
+  process, or without a folder, watches nothing.
+  """
+
+  def __init__(self, *, every: float = 5.0, patience: float = 40.0):
+    """See `Watch`; `every` and `patience` are seconds."""
+    self._settings = {'every': every, 'patience': patience}
+    self._watch: Watch | None = None
+
+  def on_start(self, run):
+    if jax.process_count() == 1 or run.directory is None:
+      return
+    # What an earlier run left behind is not of this one.
+    token = int(multihost_utils.broadcast_one_to_all(np.uint32(time.time())))
+    folder = run.directory / 'alive'
+    if jax.process_index() == 0:
+      shutil.rmtree(folder, ignore_errors=True)
+    multihost_utils.sync_global_devices('alive')
+    self._watch = Watch(
+      folder / str(token),
+      jax.process_index(),
+      jax.process_count(),
+      **self._settings,
+    )
+
+  def close(self):
+    if self._watch is not None:
+      self._watch.close(sys.exc_info()[1])
+      self._watch = None
