@@ -22,6 +22,8 @@ _DATA = [
 ]
 _PLOTS = ['matplotlib>=3.9']
 _SEARCH = ['cmaes>=0.11']
+# Newer sentencepiece needs a newer protobuf than Beam takes.
+_BEAM = ['apache-beam[tfrecord]>=2.60', 'sentencepiece<0.2.2']
 # BLEU and ROUGE.
 _METRICS = ['rouge-score>=0.1.2', 'sacrebleu>=2.4']
 
@@ -59,6 +61,7 @@ setuptools.setup(
     'tqdm>=4.66',
   ],
   extras_require={
+    'beam': [*_DATA, *_BEAM],
     'data': _DATA,
     'metrics': _METRICS,
     'plots': _PLOTS,

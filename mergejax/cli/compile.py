@@ -38,7 +38,7 @@ from mergejax.training import trainer as trainer_lib
 # is not opened.
 _UNUSED = (
   'mixture_or_task', 'model_dir', 'initial_checkpoint', 'callbacks', 'seed',
-  'save_every', 'log_every',
+  'save_every', 'log_every', 'per_task', 'cache_dir',
 )  # fmt: skip
 # The devices of this machine, instead of a described slice.
 HERE = 'here'

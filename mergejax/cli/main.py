@@ -15,6 +15,7 @@ from mergejax.core import errors
 COMMANDS = {
   'quickstart': 'Branch-Train-Merge on text this machine has, in minutes',
   'train': 'train what a gin file describes',
+  'cache': 'tokenise tasks once, by Apache Beam, for data too large to read',
   'merge': 'merge checkpoints as a recipe says: RECIPE OUT',
   'stats': 'Gram matrices, Fishers, or a survey of models, before merging',
   'search': 'coefficients of a merge, chosen on held-out data: RECIPE OUT',
@@ -30,7 +31,8 @@ COMMANDS = {
 }
 
 _READS_TEXT = (
-  'quickstart', 'train', 'evaluate', 'infer', 'search', 'rank', 'compile',
+  'quickstart', 'train', 'cache', 'evaluate', 'infer', 'search', 'rank',
+  'compile',
 )  # fmt: skip
 # These read text only if they are given a suite of tasks.
 _MAY_READ_TEXT = ('stats', 'align')

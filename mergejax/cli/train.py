@@ -32,6 +32,7 @@ from mergejax.core import errors
 from mergejax.core import files as files_lib
 from mergejax.data import mixtures
 from mergejax.data import stream as stream_lib
+from mergejax.data import task_ids
 from mergejax.training import batches
 from mergejax.training import callbacks as callbacks_lib
 from mergejax.training import checkpoints
@@ -133,6 +134,8 @@ def train_model(
   freeze: Sequence[str] = (),
   accumulate: int = 1,
   clip: float | None = None,
+  per_task: bool = False,
+  cache_dir: os.PathLike | str | None = None,
   allow_float16: bool = False,
 ) -> None:
   r"""The job that trains one model on one task or mixture.
@@ -174,9 +177,20 @@ def train_model(
     freeze: see `step.make_step`.
     accumulate: likewise.
     clip: likewise.
+    per_task: log the loss of every task of a mixture, and how many of its
+      examples were drawn; see `transforms.task_metrics`.
+    cache_dir: read tasks from where `mergejax cache` wrote them.
     allow_float16: see `trainer.Trainer`.
   """
   directory = pathlib.Path(model_dir)
+  name = getattr(mixture_or_task, 'name', mixture_or_task)
+  if cache_dir is not None:
+    seqio.add_global_cache_dirs([os.fspath(cache_dir)])
+  provider = stream_lib.find(name, 'train', cached=cache_dir is not None)
+  if per_task:
+    names = task_ids.names(provider)
+    transforms = [*transforms, transforms_lib.task_metrics(names)]
+    loss = {**(loss or {}), 'tasks': len(names)}
   record = directory / 'run.json'
   start = start_lib.Start(
     initial_checkpoint, restore, restore_step, restore_rules,
@@ -197,8 +211,9 @@ def train_model(
     allow_float16=allow_float16,
   )
   stream, data, local_rows = _open_data(
-    trainer, mixture_or_task, record, batch_size, lengths, kind, pack, seed
-  )
+    trainer, provider, record, batch_size, lengths=lengths, kind=kind,
+    pack=pack, seed=seed, task_ids=per_task, cached=cache_dir is not None,
+  )  # fmt: skip
   settings = {
     'model': models.describe(module),
     'optimizer': optim.describe(trainer.optimizer),
@@ -210,9 +225,8 @@ def train_model(
   }
   where = same_run.layout(trainer.mesh)
   same_run.check(record, settings, where)
-  name = getattr(mixture_or_task, 'name', mixture_or_task)
   if jax.process_index() == 0:
-    if kind == 'encoder_decoder':
+    if kind == 'encoder_decoder' and cache_dir is None:
       stream_lib.tell_cuts(name, 'train', lengths)
     tell_mixture(name, steps, batch_size)
   key = jax.random.key(seed)
@@ -285,9 +299,7 @@ def tell_mixture(name: str, steps: int, batch_size: int) -> None:
       print(mixtures.table(shares), file=sys.stderr)
 
 
-def _open_data(
-  trainer, mixture_or_task, record, batch_size, lengths, kind, pack, seed
-):
+def _open_data(trainer, provider, record, batch_size, **settings):
   """See `open_shared`; checked against the model and the mesh."""
   stream_lib.check_positive('batch size', batch_size)
   if batch_size % trainer.mesh.shape['data']:
@@ -295,18 +307,14 @@ def _open_data(
       f'A batch of {batch_size} rows does not divide over '
       f'{trainer.mesh.shape["data"]} data slices of the mesh.'
     )
-  name = getattr(mixture_or_task, 'name', mixture_or_task)
-  for feature in stream_lib.find(name, 'train').output_features.values():
+  for feature in provider.output_features.values():
     check_vocabulary(feature.vocabulary, trainer.family.module)
   return open_shared(
-    name,
+    provider.name,
     trainer.mesh,
     shards=same_run.begun_with(record, 'shards', None),
     batch_size=batch_size,
-    lengths=lengths,
-    kind=kind,
-    pack=pack,
-    seed=seed,
+    **settings,
   )
 
 

@@ -18,7 +18,11 @@ _EXAMPLES = 4
 
 
 def describe(
-  mixture_or_task: str, split: str, lengths: Mapping[str, int]
+  mixture_or_task: str,
+  split: str,
+  lengths: Mapping[str, int],
+  *,
+  cached: bool = False,
 ) -> dict[str, Any]:
   """The content of a split of a task or mixture, as plain data.
 
@@ -28,6 +32,7 @@ def describe(
     mixture_or_task: a name registered in seqio.
     split: the split.
     lengths: tokens per feature.
+    cached: read what seqio's cache holds of it, and not its source.
 
   Returns:
     For a task `files` (name and sha256 of each) and `first examples` (sha256 of
@@ -37,19 +42,23 @@ def describe(
   found = seqio.get_mixture_or_task(mixture_or_task)
   sizes = tuple(sorted(lengths.items()))
   if not isinstance(found, seqio.Mixture):
-    return _task(found, split, sizes)
+    return _task(found, split, sizes, cached)
   return {
     f'part {i}': {
       'rate': float(found.get_rate(task)),
-      **_task(task, split, sizes),
+      **_task(task, split, sizes, cached),
     }
     for i, task in enumerate(found.tasks)
   }
 
 
 @functools.lru_cache(maxsize=256)  # tasks hash by what they are, not by name
-def _task(task, split, sizes):
-  files = [pathlib.Path(str(file)) for file in task.source.list_shards(split)]
+def _task(task, split, sizes, cached):
+  if cached:
+    folder = pathlib.Path(task.cache_dir)
+    files = sorted(folder.glob(f'{split}.tfrecord-*'))
+  else:
+    files = [pathlib.Path(str(each)) for each in task.source.list_shards(split)]
   return {
     'files': ', '.join(
       f'{file.name} {checksums.SUMS.of(file)[:16]}'
@@ -57,14 +66,15 @@ def _task(task, split, sizes):
       else file.name
       for file in files
     ),
-    'first examples': _examples(task, split, sizes),
+    'first examples': _examples(task, split, sizes, cached),
   }
 
 
-def _examples(task, split, sizes):
+def _examples(task, split, sizes, cached):
   dataset = task.get_dataset(
-    dict(sizes), split=split, shuffle=False, seed=0, try_in_mem_cache=False
-  )
+    dict(sizes), split=split, shuffle=False, seed=0, try_in_mem_cache=False,
+    use_cached=cached,
+  )  # fmt: skip
   digest = hashlib.sha256()
   for example in dataset.take(_EXAMPLES).as_numpy_iterator():
     for name in sorted(example):

@@ -21,7 +21,7 @@ import seqio
 from mergejax.core import errors
 from mergejax.data import tasks as tasks_lib
 
-# Of the mixtures that were registered here: the cap of their tasks.
+# Of the mixtures in proportion that were registered here: the cap.
 _CAPS: dict[str, float | None] = {}
 
 
@@ -138,7 +138,9 @@ def add_mixture(
     digest = hashlib.sha256(repr(_content(mixture)).encode()).hexdigest()
     name = f'{name}_{digest[:16]}'
   _make_room(name, mixture)
-  _CAPS[name] = cap if not fixed and rates == 'proportional' else None
+  _CAPS.pop(name, None)
+  if not fixed and rates == 'proportional':
+    _CAPS[name] = cap
   return seqio.MixtureRegistry.add(name, members)
 
 
@@ -215,7 +217,7 @@ class Share(NamedTuple):
   Attributes:
     task: its name.
     examples: training examples, before documents are cut; None if not known.
-    capped: the number its rate is made of; None if that is not known.
+    capped: the size that its rate is made of; None if it is fixed, or not known.
     rate: in the mixture, see the module.
     probability: that an example drawn is of this task.
     epochs: expected, over its examples; None if it is not known how many are
@@ -265,10 +267,7 @@ def probabilities(
     count = _examples(task)
     chance = rates[task.name] / total
     epochs = None if drawn is None or not count else drawn * chance / count
-    capped = None
-    if count is not None:
-      cap = _cap(mixture, task)
-      capped = min(count, cap) if cap else count
+    capped = _capped(mixture, task, count)
     shares.append(
       Share(task.name, count, capped, rates[task.name], chance, epochs)
     )
@@ -282,17 +281,23 @@ def _examples(task):
     return None  # no training split, or a set that is not on this machine
 
 
-def _cap(mixture, task):
-  """The cap on a task's size where it stands in a mixture, or within."""
+def _capped(mixture, task, count):
+  """The size that a task's rate is made of, where it stands in a mixture."""
+  if count is None:
+    return None
   if task.name in mixture.rate_per_task_name:
     rate_of = mixture.rate_per_task_name[task.name]
-    if isinstance(rate_of, functools.partial):
-      return rate_of.keywords.get('maximum')
-    return _CAPS.get(mixture.name)
+    if isinstance(rate_of, functools.partial):  # of seqio's rates
+      cap = rate_of.keywords.get('maximum')
+    elif mixture.name in _CAPS:
+      cap = _CAPS[mixture.name]
+    else:
+      return None
+    return min(count, cap) if cap else count
   for name in mixture.rate_per_task_name:
     inner = seqio.get_mixture_or_task(name)
     if isinstance(inner, seqio.Mixture) and task in inner.tasks:
-      return _cap(inner, task)
+      return _capped(inner, task, count)
   return None
 
 

@@ -234,9 +234,9 @@ def denoise(
   @seqio.map_over_dataset(num_seeds=1)
   def corrupt(example, seed):
     tokens = example['targets']
-    # T5 makes six, the last four for corruptions that draw, as none here does.
-    seeds = tf.unstack(tf.random.experimental.stateless_split(seed, 6))
-    is_noise = mask(tf.size(tokens), density, seeds=seeds[:2])
+    # The first of T5's six; the others are for corruptions that draw, too.
+    seeds = tf.unstack(tf.random.experimental.stateless_split(seed, 2))
+    is_noise = mask(tf.size(tokens), density, seeds=seeds)
     if targets is None:
       wanted = noise.with_sentinels(tokens, ~is_noise, vocabulary)
     else:

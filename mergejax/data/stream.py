@@ -24,6 +24,7 @@ from mergejax.data import identity
 from mergejax.data import objectives
 from mergejax.data import samples
 from mergejax.data import sources
+from mergejax.data import task_ids as task_ids_lib
 from mergejax.data import tasks
 from mergejax.data import tfds_sets
 
@@ -64,12 +65,19 @@ def _converter(kind, dataset):
   return _CONVERTERS[kind](pack=False)
 
 
-def find(mixture_or_task: str, split: str) -> seqio.Task | seqio.Mixture:
+def find(
+  mixture_or_task: str, split: str, *, cached: bool = False
+) -> seqio.Task | seqio.Mixture:
   """The task or mixture of a name, all of which has the split and its data.
 
+  Args:
+    mixture_or_task: a name registered in seqio.
+    split: the split.
+    cached: the data are in seqio's cache, and their sources are not asked.
+
   Raises:
-    UserError: an unknown name (near ones are offered), no such split, or TFDS
-      sets that are not on this machine.
+    UserError: an unknown name (near ones are offered), no such split, TFDS sets
+      that are not on this machine, or tasks that are not in the cache.
   """
   known = [*seqio.MixtureRegistry.names(), *seqio.TaskRegistry.names()]
   if mixture_or_task not in known:
@@ -77,6 +85,9 @@ def find(mixture_or_task: str, split: str) -> seqio.Task | seqio.Mixture:
       errors.near(str(mixture_or_task), known, 'seqio task or mixture')
     )
   provider = seqio.get_mixture_or_task(mixture_or_task)
+  if cached:
+    tasks.check_cached(provider, split)
+    return provider
   tasks.check_split(provider, split)
   tfds_sets.check(seqio.get_subtasks(provider))
   return provider
@@ -159,6 +170,8 @@ class SeqioStream:
     seed: int = 0,
     shard_index: int = 0,
     num_shards: int = 1,
+    task_ids: bool = False,
+    cached: bool = False,
   ):
     """Opens a stream.
 
@@ -173,6 +186,10 @@ class SeqioStream:
       shard_index: which part of the examples to read; a process of a
         data-parallel run reads its own.
       num_shards: how many parts there are.
+      task_ids: say of every target which task it is of, as `decoder_task_ids`;
+        rows stay as they are. See `task_ids`.
+      cached: read what `mergejax cache` wrote to a folder that
+        `seqio.add_global_cache_dirs` has.
 
     Raises:
       UserError: an unknown name, a split that a member lacks or that has no
@@ -187,18 +204,28 @@ class SeqioStream:
       'pack': pack,
       'seed': seed,
       'shard': f'{shard_index} of {num_shards}',
+      # What older positions do not have is not told where it is not used.
+      **({'task_ids': True} if task_ids else {}),
+      **({'cached': True} if cached else {}),
     }
-    provider = find(mixture_or_task, split)
+    provider = find(mixture_or_task, split, cached=cached)
     _check_lengths(lengths, kind)
     check_positive('batch size', batch_size)
-    _check_examples(provider, split, num_shards)
+    if not cached:
+      _check_examples(provider, split, num_shards)
+    lengths, converter = dict(lengths), _CONVERTERS[kind](pack=pack)
+    if task_ids:
+      converter = task_ids_lib.converter(kind, pack)
+      provider = task_ids_lib.numbered(provider)
+      lengths = task_ids_lib.lengths_with(lengths)
     dataset = seqio.get_dataset(
       provider,
-      task_feature_lengths=dict(lengths),
+      task_feature_lengths=lengths,
       dataset_split=split,
       shuffle=True,
       num_epochs=None,
-      feature_converter=_CONVERTERS[kind](pack=pack),
+      use_cached=cached,
+      feature_converter=converter,
       shard_info=seqio.ShardInfo(shard_index, num_shards),
       seed=seed,
     )
@@ -241,7 +268,12 @@ class SeqioStream:
   @functools.cached_property
   def identity(self) -> dict[str, Any]:
     """What fixes the batches, as plain data: settings, and content of files."""
-    data = identity.describe(self._name, self._split, self._lengths)
+    data = identity.describe(
+      self._name,
+      self._split,
+      self._lengths,
+      cached=self._settings.get('cached', False),
+    )
     return {'data': data, **self._settings}
 
   def state(self) -> bytes:

@@ -20,6 +20,7 @@ from mergejax.training.transforms import ema
 from mergejax.training.transforms import lawa
 from mergejax.training.transforms import running
 from mergejax.training.transforms import skip_nonfinite
+from mergejax.training.transforms import task_metrics
 
 __all__ = [
   'ArrayStream',
@@ -40,6 +41,7 @@ __all__ = [
   'schedules',
   'skip_nonfinite',
   't5x_state',
+  'task_metrics',
   'transforms',
   'watch_peers',
 ]

@@ -48,6 +48,7 @@ class CrossEntropy:
   z_loss: float
   label_smoothing: float
   normalizing_factor: str | float | None
+  tasks: int = 0
 
   def __call__(self, family, params, batch, rngs):
     outputs = family.apply(
@@ -73,6 +74,10 @@ class CrossEntropy:
       'accuracy': mean(correct),
       'tokens': tokens,
     }
+    if self.tasks:
+      metrics['tasks'] = by_task(
+        batch, outputs, token_loss - z_part, self.tasks
+      )
     factor = jnp.where(tokens > 0, factor, 1.0)
     value = losses.weighted_sum(token_loss, scaled) / factor
     for extra in outputs.losses.values():
@@ -104,6 +109,7 @@ def cross_entropy(
   z_loss: float = 1e-4,
   label_smoothing: float = 0.0,
   normalizing_factor: str | float | None = 'NUM_REAL_TARGET_TOKENS',
+  tasks: int = 0,
 ) -> CrossEntropy:
   """Cross entropy with the losses that the model brings added.
 
@@ -116,13 +122,65 @@ def cross_entropy(
     normalizing_factor: see `losses.normalizer`. Per real token by default, so
       that the loss and its gradient do not depend on the batch size; T5X's
       default is None, the plain sum.
+    tasks: how many tasks the batches' `decoder_task_ids` tell apart; 0 leaves
+      them alone. See `by_task`.
 
   Returns:
     An objective with the metrics `loss` (nats per token, without z-loss),
     `z_loss`, `accuracy` and `tokens`, and the model's own. Of a batch of
     padding alone loss, metrics and gradient are 0.
   """
-  return CrossEntropy(z_loss, label_smoothing, normalizing_factor)
+  return CrossEntropy(z_loss, label_smoothing, normalizing_factor, tasks)
+
+
+def by_task(
+  batch: Mapping[str, Any],
+  outputs: models.Outputs,
+  token_loss: jax.Array,
+  tasks: int,
+) -> jax.Array:
+  """What each task has of a batch, as shares of all its tokens.
+
+  Shares of parts of a batch, weighted by their tokens, add up to those of the
+  whole, as means by task would not. `transforms.task_metrics` makes means of
+  them.
+
+  Args:
+    batch: with `decoder_task_ids <int32>[rows, length]`, 1 to `tasks`.
+    outputs: of the model.
+    token_loss: `<float32>[rows, length]`.
+    tasks: how many there are.
+
+  Returns:
+    `<float32>[3, tasks]`: summed loss, weight, and number of examples, each by
+    the weight of the batch.
+
+  Raises:
+    DataError: a batch without the numbers of its tasks.
+  """
+  ids = batch.get('decoder_task_ids')
+  if ids is None or ids.shape != outputs.targets.shape:
+    raise errors.DataError(
+      'Losses by task need `decoder_task_ids` for every target of a batch: '
+      'open its stream with task_ids=True.'
+    )
+  weights = outputs.weights
+  real = (weights != 0).astype(jnp.float32)
+  segments = outputs.segments
+  if segments is None:
+    segments = jnp.ones_like(ids)
+  # The first target of an example that counts: the targets that count up to it
+  # are one more than those before the example.
+  begins = jnp.pad(segments, ((0, 0), (1, 0)))[:, :-1] != segments
+  upto = jnp.cumsum(real, axis=1)
+  before = jax.lax.cummax(jnp.where(begins, upto - real, 0.0), axis=1)
+  first = real * (upto - before == 1).astype(jnp.float32)
+  of_task = jax.nn.one_hot(ids - 1, tasks, dtype=jnp.float32)
+  loss = jnp.where(weights != 0, token_loss, 0.0) * weights
+  values = jnp.stack([loss, weights.astype(jnp.float32), first])
+  sums = jnp.einsum('kbl,blt->kt', values, of_task)
+  total = jnp.sum(weights)
+  return sums / jnp.where(total > 0, total, 1.0)
 
 
 def rng_streams(

@@ -7,7 +7,7 @@ its own in `TrainState.extras`. Transforms run one after the other, averages of
 the parameters last; each sees what the one before made of the new state.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -205,6 +205,58 @@ def skip_nonfinite(
   return StepTransform(
     name, lambda params: jnp.zeros((), jnp.int32), update, check
   )
+
+
+def task_metrics(tasks: Sequence[str], *, name: str = 'tasks') -> StepTransform:
+  """Losses and counts by task, as metrics; the update stays as it is.
+
+  For an objective that has `objective.by_task` as the metric `tasks`, such as
+  `cross_entropy(tasks=len(tasks))`. Of every task it logs `loss/TASK`, nats per
+  target in the newest batch with one (0 before the first), and
+  `examples/TASK`, how many examples have been drawn since the run began: what
+  a mixture really gave.
+
+  Args:
+    tasks: names in the order of their numbers, `task_ids.names(mixture)`.
+    name: of its state.
+
+  Raises:
+    ConfigError: no tasks.
+  """
+  if not tasks:
+    raise errors.ConfigError('task_metrics needs the names of the tasks.')
+  count = len(tasks)
+
+  def init(params):
+    del params
+    return {
+      'examples': jnp.zeros((count,), jnp.uint32),
+      'loss': jnp.zeros((count,), jnp.float32),
+    }
+
+  def update(extra, old, new, metrics):
+    del old
+    metrics = dict(metrics)
+    if 'tasks' not in metrics:
+      raise errors.ConfigError(
+        'task_metrics needs an objective that tells tasks apart: '
+        f'cross_entropy(tasks={count}).'
+      )
+    loss, weight, examples = metrics.pop('tasks')
+    drawn = jnp.round(examples * metrics['tokens']).astype(jnp.uint32)
+    mean = loss / jnp.where(weight > 0, weight, 1.0)
+    fresh = (weight > 0) & jnp.isfinite(mean)
+    extra = {
+      'examples': extra['examples'] + drawn,
+      'loss': jnp.where(fresh, mean, extra['loss']),
+    }
+    for number, task in enumerate(tasks):
+      metrics[f'loss/{task}'] = extra['loss'][number]
+      metrics[f'examples/{task}'] = extra['examples'][number]
+    return extra, new, metrics
+
+  settings = {'tasks': list(tasks)}
+  return StepTransform(name, init, update, settings=settings)
 
 
 def _check_numbers(every, decay, window):

@@ -142,6 +142,9 @@ class MixturesTest(_Registries):
     lines = mixtures.table(shares).splitlines()
     self.assertLen(lines, 5)
     self.assertRegex(lines[1], r'^mix_c +2,000,000 +300,000 ')
+    beside = exmix.beside_denoising('ex', tasks[:3], denoising=tasks[3])
+    capped = [s.capped for s in mixtures.probabilities(beside)]
+    self.assertEqual(capped, [1000, 50000, 300_000, None])
     # Twice the size changes nothing where the cap holds.
     twice = mixtures.add_mixture(
       'q', tasks, cap=300_000, scale=2, temperature=2

@@ -10,10 +10,12 @@ from unittest import mock
 
 from absl.testing import absltest
 from absl.testing import parameterized
+import jax
 import numpy as np
 import seqio
 
 import gin
+from mergejax import partition
 from mergejax.cli import common
 from mergejax.cli import main as main_lib
 from mergejax.cli import train
@@ -135,13 +137,20 @@ class PretrainingTest(parameterized.TestCase):
     self.assertEqual(make().name, mixture.name)
 
   def test_the_gin_file_trains(self):
-    write(self.folder / 'texts')
+    for seed in (0, 1):
+      write(self.folder / 'texts', seed=seed)
+    one_device = partition.make_mesh(devices=jax.devices()[:1])
+    self.enter_context(  # it compiles in a third of the time
+      mock.patch.object(train.partition, 'make_mesh', lambda: one_device)
+    )
     (self.folder / 'tiny.gin').write_text(
       'from __gin__ import dynamic_registration\n'
       'from mergejax.nn import t5\n'
+      'from mergejax.cli import train\n'
       "include 'runs/pretrain.gin'\n"
       't5.T5Config:\n  emb_dim = 8\n  num_heads = 2\n  head_dim = 4\n'
       '  mlp_dim = 16\n  num_encoder_layers = 1\n  num_decoder_layers = 1\n'
+      'train.train_model.per_task = True\n'
     )
     errors_told = io.StringIO()
     command = lambda *flags: main_lib.main([
@@ -156,12 +165,21 @@ class PretrainingTest(parameterized.TestCase):
       )
     self.assertEqual(code, 2)
     self.assertRegex(errors_told.getvalue(), 'has 8 targets')
-    code = command(
-      f'--gin.MODEL_DIR={self.folder}/out',
-      "--gin.LENGTHS={'inputs': 32, 'targets': 16}",
-    )
-    self.assertEqual(code, 0)
+    with contextlib.redirect_stderr(errors_told):
+      code = command(
+        f'--gin.MODEL_DIR={self.folder}/out',
+        "--gin.LENGTHS={'inputs': 32, 'targets': 16}",
+      )
+    self.assertEqual(code, 0, errors_told.getvalue())
     self.assertTrue((self.folder / 'out' / 'model').exists())
+    log = (self.folder / 'out/train/metrics.jsonl').read_text().splitlines()
+    metrics = json.loads(log[-1])
+    losses = [x for n, x in metrics.items() if n.startswith('loss/')]
+    counts = [x for n, x in metrics.items() if n.startswith('examples/')]
+    self.assertLen(losses, 2)
+    self.assertBetween(metrics['loss'], min(losses), max(losses))
+    self.assertGreaterEqual(sum(counts), 16)  # two steps of packed rows
+    self.assertRegex(errors_told.getvalue(), r'(?m)^corpus_1_\w+ +23 +23 ')
 
   @parameterized.parameters(
     ('exmix', 'Of 107 tasks of ExMix, 107 cannot be had here'),

@@ -200,6 +200,10 @@ class MetricsTest(parameterized.TestCase):
     found = text_metrics.mean_f1([0, 0, 1, 1, 2], [0, 1, 1, -1, 0], classes=3)
     self.assertAlmostEqual(found['mean_3class_f1'], 100 * (0.5 + 0.5 + 0) / 3)
 
+  def test_what_is_neither_class_is_the_wrong_one(self):
+    found = text_metrics.f1_with_invalid([0, 1], [-1, 1])
+    self.assertAlmostEqual(found['f1'], 100 * 2 / 3)
+
   def test_groups(self):
     pairs = [((0, 0), 1, 1), ((0, 0), 0, 0), ((0, 1), 1, 1), ((0, 1), 1, -1)]
     targets = [{'group': g, 'value': t} for g, t, _ in pairs]
