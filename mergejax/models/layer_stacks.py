@@ -19,7 +19,7 @@ import numpy as np
 from mergejax.core import errors
 from mergejax.core import stacks
 from mergejax.core import typing
-from mergejax.nn import t5
+from mergejax.nn import transformer
 
 _STACK = re.compile(r'(encoder|decoder)/\1/(.*)')
 _LAYER = re.compile(r'(encoder|decoder)/layers_(\d+)/(.*)')
@@ -28,7 +28,7 @@ _TABLE = 'relpos_bias/rel_embedding'
 
 def restack(
   leaves: Mapping[typing.Path, Any],
-  config: t5.StackConfig,
+  config: transformer.StackConfig,
   axes: Mapping[typing.Path, tuple[str, ...]] | None = None,
 ) -> dict[typing.Path, Any]:
   """Parameters in the form that a configuration asks for.
@@ -50,7 +50,8 @@ def restack(
   Example:
     >>> apart = {f'encoder/layers_{i}/mlp/wi/kernel': np.full((2, 3), i)
     ...          for i in range(4)}
-    >>> found = restack(apart, t5.T5Config(scan_layers=True))
+    >>> config = transformer.StackConfig(vocab_size=8, scan_layers=True)
+    >>> found = restack(apart, config)
     >>> {path: leaf.shape for path, leaf in found.items()}
     {'encoder/encoder/mlp/wi/kernel': (2, 4, 3)}
   """
@@ -61,7 +62,7 @@ def restack(
   )
 
 
-def in_form(specs: typing.SpecTree, config: t5.StackConfig) -> bool:
+def in_form(specs: typing.SpecTree, config: transformer.StackConfig) -> bool:
   """Whether parameters lie as a configuration asks for, as far as one sees.
 
   Args:

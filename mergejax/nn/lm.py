@@ -12,12 +12,12 @@ import dataclasses
 import flax.linen as nn
 
 from mergejax.core import typing
-from mergejax.nn import layers
-from mergejax.nn import t5
+from mergejax.nn import attention
+from mergejax.nn import transformer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LMConfig(t5.StackConfig):
+class LMConfig(transformer.StackConfig):
   """Sizes of a decoder-only model.
 
   Attributes:
@@ -46,7 +46,7 @@ class LanguageModel(nn.Module):
   config: LMConfig
 
   def setup(self):
-    self.decoder = t5.Decoder(self.config, self.config.num_layers)
+    self.decoder = transformer.Decoder(self.config, self.config.num_layers)
 
   def __call__(
     self,
@@ -82,7 +82,7 @@ class LanguageModel(nn.Module):
         or of a prefix.
     """
     del decoder_positions
-    layers.check_decoding(
+    attention.check_decoding(
       decode,
       decoder_segment_ids=decoder_segment_ids,
       decoder_causal_attention=decoder_causal_attention,
@@ -90,14 +90,14 @@ class LanguageModel(nn.Module):
     bias = None
     if not decode:
       real = decoder_target_tokens > 0
-      visible = layers.causal_mask(decoder_input_tokens.shape[1])
+      visible = attention.causal_mask(decoder_input_tokens.shape[1])
       if decoder_causal_attention is not None:
         prefix = decoder_causal_attention > 0
-        visible = visible | layers.pair_mask(prefix, prefix)
-      bias = layers.attention_bias(
-        layers.pair_mask(real, real),
+        visible = visible | attention.pair_mask(prefix, prefix)
+      bias = attention.attention_bias(
+        attention.pair_mask(real, real),
         visible,
-        layers.segment_mask(decoder_segment_ids, decoder_segment_ids),
+        attention.segment_mask(decoder_segment_ids, decoder_segment_ids),
       )
     return self.decoder(
       decoder_input_tokens,

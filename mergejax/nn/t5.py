@@ -8,70 +8,17 @@ parameter tree is that of T5X's `examples/t5/network.py`.
 """
 
 import dataclasses
-import functools
 
 import flax.linen as nn
 import jax.numpy as jnp
-import numpy as np
 
-from mergejax import partition
-from mergejax.core import errors
-from mergejax.core import tree
 from mergejax.core import typing
-from mergejax.nn import layers
-from mergejax.nn import stack as stack_lib
-
-
-def _told(default, describe):
-  """A field that `models.describe` tells if it is changed, or never."""
-  return dataclasses.field(default=default, metadata={'describe': describe})
+from mergejax.nn import attention
+from mergejax.nn import transformer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class StackConfig:
-  """Sizes that all models of the family share; names are T5X's.
-
-  Attributes:
-    vocab_size: rows of the embedding.
-    emb_dim: width of the residual stream.
-    num_heads: attention heads.
-    head_dim: size of one head.
-    mlp_dim: hidden size of the feed-forward block.
-    mlp_activations: `('relu',)` for 1.0, `('gelu', 'linear')` for 1.1.
-    dropout_rate: dropout everywhere; 0 because a model is built to be
-      evaluated and merged; training configurations set 0.1.
-    logits_via_embedding: True for 1.0 (tied head, scaled by 1/sqrt(embed)).
-    dtype: compute dtype; parameters are float32, logits always float32.
-    float32_attention_logits: see `layers.Attention`.
-    relative_buckets: see `layers.relative_position_bucket`.
-    relative_max_distance: likewise.
-    relative_per_layer: every layer has a table of relative positions of its
-      own, as in T5X's `scalable_t5`; by default one serves a stack.
-    scan_layers: layers are stacked in one, see `stack`.
-    param_scan_axis: where scanned parameters have the axis of layers.
-    remat_policy: what the backward pass computes anew, see `stack.apply`.
-  """
-
-  vocab_size: int
-  emb_dim: int = 512
-  num_heads: int = 6
-  head_dim: int = 64
-  mlp_dim: int = 1024
-  mlp_activations: tuple[str, ...] = ('gelu', 'linear')
-  dropout_rate: float = 0.0
-  logits_via_embedding: bool = False
-  dtype: str = 'float32'
-  float32_attention_logits: bool = False
-  relative_buckets: int = 32
-  relative_max_distance: int = 128
-  relative_per_layer: bool = _told(False, 'changed')
-  scan_layers: bool = _told(False, 'changed')
-  param_scan_axis: int = _told(1, 'changed')
-  remat_policy: str = _told('none', 'never')
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class T5Config(StackConfig):
+class T5Config(transformer.StackConfig):
   """Sizes of an encoder-decoder; the defaults are T5 1.1 small.
 
   Attributes:
@@ -84,249 +31,6 @@ class T5Config(StackConfig):
   vocab_size: int = 32128
   num_encoder_layers: int = 8
   num_decoder_layers: int = 8
-
-
-# The residual stream, where layers meet.
-_STREAM = ('batch', 'length', 'embed')
-
-
-class DecoderLayer(nn.Module):
-  """Causal self-attention, cross-attention if there is an encoder, MLP.
-
-  Shared by T5's decoder and the decoder-only language model.
-
-  Attributes:
-    config: sizes.
-    length: positions of a row; while decoding, of the cache.
-    deterministic: no dropout.
-    decode: see `layers.Attention`.
-  """
-
-  config: StackConfig
-  length: int
-  deterministic: bool
-  decode: bool = False
-
-  @nn.compact
-  def __call__(self, x, encoded, bias, cross_bias):
-    block = _Block(self.config, self.deterministic)
-    if self.config.relative_per_layer:
-      at = _position(self.variables.get('cache', {})) if self.decode else None
-      bias = block.bias(self.length, bias, bidirectional=False, at=at)
-    y = block.norm('pre_self_attention_layer_norm')(x)
-    y = block.attention('self_attention')(
-      y, y, bias, deterministic=self.deterministic, decode=self.decode
-    )
-    x = x + block.dropout(y)
-    if encoded is not None:
-      y = block.norm('pre_cross_attention_layer_norm')(x)
-      y = block.attention('encoder_decoder_attention')(
-        y, encoded, cross_bias, deterministic=self.deterministic,
-        keep=self.decode,
-      )  # fmt: skip
-      x = x + block.dropout(y)
-    return partition.constrain(x + block.mlp(x), _STREAM)
-
-
-class EncoderLayer(nn.Module):
-  """Bidirectional self-attention and MLP, each pre-normed, with residuals."""
-
-  config: StackConfig
-  deterministic: bool
-
-  @nn.compact
-  def __call__(self, x, bias):
-    block = _Block(self.config, self.deterministic)
-    if self.config.relative_per_layer:
-      bias = block.bias(x.shape[1], bias, bidirectional=True)
-    y = block.norm('pre_attention_layer_norm')(x)
-    y = block.attention('attention')(
-      y, y, bias, deterministic=self.deterministic
-    )
-    x = x + block.dropout(y)
-    return partition.constrain(x + block.mlp(x), _STREAM)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Block:
-  """Builds the parts of one layer inside that layer's own name scope."""
-
-  config: StackConfig
-  deterministic: bool
-
-  def norm(self, name):
-    return layers.RMSNorm(self.config.dtype, name=name)
-
-  def attention(self, name):
-    config = self.config
-    return layers.Attention(
-      num_heads=config.num_heads,
-      head_dim=config.head_dim,
-      dtype=config.dtype,
-      dropout_rate=config.dropout_rate,
-      float32_logits=config.float32_attention_logits,
-      name=name,
-    )
-
-  def dropout(self, x):
-    """Residual dropout: one mask along length, as T5X draws it."""
-    return nn.Dropout(self.config.dropout_rate, broadcast_dims=(-2,))(
-      x, deterministic=self.deterministic
-    )
-
-  def mlp(self, x):
-    config = self.config
-    y = self.norm('pre_mlp_layer_norm')(x)
-    y = layers.Mlp(
-      config.mlp_dim,
-      config.mlp_activations,
-      config.dtype,
-      config.dropout_rate,
-      name='mlp',
-    )(y, deterministic=self.deterministic)
-    return self.dropout(y)
-
-  def bias(self, length, mask_bias, *, bidirectional, at=None):
-    """Relative positions (of one query, `at`), with the mask if there is one."""
-    config = self.config
-    bias = layers.RelativePositionBias(
-      num_heads=config.num_heads,
-      num_buckets=config.relative_buckets,
-      max_distance=config.relative_max_distance,
-      bidirectional=bidirectional,
-      name='relpos_bias',
-    )(length, length, at=at)
-    return bias if mask_bias is None else bias + mask_bias
-
-  def stack(self, layer, count, name, x, *args):
-    """`x` through a stack of layers; what they share is in `args`."""
-    config = self.config
-    return stack_lib.apply(
-      layer, count, name, x, *args,
-      scan_axis=config.param_scan_axis if config.scan_layers else None,
-      remat=config.remat_policy,
-    )  # fmt: skip
-
-
-class TokenEmbedder(nn.Embed):
-  """An embedding that can be the output head too, in float32."""
-
-  def attend(self, query: typing.Array) -> typing.Array:
-    """`<float>[..., embed] -> <float32>[..., vocab]`, over sqrt(embed)."""
-    table = self.embedding.astype(jnp.float32)
-    return query.astype(jnp.float32) @ table.T / np.sqrt(self.features)
-
-
-def token_embedder(config: StackConfig) -> TokenEmbedder:
-  """The table `token_embedder/embedding [vocab, embed]`, drawn from N(0, 1)."""
-  return TokenEmbedder(
-    config.vocab_size,
-    config.emb_dim,
-    dtype=config.dtype,
-    embedding_init=nn.initializers.normal(1.0),
-    name='token_embedder',
-  )
-
-
-class Encoder(nn.Module):
-  """The encoder stack, from embedded tokens to the final norm."""
-
-  config: T5Config
-
-  @nn.compact
-  def __call__(self, embedded, mask_bias, *, deterministic):
-    config = self.config
-    block = _Block(config, deterministic)
-    bias = mask_bias
-    if not config.relative_per_layer:
-      bias = block.bias(embedded.shape[1], mask_bias, bidirectional=True)
-    x = partition.constrain(block.dropout(embedded), _STREAM)
-    layer = functools.partial(EncoderLayer, config, deterministic)
-    x = block.stack(layer, config.num_encoder_layers, 'encoder', x, bias)
-    x = block.norm('encoder_norm')(x)
-    # Element-wise here, unlike every other residual dropout of T5X.
-    return nn.Dropout(config.dropout_rate)(x, deterministic=deterministic)
-
-
-class Decoder(nn.Module):
-  """The decoder stack, from embedded tokens to logits.
-
-  Attributes:
-    config: sizes.
-    num_layers: layers of this stack.
-    embedder: the embedding shared with the encoder, also the head when
-      `logits_via_embedding`; None makes the decoder own one (a decoder-only
-      model), and then it is given tokens rather than embeddings.
-  """
-
-  config: StackConfig
-  num_layers: int
-  embedder: nn.Embed | None = None
-
-  @nn.compact
-  def __call__(
-    self,
-    tokens,
-    encoded,
-    mask_bias,
-    cross_bias,
-    *,
-    deterministic,
-    decode,
-    max_decode_length=None,
-  ):
-    config = self.config
-    block = _Block(config, deterministic)
-    embedder = self.embedder or token_embedder(config)
-    length, at = tokens.shape[1], None
-    if decode:
-      cache = self.variables.get('cache', {})
-      cached, at = _cached_length(cache), _position(cache)
-      length = _check_length(cached or length, max_decode_length)
-      if cached is None:
-        mask_bias = layers.attention_bias(layers.causal_mask(length))
-    bias = mask_bias
-    if not config.relative_per_layer:
-      bias = block.bias(length, mask_bias, bidirectional=False, at=at)
-    x = partition.constrain(block.dropout(embedder(tokens)), _STREAM)
-    layer = functools.partial(
-      DecoderLayer, config, length, deterministic, decode
-    )
-    shared = encoded, bias, cross_bias
-    x = block.stack(layer, self.num_layers, 'decoder', x, *shared)
-    x = block.dropout(block.norm('decoder_norm')(x))
-    if config.logits_via_embedding:
-      return embedder.attend(x)
-    return layers.dense(
-      config.vocab_size, 'float32', layers.mlp_init, 'logits_dense'
-    )(x)
-
-
-def _cached_length(cache: typing.Tree) -> int | None:
-  """Positions that a decoder's `cache` has; None before it is made."""
-  for path, leaf in tree.flatten(cache).items():
-    if path.endswith('cached_key'):
-      return leaf.shape[-1]
-  return None
-
-
-def _position(cache: typing.Tree) -> typing.Array | None:
-  """The next position of a decoder's `cache`; None before it is made."""
-  for path, leaf in tree.flatten(cache).items():
-    if path.endswith('cache_index'):
-      return leaf.reshape(-1)[0]  # scanned layers have one each
-  return None
-
-
-def _check_length(length: int, max_decode_length: int | None) -> int:
-  """The length of the cache, which `max_decode_length` must agree with."""
-  if max_decode_length not in (None, length):
-    raise errors.ConfigError(
-      f'The call that makes the cache fixes its length; this is a cache of '
-      f'{length} positions, but max_decode_length is {max_decode_length}. Make '
-      'the cache with tokens of that length, or leave max_decode_length out.'
-    )
-  return length
 
 
 class Transformer(nn.Module):
@@ -349,9 +53,11 @@ class Transformer(nn.Module):
   config: T5Config
 
   def setup(self):
-    self.token_embedder = token_embedder(self.config)
-    self.encoder = Encoder(self.config)
-    self.decoder = Decoder(
+    self.token_embedder = transformer.token_embedder(self.config)
+    self.encoder = transformer.Encoder(
+      self.config, self.config.num_encoder_layers
+    )
+    self.decoder = transformer.Decoder(
       self.config, self.config.num_decoder_layers, self.token_embedder
     )
 
@@ -372,9 +78,9 @@ class Transformer(nn.Module):
       `<dtype>[batch, length, embed]`. Values at padding are arbitrary.
     """
     real = encoder_input_tokens > 0
-    bias = layers.attention_bias(
-      layers.pair_mask(real, real),
-      layers.segment_mask(encoder_segment_ids, encoder_segment_ids),
+    bias = attention.attention_bias(
+      attention.pair_mask(real, real),
+      attention.segment_mask(encoder_segment_ids, encoder_segment_ids),
     )
     embedded = self.token_embedder(encoder_input_tokens)
     return self.encoder(embedded, bias, deterministic=not enable_dropout)
@@ -416,21 +122,21 @@ class Transformer(nn.Module):
     Raises:
       UserError: a call that does not fit its cache, or `decode` of packed rows.
     """
-    layers.check_decoding(decode, decoder_segment_ids=decoder_segment_ids)
+    attention.check_decoding(decode, decoder_segment_ids=decoder_segment_ids)
     inputs_real = encoder_input_tokens > 0
     if decode:
       # Of every query: there may be several answers to an input.
       mask_bias, targets_real = None, jnp.ones_like(inputs_real[:, :1])
     else:
       targets_real = decoder_target_tokens > 0
-      mask_bias = layers.attention_bias(
-        layers.pair_mask(targets_real, targets_real),
-        layers.causal_mask(decoder_input_tokens.shape[1]),
-        layers.segment_mask(decoder_segment_ids, decoder_segment_ids),
+      mask_bias = attention.attention_bias(
+        attention.pair_mask(targets_real, targets_real),
+        attention.causal_mask(decoder_input_tokens.shape[1]),
+        attention.segment_mask(decoder_segment_ids, decoder_segment_ids),
       )
-    cross_bias = layers.attention_bias(
-      layers.pair_mask(targets_real, inputs_real),
-      layers.segment_mask(decoder_segment_ids, encoder_segment_ids),
+    cross_bias = attention.attention_bias(
+      attention.pair_mask(targets_real, inputs_real),
+      attention.segment_mask(decoder_segment_ids, encoder_segment_ids),
     )
     return self.decoder(
       decoder_input_tokens,

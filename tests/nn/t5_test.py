@@ -16,7 +16,7 @@ from mergejax.core import axes
 from mergejax.core import tree
 from mergejax.models import t5_hf as t5_names
 from mergejax.names import t5x
-from mergejax.nn import layers
+from mergejax.nn import attention
 from mergejax.nn import t5
 from mergejax.training import losses
 from mergejax.training import objective
@@ -301,7 +301,7 @@ class T5XTest(parameterized.TestCase):
         continue
       _, sizes, direction = name.split('/')
       buckets, distance = sizes.removeprefix('nb').split('_md')
-      found = layers.relative_position_bucket(
+      found = attention.relative_position_bucket(
         arrays['relative_position'],
         bidirectional=direction == 'bidirectional',
         num_buckets=int(buckets),
