@@ -21,6 +21,7 @@ from mergejax.cli import main as main_lib
 from mergejax.cli import train
 from mergejax.core import errors
 from mergejax.data import features
+from mergejax.data import identity
 from mergejax.data import machine_text
 from mergejax.data import pretraining
 from mergejax.data import stream
@@ -110,6 +111,14 @@ class PretrainingTest(parameterized.TestCase):
   def test_settings_are_part_of_the_content(self):
     names = {self.task(), self.task(options={'density': 0.3}), self.task()}
     self.assertLen(names, 2)
+
+  def test_another_process_knows_the_data(self):
+    """Noise is part of the examples by which a run tells its data."""
+    name, found = self.task(), []
+    for _ in range(2):
+      identity._task.cache_clear()
+      found.append(identity.describe(name, 'train', LENGTHS))
+    self.assertEqual(*found)
 
   def test_mistakes(self):
     with self.assertRaisesRegex(errors.ConfigError, "mean 'span_corruption'"):
