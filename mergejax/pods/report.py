@@ -35,7 +35,7 @@ class Report:
     operations: of products, loops and recomputation included, of one chip.
     cost_analysis: XLA's own count, which takes the body of a loop once.
     traffic: bytes read from and written to main memory, see `traffic`.
-    parameters: numbers of the model, of all devices together.
+    parameters: numbers of one model, on all devices together.
     tokens: positions of a batch, of all devices together.
     rows: of a batch.
     trace_s: seconds of tracing.

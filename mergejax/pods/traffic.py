@@ -33,6 +33,12 @@ def found(program: hlo.Program) -> int:
 def _moved(program, where, each):
   body = program.computations[where]
   operands = [body[name] for name in each.operands if name in body]
+  if each.opcode in ('slice-start', 'copy-start'):
+    # Both begin with two arrays, which may lie in different memories; of a
+    # slice, the smaller one is all that moves.
+    ends = each.leaves[:2]
+    size = min(leaf.nbytes for leaf in ends)
+    return size * sum(leaf.in_memory for leaf in ends)
   if each.opcode.endswith('-start'):
     return 2 * sum(map(_in_memory, operands))
   if each.opcode == 'fusion':

@@ -46,7 +46,7 @@ class Work:
     programs: in any order.
     held: `{role: tree of shapes with shardings}`: what the programs are given,
       all together.
-    parameters: numbers of the model; of all of them, if experts train.
+    parameters: numbers of one model.
     rows: of a batch, of one model; 0 if there is none.
     tokens: positions of a batch, inputs and targets, of all models.
   """
@@ -107,7 +107,7 @@ def training_step(
     trainer.mesh,
     (Program(trainer.compile(step, layout), (state, batch)),),
     held,
-    parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+    parameters=sum(spec.size for spec in trainer.specs.values()),
     rows=rows,
     tokens=tokens,
   )
