@@ -171,6 +171,9 @@ class FollowersTest(absltest.TestCase):
       'a/kernel': typing.LeafSpec((256, 128), np.dtype('f4'), ('embed', 'mlp')),
       'b/kernel': typing.LeafSpec((128, 128), np.dtype('f4'), ('mlp', 'embed')),
       'b/scale': typing.LeafSpec((128,), np.dtype('f4'), ('embed',)),
+      'c/kernel': typing.LeafSpec(
+        (256, 3, 128), np.dtype('f4'), ('embed', 'layers', 'mlp')
+      ),
     }
     shapes = jax.tree.map(
       lambda spec: jax.ShapeDtypeStruct(spec.shape, spec.dtype),
@@ -179,8 +182,11 @@ class FollowersTest(absltest.TestCase):
     family = models.Classifier(None, example={})
     found = {}
     for name, optimizer in (
-      ('adafactor', optim.adafactor(0.1)), ('adamw', optim.adamw(0.1)),
-    ):  # fmt: skip
+      ('adafactor', optim.adafactor(0.1, momentum=0.9)),
+      ('adamw', optim.adamw(0.1)),
+    ):
+      stacks = {'c/kernel': specs['c/kernel'].axes}
+      optimizer = optim.of_run(optimizer, 1, stacks)
       step = step_lib.make_step(family, optimizer)
       state = jax.eval_shape(
         step.init, shapes, jax.eval_shape(lambda: jax.random.key(0))
@@ -200,6 +206,19 @@ class FollowersTest(absltest.TestCase):
     self.assertEqual(ending('adafactor', 'v_col/a/kernel'), {('embed',)})
     self.assertEqual(ending('adafactor', 'v_row/b/kernel'), {('mlp',)})
     self.assertEqual(ending('adafactor', 'v_col/b/kernel'), {('embed',)})
+    # Of stacks Adafactor keeps the layers in front.
+    of_stack = {
+      (path.partition('stacked/c/kernel/')[2], axes)
+      for path, axes in found.items()
+      if 'stacked/c/kernel/' in path
+    }
+    self.assertContainsSubset(
+      {('layers', 'mlp'), ('layers', 'embed'), ('layers', 'embed', 'mlp')},
+      {axes for _, axes in of_stack},
+    )
+    self.assertEqual(
+      ending('adamw', 'mu/c/kernel'), {('embed', 'layers', 'mlp')}
+    )
 
 
 if __name__ == '__main__':

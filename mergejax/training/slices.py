@@ -18,6 +18,9 @@ from mergejax.core import tree
 from mergejax.core import typing
 from mergejax.training import factors as factors_lib
 
+# Where the state of stacked parameters lies, their stacked axes in front.
+STACKED = 'stacked'
+
 
 def per_slice(
   make: Callable[[bool | None], optax.GradientTransformation],
@@ -54,7 +57,7 @@ def per_slice(
       return optimizer.init(params)
     return {
       'whole': optimizer.init(_rest(leaves, special)),
-      'stacked': {
+      STACKED: {
         path: _mapped(optimizers[layout.factored].init, layout.stack)(
           factors_lib.lay(leaves[path], layout)
         )
@@ -75,14 +78,14 @@ def per_slice(
       move = _mapped(optimizers[layout.factored].update, layout.stack)
       found, stacked[path] = move(
         factors_lib.lay(grads[path], layout),
-        state['stacked'][path],
+        state[STACKED][path],
         factors_lib.lay(leaves[path], layout),
       )
       result[path] = factors_lib.unlay(found, leaves[path].shape, layout)
     result = jax.tree.unflatten(
       jax.tree.structure(updates), [result[path] for path in grads]
     )
-    return result, {'whole': whole, 'stacked': stacked}
+    return result, {'whole': whole, STACKED: stacked}
 
   return optax.GradientTransformation(init, update)
 

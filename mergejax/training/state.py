@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from mergejax import partition
+from mergejax.core import axes as axes_lib
 from mergejax.core import tree
 from mergejax.core import typing
+from mergejax.training import slices
 
 
 @flax.struct.dataclass
@@ -66,7 +68,7 @@ def logical_axes(
   averages have that path in their trees. One of the parameter's shape has its
   axes. A factored moment, as Adafactor's rows and columns, has those that are
   left when one is summed over. Axes in front, such as those of a window of
-  averages, are not spread.
+  averages, are not spread; what `slices` keeps of stacks has those in front.
 
   Args:
     state: a state of arrays or of shapes, of one model.
@@ -104,6 +106,14 @@ def _following(path, shape, spec):
   """Axes of a leaf of the given shape that follows a parameter; maybe None."""
   if spec.axes is None:
     return None
+  if slices.STACKED in path.split('/'):
+    stack = axes_lib.stacked(spec)
+    order = [*stack, *(i for i in range(len(spec.shape)) if i not in stack)]
+    spec = typing.LeafSpec(
+      tuple(spec.shape[i] for i in order),
+      spec.dtype,
+      tuple(spec.axes[i] for i in order),
+    )
   rank = len(spec.shape)
   lead = len(shape) - rank
   if lead >= 0 and shape[lead:] == spec.shape:
