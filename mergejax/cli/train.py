@@ -183,6 +183,11 @@ def train_model(
     allow_float16: see `trainer.Trainer`.
   """
   directory = pathlib.Path(model_dir)
+  start = start_lib.Start(
+    initial_checkpoint, restore, restore_step, restore_rules,
+    fallback_to_scratch, pad_vocabulary,
+  )  # fmt: skip
+  begin = start.check(module)
   name = getattr(mixture_or_task, 'name', mixture_or_task)
   if cache_dir is not None:
     seqio.add_global_cache_dirs([os.fspath(cache_dir)])
@@ -192,11 +197,6 @@ def train_model(
     transforms = [*transforms, transforms_lib.task_metrics(names)]
     loss = {**(loss or {}), 'tasks': len(names)}
   record = directory / 'run.json'
-  start = start_lib.Start(
-    initial_checkpoint, restore, restore_step, restore_rules,
-    fallback_to_scratch, pad_vocabulary,
-  )  # fmt: skip
-  begin = start.check(module)
   trainer = trainer_lib.Trainer(
     module,
     optimizer_of(optimizer, steps),
