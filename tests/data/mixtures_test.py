@@ -128,7 +128,7 @@ class MixturesTest(_Registries):
 
   def test_the_table(self):
     tasks = self.tasks()
-    mixture = mixtures.add_mixture('p', tasks, cap=300_000, temperature=2.0)
+    mixture = mixtures.add_mixture('table_p', tasks, cap=300_000, temperature=2.0)
     shares = mixtures.probabilities(mixture, steps=1000, batch_size=32)
     self.assertEqual([s.examples for s in shares], SIZES)
     self.assertEqual([s.capped for s in shares], [min(s, 300_000) for s in SIZES])  # fmt: skip
@@ -142,12 +142,12 @@ class MixturesTest(_Registries):
     lines = mixtures.table(shares).splitlines()
     self.assertLen(lines, 5)
     self.assertRegex(lines[1], r'^mix_c +2,000,000 +300,000 ')
-    beside = exmix.beside_denoising('ex', tasks[:3], denoising=tasks[3])
+    beside = exmix.beside_denoising('table_ex', tasks[:3], denoising=tasks[3])
     capped = [s.capped for s in mixtures.probabilities(beside)]
     self.assertEqual(capped, [1000, 50000, 300_000, None])
     # Twice the size changes nothing where the cap holds.
     twice = mixtures.add_mixture(
-      'q', tasks, cap=300_000, scale=2, temperature=2
+      'table_q', tasks, cap=300_000, scale=2, temperature=2
     )
     held = [twice.get_rate(t) == mixture.get_rate(t) for t in twice.tasks]
     self.assertEqual(held, [False, False, True, True])
