@@ -241,7 +241,7 @@ def agreed(
   if not known:
     return first
   for spec in known[1:]:
-    names = spec.axes, known[0].axes
+    names = spec.axes or (), known[0].axes or ()
     turned = names[0] != names[1] and sorted(names[0]) == sorted(names[1])
     if turned or stacked(spec) != stacked(known[0]):
       raise errors.StructureError(

@@ -120,7 +120,8 @@ def check_number(
     open_below: `least` itself is too small.
   """
   real = isinstance(number, numbers.Real) and not isinstance(number, bool)
-  fits = real and least <= number <= most and math.isfinite(number)
+  value = float(number) if real else math.nan
+  fits = least <= value <= most and math.isfinite(value)
   if not fits or (open_below and number == least):
     low = f'above {least}' if open_below else f'of {least} or more'
     high = f' and {most} at most' if math.isfinite(most) else ''

@@ -68,9 +68,9 @@ class Beam:
     first ones are empty and their scores -inf.
     """
     del key, rows, scored
-    rows, beams = len(positions.start), self.beams
+    count, beams = len(positions.start), self.beams
     said = jnp.repeat(positions.prompt[:, None], beams, axis=1)
-    none = jnp.full((rows, beams), -jnp.inf, jnp.float32)
+    none = jnp.full((count, beams), -jnp.inf, jnp.float32)
     begun = none.at[:, 0].set(0.0)
     state = _Search(
       positions.begin, said, begun, positions.cache, jnp.zeros_like(said), none,

@@ -149,7 +149,7 @@ def choose(
   Returns:
     `<int32>[rows]`.
   """
-  if not method.draws:
+  if keys is None or not method.draws:
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
   scaled, tokens = kept(logits, method)
   drawn = jax.vmap(jax.random.categorical)(keys, scaled)

@@ -157,8 +157,10 @@ class Writer:
 
   def _answers(self, batch, at):
     key = jax.random.key(self.seed) if self.decoder.method.draws else None
-    numbers = np.arange(at, at + self.batch_size, dtype=np.int32)
-    named = dict(key=key, rows=numbers)
+    named: dict[str, Any] = {
+      'key': key,
+      'rows': np.arange(at, at + self.batch_size, dtype=np.int32),
+    }
     if not self.scored and not self.every:
       for row in self.decoder(self.params, batch, **named):
         yield {'prediction': self._text(row)}

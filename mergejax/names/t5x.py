@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Names of T5X's models and of flax's modules: ours."""
 
+from collections.abc import Sequence
+
 from mergejax.core import axes as axes_lib
 from mergejax.names import base
 
@@ -18,7 +20,9 @@ AXES: axes_lib.Rules = (
 )
 
 
-def scanned(rules: axes_lib.Rules, axis: int) -> axes_lib.Rules:
+def scanned(
+  rules: Sequence[tuple[str, tuple[str, ...]]], axis: int
+) -> axes_lib.Rules:
   """Rules of a model whose layers are one by one, for the same one scanned.
 
   Args:

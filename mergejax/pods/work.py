@@ -5,7 +5,6 @@
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import math
-import re
 from typing import Any, NamedTuple
 
 import jax
@@ -165,7 +164,7 @@ def merge(
     return [placed(each, paths) for each in models], origin, known
 
   def program(paths, times):
-    axes = [(re.escape(p), specs[p].axes) for p in paths if specs[p].axes]
+    axes = {p: names for p in paths if (names := specs[p].axes)}
 
     given = arguments(paths)
     # Leaves without statistics are averaged by methods that can do without.
@@ -188,7 +187,8 @@ def merge(
     known = tuple(sorted(stats[0].get(path, ()))) if stats else ()
     kind = () if whole else (spec.shape, spec.dtype, spec.axes, known)
     kinds.setdefault(kind, []).append(path)
-  held = dict(zip(('models', 'base', 'statistics'), arguments(merged)))
+  roles = ('models', 'base', 'statistics')
+  held: dict[str, Any] = dict(zip(roles, arguments(merged)))
   return Work(
     f'merge of {len(models)} models',
     mesh,
@@ -240,7 +240,7 @@ def _rows(trainer, name, shape):
 def _placed(spec, mesh, rules):
   axes = spec.axes
   if axes is None:
-    axes = [None] * len(spec.shape)
+    axes: list[str | None] = [None] * len(spec.shape)
     slices = mesh.shape['data']
     fits = [i for i, n in enumerate(spec.shape) if n % slices == 0]
     if fits:

@@ -128,7 +128,9 @@ class MixturesTest(_Registries):
 
   def test_the_table(self):
     tasks = self.tasks()
-    mixture = mixtures.add_mixture('table_p', tasks, cap=300_000, temperature=2.0)
+    mixture = mixtures.add_mixture(
+      'table_p', tasks, cap=300_000, temperature=2.0
+    )
     shares = mixtures.probabilities(mixture, steps=1000, batch_size=32)
     self.assertEqual([s.examples for s in shares], SIZES)
     self.assertEqual([s.capped for s in shares], [min(s, 300_000) for s in SIZES])  # fmt: skip
