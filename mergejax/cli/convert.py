@@ -145,7 +145,6 @@ def main(arguments: Sequence[str]) -> None:
       'many heads there are and whether the head is the embedding'
     )
   checkpoint.save_checkpoint(
-    destination, leaves, format=options.format, config=config,
-    axes=axes,
-  )  # fmt: skip
+    destination, leaves, format=options.format, config=config, axes=axes
+  )
   print('\n'.join([f'{destination}: {len(leaves)} arrays', *notes]))

@@ -225,10 +225,8 @@ def train_model(
   }
   where = same_run.layout(trainer.mesh)
   same_run.check(record, settings, where)
-  if jax.process_index() == 0:
-    if kind == 'encoder_decoder' and cache_dir is None:
-      stream_lib.tell_cuts(name, 'train', lengths)
-    tell_mixture(name, steps, batch_size)
+  cut = kind == 'encoder_decoder' and cache_dir is None
+  tell(name, steps, batch_size, lengths if cut else {})
   key = jax.random.key(seed)
   given = begin.arguments(trainer, steps, key, directory / 'train')
   same_run.write(record, settings, where)
@@ -290,8 +288,14 @@ def _told(value):
   return re.sub(r' at 0x[0-9a-f]+', '', text)
 
 
-def tell_mixture(name: str, steps: int, batch_size: int) -> None:
-  """Prints what a mixture of several tasks draws; of a task, nothing."""
+def tell(
+  name: str, steps: int, batch_size: int, lengths: Mapping[str, int]
+) -> None:
+  """Prints what will be cut, and what a mixture draws; the first process does."""
+  if jax.process_index() != 0:
+    return
+  if lengths:
+    stream_lib.tell_cuts(name, 'train', lengths)
   if name in seqio.MixtureRegistry.names():
     shares = mixtures.probabilities(name, steps=steps, batch_size=batch_size)
     if len(shares) > 1:

@@ -85,8 +85,6 @@ def fisher(
           samples, per_token,
       )  # fmt: skip
 
-    examples = {'batch': dict(batch), 'key': keys, 'share': share}
-
     def chunk(total, several):
       squares = jax.vmap(one)(several)
 
@@ -107,6 +105,7 @@ def fisher(
       return jax.lax.scan(chunk, zeros, chunks)[0]
 
     split = lambda x: x.reshape(shards, -1, *x.shape[1:])
+    examples = {'batch': dict(batch), 'key': keys, 'share': share}
     sums = jax.vmap(shard)(jax.tree.map(split, examples))
     count = jnp.sum(split(counted), axis=1)
     return {
