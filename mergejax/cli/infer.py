@@ -26,8 +26,6 @@ from mergejax.evaluation import recipes
 from mergejax.evaluation import texts
 from mergejax.statistics import saved
 
-_METHOD = ('temperature', 'top_k', 'top_p', 'samples', 'beams', 'alpha')
-
 
 def _parser():
   parser = common.parser(
@@ -84,7 +82,7 @@ def main(arguments: Sequence[str]) -> None:
   options = _parser().parse_args(arguments)
   for name in ('length', 'batch_size'):
     errors.check_whole(f'--{name}', getattr(options, name))
-  words = {name: getattr(options, name) for name in _METHOD}
+  words = {name: getattr(options, name) for name in decode.OPTIONS}
   method = decode.method_of({n: w for n, w in words.items() if w is not None})
   files.check_new(options.out)
   vocabulary = features.vocabulary(options.vocabulary)

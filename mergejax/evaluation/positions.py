@@ -119,17 +119,23 @@ def prepare(
   Args:
     family: of the model.
     params: of the model.
-    batch: see `decode.greedy`.
+    batch: see `decode.Decoder`.
     length: most tokens of an answer.
     answers: to every row, side by side.
 
   Raises:
     ConfigError: a model that does not decode.
+    DataError: rows that hold several examples.
   """
   if not family.decodes:
     raise errors.ConfigError(
       f'{family.model_type or type(family).__name__} models do not decode: '
       "score them by 'accuracy' or 'loss'."
+    )
+  if family.segments(batch) is not None:
+    raise errors.DataError(
+      'These rows hold several examples (`decoder_segment_ids`), and a row has '
+      'one answer: give batches that are not packed.'
     )
   prompt = _prompt(family, batch)
   start = jnp.sum(prompt > 0, axis=1)

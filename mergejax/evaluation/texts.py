@@ -105,6 +105,11 @@ def batch_of(
   return {**batch, 'decoder_causal_attention': marks} if prefix else batch
 
 
+def decoded(vocabulary: seqio.Vocabulary, tokens: typing.Array) -> str:
+  """The text of `<int32>[length]` tokens; 0 after their end is no part of it."""
+  return vocabulary.decode(np.trim_zeros(np.asarray(tokens), 'b').tolist())
+
+
 @dataclasses.dataclass(frozen=True)
 class Writer:
   """Answers rows of text, batch by batch.
@@ -181,5 +186,4 @@ class Writer:
       yield said
 
   def _text(self, tokens):
-    # What follows the end token is no part of the answer.
-    return self.vocabulary.decode(np.trim_zeros(tokens, 'b').tolist())
+    return decoded(self.vocabulary, tokens)
