@@ -43,11 +43,41 @@ def load_module(path: os.PathLike | str) -> nn.Module:
 def is_converted(path: os.PathLike | str) -> bool:
   """Whether `load_model` gives a checkpoint's parameters other names.
 
-  So it is with another library's: kernels lie transposed there, and statistics,
-  adapters and searches by layer go by the names that are stored.
+  So it is with another library's, whose kernels lie transposed, and with layers
+  that are stored one by one and stacked in the model (`scan_layers`), or the
+  other way. Statistics, adapters and searches by layer go by the names that are
+  stored.
   """
   config = checkpoint.read_config(path)
-  return config is not None and registry.conversion(config) is not None
+  if config is None:
+    return False
+  if registry.conversion(config) is not None:
+    return True
+  family = registry.family_of(load_module(path))
+  return not family.in_form(checkpoint.open_checkpoint(path).specs())
+
+
+def check_not_converted(path: os.PathLike | str) -> None:
+  """Raises if `is_converted`.
+
+  Raises:
+    CheckpointError: with how to convert the checkpoint itself.
+  """
+  if not is_converted(path):
+    return
+  config = checkpoint.read_config(path) or {}
+  found = registry.conversion(config)
+  if found is not None:
+    form = 'the names of Hugging Face, and its kernels lie transposed'
+    option = f'--names {found[0].model_type}'
+  else:
+    form = f'its layers in another form than its {checkpoint.CONFIG} says'
+    option = f'--scan_layers {"true" if config.get("scan_layers") else "false"}'
+  raise errors.CheckpointError(
+    f'{path} has {form}: statistics and searches by layer go by what is '
+    'stored, so they would not match the model. Convert it first, and merge '
+    f'what was converted: `mergejax convert {path} DST {option}`.'
+  )
 
 
 def axes(path: os.PathLike | str) -> dict[typing.Path, tuple[str, ...]]:

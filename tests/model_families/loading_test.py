@@ -65,6 +65,12 @@ class LoadingTest(absltest.TestCase):
     loaded, params = mj.load_model(self.folder / 'mixed')
     self.assertTrue(loaded.config.scan_layers)
     same_bits(params, stacked)
+    models.check_not_converted(self.folder / 'stacked')
+    with self.assertRaisesRegex(errors.CheckpointError, '--scan_layers true'):
+      models.check_not_converted(self.folder / 'mixed')
+    self.assertEqual(
+      models.axes(self.folder / 'mixed'), models.axes(self.folder / 'stacked')
+    )
 
   def test_layers_on_another_axis(self):
     first = models.load_params(FOLDER / 't5x_legacy', module(**SCANNED))
