@@ -106,9 +106,7 @@ def trainer_callbacks(
 def train_model(
   *,
   module: nn.Module | models.ModelFamily,
-  optimizer: (
-    optax.GradientTransformation | Callable[..., optax.GradientTransformation]
-  ),
+  optimizer: optim.OptimizerLike,
   mixture_or_task: Callable[[], Any] | str,
   model_dir: os.PathLike | str,
   steps: int,
@@ -388,10 +386,7 @@ def check_vocabulary(vocabulary: seqio.Vocabulary, module: nn.Module) -> None:
 
 
 def optimizer_of(
-  optimizer: (
-    optax.GradientTransformation | Callable[..., optax.GradientTransformation]
-  ),
-  steps: int,
+  optimizer: optim.OptimizerLike, steps: int
 ) -> optax.GradientTransformation:
   """The optimizer of a run of `steps`; says if its schedule has others."""
   made = optim.of_run(optimizer, steps)
