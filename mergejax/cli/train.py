@@ -176,7 +176,8 @@ def train_model(
     accumulate: likewise.
     clip: likewise.
     per_task: log the loss of every task of a mixture, and how many of its
-      examples were drawn; see `transforms.task_metrics`.
+      examples were drawn; see `transforms.task_metrics`. An objective of your
+      own tells tasks apart by `objective.by_task`.
     cache_dir: read tasks from where `mergejax cache` wrote them.
     allow_float16: see `trainer.Trainer`.
   """
@@ -193,7 +194,8 @@ def train_model(
   if per_task:
     names = task_ids.names(provider)
     transforms = [*transforms, transforms_lib.task_metrics(names)]
-    loss = {**(loss or {}), 'tasks': len(names)}
+    if objective is None:
+      loss = {**(loss or {}), 'tasks': len(names)}
   record = directory / 'run.json'
   trainer = trainer_lib.Trainer(
     module,
