@@ -113,9 +113,7 @@ class SharedFolderTest(absltest.TestCase):
       'sync_global_devices': lambda name: None,
     }
     self.enter_context(mock.patch.multiple(peers.multihost_utils, **of_two))
-    self.enter_context(
-      mock.patch.object(peers.jax, 'process_count', lambda: 2)
-    )
+    self.enter_context(mock.patch.object(peers.jax, 'process_count', lambda: 2))
     gathered = self.enter_context(
       mock.patch.object(peers.multihost_utils, 'process_allgather')
     )
