@@ -106,9 +106,7 @@ def trainer_callbacks(
 def train_model(
   *,
   module: nn.Module | models.ModelFamily,
-  optimizer: (
-    optax.GradientTransformation | Callable[..., optax.GradientTransformation]
-  ),
+  optimizer: optim.OptimizerLike,
   mixture_or_task: Callable[[], Any] | str,
   model_dir: os.PathLike | str,
   steps: int,
@@ -178,7 +176,8 @@ def train_model(
     accumulate: likewise.
     clip: likewise.
     per_task: log the loss of every task of a mixture, and how many of its
-      examples were drawn; see `transforms.task_metrics`.
+      examples were drawn; see `transforms.task_metrics`. An objective of your
+      own tells tasks apart by `objective.by_task`.
     cache_dir: read tasks from where `mergejax cache` wrote them.
     allow_float16: see `trainer.Trainer`.
   """
@@ -195,7 +194,8 @@ def train_model(
   if per_task:
     names = task_ids.names(provider)
     transforms = [*transforms, transforms_lib.task_metrics(names)]
-    loss = {**(loss or {}), 'tasks': len(names)}
+    if objective is None:
+      loss = {**(loss or {}), 'tasks': len(names)}
   record = directory / 'run.json'
   trainer = trainer_lib.Trainer(
     module,
@@ -388,10 +388,7 @@ def check_vocabulary(vocabulary: seqio.Vocabulary, module: nn.Module) -> None:
 
 
 def optimizer_of(
-  optimizer: (
-    optax.GradientTransformation | Callable[..., optax.GradientTransformation]
-  ),
-  steps: int,
+  optimizer: optim.OptimizerLike, steps: int
 ) -> optax.GradientTransformation:
   """The optimizer of a run of `steps`; says if its schedule has others."""
   made = optim.of_run(optimizer, steps)

@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models from checkpoints: the `config.json` beside the weights tells which."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -156,7 +156,21 @@ def load_params(
     >>> sorted(load_params('/tmp/doc.npz', module)) == sorted(params)
     True
   """
-  return fit_params(path, model, **how)(key)
+  return fit_params(path, model, **how).read(key)
+
+
+class Fit(NamedTuple):
+  """Where a module's parameters come from.
+
+  Attributes:
+    read: `(key of fresh parameters, or None) -> parameters`.
+    fresh: names of parameters that the checkpoint does not give.
+    left: names in the checkpoint that the module does not take.
+  """
+
+  read: Callable[[jax.Array | None], typing.Tree]
+  fresh: Sequence[typing.Path]
+  left: Sequence[typing.Path]
 
 
 def fit_params(
@@ -166,7 +180,7 @@ def fit_params(
   rules: assignment.Rules | None = None,
   fallback_to_scratch: bool = False,
   pad_vocabulary: bool = False,
-) -> Callable[[jax.Array | None], typing.Tree]:
+) -> Fit:
   """Finds where a module's parameters are in a checkpoint, to read them later.
 
   No weight is read of a checkpoint that has our names, and stacks its layers as
@@ -184,7 +198,7 @@ def fit_params(
       vocabulary to a multiple of 128, see `fitting.padded`.
 
   Returns:
-    `(key of fresh parameters, or None) -> parameters`.
+    How to read them, and what is fresh or left there.
 
   Raises:
     UserError: the checkpoint is of another model (the differences are listed),
@@ -225,7 +239,8 @@ def fit_params(
       found[path] = leaf.astype(wanted[path].dtype, copy=False)
     return tree.unflatten({path: found[path] for path in wanted})
 
-  return read
+  used = set(taken.values())
+  return Fit(read, fresh, [path for path in stored if path not in used])
 
 
 def _converted(path, store):

@@ -166,6 +166,11 @@ class LoadingTest(absltest.TestCase):
     found = models.load_params(
       self.folder / 'old', new, rules=[('head/.*', None)], key=key
     )
+    fit = models.fit_params(self.folder / 'old', new, rules=[('head/.*', None)])
+    self.assertCountEqual(fit.fresh, head)
+    self.assertCountEqual(fit.left, head)
+    fit = models.fit_params(self.folder / 'old', old)
+    self.assertEmpty([*fit.fresh, *fit.left])
     for path, leaf in tree.flatten(found).items():
       source = fresh if path in head else params
       np.testing.assert_array_equal(leaf, tree.flatten(source)[path])
