@@ -14,7 +14,7 @@ import seqio
 
 from mergejax.core import errors
 from mergejax.data import features
-from mergejax.data import stream
+from mergejax.data import splits
 from mergejax.data import tasks
 from mergejax.evaluation import expert_table
 from mergejax.evaluation import suite as suite_lib
@@ -71,7 +71,7 @@ class BytesTest(parameterized.TestCase):
   )
   def test_rows_sum_to_the_bytes_of_the_text(self, kind, length):
     vocabulary = self.vocabulary(kind)
-    batches = stream.evaluation_batches(
+    batches = splits.batches(
       self.text(vocabulary), lengths={'targets': length}, batch_size=4,
       split='test',
     )  # fmt: skip
@@ -86,7 +86,7 @@ class BytesTest(parameterized.TestCase):
   def test_a_token_has_its_own_bytes(self, kind):
     text = 'the cat  sat '
     vocabulary = self.vocabulary(kind)
-    batches = stream.evaluation_batches(
+    batches = splits.batches(
       self.text(vocabulary, [text, text]), lengths={'targets': 1},
       batch_size=64, split='test',
     )  # fmt: skip

@@ -18,6 +18,7 @@ from mergejax.data import corpora
 from mergejax.data import features
 from mergejax.data import machine_text
 from mergejax.data import mixtures
+from mergejax.data import splits
 from mergejax.data import stream
 from mergejax.data import tasks
 
@@ -189,7 +190,7 @@ class StreamTest(parameterized.TestCase):
 
   def test_no_token_is_lost_and_rows_are_full(self):
     task = self.task_of['one']
-    batches = stream.evaluation_batches(
+    batches = splits.batches(
       task, lengths={'targets': 32}, batch_size=4, split='train'
     )
     tokens = np.concatenate([b['decoder_target_tokens'] for b in batches])

@@ -18,6 +18,7 @@ import tensorflow_datasets as tfds
 from mergejax.core import errors
 from mergejax.data import features
 from mergejax.data import postprocessors
+from mergejax.data import splits
 from mergejax.data import stream
 from mergejax.data import t5_tasks
 from mergejax.data import text_metrics
@@ -283,7 +284,7 @@ class TasksTest(parameterized.TestCase):
         kind='encoder_decoder',
       )  # fmt: skip
     with self.assertRaisesRegex(errors.DataError, 'tfds build glue/rte'):
-      stream.evaluation_batches(
+      splits.batches(
         names[0], lengths={'inputs': 8, 'targets': 8}, batch_size=2,
         kind='encoder_decoder', split='validation',
       )  # fmt: skip
