@@ -266,24 +266,6 @@ class StreamTest(parameterized.TestCase):
       features.vocabulary('/nowhere.model')
 
 
-class VocabularyTest(absltest.TestCase):
-  def test_bytes(self):
-    vocabulary = features.vocabulary()
-    self.assertEqual(vocabulary.vocab_size, 259)
-    self.assertEqual(list(vocabulary.encode('A')), [ord('A') + 3])
-
-  def test_sentence_piece(self):
-    root = os.environ.get('MERGEJAX_DATA')
-    if not root:
-      self.skipTest('MERGEJAX_DATA is not set')
-    vocabulary = features.vocabulary(
-      pathlib.Path(root) / 'vocab/t5_cc_all_32000/sentencepiece.model'
-    )
-    self.assertEqual(vocabulary.vocab_size, 32100)
-    ids = vocabulary.encode('Merge the models.')
-    self.assertEqual(vocabulary.decode(ids), 'Merge the models.')
-
-
 class MixturesTest(parameterized.TestCase):
   @parameterized.product(
     cap=[None, 300000, 524288, 2097152], temperature=[1.0, 2.0, 4.0, 8.0]
