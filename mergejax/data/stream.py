@@ -19,6 +19,7 @@ import seqio
 import tensorflow as tf
 
 from mergejax.core import errors
+from mergejax.data import cached as cached_lib
 from mergejax.data import identity
 from mergejax.data import sources
 from mergejax.data import task_ids as task_ids_lib
@@ -48,7 +49,8 @@ def find(
 
   Raises:
     UserError: an unknown name (near ones are offered), no such split, TFDS sets
-      that are not on this machine, or tasks that are not in the cache.
+      that are not on this machine, or tasks that are not in the cache, or were
+      cached with another vocabulary.
   """
   known = [*seqio.MixtureRegistry.names(), *seqio.TaskRegistry.names()]
   if mixture_or_task not in known:
@@ -57,7 +59,7 @@ def find(
     )
   provider = seqio.get_mixture_or_task(mixture_or_task)
   if cached:
-    tasks.check_cached(provider, split)
+    cached_lib.check(provider, split)
     return provider
   tasks.check_split(provider, split)
   tfds_sets.check(seqio.get_subtasks(provider))
