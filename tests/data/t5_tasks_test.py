@@ -266,6 +266,14 @@ class TasksTest(parameterized.TestCase):
       self.assertNotEmpty(spec.metrics, spec.name)
       self.assertNotEqual(tfds_sets.state(spec.tfds), 'unknown', spec.tfds)
 
+  def test_rates_are_of_examples_that_the_steps_make(self):
+    for name, count in (
+      ('super_glue_record_v102', 138_854),
+      ('super_glue_wsc_v102_simple_train', 259),
+    ):
+      task = t5_tasks.add(name)
+      self.assertEqual(task.num_input_examples('train'), count)
+
   def test_a_task_has_one_vocabulary(self):
     first = t5_tasks.add('glue_rte_v002')
     self.assertIs(t5_tasks.add('glue_rte_v002'), first)
