@@ -296,6 +296,9 @@ class TasksTest(parameterized.TestCase):
         names[0], lengths={'inputs': 8, 'targets': 8}, batch_size=2,
         kind='encoder_decoder', split='validation',
       )  # fmt: skip
+    spec = t5_tasks.TaskSpec('no_such', 'no_such_set:1.0.0', steps=[])
+    with self.assertRaisesRegex(errors.DataError, 'TFDS has no no_such_set:1'):
+      tfds_sets.check([t5_tasks.add(spec)])
 
 
 if __name__ == '__main__':
