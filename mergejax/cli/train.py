@@ -31,6 +31,7 @@ from mergejax.cli import t5x_gin
 from mergejax.core import errors
 from mergejax.core import files as files_lib
 from mergejax.data import mixtures
+from mergejax.data import splits
 from mergejax.data import stream as stream_lib
 from mergejax.data import task_ids
 from mergejax.training import batches
@@ -295,7 +296,7 @@ def tell(
   if jax.process_index() != 0:
     return
   if lengths:
-    stream_lib.tell_cuts(name, 'train', lengths)
+    splits.tell_cuts(name, 'train', lengths)
   if name in seqio.MixtureRegistry.names():
     shares = mixtures.probabilities(name, steps=steps, batch_size=batch_size)
     if len(shares) > 1:
