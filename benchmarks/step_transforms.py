@@ -56,8 +56,9 @@ def main() -> None:
 
 def step_with(transforms):
   """A call that makes one step of the T5."""
+  sizes, shape = train_step.SIZES['9.7M']
   trainer = training.Trainer(
-    t5.Transformer(t5.T5Config(**train_step.T5)),
+    t5.Transformer(t5.T5Config(**sizes)),
     training.optim.adafactor(0.01),
     mesh=partition.make_mesh(devices=jax.devices()[:1]),
     transforms=transforms,
@@ -66,7 +67,7 @@ def step_with(transforms):
   layout = trainer.layout(made)
   step = trainer.compile(made, layout)
   state = [trainer.init(made, layout, jax.random.key(0))]
-  batch = trainer.placer()(train_step.t5_batch())
+  batch = trainer.placer()(train_step.t5_batch(shape))
 
   def call():
     state[0], metrics = step(state[0], batch)

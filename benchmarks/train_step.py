@@ -34,17 +34,20 @@ from mergejax.training import objective
 from mergejax.training import optim
 from mergejax.training import trainer as trainer_lib
 
-# T5 1.1 of 9.7 million parameters.
-T5 = dict(
-  vocab_size=512,
-  emb_dim=256,
-  num_heads=4,
-  num_encoder_layers=4,
-  num_decoder_layers=4,
-  head_dim=64,
-  mlp_dim=1024,
-)
-_BATCH, _LENGTH_IN, _LENGTH_OUT = 8, 256, 64
+# T5 1.1 by their numbers of parameters, and what is trained at a time:
+# examples, tokens of inputs and of targets.
+SIZES = {
+  '9.7M': (
+    dict(vocab_size=512, emb_dim=256, num_heads=4, num_encoder_layers=4,
+         num_decoder_layers=4, head_dim=64, mlp_dim=1024),
+    (8, 256, 64),
+  ),
+  '77M': (
+    dict(vocab_size=32128, emb_dim=512, num_heads=6, num_encoder_layers=8,
+         num_decoder_layers=8, head_dim=64, mlp_dim=1024),
+    (4, 128, 32),
+  ),
+}  # fmt: skip
 
 
 def seconds(call) -> float:
@@ -133,23 +136,24 @@ def side_by_side(rounds: int, experts: int = 4) -> dict:
   return results
 
 
-def t5_batch() -> dict:
-  """A batch for the T5."""
+def t5_batch(shape: tuple[int, int, int]) -> dict:
+  """A batch for the T5: examples, tokens of inputs and of targets."""
+  batch, length_in, length_out = shape
   rng = np.random.RandomState(0)
-  targets = rng.randint(3, 512, (_BATCH, _LENGTH_OUT)).astype(np.int32)
+  targets = rng.randint(3, 512, (batch, length_out)).astype(np.int32)
+  inputs = rng.randint(3, 512, (batch, length_in)).astype(np.int32)
   return {
-    'encoder_input_tokens': rng.randint(3, 512, (_BATCH, _LENGTH_IN)).astype(
-      np.int32
-    ),
+    'encoder_input_tokens': inputs,
     'decoder_input_tokens': np.pad(targets[:, :-1], [(0, 0), (1, 0)]),
     'decoder_target_tokens': targets,
     'decoder_loss_weights': np.ones_like(targets),
   }
 
 
-def t5_step():
-  """A call that makes one training step of the T5."""
-  module = t5.Transformer(t5.T5Config(**T5))
+def t5_step(size: str):
+  """A call that makes one training step of the T5 and gives its loss."""
+  sizes, shape = SIZES[size]
+  module = t5.Transformer(t5.T5Config(**sizes))
   optimizer = optim.adafactor(0.01)
   key = jax.random.key(0)
   mesh = partition.make_mesh(devices=jax.devices()[:1])
@@ -160,12 +164,12 @@ def t5_step():
   made = trainer.step(1)
   layout = trainer.layout(made)
   state, step = trainer.init(made, layout, key), trainer.compile(made, layout)
-  batch = t5_batch()
+  batch = t5_batch(shape)
   state = [state]
 
   def call():
     state[0], metrics = step(state[0], batch)
-    return metrics
+    return metrics['loss']
 
   return call
 
@@ -175,7 +179,7 @@ import json, sys, time
 import jax, jax.numpy as jnp, numpy as np, seqio
 from t5x import adafactor, models, partitioning, utils
 from t5x.examples.t5 import network
-sizes, batch, length_in, length_out = json.loads(sys.argv[1])
+sizes, (batch, length_in, length_out) = json.loads(sys.argv[1])
 config = network.T5Config(
     dtype=jnp.float32, mlp_activations=('gelu', 'linear'), dropout_rate=0.0,
     **sizes)
@@ -215,9 +219,9 @@ for line in sys.stdin:
 """
 
 
-def against_t5x(python: str, path: str, rounds: int) -> dict:
+def against_t5x(size: str, python: str, path: str, rounds: int) -> dict:
   """Our step and T5X's, one after the other in turn, each in its process."""
-  settings = json.dumps([T5, _BATCH, _LENGTH_IN, _LENGTH_OUT])
+  settings = json.dumps(SIZES[size])
   process = subprocess.Popen(
     [python, '-c', _T5X, settings],
     env=dict(os.environ, PYTHONPATH=path, JAX_PLATFORMS='cpu'),
@@ -235,7 +239,7 @@ def against_t5x(python: str, path: str, rounds: int) -> dict:
         return float(line.split()[1])
     raise RuntimeError('T5X ended; run it alone to see why.')
 
-  ours = t5_step()
+  ours = t5_step(size)
   times = {'ours': [], 't5x': []}
   for i in range(rounds + 2):
     a, b = theirs(), seconds(ours)
@@ -266,12 +270,13 @@ def main() -> None:
       f'{row["ratio"]:.3f}'
     )
   if options.t5x:
-    row = against_t5x(options.t5x, options.t5x_path, options.rounds)
-    result['t5_1_1_9.7M'] = row
-    print(
-      f'T5 1.1, 9.7M parameters: ours {row["ours_s"]:.3f} s, T5X '
-      f'{row["t5x_s"]:.3f} s a step, {row["times_faster"]:.2f} times faster'
-    )
+    for size, (_, shape) in SIZES.items():
+      row = against_t5x(size, options.t5x, options.t5x_path, options.rounds)
+      result[f't5_1_1_{size}'] = row | {'examples_inputs_targets': shape}
+      print(
+        f'T5 1.1, {size} parameters: ours {row["ours_s"]:.3f} s, T5X '
+        f'{row["t5x_s"]:.3f} s a step, {row["times_faster"]:.2f} times faster'
+      )
   if options.json:
     pathlib.Path(options.json).write_text(json.dumps(result, indent=2) + '\n')
   print(json.dumps(result))

@@ -139,16 +139,17 @@ def adafactor(
 
   def make(by_rule: bool | None) -> optax.GradientTransformation:
     parts = [
-      optax.scale_by_factored_rms(
+      updates.scale_by_clipped_factored_rms(
         factored if by_rule is None else by_rule,
         decay_rate,
         step_offset,
         1 if by_rule else min_dim_size_to_factor,
         epsilon1,
+        clipping_threshold,
       )
     ]
     if clipping_threshold is not None:
-      parts.append(optax.clip_by_block_rms(clipping_threshold))
+      parts.append(optax.identity())  # Where optax.adafactor clips.
     parts.append(optax.scale_by_learning_rate(rate, flip_sign=False))
     if multiply_by_parameter_scale:
       parts.append(

@@ -16,6 +16,7 @@ from mergejax.core import errors
 from mergejax.core import tree
 from mergejax.training import optim
 from mergejax.training import t5x_state
+from mergejax.training import updates
 
 # T5X's arguments by another name here.
 OURS = {
@@ -242,6 +243,44 @@ class AdafactorTest(parameterized.TestCase):
       jax.tree.structure(optim.adafactor(0.1).init(params)),
       jax.tree.structure(optax.adafactor(0.1).init(params)),
     )
+
+  @parameterized.parameters(
+    (True, 1.0), (True, 1e-3), (True, None), (False, 1e-3)
+  )
+  def test_few_passes_are_optax_s_two_transformations(self, factored, limit):
+    settings = factored, 0.7, 3, 4, 1e-30
+    ours = updates.scale_by_clipped_factored_rms(*settings, limit)
+    theirs = optax.scale_by_factored_rms(*settings)
+    if limit is not None:
+      theirs = optax.chain(theirs, optax.clip_by_block_rms(limit))
+    rng = np.random.default_rng(0)
+    shapes = ((8, 6), (6, 8), (5, 5), (3, 9), (7,), (1,), (), (4, 7, 5))
+    # Sizes far apart, and a row and a column without a gradient.
+    grads = [
+      {
+        str(i): jnp.asarray(rng.normal(size=s) * 10.0 ** (i - 4), jnp.float32)
+        for i, s in enumerate(shapes)
+      }
+      for _ in range(3)
+    ]
+    grads = [
+      each | {'0': each['0'].at[2].set(0).at[:, 1].set(0)} for each in grads
+    ]
+    states = ours.init(grads[0]), theirs.init(grads[0])
+    # The step offset is one of a run that goes on: its count is past it.
+    states = jax.tree.map(
+      lambda leaf: leaf + 3 if leaf.dtype == jnp.int32 else leaf, states
+    )
+    for each in grads:
+      (moved, state), (expected, other) = (
+        optimizer.update(each, state, grads[0])
+        for optimizer, state in zip((ours, theirs), states)
+      )
+      states = state, other
+      for a, b in zip(
+        jax.tree.leaves((moved, state)), jax.tree.leaves((expected, other))
+      ):
+        np.testing.assert_allclose(a, b, rtol=2e-6)
 
   def test_what_is_not_known_is_asked(self):
     params = {'layers': {'query': {'kernel': jnp.ones((3, 4, 4))}}}
