@@ -118,10 +118,13 @@ class ParamStore(abc.ABC):
       kept.path = path
     out[...] = kept.leaf[start : start + out.size]
 
-  @property
-  def reads_pieces(self) -> bool:
-    """True if `read_into` reads no more than it is asked for."""
-    return False
+  def window_bytes(self, path: typing.Path) -> int:
+    """Bytes of a leaf that `read_into` reads at once and keeps, at the least.
+
+    0 if it reads no more than it is asked for, all of a leaf that lies in one
+    block.
+    """
+    return self.specs()[path].nbytes
 
   def files(self) -> list[pathlib.Path]:
     """The files that the parameters are read from, for their fingerprints."""

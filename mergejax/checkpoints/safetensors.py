@@ -86,9 +86,8 @@ class SafetensorsStore(base.ParamStore):
       leaves[path] = flat.reshape(spec.shape)
     return leaves
 
-  @property
-  def reads_pieces(self) -> bool:
-    return True
+  def window_bytes(self, path: typing.Path) -> int:
+    return 0
 
   def files(self) -> list[pathlib.Path]:
     return sorted(set(self._file_of.values()))

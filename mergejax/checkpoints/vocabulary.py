@@ -242,9 +242,8 @@ class AliasStore(base.ParamStore):
   def stored_dtype(self, path: typing.Path) -> np.dtype:
     return self._store.stored_dtype(self._aliases.get(path, path))
 
-  @property
-  def reads_pieces(self) -> bool:
-    return self._store.reads_pieces
+  def window_bytes(self, path: typing.Path) -> int:
+    return self._store.window_bytes(self._aliases.get(path, path))
 
   def files(self) -> list[pathlib.Path]:
     return self._store.files()

@@ -1,0 +1,127 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Which part of a merge is whose, where several processes do it.
+
+The result is one line of pieces, parameter after parameter. Every process
+takes a stretch of it that costs as much as any other: it reads the same
+stretches of the sources and writes that of the result. So at most one
+parameter is divided at each of the few ends of stretches.
+"""
+
+from typing import NamedTuple
+
+from mergejax.core import typing
+from mergejax.merging.disk import pieces
+from mergejax.merging.disk import plans
+
+
+class Share(NamedTuple):
+  """What one process merges of one parameter.
+
+  Attributes:
+    task: the parameter.
+    first: number of its first piece.
+    stop: number after that of its last piece.
+    nbytes: of the result.
+    divided: others merge the rest.
+  """
+
+  task: plans.Task
+  first: int
+  stop: int | None
+  nbytes: int
+  divided: bool
+
+  @property
+  def numbers(self) -> tuple[int, int | None]:
+    """Of the first piece, and after the last."""
+    return self.first, self.stop
+
+
+def whole(task: plans.Task) -> Share:
+  """A parameter that one process merges."""
+  return Share(task, 0, None, task.spec.nbytes, False)
+
+
+def divide(plan: plans.Plan, count: int) -> list[dict[typing.Path, Share]]:
+  """Divides a merge among processes.
+
+  Args:
+    plan: what is merged.
+    count: of processes.
+
+  Returns:
+    `{path: share}` for each process, in the order of the plan.
+  """
+  units = []
+  for task in plan.tasks:
+    cost = _cost(plan, task)
+    if _can_divide(plan, task):
+      units += [(task, p, p.count * cost) for p in pieces.cut(task)]
+    else:
+      units.append((task, None, task.spec.size * cost))
+  total = max(1, sum(cost for *_, cost in units))
+  result: list[dict[typing.Path, Share]] = [{} for _ in range(count)]
+  before = 0
+  for task, piece, cost in units:
+    # Where the middle of a unit lies on the line.
+    owner = min(count - 1, (2 * before + cost) * count // (2 * total))
+    before += cost
+    path, mine = task.path, result[owner]
+    if piece is None:
+      mine[path] = whole(task)
+      continue
+    nbytes = piece.count * task.spec.dtype.itemsize
+    if path in mine:
+      found = mine[path]
+      mine[path] = found._replace(
+        stop=piece.number + 1, nbytes=found.nbytes + nbytes
+      )
+    else:
+      mine[path] = Share(task, piece.number, piece.number + 1, nbytes, False)
+  return [
+    {path: _marked(share) for path, share in mine.items()} for mine in result
+  ]
+
+
+def describe(plan: plans.Plan, count: int) -> str:
+  """Who merges how much, a line for each process."""
+  lines = []
+  for index, mine in enumerate(divide(plan, count)):
+    nbytes = sum(own.nbytes for own in mine.values())
+    divided = sum(own.divided for own in mine.values())
+    lines.append(
+      f'process {index:<2} writes {nbytes / 1e6:,.1f} MB of {len(mine)} arrays'
+      + (f', {divided} of them divided' if divided else '')
+    )
+  return '\n'.join(lines)
+
+
+def _marked(share):
+  if share.nbytes == share.task.spec.nbytes:
+    return whole(share.task)
+  return share._replace(divided=True)
+
+
+def _can_divide(plan, task):
+  """True if pieces of it can be read without the rest."""
+  if not task.in_pieces or task.spec.size <= plans.PIECE:
+    return False
+  refs = [*task.inputs, *([task.base] if task.base else [])]
+  places = [(plan.stores[name], path) for name, path in refs]
+  for store, names in zip(plan.stats, task.stats):
+    places += [(store, path) for path in names.values()]
+  return all(
+    2 * store.window_bytes(path) <= store.specs()[path].nbytes
+    for store, path in places
+  )
+
+
+def _cost(plan, task):
+  """Bytes that are read and written for an element."""
+  refs = [*task.inputs, *([task.base] if task.base else [])]
+  read = sum(plan.stores[m].specs()[p].dtype.itemsize for m, p in refs)
+  for store, names in zip(plan.stats, task.stats):
+    sizes = (store.specs()[path].nbytes for path in names.values())
+    read += sum(sizes) // max(1, task.spec.size)
+  return read + task.spec.dtype.itemsize
