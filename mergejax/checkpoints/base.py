@@ -126,6 +126,18 @@ class ParamStore(abc.ABC):
     """
     return self.specs()[path].nbytes
 
+  def read_slices(
+    self, path: typing.Path, axis: int, first: int, stop: int
+  ) -> np.ndarray:
+    """The part of a leaf from `first` to before `stop` along one axis."""
+    where = (*[slice(None)] * axis, slice(first, stop))
+    return np.asarray(self.leaves([path])[path])[where]
+
+  def has_slices(self, path: typing.Path, axis: int) -> bool:
+    """True if `read_slices` along an axis reads little beside its part."""
+    del path, axis
+    return False
+
   def files(self) -> list[pathlib.Path]:
     """The files that the parameters are read from, for their fingerprints."""
     path = pathlib.Path(self.provenance['path'])

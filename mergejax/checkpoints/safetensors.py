@@ -4,6 +4,7 @@
 
 from collections.abc import Mapping
 import json
+import math
 import os
 import pathlib
 import re
@@ -85,6 +86,22 @@ class SafetensorsStore(base.ParamStore):
       self.read_into(path, 0, flat)
       leaves[path] = flat.reshape(spec.shape)
     return leaves
+
+  def read_slices(
+    self, path: typing.Path, axis: int, first: int, stop: int
+  ) -> np.ndarray:
+    spec = self._specs[path]
+    before, count = math.prod(spec.shape[:axis]), spec.shape[axis]
+    width = math.prod(spec.shape[axis + 1 :])
+    rows = np.empty((before, (stop - first) * width), spec.dtype)
+    for number, row in enumerate(rows):
+      self.read_into(path, (number * count + first) * width, row)
+    return rows.reshape(
+      *spec.shape[:axis], stop - first, *spec.shape[axis + 1 :]
+    )
+
+  def has_slices(self, path: typing.Path, axis: int) -> bool:
+    return True
 
   def window_bytes(self, path: typing.Path) -> int:
     return 0

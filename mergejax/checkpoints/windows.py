@@ -63,12 +63,27 @@ class ChunkedStore(base.ParamStore):
       at = window * rows * width
       out[first - start : last - start] = kept.rows[first - at : last - at]
 
+  def read_slices(
+    self, path: typing.Path, axis: int, first: int, stop: int
+  ) -> np.ndarray:
+    if self._array(path) is None:
+      return super().read_slices(path, axis, first, stop)
+    return self._read_array(path, (*[slice(None)] * axis, slice(first, stop)))
+
+  def has_slices(self, path: typing.Path, axis: int) -> bool:
+    array, count = self._array(path), self.specs()[path].shape[axis]
+    if array is None:
+      return False
+    return 2 * (array.chunk_layout.read_chunk.shape[axis] or count) <= count
+
   def _read_rows(self, path, first, stop):
     """<dtype>[n], the numbers of rows that are there."""
-    spec = self.specs()[path]
+    stop = min(stop, self.specs()[path].shape[0])
+    return self._read_array(path, slice(first, stop)).reshape(-1)
+
+  def _read_array(self, path, where):
     try:
-      found = self._array(path)[first : min(stop, spec.shape[0])]
-      return np.asarray(found.read().result()).reshape(-1)
+      return np.asarray(self._array(path)[where].read().result())
     except Exception as error:  # tensorstore raises many kinds
       raise errors.CheckpointError(
         f'{self.name}: {path} cannot be read ({errors.first_line(error)}).'

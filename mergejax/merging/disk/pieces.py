@@ -8,6 +8,7 @@ whole method runs on each piece in one compiled program.
 """
 
 from collections.abc import Callable, Iterator
+import dataclasses
 import functools
 import itertools
 import math
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from mergejax.core import axes as axes_lib
 from mergejax.core import errors
 from mergejax.merging import engine
 from mergejax.merging import finite
@@ -398,11 +400,31 @@ def merge_whole(
   task: plans.Task,
   write: Callable[[int, np.ndarray], None],
   timers: Timers,
+  numbers: tuple[int, int] | None = None,
 ) -> None:
-  """Merges a leaf that must be seen at once: stacks, columns, matrices."""
+  """Merges a leaf that must be seen at once: stacks, columns, matrices.
+
+  Args:
+    plan: what is merged.
+    task: the parameter.
+    write: `(start, array)`, called with what is merged.
+    timers: of the merge.
+    numbers: of a stack, the first slice to merge and the one after the last;
+      all of them by default.
+  """
+  spec = task.spec
+  axis, (first, stop) = 0, numbers or (0, 0)
+  if numbers is not None:
+    axis = axes_lib.stacked(spec)[0]
+    shape = (*spec.shape[:axis], stop - first, *spec.shape[axis + 1 :])
+    spec = dataclasses.replace(spec, shape=shape)
 
   def read(store, path, need=None):
-    leaf = np.asarray(store.leaves([path])[path])
+    if numbers is None:
+      leaf = np.asarray(store.leaves([path])[path])
+    else:
+      like_leaf = need is None or need.is_leaf
+      leaf = store.read_slices(path, axis if like_leaf else 0, first, stop)
     timers.count_read(leaf.nbytes)
     if need is None or need.values != 'any':
       finite.check_inputs(path, [leaf], [store.name])
@@ -427,13 +449,18 @@ def merge_whole(
   ] or [{} for _ in leaves]
 
   def compute():
-    path, spec = task.path, task.spec
-    run = in_memory.Run(method, task.weights, {path: spec}, plan.recipe.seed)
+    path, seed = task.path, plan.recipe.seed
+    run = in_memory.Run(method, task.weights, {path: spec}, seed, first)
     merged = run.finish({path: run.laid(path, leaves, base, stats)})[path]
     merged = finite.stored(path, merged, spec.dtype, method.statistics)
-    return np.asarray(merged).reshape(-1)
+    # Slices lie one after the other only along the first axis.
+    return np.asarray(merged).reshape(math.prod(spec.shape[:axis]), -1)
 
-  timers.timed('write', write, 0, timers.timed('compute', compute))
+  merged = timers.timed('compute', compute)
+  width = task.spec.size // merged.shape[0]
+  skipped = first * merged.shape[1] // max(1, stop - first)
+  for number, row in enumerate(merged):
+    timers.timed('write', write, number * width + skipped, row)
 
 
 def _widest(leaf):

@@ -10,6 +10,7 @@ parameter is divided at each of the few ends of stretches.
 
 from typing import NamedTuple
 
+from mergejax.core import axes as axes_lib
 from mergejax.core import typing
 from mergejax.merging.disk import pieces
 from mergejax.merging.disk import plans
@@ -20,8 +21,9 @@ class Share(NamedTuple):
 
   Attributes:
     task: the parameter.
-    first: number of its first piece.
-    stop: number after that of its last piece.
+    first: number of its first piece; of a stack that is merged slice by slice,
+      of its first slice.
+    stop: number after that of the last.
     nbytes: of the result.
     divided: others merge the rest.
   """
@@ -34,7 +36,7 @@ class Share(NamedTuple):
 
   @property
   def numbers(self) -> tuple[int, int | None]:
-    """Of the first piece, and after the last."""
+    """Of the first piece or slice, and after the last."""
     return self.first, self.stop
 
 
@@ -56,29 +58,30 @@ def divide(plan: plans.Plan, count: int) -> list[dict[typing.Path, Share]]:
   units = []
   for task in plan.tasks:
     cost = _cost(plan, task)
-    if _can_divide(plan, task):
-      units += [(task, p, p.count * cost) for p in pieces.cut(task)]
+    if _has_pieces(plan, task):
+      units += [
+        (task, piece.number, piece.count, cost) for piece in pieces.cut(task)
+      ]
+    elif _has_slices(plan, task):
+      slices = task.spec.shape[axes_lib.stacked(task.spec)[0]]
+      size = task.spec.size // slices
+      units += [(task, number, size, cost) for number in range(slices)]
     else:
-      units.append((task, None, task.spec.size * cost))
-  total = max(1, sum(cost for *_, cost in units))
+      units.append((task, None, task.spec.size, cost))
+  total = max(1, sum(size * cost for _, _, size, cost in units))
   result: list[dict[typing.Path, Share]] = [{} for _ in range(count)]
   before = 0
-  for task, piece, cost in units:
+  for task, number, size, cost in units:
     # Where the middle of a unit lies on the line.
-    owner = min(count - 1, (2 * before + cost) * count // (2 * total))
-    before += cost
-    path, mine = task.path, result[owner]
-    if piece is None:
+    owner = (2 * before + size * cost) * count // (2 * total)
+    before += size * cost
+    path, mine = task.path, result[min(count - 1, owner)]
+    if number is None:
       mine[path] = whole(task)
       continue
-    nbytes = piece.count * task.spec.dtype.itemsize
-    if path in mine:
-      found = mine[path]
-      mine[path] = found._replace(
-        stop=piece.number + 1, nbytes=found.nbytes + nbytes
-      )
-    else:
-      mine[path] = Share(task, piece.number, piece.number + 1, nbytes, False)
+    found = mine.get(path) or Share(task, number, number, 0, False)
+    nbytes = found.nbytes + size * task.spec.dtype.itemsize
+    mine[path] = found._replace(stop=number + 1, nbytes=nbytes)
   return [
     {path: _marked(share) for path, share in mine.items()} for mine in result
   ]
@@ -103,18 +106,37 @@ def _marked(share):
   return share._replace(divided=True)
 
 
-def _can_divide(plan, task):
+def _has_pieces(plan, task):
   """True if pieces of it can be read without the rest."""
   if not task.in_pieces or task.spec.size <= plans.PIECE:
     return False
-  refs = [*task.inputs, *([task.base] if task.base else [])]
-  places = [(plan.stores[name], path) for name, path in refs]
-  for store, names in zip(plan.stats, task.stats):
-    places += [(store, path) for path in names.values()]
   return all(
     2 * store.window_bytes(path) <= store.specs()[path].nbytes
-    for store, path in places
+    for store, path, _ in _places(plan, task)
   )
+
+
+def _has_slices(plan, task):
+  """True if it is a stack, the slices of which can be read one by one."""
+  stack = axes_lib.stacked(task.spec)
+  if task.in_pieces or not stack or task.spec.size <= plans.PIECE:
+    return False
+  return task.settings.method.of_slices and all(
+    store.has_slices(path, stack[0] if like_leaf else 0)
+    for store, path, like_leaf in _places(plan, task)
+  )
+
+
+def _places(plan, task):
+  """`(store, path, whether it lies like the leaf)` of all that is read."""
+  refs = [*task.inputs, *([task.base] if task.base else [])]
+  places = [(plan.stores[name], path, True) for name, path in refs]
+  if any(task.stats):
+    needs = {one.name: one for one in task.settings.method.statistics}
+    for store, names in zip(plan.stats, task.stats):
+      for name, path in names.items():
+        places.append((store, path, needs[name].is_leaf))
+  return places
 
 
 def _cost(plan, task):

@@ -123,25 +123,23 @@ class WorkFolder:
         '`plan` an `identity=` that changes whenever its numbers do, or '
         'start afresh with `resume=False`.'
       )
-    whole = all(self._has_its_size(shard) for shard in shards)
-    if found == self._journal.record and (whole or processes == 1):
+    lost = [shard for shard in shards if not self._has_its_size(shard)]
+    if found == self._journal.record and (processes == 1 or not lost):
       done = set(self._journal.rows())
       others = 0
-    elif processes > 1 and whole and _same_work(found, self._journal.record):
-      # Only this machine was started anew.
+    elif processes > 1 and not lost and _same_work(found, self._journal.record):
+      # Only this machine was started anew: the others' work is there.
       self._journal.forget()
       others = 0
     else:
-      for child in self.path.iterdir():
-        if child.name != 'lock':
-          shutil.rmtree(child) if child.is_dir() else child.unlink()
+      self._clear()
+      lost = list(shards)
     self.result.mkdir(exist_ok=True)
     done &= set(sizes)
     self.keep = bool(done)
     left = sum(n for path, n in sizes.items() if path not in done)
     self._check_space(left + others)
     self.keep = False
-    lost = [shard for shard in shards if not self._has_its_size(shard)]
     still = done - {path for shard in lost for path in shard.offsets}
     if still != done:
       # Before the file is laid out anew, or it would look complete.
@@ -157,6 +155,12 @@ class WorkFolder:
       for path in sorted(still):
         self.note(path)
     return still
+
+  def _clear(self):
+    """Removes what another merge, or another call of this one, left."""
+    for child in self.path.iterdir():
+      if child.name != 'lock':
+        shutil.rmtree(child) if child.is_dir() else child.unlink()
 
   def follow(
     self,

@@ -56,6 +56,9 @@ class Workers:
     self._timers = timers
     self._shares = shares_lib.divide(plan, group.count)
     self._stop = threading.Event()
+    # What `_passes_together` found.
+    self._known: dict[typing.Path, list] = {}
+    self._concluded: set[typing.Path] = set()
 
   @property
   def mine(self) -> dict[typing.Path, shares_lib.Share]:
@@ -82,9 +85,8 @@ class Workers:
     """
     total = sum(own.nbytes for own in self.mine.values())
     before = total - sum(own.nbytes for own in left)
-    state = {'bytes': before}
-    local, lock = threading.local(), threading.Lock()
-    contexts, concluded = self._passes_together(pending)
+    state, lock, local = {'bytes': before}, threading.Lock(), threading.local()
+    self._known, self._concluded = self._passes_together(pending)
     place = {}
     with contextlib.ExitStack() as stack:
       for shard in self._shards:
@@ -98,22 +100,11 @@ class Workers:
       def run(own):
         if self._stop.is_set():
           return
-        task = own.task
-        write = self._writer(task, *place[task.path])
-        if task.in_pieces:
-          if not hasattr(local, 'buffers'):
-            local.buffers = {}
-          leaf = pieces.Leaf(
-            self._plan, task, local.buffers, self._timers, own.numbers
-          )
-          if task.path in contexts:
-            leaf.contexts = contexts[task.path]
-          if task.settings is not None and task.path not in concluded:
-            leaf.first_passes()
-          leaf.merge(write)
-        else:
-          pieces.merge_whole(self._plan, task, write, self._timers)
-        self._folder.note(task.path)
+        if not hasattr(local, 'buffers'):
+          local.buffers = {}
+        write = self._writer(own.task, *place[own.task.path])
+        self._merge_share(own, local.buffers, write)
+        self._folder.note(own.task.path)
         with lock:
           state['bytes'] += own.nbytes
           if progress is not None:
@@ -133,6 +124,20 @@ class Workers:
       if self._group.count > 1:  # another machine cannot wait for this one's
         for file in files:
           os.fsync(file)
+
+  def _merge_share(self, own, buffers, write):
+    """Merges a share, in pieces if it can be."""
+    task = own.task
+    if not task.in_pieces:
+      numbers = own.numbers if own.divided else None
+      pieces.merge_whole(self._plan, task, write, self._timers, numbers)
+      return
+    leaf = pieces.Leaf(self._plan, task, buffers, self._timers, own.numbers)
+    if task.path in self._known:
+      leaf.contexts = self._known[task.path]
+    if task.settings is not None and task.path not in self._concluded:
+      leaf.first_passes()
+    leaf.merge(write)
 
   def _writer(self, task, file, at):
     """`write(start, array)` of a parameter into a file, from a position on."""
@@ -162,7 +167,11 @@ class Workers:
     buffers: dict = {}
     leaves: dict[str, pieces.Leaf] = {}
     groups: dict[programs.Settings, list[pieces.Leaf]] = {}
-    divided = [p for p, own in self._divided() if own.task.settings is not None]
+    divided = [
+      path
+      for path, own in self._divided()
+      if own.task.in_pieces and own.task.settings is not None
+    ]
     for task in self._plan.tasks:
       path, settings = task.path, task.settings
       if settings is None:
