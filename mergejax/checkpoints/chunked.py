@@ -3,8 +3,8 @@
 """Checkpoints that several processes write, chunk by chunk.
 
 Every array lies in zarr chunks of some of its rows, one file each. The first
-process creates the checkpoint with empty arrays; whoever has the rows of a
-chunk writes it. Which process writes what leaves no trace.
+process creates empty arrays; whoever has the rows of a chunk writes it; at last
+the first one says what the arrays are. Which process wrote what leaves no trace.
 """
 
 from collections.abc import Sequence
@@ -52,25 +52,29 @@ class Writer:
     self._array = functools.lru_cache(maxsize=8)(self._opened)
 
   def create(self) -> None:
-    """Makes the checkpoint, all but its chunks; replaces what was there.
+    """Makes empty arrays in place of what was there: no checkpoint yet.
 
     Raises:
       UserError: a dtype that zarr arrays cannot hold.
     """
     base.check_zarr(self._specs)
     shutil.rmtree(self._path, ignore_errors=True)
-    if self._format == 'orbax':
-      orbax.write_tree(self._path, list(self._specs))
-    else:
-      entries = {
-        name: t5x_writing.entry(
-          self._folder(name), spec.dtype, self._metadata(name)
-        )
-        for name, spec in self._specs.items()
-      }
-      t5x_writing.write_tree(self._path, entries)
+    self._path.mkdir()
     for name in self._specs:
       self._opened(name, create=True)
+
+  def finish(self) -> None:
+    """Makes it a checkpoint, once all chunks are written."""
+    if self._format == 'orbax':
+      orbax.write_tree(self._path, list(self._specs))
+      return
+    entries = {
+      name: t5x_writing.entry(
+        self._folder(name), spec.dtype, self._metadata(name)
+      )
+      for name, spec in self._specs.items()
+    }
+    t5x_writing.write_tree(self._path, entries)
 
   def chunks(self) -> list[Chunk]:
     """All of them, in the order of the arrays."""

@@ -202,7 +202,7 @@ def write_tree(path: pathlib.Path, names: list[typing.Path]) -> None:
   Not by orbax, which asks all processes that JAX knows of when it writes.
 
   Args:
-    path: the directory, created.
+    path: the directory.
     names: of the arrays; `a/b` lies in the folder `a.b`.
   """
   value = {'value_type': 'np.ndarray', 'skip_deserialize': False}
@@ -229,7 +229,6 @@ def write_tree(path: pathlib.Path, names: list[typing.Path]) -> None:
     'commit_timestamp_nsecs': None,
     'custom_metadata': {},
   }
-  path.mkdir()
   (path / '_METADATA').write_text(json.dumps(about))
   (path / '_CHECKPOINT_METADATA').write_text(json.dumps(checkpoint))
 

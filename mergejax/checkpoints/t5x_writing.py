@@ -61,7 +61,7 @@ def write_tree(
   """Writes the msgpack tree of a checkpoint, which says where arrays lie.
 
   Args:
-    path: the directory of the checkpoint, created if it is not there.
+    path: the directory of the checkpoint.
     target: an `entry` for each parameter.
     step: the step that the checkpoint says it is of.
     states: likewise for the optimizer's state; arrays that lie in the tree are
@@ -79,7 +79,6 @@ def write_tree(
       },
     },
   }
-  path.mkdir(exist_ok=True)
   (path / t5x.FILE).write_bytes(flax.serialization.msgpack_serialize(data))
 
 

@@ -40,6 +40,9 @@ class ChunkedTest(parameterized.TestCase):
         flat = self.leaves[chunk.path].reshape(-1)
         numbers = flat[chunk.start : chunk.start + chunk.size]
         writers[k % 2].write(chunk, numbers)
+      with self.assertRaisesRegex(mj.UserError, 'not a checkpoint'):
+        mj.open_checkpoint(self.path)
+      writers[0].finish()
     return chunks
 
   @parameterized.parameters(*chunked.FORMATS)

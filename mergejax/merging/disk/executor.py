@@ -436,6 +436,8 @@ class _Execution:
       store.read_into(chunk.path, chunk.start, numbers)
       writer.write(chunk, numbers)
     group.gather()
+    if group.index == 0:
+      writer.finish()
 
   def _manifest_file(self, out):
     if self._single:

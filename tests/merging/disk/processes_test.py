@@ -143,6 +143,7 @@ class ProcessesTest(absltest.TestCase):
           for one in writer.chunks():
             flat = leaves[one.path].reshape(-1)
             writer.write(one, flat[one.start : one.start + one.size])
+          writer.finish()
       paths.append(str(path))
     return paths
 
