@@ -34,9 +34,9 @@ def run(count, work):
 
 def execute(count, recipe, out, **options):
   """`mj.execute` by so many processes; raises what one of them raises."""
+  plan = mj.plan(recipe)
   reports = run(
-    count,
-    lambda group: mj.execute(mj.plan(recipe), out, group=group, **options),
+    count, lambda group: mj.execute(plan, out, group=group, **options)
   )
   for report in reports:
     if isinstance(report, BaseException):
