@@ -98,6 +98,7 @@ class OrbaxStore(windows.ChunkedStore):
       raise errors.CheckpointError(f'{path} is no orbax checkpoint.')
     self._directory = directory.absolute()
     self._checkpointer = _checkpointer()
+    self._abouts: dict[pathlib.Path, dict[str, Any]] = {}  # see `_open_array`
     self._trees = {self._directory: self._metadata(self._directory, path)}
     tree = self._trees[self._directory]
     found = (
@@ -151,7 +152,10 @@ class OrbaxStore(windows.ChunkedStore):
     import tensorstore  # pylint: disable=import-outside-toplevel
 
     directory, stored = self._place[path]
-    about = json.loads((directory / '_METADATA').read_text())
+    if directory not in self._abouts:
+      text = (directory / '_METADATA').read_text()
+      self._abouts[directory] = json.loads(text)
+    about = self._abouts[directory]
     folder = stored.replace('/', '.') + '/'
     kvstore: dict[str, Any] = {
       'driver': 'file',

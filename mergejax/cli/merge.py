@@ -40,7 +40,10 @@ def main(arguments: Sequence[str]) -> None:
   )  # fmt: skip
   _add_processes(parser)
   options = parser.parse_args(arguments)
-  together = options.multiprocess or options.coordinator_address is not None
+  by_hand = (
+    options.coordinator_address, options.process_count, options.process_index
+  )  # fmt: skip
+  together = options.multiprocess or by_hand != (None, None, None)
   if not (options.dry_run or together) and options.sandbox is None:
     checksums.SUMS.start(_likely_sources(options.recipe))
   # These import JAX, meanwhile.
@@ -49,11 +52,8 @@ def main(arguments: Sequence[str]) -> None:
     _merge(options, processes.Group())
     return
   meeting = importlib.import_module('mergejax.merging.disk.meeting')
-  group = meeting.join(
-    options.coordinator_address, options.process_count, options.process_index
-  )
   try:
-    with group:
+    with meeting.join(*by_hand) as group:
       _merge(options, group)
   except processes.Lost as lost:
     print(

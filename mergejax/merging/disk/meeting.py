@@ -3,7 +3,9 @@
 """How the processes of a merge find each other: by hand, or by environment."""
 
 import json
+import signal
 import socket
+import threading
 import time
 
 from mergejax import partition
@@ -80,6 +82,9 @@ def _join_by_environment(timeout):
     word[: len(name)] = np.frombuffer(name, np.uint8)
   told = np.asarray(multihost_utils.broadcast_one_to_all(word)).astype(np.uint8)
   jax.distributed.shutdown()
+  if threading.current_thread() is threading.main_thread():
+    # JAX listens to SIGTERM in its own way, and goes on doing so.
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
   if count == 1:
     return processes.Group()
   if listener is not None:

@@ -55,6 +55,8 @@ def divide(plan: plans.Plan, count: int) -> list[dict[typing.Path, Share]]:
   Returns:
     `{path: share}` for each process, in the order of the plan.
   """
+  if count == 1:
+    return [{task.path: whole(task) for task in plan.tasks}]
   units = []
   for task in plan.tasks:
     cost = _cost(plan, task)

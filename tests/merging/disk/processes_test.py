@@ -133,8 +133,6 @@ class ProcessesTest(absltest.TestCase):
         model = models_on_disk.llama(self.rng, layers=2)
         models_on_disk.save(path, model)
         self.stats(path, model)
-      elif name == 'p':  # one chunk an array
-        mj.save_checkpoint(path, t5(self.rng), kind)
       else:
         leaves = t5(self.rng)
         with mock.patch.object(chunked, 'CHUNK', 200):
@@ -148,9 +146,9 @@ class ProcessesTest(absltest.TestCase):
     return paths
 
   def stats(self, path, model):
-    found = models_on_disk.statistics('gram', model, self.rng)
+    found = models_on_disk.statistics('fisher', model, self.rng)
     flat = {f'{p}/{n}': x for p, own in found.items() for n, x in own.items()}
-    mj.save_checkpoint(f'{path}.gram.safetensors', flat)
+    mj.save_checkpoint(f'{path}.fisher.safetensors', flat)
 
   def recipe(self, paths, method, base=True, stats=None, **options):
     found = {'merge_method': method, 'models': paths[1:], 'parameters': options}
@@ -218,10 +216,10 @@ class ProcessesTest(absltest.TestCase):
       (self.recipe(pair, 'slerp', t=0.3), None),
       (self.recipe(paths, 'dare_ties', density=0.6), 'orbax'),
       (self.recipe(paths, 'task_arithmetic'), None),
-      (self.recipe(paths, 'regmean', base=False, stats='gram'), None),
+      (self.recipe(paths, 'fisher', base=False, stats='fisher'), None),
     ]
     for kind, form in (('orbax', 't5x'), ('t5x', 'orbax')):
-      own = self.models(kind)
+      own = [None, *self.models(kind, 'ab')]
       recipes.append((self.recipe(own, 'linear', base=False), form))
     found = self.compare(2, recipes)
     # Of the models of a linear merge, each has read its half and no more.
@@ -278,7 +276,10 @@ class ProcessesTest(absltest.TestCase):
     recipes = [
       (self.recipe(paths, 'linear', base=False), None),
       (self.recipe(paths, 'ties', density=0.4, trim_scope='global'), 'orbax'),
-      (self.recipe(self.models('orbax'), 'linear', base=False), 't5x'),
+      (
+        self.recipe([None, *self.models('orbax', 'ab')], 'linear', False),
+        't5x',
+      ),
     ]
     # JAX derives the port from the number of the job.
     found = self.compare(4, recipes, job=os.getpid())
