@@ -218,9 +218,9 @@ class _Execution:
     try:
       done = self._prepare(identity, resume)
       left = [
-        own for path, own in self._workers.mine.items() if path not in done
+        share for path, share in self._workers.mine.items() if path not in done
       ]
-      paths = [own.task.path for own in left]
+      paths = [share.task.path for share in left]
       pending = set().union(*self._group.gather_json(paths))
       sources = self._sources(identity)
       checksums.SUMS.start(sources)
@@ -253,7 +253,7 @@ class _Execution:
   def _prepare(self, identity, resume) -> set[str]:
     """What is done already; the first process lays the files out."""
     group = self._group
-    sizes = {path: own.nbytes for path, own in self._workers.mine.items()}
+    sizes = {path: share.nbytes for path, share in self._workers.mine.items()}
     if group.index == 0:
       done = self._work.prepare(
         identity, self._shards, sizes, resume, anonymous=self._plan.anonymous,
@@ -355,7 +355,9 @@ class _Execution:
     if self._group.count > 1 and self._format in chunked.FORMATS:
       self._convert_together()
     if self._group.index == 0:
-      sums = {file: digest for own, _ in told for file, digest in own.items()}
+      sums = {
+        file: digest for found, _ in told for file, digest in found.items()
+      }
       self._complete(identity, dict(sorted(sums.items())))
       with contextlib.suppress(processes.Lost):  # it is complete nonetheless
         self._group.gather()

@@ -156,7 +156,9 @@ class Group:
 
   def gather_json(self, value: Any) -> list[Any]:
     """`gather` of what JSON can say."""
-    return [json.loads(one) for one in self.gather(json.dumps(value).encode())]
+    return [
+      json.loads(word) for word in self.gather(json.dumps(value).encode())
+    ]
 
   def check_same(self, record: Mapping[str, Any]) -> None:
     """Raises if this process would merge anything else than the first.
@@ -290,10 +292,11 @@ def by_turns(group: Group, jobs: Sequence[Callable[[], Any]]) -> None:
   while any(word is not None for word in said.values()):
     order = [k for k, word in said.items() if word is not None]
     heard = [
-      _unpacked(one) for one in group.gather(_packed([said[k] for k in order]))
+      _unpacked(words)
+      for words in group.gather(_packed([said[k] for k in order]))
     ]
     for place, k in enumerate(order):
       try:
-        said[k] = running[k].send([own[place] for own in heard])
+        said[k] = running[k].send([words[place] for words in heard])
       except StopIteration:
         said[k] = None

@@ -93,8 +93,8 @@ def describe(plan: plans.Plan, count: int) -> str:
   """Who merges how much, a line for each process."""
   lines = []
   for index, mine in enumerate(divide(plan, count)):
-    nbytes = sum(own.nbytes for own in mine.values())
-    divided = sum(own.divided for own in mine.values())
+    nbytes = sum(share.nbytes for share in mine.values())
+    divided = sum(share.divided for share in mine.values())
     lines.append(
       f'process {index:<2} writes {nbytes / 1e6:,.1f} MB of {len(mine)} arrays'
       + (f', {divided} of them divided' if divided else '')
@@ -134,7 +134,7 @@ def _places(plan, task):
   refs = [*task.inputs, *([task.base] if task.base else [])]
   places = [(plan.stores[name], path, True) for name, path in refs]
   if any(task.stats):
-    needs = {one.name: one for one in task.settings.method.statistics}
+    needs = {need.name: need for need in task.settings.method.statistics}
     for store, names in zip(plan.stats, task.stats):
       for name, path in names.items():
         places.append((store, path, needs[name].is_leaf))

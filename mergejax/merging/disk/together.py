@@ -85,15 +85,15 @@ def _total(first_pass, number, leaves) -> Talk:
   arrays = {str(i): np.stack(column) for i, column in enumerate(columns)}
   said = yield _saved(place=np.asarray(places, np.int64), **arrays)
   rows = {}
-  for own in map(_loaded, said):
-    for row, (k, piece) in enumerate(own.pop('place', ())):
-      values = [own[str(i)][row] for i in range(len(own))]
+  for there in map(_loaded, said):
+    for row, (k, piece) in enumerate(there.pop('place', ())):
+      values = [there[str(i)][row] for i in range(len(there))]
       rows[int(k), int(piece)] = jax.tree.unflatten(structure, values)
   combine = functools.partial(engine.combined, first_pass)
   of_leaves: dict[int, list[Any]] = {}
   for k, piece in sorted(rows):
     of_leaves.setdefault(k, []).append(rows[k, piece])
-  totals = [functools.reduce(combine, own) for own in of_leaves.values()]
+  totals = [functools.reduce(combine, founds) for founds in of_leaves.values()]
   return functools.reduce(combine, totals)
 
 
@@ -107,18 +107,21 @@ def _cuts(first_pass, number, leaves, group) -> Talk:
   wanted = first_pass.ranks(size, leaves[0].contexts)
   searches = [
     _Search(s, int(rank), size)
-    for s, own in enumerate(wanted)
-    for rank in dict.fromkeys(own)
+    for s, of_score in enumerate(wanted)
+    for rank in dict.fromkeys(of_score)
   ]
   keys = functools.partial(_keys, leaves, number, starts)
   yield from _count(searches, keys, _upper_counts, _Search.take_upper)
   yield from _count(searches, keys, _lower_counts, _Search.take_lower)
   yield from _locate(searches, keys, group)
-  found = {(one.score, one.rank): one.cut for one in searches}
+  found = {(search.score, search.rank): search.cut for search in searches}
   return [
     [
-      [ranks_lib.local(found[s, int(r)], starts[n], leaf.size) for r in own]
-      for s, own in enumerate(wanted)
+      [
+        ranks_lib.local(found[s, int(r)], starts[n], leaf.size)
+        for r in of_score
+      ]
+      for s, of_score in enumerate(wanted)
     ]
     for n, leaf in enumerate(leaves)
   ]
@@ -134,12 +137,14 @@ class _Search:
     upper: the first half of its key.
     key: all of it.
     left: how many of those equal to it are still among the largest.
+    equal: how many are equal to it, by process.
   """
 
   def __init__(self, score: int, rank: int, size: int):
     self.score, self.rank = score, rank
     self.cut = None
     self.upper = self.key = self.left = 0
+    self.equal: list[int] = []
     if rank <= 0:
       self.cut = numerics.Cut(np.float32(np.inf), 0)
     elif rank >= size:
@@ -153,7 +158,7 @@ class _Search:
     """Counts of the second halves of keys that begin alike, by process."""
     lower, self.left = _place(sum(counts), self.left)
     self.key = (self.upper << _HALF) | lower
-    self.equal = [int(own[lower]) for own in counts]
+    self.equal = [int(there[lower]) for there in counts]
 
   def owner(self) -> tuple[int, int]:
     """The process that has the last equal one, and how many it has of them."""
@@ -212,31 +217,31 @@ def _count(
   take: Callable[[_Search, list[np.ndarray]], None],
 ) -> Talk:
   """One round of counts: each search takes those of every process."""
-  open_ones = [one for one in searches if one.cut is None]
-  totals = np.zeros((len(open_ones), 1 << _HALF), np.int64)
-  if open_ones:
-    for _, found in keys(one.score for one in open_ones):
-      for total, one in zip(totals, open_ones):
-        total += counts_of(one, found[one.score])
+  unknown = [search for search in searches if search.cut is None]
+  totals = np.zeros((len(unknown), 1 << _HALF), np.int64)
+  if unknown:
+    for _, found in keys(search.score for search in unknown):
+      for total, search in zip(totals, unknown):
+        total += counts_of(search, found[search.score])
   said = [_loaded(word) for word in (yield _saved(counts=totals))]
   nothing = np.zeros_like(totals)
-  gathered = [own.get('counts', nothing) for own in said]
-  for k, one in enumerate(open_ones):
-    take(one, [own[k] for own in gathered])
+  gathered = [there.get('counts', nothing) for there in said]
+  for k, search in enumerate(unknown):
+    take(search, [there[k] for there in gathered])
 
 
 def _locate(searches, keys, group) -> Talk:
   """The last round: where the last of the equal scores lie."""
-  open_ones = [one for one in searches if one.cut is None]
-  ends = np.zeros(len(open_ones), np.int64)
+  unknown = [search for search in searches if search.cut is None]
+  ends = np.zeros(len(unknown), np.int64)
   here = {
     k: left
-    for k, (process, left) in enumerate(one.owner() for one in open_ones)
+    for k, (process, left) in enumerate(search.owner() for search in unknown)
     if process == group.index
   }
-  for start, found in keys({open_ones[k].score for k in here}) if here else ():
+  for start, found in keys({unknown[k].score for k in here}) if here else ():
     for k, left in list(here.items()):
-      index = np.flatnonzero(found[open_ones[k].score] == open_ones[k].key)
+      index = np.flatnonzero(found[unknown[k].score] == unknown[k].key)
       if left <= index.size:
         ends[k] = start + int(index[left - 1]) + 1
         del here[k]
@@ -245,9 +250,9 @@ def _locate(searches, keys, group) -> Talk:
     if not here:
       break
   said = [_loaded(word) for word in (yield _saved(ends=ends))]
-  ends = sum(own['ends'] for own in said if own)
-  for one, end in zip(open_ones, ends):
-    one.cut = numerics.Cut(_threshold(one.key), int(end))
+  ends = sum(there['ends'] for there in said if there)
+  for search, end in zip(unknown, ends):
+    search.cut = numerics.Cut(_threshold(search.key), int(end))
 
 
 # Bytes -----------------------------------------------------------------------

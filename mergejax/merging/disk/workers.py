@@ -83,8 +83,8 @@ class Workers:
       errors.Stopped: this process, or another one, was asked to stop.
       processes.Lost: another process failed or is gone.
     """
-    total = sum(own.nbytes for own in self.mine.values())
-    before = total - sum(own.nbytes for own in left)
+    total = sum(share.nbytes for share in self.mine.values())
+    before = total - sum(share.nbytes for share in left)
     state, lock, local = {'bytes': before}, threading.Lock(), threading.local()
     self._known, self._concluded = self._passes_together(pending)
     place = {}
@@ -97,22 +97,22 @@ class Workers:
       files = sorted({file for file, _ in place.values()})
       stack.enter_context(work_folder.writing_behind(files))
 
-      def run(own):
+      def run(share):
         if self._stop.is_set():
           return
         if not hasattr(local, 'buffers'):
           local.buffers = {}
-        write = self._writer(own.task, *place[own.task.path])
-        self._merge_share(own, local.buffers, write)
-        self._folder.note(own.task.path)
+        write = self._writer(share.task, *place[share.task.path])
+        self._merge_share(share, local.buffers, write)
+        self._folder.note(share.task.path)
         with lock:
-          state['bytes'] += own.nbytes
+          state['bytes'] += share.nbytes
           if progress is not None:
             progress(state['bytes'], total)
 
       stop = stack.enter_context(stop_lib.StopRequest())
       with concurrent.futures.ThreadPoolExecutor(plans.WORKERS) as pool:
-        futures = [pool.submit(run, own) for own in left]
+        futures = [pool.submit(run, share) for share in left]
         try:
           for future in concurrent.futures.as_completed(futures):
             future.result()
@@ -125,14 +125,14 @@ class Workers:
         for file in files:
           os.fsync(file)
 
-  def _merge_share(self, own, buffers, write):
+  def _merge_share(self, share, buffers, write):
     """Merges a share, in pieces if it can be."""
-    task = own.task
+    task = share.task
     if not task.in_pieces:
-      numbers = own.numbers if own.divided else None
+      numbers = share.numbers if share.divided else None
       pieces.merge_whole(self._plan, task, write, self._timers, numbers)
       return
-    leaf = pieces.Leaf(self._plan, task, buffers, self._timers, own.numbers)
+    leaf = pieces.Leaf(self._plan, task, buffers, self._timers, share.numbers)
     if task.path in self._known:
       leaf.contexts = self._known[task.path]
     if task.settings is not None and task.path not in self._concluded:
@@ -169,8 +169,8 @@ class Workers:
     groups: dict[programs.Settings, list[pieces.Leaf]] = {}
     divided = [
       path
-      for path, own in self._divided()
-      if own.task.in_pieces and own.task.settings is not None
+      for path, share in self._divided()
+      if share.task.in_pieces and share.task.settings is not None
     ]
     for task in self._plan.tasks:
       path, settings = task.path, task.settings
@@ -185,11 +185,11 @@ class Workers:
         )  # fmt: skip
       if tree:
         groups.setdefault(settings, []).append(leaves[path])
-    jobs = [(settings.method, own) for settings, own in groups.items()]
+    jobs = [(settings.method, group) for settings, group in groups.items()]
     divided = [path for path in divided if path in leaves]
     if self._group.count == 1:
-      for method, own in jobs:
-        engine.run_first_passes(method, own, 'tree', ranks.rank)
+      for method, members in jobs:
+        engine.run_first_passes(method, members, 'tree', ranks.rank)
     else:
       together.first_passes(self._group, jobs, 'tree')
       jobs = [(leaves[path].method, [leaves[path]]) for path in divided]
@@ -199,8 +199,8 @@ class Workers:
   def _divided(self):
     """`{path: a share}` of parameters that several processes merge."""
     return {
-      path: own
+      path: share
       for mine in self._shares
-      for path, own in mine.items()
-      if own.divided
+      for path, share in mine.items()
+      if share.divided
     }.items()
