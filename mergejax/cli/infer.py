@@ -1,28 +1,39 @@
 # Copyright 2026 The mergejax Authors.
 # SPDX-License-Identifier: Apache-2.0
-"""`mergejax infer CHECKPOINT`: what a model says to lines of text."""
+"""`mergejax infer CHECKPOINT`: what a model says to lines of text.
 
-from collections.abc import Sequence
+With `--gin_file`, as T5X's `infer.py`, to a task of seqio: see
+gin/runs/infer.gin.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 import hashlib
 import json
+import os
 import pathlib
 import sys
 import time
+from typing import Any
 
-import jax
+import flax.linen as nn
+import seqio
 import tqdm
 
 from mergejax import models
 from mergejax import partition
 from mergejax.cli import common
+from mergejax.cli import gin_run
+from mergejax.cli import loaded
+from mergejax.cli import same_run
 from mergejax.core import checksums
 from mergejax.core import errors
 from mergejax.core import files
 from mergejax.core import resume
 from mergejax.core import stop as stop_lib
 from mergejax.data import features
+from mergejax.data import lengths as lengths_lib
+from mergejax.data import stream
 from mergejax.evaluation import decode
-from mergejax.evaluation import recipes
 from mergejax.evaluation import texts
 from mergejax.statistics import saved
 
@@ -33,7 +44,8 @@ def _parser():
   parser = common.parser(
     'infer',
     'Answer lines of text, greedily unless told otherwise. Killed, the same '
-    'command continues, to the same file.',
+    'command continues, to the same file. Or as T5X does, to a task, from gin '
+    'files: --gin_file=gin/runs/infer.gin --gin.NAME=VALUE.',
   )
   parser.add_argument(
     'checkpoint', help='a checkpoint with its config.json, or a recipe (.yaml)'
@@ -81,6 +93,10 @@ def _parser():
 
 def main(arguments: Sequence[str]) -> None:
   """Writes what a model says to every line."""
+  if gin_run.is_asked(arguments):
+    about = 'Answer the inputs of a task, as gin files describe.'
+    gin_run.run('infer', about, infer_task, arguments)
+    return
   options = _parser().parse_args(arguments)
   for name in ('length', 'batch_size'):
     errors.check_whole(f'--{name}', getattr(options, name))
@@ -89,7 +105,24 @@ def main(arguments: Sequence[str]) -> None:
   files.check_new(options.out)
   vocabulary = features.vocabulary(options.vocabulary)
   rows = _read(options.inputs)
-  writer = _writer(options, method, vocabulary)
+  mesh = None
+  if options.data * options.model_parallel > 1:
+    mesh = partition.make_mesh(data=options.data, model=options.model_parallel)
+  family, params = loaded.load(options.checkpoint, mesh=mesh)
+  check_decodes(family, options.checkpoint)
+  if options.prefix and not decode.is_decoder_only(family):
+    raise errors.ConfigError(
+      '--prefix is for decoder-only models; an encoder-decoder reads its '
+      'inputs so anyway.'
+    )
+  writer = texts.Writer(
+    decode.make_decoder(
+      family, length=options.length, method=method, mesh=mesh
+    ),
+    family, params, vocabulary, options.batch_size, prefix=options.prefix,
+    seed=options.seed, scored=options.scores,
+    every=options.all or getattr(method, 'samples', 1) > 1,
+  )  # fmt: skip
   settings = _settings(options, method, rows, writer)
   _answer(writer, rows, pathlib.Path(options.out), settings)
 
@@ -113,37 +146,13 @@ def _read(source):
   return texts.read(text, str(path), json_lines=path.suffix == '.jsonl')
 
 
-def _writer(options, method, vocabulary):
-  module, params = recipes.load(options.checkpoint)
-  family, mesh = models.family_of(module), None
+def check_decodes(family: models.ModelFamily, name: object) -> None:
+  """Raises a `ConfigError` for a model that says nothing."""
   if not family.decodes:
     raise errors.ConfigError(
-      f'{options.checkpoint} is a {family.model_type} model, which does not '
-      'decode: infer is for models of text.'
+      f'{name} is a {family.model_type} model, which does not decode: infer is '
+      'for models of text.'
     )
-  if options.prefix and not decode.is_decoder_only(family):
-    raise errors.ConfigError(
-      '--prefix is for decoder-only models; an encoder-decoder reads its '
-      'inputs so anyway.'
-    )
-  if options.data * options.model_parallel > 1:
-    mesh = partition.make_mesh(data=options.data, model=options.model_parallel)
-    axes = {path: spec.axes for path, spec in family.specs().items()}
-    layout = partition.shardings(mesh, params, axes, partition.standard())
-    params = jax.device_put(params, layout)
-  return texts.Writer(
-    decode.make_decoder(
-      family, length=options.length, method=method, mesh=mesh
-    ),
-    family,
-    jax.device_put(params) if mesh is None else params,
-    vocabulary,
-    options.batch_size,
-    prefix=options.prefix,
-    seed=options.seed,
-    scored=options.scores,
-    every=options.all or getattr(method, 'samples', 1) > 1,
-  )
 
 
 def _settings(options, method, rows, writer):
@@ -151,20 +160,110 @@ def _settings(options, method, rows, writer):
   vocabulary = options.vocabulary
   if vocabulary != 'bytes':
     vocabulary = checksums.SUMS.of(pathlib.Path(vocabulary).expanduser())
-  text = json.dumps(rows, ensure_ascii=False).encode()
   names = ('length', 'batch_size', 'seed', 'scores', 'all', 'prefix')
   return {
     'model': models.describe(writer.family),
     'weights': saved.fingerprint(writer.params),
     'vocabulary': vocabulary,
-    'inputs': hashlib.sha256(text).hexdigest(),
+    'inputs': _digest(rows),
     'method': {type(method).__name__: method},
     'devices': [options.data, options.model_parallel],
     **{name: getattr(options, name) for name in names},
   }
 
 
-def _answer(writer, rows, out, settings):
+def _digest(data):
+  text = json.dumps(data, ensure_ascii=False).encode()
+  return hashlib.sha256(text).hexdigest()
+
+
+def infer_task(
+  *,
+  checkpoint: os.PathLike | str,
+  mixture_or_task: Callable[[], Any] | str,
+  lengths: Mapping[str, int],
+  output_dir: os.PathLike | str,
+  split: str = 'test',
+  decoding: Mapping[str, Any] | None = None,
+  batch_size: int = 32,
+  scores: bool = False,
+  every: bool = False,
+  module: nn.Module | models.ModelFamily | None = None,
+  restore_step: int | None = None,
+  dtype: str = 'float32',
+  mesh: Mapping[str, int] | None = None,
+) -> None:
+  """Writes what a model says to every example of a task, or of a mixture's.
+
+  Each task has a file, `TASK-predict.jsonl-00000-of-00001` as in T5X, of rows
+  `{"inputs": {"inputs_pretokenized": text, ...}, "prediction": text}`. Killed,
+  the same call continues.
+
+  Args:
+    checkpoint: of any format, a run's folder, or a recipe.
+    mixture_or_task: a name registered in seqio, or what registers one.
+    lengths: tokens of `inputs`, longer ones are cut, with a warning; and of
+      `targets`: the most of an answer.
+    output_dir: where the files go.
+    split: which examples.
+    decoding: options of a way to decode, see `decode.method_and_seed`; greedy
+      by default.
+    batch_size: rows of a batch.
+    scores: adds the score of an answer, see `Writer`.
+    every: adds all answers, likewise; several samples are always told.
+    module: of a checkpoint that does not say what it is of, see `loaded.load`.
+    restore_step: of a run's folder; its last by default.
+    dtype: 'bfloat16' rounds the parameters to it.
+    mesh: sizes for `partition.make_mesh`; all devices side by side by default.
+
+  Raises:
+    UserError: a name, a split or lengths that are not there; a model that does
+      not decode, or does not know the tokens; a folder of other answers.
+  """
+  method, seed = decode.method_and_seed(decoding or {})
+  errors.check_whole('batch_size', batch_size)
+  for name in ('inputs', 'targets'):
+    errors.check_whole(f'length of {name}', lengths.get(name))
+  provider = stream.find(
+    getattr(mixture_or_task, 'name', mixture_or_task), split
+  )
+  lengths_lib.tell_cuts(provider.name, split, {'inputs': lengths['inputs']})
+  read = {
+    task: texts.of_task(task, split, lengths)
+    for task in seqio.get_subtasks(provider)
+  }
+  devices = loaded.mesh_of(mesh)
+  family, params = loaded.load(
+    checkpoint, module=module, step=restore_step, dtype=dtype, mesh=devices
+  )
+  check_decodes(family, checkpoint)
+  decoder = decode.make_decoder(
+    family, length=lengths['targets'], method=method, mesh=devices
+  )
+  settings = {
+    'model': models.describe(family), 'weights': saved.fingerprint(params),
+    'method': {type(method).__name__: method}, 'seed': seed, 'scores': scores,
+    'all': every, 'length': lengths['targets'], 'batch_size': batch_size,
+    'tasks': {task.name: _digest(each) for task, each in read.items()},
+  }  # fmt: skip
+  record = pathlib.Path(output_dir) / 'infer.json'
+  where = same_run.layout(devices or partition.make_mesh())
+  same_run.check(record, settings, where)
+  same_run.write(record, settings, where)
+  for task, (rows, tokens) in read.items():
+    out = record.with_name(f'{task.name}-predict.jsonl-00000-of-00001')
+    if out.exists():
+      print(f'{task.name} is answered: {out}', file=sys.stderr)
+      continue
+    writer = texts.Writer(
+      decoder, family, params, task.output_features['targets'].vocabulary,
+      batch_size, prefix=decode.is_decoder_only(family), seed=seed,
+      scored=scores, every=every or getattr(method, 'samples', 1) > 1,
+    )  # fmt: skip
+    _answer(writer, rows, out, {**settings, 'devices': where}, tokens)
+
+
+def _answer(writer, rows, out, settings, tokens=None):
   """Answers what is still to be answered, then writes all of it."""
   path = out.with_name(f'.{out.name}.answers.jsonl')
   journal = resume.Journal(path, 'infer', settings)
@@ -173,7 +272,7 @@ def _answer(writer, rows, out, settings):
     print(f'{len(answered)} of {len(rows)} are answered.', file=sys.stderr)
   shown = _Progress(len(rows), len(answered))
   with stop_lib.StopRequest() as stop:
-    for batch in writer.batches(rows, len(answered)):
+    for batch in writer.batches(rows, len(answered), tokens):
       journal.append(batch)
       answered += batch
       shown.at(len(answered))

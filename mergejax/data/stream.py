@@ -3,13 +3,10 @@
 """Endless training batches whose position can be saved and restored exactly."""
 
 from collections.abc import Iterator, Mapping, Sequence
-import contextlib
 import functools
 import io
 import json
-import logging
 import pathlib
-import re
 import tempfile
 from typing import Any
 import weakref
@@ -21,6 +18,7 @@ import tensorflow as tf
 
 from mergejax.core import errors
 from mergejax.data import identity
+from mergejax.data import lengths as lengths_lib
 from mergejax.data import objectives
 from mergejax.data import samples
 from mergejax.data import sources
@@ -37,10 +35,6 @@ _CONVERTERS = {
 }
 # In a saved position: what it is a position in.
 _IDENTITY = 'identity.json'
-# To see how long an example is, it is given so many times the room it has.
-_ROOM = 16
-# Examples of a table that training looks at for that.
-_LOOKED_AT = 1024
 
 
 class _CountingConverter(seqio.LMFeatureConverter):
@@ -242,7 +236,7 @@ class SeqioStream:
     return self
 
   def __next__(self) -> Batch:
-    with _reporting_bad_rows():
+    with sources.reporting_bad_rows():
       found = next(self._iterator, None)
     if found is None:  # the data repeats, unless there is none
       raise errors.DataError(
@@ -374,8 +368,8 @@ def evaluation_batches(
     check_positive('number of examples', max_examples)
     provider = samples.narrowed(provider, split, max_examples)
   if kind in ('encoder_decoder', 'prefix_lm') and not _cut_by_itself(provider):
-    _check_cuts(provider, split, lengths, max_examples, answers)
-  dataset = _plain(provider, split, lengths)
+    lengths_lib.check_cuts(provider, split, lengths, max_examples, answers)
+  dataset = samples.in_order(provider, split, lengths)
   rows = list(_read(_converter(kind, dataset), dataset, lengths, max_examples))
   if not rows:
     raise errors.DataError(
@@ -390,18 +384,12 @@ def _cut_by_itself(provider):
   )
 
 
-def _plain(provider, split, lengths):
-  return provider.get_dataset(
-    dict(lengths), split=split, shuffle=False, num_epochs=1, seed=0
-  )
-
-
 def _read(converter, dataset, lengths, most):
   """Rows of a converted dataset; the bytes of a row are summed."""
   lengths = dict(lengths)
   if isinstance(converter, _CountingConverter):
     lengths['num_bytes'] = lengths['targets']
-  with _reporting_bad_rows():
+  with sources.reporting_bad_rows():
     for row in samples.drawn(
       converter(dataset, task_feature_lengths=lengths), most
     ):
@@ -423,62 +411,3 @@ def _in_batches(rows, size):
       }
     )
   return batches
-
-
-def _check_cuts(provider, split, lengths, most, answers):
-  """Compares the tokens of every example with the room that they have."""
-  roomy = {name: _ROOM * length for name, length in lengths.items()}
-  sizes = {name: [] for name in lengths}
-  with _reporting_bad_rows():
-    dataset = _plain(provider, split, roomy).map(
-      lambda row: {name: tf.size(row[name]) for name in lengths}
-    )
-    for row in samples.drawn(dataset, most):
-      for name, size in row.items():
-        sizes[name].append(int(size))
-  for name, found in sizes.items():
-    long = [size for size in found if size > lengths[name]]
-    if not long:
-      continue
-    longest = f'{max(long)} tokens' + (
-      ' or more' if max(long) == roomy[name] else ''
-    )
-    what = (
-      f'{len(long)} of {len(found)} {name} of {provider.name}, {split}, are '
-      f'longer than {lengths[name]} tokens, the end token included'
-    )
-    if name == 'targets' and answers:
-      raise errors.DataError(
-        f'{what}. Answers that are cut off can no longer be told apart: the '
-        f'length of {name} must be at least {longest}.'
-      )
-    logging.warning('%s, and are cut. The longest has %s.', what, longest)
-
-
-def tell_cuts(
-  mixture_or_task: str, split: str, lengths: Mapping[str, int]
-) -> None:
-  """Warns of inputs and targets of tables that are cut to their lengths.
-
-  Args:
-    mixture_or_task: a name registered in seqio.
-    split: of which a sample of each table is looked at.
-    lengths: tokens per feature.
-  """
-  for task in seqio.get_subtasks(seqio.get_mixture_or_task(mixture_or_task)):
-    source = task.source
-    if isinstance(source, sources.RowSource) and source.example_a_row:
-      some = samples.narrowed(task, split, _LOOKED_AT)
-      _check_cuts(some, split, lengths, None, answers=False)
-
-
-@contextlib.contextmanager
-def _reporting_bad_rows():
-  """What a source says of a row, without TensorFlow's trail."""
-  try:
-    yield
-  except tf.errors.OpError as error:
-    found = re.search(r'DataError: (.*?)\n\s*\n?Traceback', str(error), re.S)
-    if not found:
-      raise
-    raise errors.DataError(found[1].strip()) from error
