@@ -22,6 +22,7 @@ import tqdm
 from mergejax import models
 from mergejax import partition
 from mergejax.cli import common
+from mergejax.cli import decoding_flags
 from mergejax.cli import gin_run
 from mergejax.cli import loaded
 from mergejax.cli import same_run
@@ -34,10 +35,9 @@ from mergejax.data import features
 from mergejax.data import lengths as lengths_lib
 from mergejax.data import stream
 from mergejax.evaluation import decode
+from mergejax.evaluation import positions
 from mergejax.evaluation import texts
 from mergejax.statistics import saved
-
-_METHOD = ('temperature', 'top_k', 'top_p', 'samples', 'beams', 'alpha')
 
 
 def _parser():
@@ -64,14 +64,7 @@ def _parser():
     '--length', type=int, default=64, help='most tokens of an answer'
   )
   parser.add_argument('--batch_size', type=int, default=32)
-  search = parser.add_argument_group('beam search')
-  search.add_argument('--beams', type=int, help='as many answers begun; try 4')
-  search.add_argument('--alpha', type=float, help='of the length penalty; 0.6')
-  draws = parser.add_argument_group('sampling')
-  draws.add_argument('--temperature', type=float, help='1.0; 0 is greedy')
-  draws.add_argument('--top_k', type=int, help='most likely tokens kept')
-  draws.add_argument('--top_p', type=float, help='probability kept')
-  draws.add_argument('--samples', type=int, help='answers to a row')
+  draws = decoding_flags.add(parser)
   draws.add_argument('--seed', type=int, default=0, help='of the draws')
   parser.add_argument(
     '--scores', action='store_true',
@@ -100,8 +93,7 @@ def main(arguments: Sequence[str]) -> None:
   options = _parser().parse_args(arguments)
   for name in ('length', 'batch_size'):
     errors.check_whole(f'--{name}', getattr(options, name))
-  words = {name: getattr(options, name) for name in _METHOD}
-  method = decode.method_of({n: w for n, w in words.items() if w is not None})
+  method = decoding_flags.method_of(options)
   files.check_new(options.out)
   vocabulary = features.vocabulary(options.vocabulary)
   rows = _read(options.inputs)
@@ -109,7 +101,7 @@ def main(arguments: Sequence[str]) -> None:
   if options.data * options.model_parallel > 1:
     mesh = partition.make_mesh(data=options.data, model=options.model_parallel)
   family, params = loaded.load(options.checkpoint, mesh=mesh)
-  check_decodes(family, options.checkpoint)
+  positions.check_decodes(family, options.checkpoint)
   if options.prefix and not decode.is_decoder_only(family):
     raise errors.ConfigError(
       '--prefix is for decoder-only models; an encoder-decoder reads its '
@@ -144,15 +136,6 @@ def _read(source):
   except UnicodeDecodeError as error:
     raise errors.DataError(f'{path} is not UTF-8 text: {error}.') from error
   return texts.read(text, str(path), json_lines=path.suffix == '.jsonl')
-
-
-def check_decodes(family: models.ModelFamily, name: object) -> None:
-  """Raises a `ConfigError` for a model that says nothing."""
-  if not family.decodes:
-    raise errors.ConfigError(
-      f'{name} is a {family.model_type} model, which does not decode: infer is '
-      'for models of text.'
-    )
 
 
 def _settings(options, method, rows, writer):
@@ -236,7 +219,7 @@ def infer_task(
   family, params = loaded.load(
     checkpoint, module=module, step=restore_step, dtype=dtype, mesh=devices
   )
-  check_decodes(family, checkpoint)
+  positions.check_decodes(family, checkpoint)
   decoder = decode.make_decoder(
     family, length=lengths['targets'], method=method, mesh=devices
   )

@@ -139,25 +139,48 @@ def batch_of(
   # One place more, where the answer of a decoder-only model begins.
   longest = max(map(len, tokens)) + int(plain)
   width = max(_NARROWEST, 1 << (longest - 1).bit_length())
-  given = np.zeros((rows, width), np.int32)
-  real = np.zeros((rows, width), np.int32)
-  marks = np.zeros((rows, width), np.int32)
-  for i, ids in enumerate(tokens):
-    given[i, : len(ids)] = ids
-    real[i, len(ids) if plain else 0] = 1
-    marks[i, : len(ids) + 1] = 1
-  if not plain:
+  inputs = np.zeros((rows, width), np.int32)
+  for row, ids in zip(inputs, tokens):
+    row[: len(ids)] = ids
+  return as_batch(family, inputs, np.arange(rows) < len(tokens), prefix=prefix)
+
+
+def as_batch(
+  family: models.ModelFamily,
+  inputs: Any,
+  answered: Any,
+  *,
+  prefix: bool = False,
+) -> dict[str, Any]:
+  """Inputs as a batch that a family takes; of NumPy's arrays, or traceable.
+
+  Args:
+    family: of the model.
+    inputs: `<int32>[rows, width]` tokens, 0 after their end; of a decoder-only
+      model, with room for one more.
+    answered: `<bool>[rows]`, False where a row only fills the batch.
+    prefix: see `batch_of`.
+  """
+  xp = inputs.__array_namespace__()
+  real = answered.astype(inputs.dtype)[:, None]
+  if not decode.is_decoder_only(family):
     return {
-      'encoder_input_tokens': given,
-      'decoder_input_tokens': np.zeros((rows, 1), np.int32),
-      'decoder_target_tokens': real[:, :1],
+      'encoder_input_tokens': inputs,
+      'decoder_input_tokens': xp.zeros_like(real),
+      'decoder_target_tokens': real,
     }
+  places = np.arange(inputs.shape[1], dtype=np.int32)[None]
+  count = (inputs > 0).astype(inputs.dtype).sum(axis=1, keepdims=True)
+  begins = (places == count).astype(inputs.dtype) * real
   batch = {
-    'decoder_input_tokens': np.pad(given, ((0, 0), (1, 0)))[:, :-1],
-    'decoder_target_tokens': given + real,
-    'decoder_loss_weights': real,
+    'decoder_input_tokens': xp.pad(inputs, ((0, 0), (1, 0)))[:, :-1],
+    'decoder_target_tokens': inputs + begins,
+    'decoder_loss_weights': begins,
   }
-  return {**batch, 'decoder_causal_attention': marks} if prefix else batch
+  if prefix:
+    marks = (places <= count).astype(inputs.dtype) * real
+    batch['decoder_causal_attention'] = marks
+  return batch
 
 
 @dataclasses.dataclass(frozen=True)

@@ -113,7 +113,7 @@ class LMFamily(TextFamily):
   decodes = True
 
   def init_cache(self, params, batch, length):
-    rows = len(batch['decoder_input_tokens'])
+    rows = batch['decoder_input_tokens'].shape[0]
     empty = jnp.ones((rows, length), jnp.int32)
     shapes = jax.eval_shape(
       lambda: self.module.init(

@@ -220,7 +220,7 @@ class Attention(nn.Module):
       value = self.get_variable('encoded', 'value')
       layout = 'bhdk'
       # Answers to one row share its keys, as its queries.
-      query = query.reshape(len(key), -1, self.num_heads, self.head_dim)
+      query = query.reshape(key.shape[0], -1, self.num_heads, self.head_dim)
     else:
       key = project('key', keys_values)
       value = project('value', keys_values)
