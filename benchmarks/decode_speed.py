@@ -22,7 +22,6 @@ from collections.abc import Callable
 import json
 import os
 import pathlib
-import platform
 import subprocess
 import sys
 import tempfile
@@ -30,6 +29,7 @@ import time
 
 import jax
 import numpy as np
+import train_step
 
 from mergejax import models
 from mergejax.core import tree
@@ -219,23 +219,7 @@ def measure(size: str, options: argparse.Namespace) -> dict:
 
 def machine(options: argparse.Namespace) -> dict:
   """What the numbers were measured on, and with."""
-  model = platform.processor()
-  cpuinfo = pathlib.Path('/proc/cpuinfo')
-  if cpuinfo.exists():
-    names = [
-      line.split(':')[1].strip()
-      for line in cpuinfo.read_text().splitlines()
-      if line.startswith('model name')
-    ]
-    model = names[0] if names else model
-  found = {
-    'device': jax.devices()[0].device_kind,
-    'processor': model,
-    'cores': os.cpu_count(),
-    'load': round(os.getloadavg()[0], 1),
-    'python': platform.python_version(),
-    'jax': jax.__version__,
-  }
+  found = {**train_step.machine(), 'load': round(os.getloadavg()[0], 1)}
   if options.torch:
     text = (
       'import torch, transformers as t; print(torch.__version__, t.__version__)'

@@ -4,8 +4,8 @@
 
 The TPU compiler runs here, without a TPU: every case is compiled for all chips
 of a slice, and its memory, collectives, operations and least time are read off
-the compiled program. Cases are compiled one after the other, a minute or two
-each; those that the JSON has already are left out.
+the compiled program. Cases are compiled one after the other, a merge in minutes
+and a step in up to half an hour; those that the JSON has already are left out.
 
 Needs: pip install 'mergejax[tpu]'.
 
@@ -161,25 +161,31 @@ def table(head: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def summary(done: dict) -> list[str]:
-  """A row a case: memory, and the time that at least passes."""
+  """A row a case: memory, and the time that at least passes.
+
+  Rows without the processor's time were compiled when main memory was counted
+  wrongly: its time and the bound are left out.
+  """
   rows = []
   for name, found in done.items():
     mesh = ', '.join(f'{n} {s}' for n, s in found['mesh'].items() if s > 1)
     held = sum(found['held'].values())
-    seconds = found['seconds']
-    times = ['compute', 'memory', 'network']
+    cells = {n: milliseconds(s) for n, s in found['seconds'].items()}
+    cells['bound'] = found['bound'] or ''
+    if 'compile_cpu_s' not in found:
+      cells |= {'memory': '', 'bound': ''}
     rows.append([
       name, mesh, gib(held), gib(found['temporaries']), gib(found['total']),
       gib(found['memory']), 'yes' if found['fits'] else '**no**',
-      *(milliseconds(seconds[each]) if seconds else '' for each in times),
-      found['bound'] or '',
-        f'{found["compile_s"]:.0f}',
-        f'{found["compile_cpu_s"]:.0f}' if 'compile_cpu_s' in found else '',
+      *(cells.get(n, '') for n in ('compute', 'memory', 'network', 'bound')),
+      f'{found["compile_s"]:.0f}',
+      f'{found["compile_cpu_s"]:.0f}' if 'compile_cpu_s' in found else '',
     ])  # fmt: skip
   return table(
     [
-      'what', 'mesh', 'held', 'temporaries', 'all', 'of', 'fits', 'compute',
-      'memory', 'network', 'bound', 'compiled in', 'of a processor',
+      'what', 'mesh', 'held GiB', 'temporaries GiB', 'all GiB', 'of GiB', 'fits',
+      'compute ms', 'main memory ms', 'network ms', 'bound', 'compiling s',
+      'processor s',
     ],
     rows,
   )  # fmt: skip

@@ -21,7 +21,7 @@ from mergejax.checkpoints import checkpoint
 from mergejax.core import errors
 from mergejax.core import tree as tree_lib
 from mergejax.data import features
-from mergejax.data import stream as stream_lib
+from mergejax.data import splits
 from mergejax.data import tasks
 from mergejax.training import arrays
 from mergejax.training import step as step_lib
@@ -81,7 +81,7 @@ def _raw(name: str, split: str, prompt: str) -> dict[str, np.ndarray]:
     vocabulary=features.vocabulary(tasks.locate(VOCABULARY)),
     by_content=True,
   )
-  batches = stream_lib.evaluation_batches(
+  batches = splits.batches(
     task.name,
     lengths=LENGTHS,
     batch_size=256,
@@ -100,7 +100,7 @@ def _corpus(name: str) -> np.ndarray:
     vocabulary=features.vocabulary(tasks.locate(VOCABULARY)),
     by_content=True,
   )
-  batches = stream_lib.evaluation_batches(
+  batches = splits.batches(
     task.name,
     lengths={'targets': LENGTHS['inputs'] - 8},
     batch_size=256,

@@ -157,6 +157,7 @@ def make_mesh(
   expert: int = 1,
   model: int = 1,
   devices: Sequence[Any] | None = None,
+  **unknown: Any,
 ) -> jax.sharding.Mesh:
   """Builds the mesh `(branch, data, expert, model)`.
 
@@ -166,6 +167,7 @@ def make_mesh(
     expert: expert parallelism of mixture-of-experts layers.
     model: tensor parallelism.
     devices: defaults to all devices of all processes.
+    **unknown: axes that a mesh does not have; see below.
 
   Returns:
     A mesh whose axes are `Auto`: the compiler propagates shardings from those
@@ -173,8 +175,9 @@ def make_mesh(
     between them, then `data`; what an expert shares stays inside a slice.
 
   Raises:
-    UserError: the sizes do not multiply to the number of devices, or branch
-      and data cannot cross the slices that these are of.
+    UserError: an axis of another name, a size that is no whole number, sizes
+      that do not multiply to the number of devices, or branch and data that
+      cannot cross the slices that these are of.
 
   Example:
     >>> dict(make_mesh(devices=jax.devices()[:1]).shape)
@@ -182,11 +185,16 @@ def make_mesh(
   """
   devices = list(jax.devices() if devices is None else devices)
   sizes = dict(branch=branch, data=data, expert=expert, model=model)
+  for name in unknown:
+    raise errors.ConfigError(errors.near(name, AXES, 'mesh axis'))
+  for name, size in sizes.items():
+    if size != -1:
+      errors.check_whole(f'Mesh axis {name}', size)
   fixed = math.prod(size for size in sizes.values() if size != -1)
   free = [name for name, size in sizes.items() if size == -1]
   if (
     len(free) > 1
-    or len(devices) % max(fixed, 1)
+    or len(devices) % fixed
     or (not free and fixed != len(devices))
   ):
     raise errors.ConfigError(

@@ -11,6 +11,7 @@ import dataclasses
 import jax
 import numpy as np
 from reference import merging as oracles
+from reference import spheres
 
 from mergejax.core import tree as tree_lib
 from mergejax.merging import in_memory
@@ -86,19 +87,19 @@ ROWS = (
     Row('sce', {}, oracles.sce, weights=None, gathered=True),
     Row('sce', {'select_topk': 0.5}, oracles.sce, weights=None, gathered=True,
         **TRIMMED),
-    Row('slerp', {'t': 0.3}, oracles.slerp, **PAIR),
-    Row('nuslerp', {}, oracles.nuslerp, models=2, weights=(0.5, 2.0)),
-    Row('nuslerp', {'flatten': False}, oracles.nuslerp, models=2,
+    Row('slerp', {'t': 0.3}, spheres.slerp, **PAIR),
+    Row('nuslerp', {}, spheres.nuslerp, models=2, weights=(0.5, 2.0)),
+    Row('nuslerp', {'flatten': False}, spheres.nuslerp, models=2,
         weights=(0.5, 2.0), base=True, gathered=True),
     Row('nuslerp', {'flatten': False, 'axis': 'input_feature'},
-        oracles.nuslerp, models=2, weights=(0.5, 2.0), gathered=True),
-    Row('multislerp', {}, oracles.multislerp),
-    Row('multislerp', {'normalize_weights': False}, oracles.multislerp,
+        spheres.nuslerp, models=2, weights=(0.5, 2.0), gathered=True),
+    Row('multislerp', {}, spheres.multislerp),
+    Row('multislerp', {'normalize_weights': False}, spheres.multislerp,
         base=True, moves_copies=True),
-    Row('karcher', {}, oracles.karcher, weights=None, tolerance=4e-6),
-    Row('model_stock', {}, oracles.model_stock, weights=None),
+    Row('karcher', {}, spheres.karcher, weights=None, tolerance=4e-6),
+    Row('model_stock', {}, spheres.model_stock, weights=None),
     Row('model_stock', {'filter_wise': True, 'clamp_t': True},
-        oracles.model_stock, weights=None, gathered=True),
+        spheres.model_stock, weights=None, gathered=True),
     Row('nearswap', {'t': 0.2}, oracles.nearswap, **PAIR),
     Row('arcee_fusion', {}, oracles.arcee_fusion, **PAIR),
     Row('ram', {'epsilon': 0.5}, oracles.ram, weights=None, moves_copies=True),

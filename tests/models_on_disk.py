@@ -6,9 +6,11 @@ import json
 import pathlib
 import shutil
 
+from absl.testing import parameterized
 import numpy as np
 
 import mergejax as mj
+from mergejax.core import tree as tree_lib
 
 
 def llama(rng, dtype=np.float32, *, vocab=40, width=12, layers=3, tied=False):
@@ -68,3 +70,32 @@ def statistics(kind, model, rng):
       gram = (inputs.T @ inputs / 50).astype(np.float32)
       result[path] = {'gram': gram}
   return result
+
+
+class TestCase(parameterized.TestCase):
+  """Three decoders on disk, `base`, `a` and `b`, and recipes of them."""
+
+  def setUp(self):
+    super().setUp()
+    self.folder = pathlib.Path(self.create_tempdir().full_path)
+    rng = np.random.default_rng(0)
+    self.models = {}
+    for name in ('base', 'a', 'b'):
+      self.models[name] = llama(rng)
+      save(self.folder / name, self.models[name])
+
+  def path(self, name):
+    return str(self.folder / name)
+
+  def recipe(self, method='linear', names=('a', 'b'), base=None, **more):
+    recipe = {
+      'merge_method': method,
+      'models': [{'model': self.path(n)} for n in names],
+    }
+    if base:
+      recipe['base_model'] = self.path(base)
+    return {**recipe, **more}
+
+  def merged(self, recipe, name='out'):
+    mj.execute(mj.plan(recipe), self.folder / name)
+    return tree_lib.flatten(mj.open_checkpoint(self.folder / name).read())

@@ -2,10 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Meshes, and what lies where on them."""
 
-import dataclasses
-
 from absl.testing import absltest
 from absl.testing import parameterized
+import described_chips
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
@@ -30,6 +29,12 @@ class MeshTest(absltest.TestCase):
     for wrong in (dict(branch=3), dict(data=2), dict(branch=-1, data=-1)):
       with self.assertRaisesRegex(errors.UserError, '8 device'):
         partition.make_mesh(**wrong)
+    for wrong, message in (
+      (dict(date=2), "Did you mean 'data'"), (dict(model=-2), 'model.* -2'),
+      (dict(branch=-1, data=0), 'data.* 0'), (dict(data='8'), "data.* '8'"),
+    ):  # fmt: skip
+      with self.assertRaisesRegex(errors.ConfigError, message):
+        partition.make_mesh(**wrong)
 
   def test_rules(self):
     mesh = partition.make_mesh(data=2, model=4)
@@ -43,26 +48,13 @@ class MeshTest(absltest.TestCase):
       spec(('embd',))
 
 
-@dataclasses.dataclass(frozen=True)
-class Chip:
-  """As much of a described device as a mesh looks at."""
-
-  id: int
-  slice_index: int
-  platform: str = 'described'
-  device_kind: str = 'described'
-  process_index: int = 0
-
-
 class SlicesTest(parameterized.TestCase):
-  chips = [Chip(i, i // 4) for i in range(16)]
-
   @parameterized.parameters(
     (dict(branch=4, data=4), 1), (dict(branch=2, data=4, model=2), 2),
     (dict(data=8, model=2), 4), (dict(branch=8, model=2, data=1), 1),
   )  # fmt: skip
   def test_branch_goes_over_slices_first(self, sizes, data_over):
-    mesh = partition.make_mesh(devices=self.chips[::-1], **sizes)
+    mesh = partition.make_mesh(devices=described_chips.CHIPS[::-1], **sizes)
     self.assertEqual(
       dict(mesh.shape), dict(branch=1, expert=1, model=1) | sizes
     )
@@ -78,7 +70,9 @@ class SlicesTest(parameterized.TestCase):
     with self.assertRaisesRegex(
       errors.UserError, '4 slices must divide branch x data'
     ):
-      partition.make_mesh(devices=self.chips, branch=1, data=2, model=8)
+      partition.make_mesh(
+        devices=described_chips.CHIPS, branch=1, data=2, model=8
+      )
 
 
 class SpecTest(parameterized.TestCase):

@@ -20,7 +20,6 @@ STATES = 61
 @dataclasses.dataclass(frozen=True)
 class Config:
   vocab_size: int = 6
-  scan_layers: bool = False
 
 
 class Table(nn.Module):

@@ -3,6 +3,7 @@
 """Which parameter of a checkpoint goes where in a model: rules over names."""
 
 from collections.abc import Collection, Sequence
+import re
 
 from mergejax.core import errors
 from mergejax.core import tree
@@ -10,6 +11,18 @@ from mergejax.core import typing
 
 # `(regular expression over the model's names, the checkpoint's name or None)`.
 Rules = Sequence[tuple[str, str | None]]
+
+
+def check_rules(rules: Rules) -> None:
+  """Raises a `ConfigError` for what is no list of pairs, such as one pair."""
+  for rule in rules:
+    match rule:
+      case (str(), str() | None):
+        continue
+    raise errors.ConfigError(
+      'Restore rules are a list of pairs, [(NAME, STORED NAME or None), ...], '
+      f'not {rules!r}: {rule!r} is no such pair.'
+    )
 
 
 def assign(
@@ -39,15 +52,16 @@ def assign(
     `{the model's name: the stored name, or None for a fresh one}`.
 
   Raises:
-    ConfigError: a rule that matches nothing first, or whose replacement is no
-      name that is stored.
-    StructureError: a parameter that nothing is found for.
+    ConfigError: see `check_rules`; a rule that matches nothing first, or whose
+      replacement is no name that is stored.
+    StructureError: nothing is found for a parameter, or all would be fresh.
 
   Example:
     >>> rules = [(r'decoder/(.*)', r'old_decoder/\1'), ('head', None)]
     >>> assign(['decoder/w', 'head', 'b'], ['old_decoder/w', 'b'], rules)
     {'decoder/w': 'old_decoder/w', 'head': None, 'b': 'b'}
   """
+  check_rules(rules)
   compiled = [
     (tree.expression(pattern, 'restore rule'), to) for pattern, to in rules
   ]
@@ -76,6 +90,13 @@ def assign(
       'with a rule (NAME, STORED NAME) or (NAME, None); or set '
       'fallback_to_scratch=True, and all that are missing are fresh.'
     )
+  if all(source is None for source in found.values()):
+    raise errors.StructureError(
+      f'Nothing of {name} would be used: all {len(wanted)} parameters would be '
+      f'fresh. Names there begin with:\n{errors.listed(list(stored), 5)}\nThose '
+      f'of the model with:\n{errors.listed(list(wanted), 5)}\nSay by restore '
+      'rules what is where, or start without a checkpoint.'
+    )
   return {path: found[path] for path in wanted}
 
 
@@ -84,12 +105,7 @@ def _source(match, replacement, rule, stored, name):
     return None
   try:
     source = match.expand(replacement)
-  except (IndexError, ValueError) as error:  # re.error is a ValueError
-    raise errors.ConfigError(
-      f'The restore rule {tuple(rule)} names a group that its expression does '
-      f'not have: {error}.'
-    ) from error
-  except Exception as error:
+  except (IndexError, re.error) as error:
     raise errors.ConfigError(
       f'The restore rule {tuple(rule)} has no valid replacement: {error}.'
     ) from error

@@ -23,7 +23,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 from jax.experimental import multihost_utils
-import optax
 
 from mergejax import models
 from mergejax import partition
@@ -88,9 +87,7 @@ class Settings:
   """
 
   module: nn.Module
-  optimizer: (
-    optax.GradientTransformation | Callable[..., optax.GradientTransformation]
-  )
+  optimizer: optim.OptimizerLike
   model_dir: os.PathLike | str
   seed_steps: int
   branch_steps: int

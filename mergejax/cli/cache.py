@@ -10,16 +10,25 @@ with `train.train_model.cache_dir = DIR`, and so do T5X and seqio.
 
 import argparse
 from collections.abc import Sequence
+import functools
 import importlib
+import re
+import threading
 
 import seqio
 import tensorflow as tf
 
 from mergejax.cli import common
 from mergejax.core import errors
+from mergejax.data import cached
 from mergejax.data import features
 from mergejax.data import t5_tasks
 from mergejax.data import tfds_sets
+
+# Held while a machine of the runner, which has many threads, registers a task.
+_REGISTERING = threading.Lock()
+# What a pipeline that did not end leaves in the folder of its task.
+_LEFT = re.compile(r'beam-temp-.*|(info|stats)\..*\.json|.*\.tfrecord-.*')
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -27,22 +36,51 @@ def main(arguments: Sequence[str]) -> None:
   options = _parser().parse_args(arguments)
   errors.check_whole('--shards', options.shards)
   tasks = _tasks(options)
-  beam = _beam()
-  folder = options.out.rstrip('/')
+  waiting = []
   for task in tasks:
     out = seqio.get_task_dir_from_name(task.name)
-    out = f'{folder}/{out}'
-    if tf.io.gfile.exists(f'{out}/COMPLETED'):
+    out = f'{options.out.rstrip("/")}/{out}'
+    splits = [s for s in task.splits if s in (options.split or task.splits)]
+    if _is_there(task, splits, out):
       print(f'{task.name}: is in {out} already')
-      continue
+    else:
+      waiting.append((task, splits, out))
+  beam = _beam() if waiting else None
+  for task, splits, out in waiting:
     if tf.io.gfile.exists(out):
       tf.io.gfile.rmtree(out)  # of a run that did not end
-    splits = [s for s in task.splits if s in (options.split or task.splits)]
     _write(beam, task, splits, out, options)
     # Readers look for this file: it comes last.
     with tf.io.gfile.GFile(f'{out}/COMPLETED', 'w') as file:
       file.write('')
     print(f'{task.name}: {", ".join(splits)} in {out}')
+
+
+def _is_there(task, splits, out) -> bool:
+  """Whether a folder has splits of a task already; else it may be written.
+
+  Raises:
+    DataError: it has other splits of it, tokens of another vocabulary, or what
+      is no cache at all.
+  """
+  if not tf.io.gfile.exists(f'{out}/COMPLETED'):
+    found = tf.io.gfile.listdir(out) if tf.io.gfile.exists(out) else []
+    foreign = [n for n in found if not _LEFT.fullmatch(n.rstrip('/'))]
+    if foreign:
+      raise errors.DataError(
+        f'{out} would be written anew, but has {errors.some(sorted(foreign))}, '
+        'which is no part of a cache: give another --out.'
+      )
+    return False
+  for split in splits:
+    if not tf.io.gfile.exists(seqio.get_cached_stats_path(out, split)):
+      raise errors.DataError(
+        f'The cache of {task.name} in {out} has no split {split!r}, and none '
+        'is added to a cache: remove it, or give another --out, and ask for '
+        'all splits that you need at once.'
+      )
+    cached.check_tokens(task, out, split)
+  return True
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -140,6 +178,15 @@ def _beam():
     ) from error
 
 
+def _prepare(modules, name, vocabulary, extra_ids):
+  """Registers a task on a machine of the runner: yours, or of T5's suite."""
+  with _REGISTERING:
+    for module in modules:
+      importlib.import_module(module)
+    if name not in seqio.TaskRegistry.names() and name in t5_tasks.TASKS:
+      t5_tasks.add(name, vocabulary=features.vocabulary(vocabulary, extra_ids))
+
+
 def _write(beam_utils, task, splits, out, options):
   """Runs the pipeline of one task to its end."""
   beam = importlib.import_module('apache_beam')
@@ -149,8 +196,12 @@ def _write(beam_utils, task, splits, out, options):
   with beam.Pipeline(options=pipeline_options) as pipeline:
     for split in splits:
       read = beam_utils.PreprocessTask(
-        task, split, modules_to_import=options.worker_import
-      )
+        task, split,
+        setup_fn=functools.partial(
+          _prepare, options.worker_import, task.name, options.vocabulary,
+          options.extra_ids,
+        ),
+      )  # fmt: skip
       # It also shuffles the examples over the files.
       examples = (
         pipeline | f'{split} read' >> read | f'{split} mix' >> beam.Reshuffle()

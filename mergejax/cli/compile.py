@@ -43,8 +43,9 @@ _UNUSED = (
 # The devices of this machine, instead of a described slice.
 HERE = 'here'
 
-# `rows -> work`, and the slices that rows must divide over.
-Made = tuple[Callable[[int], work_lib.Work], trainer_lib.Trainer, int]
+# `rows -> work`, the trainer of it, the rows of a batch, and the parts that a
+# batch is worked through in.
+Made = tuple[Callable[[int], work_lib.Work], trainer_lib.Trainer, int, int]
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -56,7 +57,16 @@ def main(arguments: Sequence[str]) -> None:
       'mergejax compile needs --gin_file=FILE, or --recipe=RECIPE, and not '
       'both.'
     )
+  if options.recipe:
+    _refuse(
+      options, 'a recipe', 'phase', 'experts', 'largest_batch', 'skip_init'
+    )
   topology = '' if options.topology == HERE else options.topology
+  if not topology and (options.slices != 1 or options.largest_batch):
+    raise errors.ConfigError(
+      f'--slices and --largest_batch need a described --topology: {HERE!r} is '
+      'the devices of this machine as they are, and their memory is not known.'
+    )
   devices = None
   if topology:
     jax.config.update('jax_platforms', 'cpu')
@@ -99,8 +109,8 @@ def _parser():
     '--mesh', help='instead of that of the run: data=32,model=8'
   )
   parser.add_argument(
-    '--phase', default='experts', choices=('seed', 'experts', 'dense'),
-    help='of a run of Branch-Train-Merge',
+    '--phase', choices=('seed', 'experts', 'dense'),
+    help='of a run of Branch-Train-Merge; experts by default',
   )  # fmt: skip
   parser.add_argument(
     '--experts', type=int, metavar='K',
@@ -122,6 +132,7 @@ def _of_run(options, devices, sizes, where):
   job = gin.get_bindings(train.run, resolve_references=False).get('job')
   function = getattr(getattr(job, 'configurable', None), 'wrapped', None)
   if function is train.train_model:
+    _refuse(options, 'a run of train.train_model', 'phase', 'experts')
     made = _train_model(_bound(job), devices, sizes)
   elif function is branch_train_merge.run:
     settings = _resolved(_bound(job)['settings'])
@@ -133,24 +144,30 @@ def _of_run(options, devices, sizes, where):
       f'branch_train_merge.run, not {job}: compile your own trainer with '
       '`mergejax.pods.work.training_step`.'
     )
-  make, trainer, rows = made
+  make, trainer, rows, parts = made
   report = compiler.report(make(rows), **where)
   if options.largest_batch:
-    report = _with_largest(report, make, trainer, where)
+    report = _with_largest(report, make, trainer, parts, where)
   if options.skip_init:
     return [report]
   return [report, compiler.report(work_lib.fresh_state(trainer), **where)]
 
 
-def _with_largest(report, make, trainer, where):
-  if report.memory is None:
+def _refuse(options, job, *names):
+  """Raises if options are given that a job has no use for."""
+  given = [f'--{n}' for n in names if getattr(options, n) not in (None, False)]
+  if given:
     raise errors.ConfigError(
-      f'The memory of {report.topology} devices is not known: --largest_batch '
-      'needs a described --topology.'
+      f'{" and ".join(given)} would change nothing for {job}: compile without.'
     )
-  slices = math.prod(trainer.mesh.shape[axis] for axis in ('data', 'expert'))
+
+
+def _with_largest(report, make, trainer, parts, where):
+  slices = [trainer.mesh.shape[axis] for axis in ('data', 'expert')]
   rows, second = compiler.largest_rows(
-    report, lambda rows: compiler.report(make(rows), **where), slices
+    report,
+    lambda rows: compiler.report(make(rows), **where),
+    parts * math.prod(slices),
   )
   return report.with_largest(rows, second.rows)
 
@@ -182,21 +199,25 @@ def _train_model(arguments: Mapping[str, Any], devices, sizes) -> Made:
     freeze=get('freeze'),
     accumulate=get('accumulate'),
     clip=get('clip'),
+    allow_float16=get('allow_float16'),
   )
   lengths = stream_lib.batch_lengths(
     get('lengths'), kind=get('kind'), pack=get('pack')
   )
-  return _maker(trainer, lengths, get('steps')), trainer, get('batch_size')
+  make = _maker(trainer, lengths, get('steps'))
+  return make, trainer, get('batch_size'), get('accumulate')
 
 
 def _branch_train_merge(
   settings: branch_train_merge.Settings, options, devices, sizes
 ) -> Made:
   """The trainer of one phase of Branch-Train-Merge, on described devices."""
-  experts = options.experts or len(_domains(settings))
+  experts = options.experts
+  if experts is None:
+    experts = len(_domains(settings))
+  errors.check_whole('--experts', experts)
   if sizes is not None:
     side_by_side = single = partition.make_mesh(devices=devices, **sizes)
-    branch.check_experts(experts, side_by_side)
   else:
     side_by_side, single = branch_train_merge.make_meshes(
       settings, experts, devices
@@ -212,7 +233,7 @@ def _branch_train_merge(
   }
   model = settings.module, train.optimizer_of(settings.optimizer, total)
   rows = settings.batch_size
-  if options.phase == 'experts':
+  if options.phase in (None, 'experts'):
     names = [f'expert {i}' for i in range(experts)]
     trainer = branch.BranchTrainer(
       *model, experts=names, mesh=side_by_side, **shared
@@ -223,7 +244,8 @@ def _branch_train_merge(
   lengths = stream_lib.batch_lengths(
     {'targets': settings.length}, kind='lm', pack=False
   )
-  return _maker(trainer, lengths, total), trainer, rows
+  make = _maker(trainer, lengths, total)
+  return make, trainer, rows, settings.accumulate
 
 
 def _maker(trainer, lengths, steps):

@@ -7,8 +7,6 @@ import argparse
 from mergejax.evaluation import decode
 from mergejax.evaluation import positions
 
-_WORDS = ('temperature', 'top_k', 'top_p', 'samples', 'beams', 'alpha')
-
 
 def add(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
   """Adds the flags; returns the group of those of sampling."""
@@ -29,5 +27,5 @@ def method_of(options: argparse.Namespace) -> positions.Method:
   Raises:
     ConfigError: see `decode.method_of`.
   """
-  words = {name: getattr(options, name) for name in _WORDS}
+  words = {name: getattr(options, name) for name in decode.OPTIONS}
   return decode.method_of({n: w for n, w in words.items() if w is not None})

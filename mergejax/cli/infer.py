@@ -32,7 +32,7 @@ from mergejax.core import files
 from mergejax.core import resume
 from mergejax.core import stop as stop_lib
 from mergejax.data import features
-from mergejax.data import lengths as lengths_lib
+from mergejax.data import splits
 from mergejax.data import stream
 from mergejax.evaluation import decode
 from mergejax.evaluation import positions
@@ -210,7 +210,7 @@ def infer_task(
   provider = stream.find(
     getattr(mixture_or_task, 'name', mixture_or_task), split
   )
-  lengths_lib.tell_cuts(provider.name, split, {'inputs': lengths['inputs']})
+  splits.tell_cuts(provider.name, split, {'inputs': lengths['inputs']})
   read = {
     task: texts.of_task(task, split, lengths)
     for task in seqio.get_subtasks(provider)

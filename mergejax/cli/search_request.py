@@ -366,11 +366,7 @@ def _check_models(request):
 
 def _check_layers(path):
   """Raises if the layers of a checkpoint cannot have their own coefficients."""
-  if models_lib.is_converted(path):
-    raise errors.ConfigError(
-      f'{path} has the names of Hugging Face, which the layers of a search do '
-      f'not match. Convert it first: `mergejax convert {path} DST`.'
-    )
+  models_lib.check_not_converted(path)
   try:
     base_lib.check_unstacked(checkpoint.open_checkpoint(path).specs())
   except errors.UserError as error:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import dataclasses
 import os
 import pathlib
+import sys
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +27,7 @@ RESTORE = ('params', 'state')
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-  """What a run starts from; a run that goes on in its folder ignores it.
+  """What a run starts from; one that goes on in its folder only compares it.
 
   Attributes:
     checkpoint: any that `models.load_params` reads, or a run's folder; None:
@@ -51,6 +52,7 @@ class Start:
       raise errors.ConfigError(
         errors.near(self.restore, RESTORE, 'value of restore')
       )
+    assignment.check_rules(self.rules or ())
     changed = self.described()
     if self.checkpoint is None and changed:
       raise errors.ConfigError(
@@ -93,7 +95,7 @@ class Start:
     """
     path = self.checkpoint
     if path is None:
-      return Begin(None, None)
+      return Begin(None, None, '')
     if self.rules is None and checkpoint.read_config(path) is not None:
       architectures.check(
         {
@@ -104,7 +106,7 @@ class Start:
         # Tables are copied to every layer, or must be alike.
         ignored=('relative_per_layer',),
       )
-    read = models.fit_params(
+    fit = models.fit_params(
       path,
       module,
       rules=self.rules,
@@ -114,7 +116,7 @@ class Start:
     store = None
     if self.restore == 'state':
       store = checkpoint.open_state(path)
-    return Begin(read, store)
+    return Begin(fit.read, store, _partly(fit, path))
 
   def fingerprint(self) -> str | None:
     """Of the checkpoint's weights; None for fresh parameters."""
@@ -123,16 +125,28 @@ class Start:
     return saved.fingerprint(checkpoint.open_checkpoint(self.checkpoint))
 
 
+def _partly(fit, path):
+  """What a restore in part leaves out, as a sentence; '' for a whole one."""
+  parts = []
+  if fit.fresh:
+    parts.append(f'{len(fit.fresh)} begin fresh ({errors.some(fit.fresh)})')
+  if fit.left:
+    parts.append(f'{len(fit.left)} stay there ({errors.some(fit.left)})')
+  return f'{path} is restored in part: {"; ".join(parts)}.' if parts else ''
+
+
 class Begin(NamedTuple):
   """What begins a run.
 
   Attributes:
     read: `(key) -> parameters`; None: fresh ones.
     store: of the moments and the step number; None: of step 0, without any.
+    partly: what is not restored, as a sentence; empty: nothing.
   """
 
   read: Callable[[jax.Array], typing.Tree] | None
   store: store_base.ParamStore | None
+  partly: str
 
   def arguments(
     self,
@@ -142,6 +156,8 @@ class Begin(NamedTuple):
     directory: pathlib.Path | None = None,
   ) -> dict[str, Any]:
     """What `trainer.fit` begins with: nothing, `params` or `state`.
+
+    The first process prints what is not restored.
 
     Args:
       trainer: of the run.
@@ -154,6 +170,8 @@ class Begin(NamedTuple):
     )
     if self.read is None or goes_on:
       return {}
+    if self.partly and jax.process_index() == 0:
+      print(self.partly, file=sys.stderr)
     params = self.read(key)
     if self.store is None:
       return {'params': params}

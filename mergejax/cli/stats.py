@@ -136,13 +136,7 @@ def _norms(options):
 
 
 def _collect(options):
-  if models.is_converted(options.model):
-    # Statistics are named as the parameters they are of.
-    raise errors.CheckpointError(
-      f'{options.model} has the names of Hugging Face, whose kernels lie '
-      'transposed. Convert it first, and merge what was converted: `mergejax '
-      f'convert {options.model} DST`.'
-    )
+  models.check_not_converted(options.model)
   module, params = models.load_model(options.model)
   by_task = _batches(options, module)
   batches = [batch for several in by_task.values() for batch in several]

@@ -28,8 +28,8 @@ from mergejax.cli import same_run
 from mergejax.cli import start as start_lib
 from mergejax.core import errors
 from mergejax.core import files as files_lib
-from mergejax.data import lengths as lengths_lib
 from mergejax.data import mixtures
+from mergejax.data import splits
 from mergejax.data import stream as stream_lib
 from mergejax.data import task_ids
 from mergejax.training import batches
@@ -87,9 +87,7 @@ def trainer_callbacks(
 def train_model(
   *,
   module: nn.Module | models.ModelFamily,
-  optimizer: (
-    optax.GradientTransformation | Callable[..., optax.GradientTransformation]
-  ),
+  optimizer: optim.OptimizerLike,
   mixture_or_task: Callable[[], Any] | str,
   model_dir: os.PathLike | str,
   steps: int,
@@ -159,7 +157,8 @@ def train_model(
     accumulate: likewise.
     clip: likewise.
     per_task: log the loss of every task of a mixture, and how many of its
-      examples were drawn; see `transforms.task_metrics`.
+      examples were drawn; see `transforms.task_metrics`. An objective of your
+      own tells tasks apart by `objective.by_task`.
     cache_dir: read tasks from where `mergejax cache` wrote them.
     allow_float16: see `trainer.Trainer`.
   """
@@ -176,7 +175,8 @@ def train_model(
   if per_task:
     names = task_ids.names(provider)
     transforms = [*transforms, transforms_lib.task_metrics(names)]
-    loss = {**(loss or {}), 'tasks': len(names)}
+    if objective is None:
+      loss = {**(loss or {}), 'tasks': len(names)}
   record = directory / 'run.json'
   trainer = trainer_lib.Trainer(
     module,
@@ -276,7 +276,7 @@ def tell(
   if jax.process_index() != 0:
     return
   if lengths:
-    lengths_lib.tell_cuts(name, 'train', lengths)
+    splits.tell_cuts(name, 'train', lengths)
   if name in seqio.MixtureRegistry.names():
     shares = mixtures.probabilities(name, steps=steps, batch_size=batch_size)
     if len(shares) > 1:
@@ -369,10 +369,7 @@ def check_vocabulary(vocabulary: seqio.Vocabulary, module: nn.Module) -> None:
 
 
 def optimizer_of(
-  optimizer: (
-    optax.GradientTransformation | Callable[..., optax.GradientTransformation]
-  ),
-  steps: int,
+  optimizer: optim.OptimizerLike, steps: int
 ) -> optax.GradientTransformation:
   """The optimizer of a run of `steps`; says if its schedule has others."""
   made = optim.of_run(optimizer, steps)

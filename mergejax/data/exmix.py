@@ -193,19 +193,19 @@ def exmix(
   if missing not in ('error', 'skip'):
     raise errors.DataError(errors.near(missing, ['error', 'skip'], 'missing'))
   rows = select(families=families, count=count, seed=seed, exclude=exclude)
-  own = dict(tasks or {})
-  for given in own:
+  yours = dict(tasks or {})
+  for given in yours:
     if given not in exmix_table.TASKS:
       raise errors.DataError(
         errors.near(given, exmix_table.TASKS, 'task of ExMix')
       )
   names, absent = [], {}
   for row in rows:
-    why = None if row.name in own else why_not(row, data_dir)
+    why = None if row.name in yours else why_not(row, data_dir)
     if why is not None:
       absent[row.name] = why
-    elif row.name in own:
-      names.append(own[row.name])
+    elif row.name in yours:
+      names.append(yours[row.name])
     else:
       spec = spec_of(row)
       names.append(

@@ -5,9 +5,11 @@
 import os
 import pathlib
 
+from google.protobuf import message
 import seqio
 
 from mergejax.core import errors
+from mergejax.data import noise
 
 
 def vocabulary(
@@ -18,12 +20,14 @@ def vocabulary(
   Args:
     name: `'bytes'` (259 ids: padding, end, unknown, then the bytes), or the
       path of a SentencePiece `.model`.
-    extra_ids: sentinels after the last id, which span corruption needs; by
-      default none for bytes, T5's 100 for SentencePiece. mT5's model has them
-      inside: 0.
+    extra_ids: sentinels, which span corruption needs: the last ids. A
+      SentencePiece model that has so many of its own, as mT5's and T5X's
+      `...100extra` have, gets no others. By default none for bytes; for
+      SentencePiece those it has, else T5's 100.
 
   Raises:
-    UserError: the file is missing.
+    UserError: the file is missing, or no SentencePiece model, or has another
+      number of sentinels of its own.
   """
   if str(name) == 'bytes':
     return seqio.ByteVocabulary(extra_ids=extra_ids or 0)
@@ -33,8 +37,22 @@ def vocabulary(
       f'There is no SentencePiece model at {path}. Give the path of a .model '
       "file, or 'bytes'."
     )
-  extra_ids = 100 if extra_ids is None else extra_ids
-  return seqio.SentencePieceVocabulary(str(path), extra_ids=extra_ids)
+  plain = seqio.SentencePieceVocabulary(str(path), extra_ids=0)
+  try:
+    inside = noise.num_sentinels(plain)
+  except (RuntimeError, message.DecodeError) as error:
+    raise errors.DataError(
+      f'{path} is no SentencePiece model: {errors.first_line(error)}.'
+    ) from error
+  if not inside:
+    extra_ids = 100 if extra_ids is None else extra_ids
+    return seqio.SentencePieceVocabulary(str(path), extra_ids=extra_ids)
+  if extra_ids not in (None, 0, inside):
+    raise errors.DataError(
+      f'The SentencePiece model {path} has {inside} sentinels of its own, to '
+      f'which no others are added: give extra_ids={inside}, not {extra_ids}.'
+    )
+  return plain
 
 
 def encoder_decoder(vocab: seqio.Vocabulary) -> dict[str, seqio.Feature]:

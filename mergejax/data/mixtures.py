@@ -11,7 +11,6 @@ https://arxiv.org/abs/1907.05019, for the temperature.
 """
 
 from collections.abc import Mapping, Sequence
-import functools
 import hashlib
 import math
 from typing import NamedTuple
@@ -19,10 +18,11 @@ from typing import NamedTuple
 import seqio
 
 from mergejax.core import errors
+from mergejax.data import objectives
 from mergejax.data import tasks as tasks_lib
 
-# Of the mixtures in proportion that were registered here: the cap.
-_CAPS: dict[str, float | None] = {}
+# Of the mixtures in proportion that were registered here: cap and scale.
+_SIZES: dict[str, tuple[float | None, float]] = {}
 
 
 def rate(
@@ -138,9 +138,9 @@ def add_mixture(
     digest = hashlib.sha256(repr(_content(mixture)).encode()).hexdigest()
     name = f'{name}_{digest[:16]}'
   _make_room(name, mixture)
-  _CAPS.pop(name, None)
+  _SIZES.pop(name, None)
   if not fixed and rates == 'proportional':
-    _CAPS[name] = cap
+    _SIZES[name] = cap, scale
   return seqio.MixtureRegistry.add(name, members)
 
 
@@ -217,11 +217,13 @@ class Share(NamedTuple):
   Attributes:
     task: its name.
     examples: training examples, before documents are cut; None if not known.
-    capped: the size that its rate is made of; None if it is fixed, or not known.
+    capped: the size that its rate is made of, scaled and capped; None if the
+      rate is fixed, or this is not known.
     rate: in the mixture, see the module.
     probability: that an example drawn is of this task.
     epochs: expected, over its examples; None if it is not known how many are
-      drawn or how many there are.
+      drawn or how many there are, or if what is drawn are no examples but
+      rows that documents are joined and cut into.
   """
 
   task: str
@@ -245,8 +247,7 @@ def probabilities(
     mixture: registered in seqio, or its name.
     steps: of a run, for the expected epochs.
     batch_size: rows of a step.
-    examples_per_row: more than 1 where rows are packed; rows of corpora are
-      pieces of documents.
+    examples_per_row: more than 1 where rows are packed.
 
   Returns:
     A row for every task, also those of rate 0. Probabilities sum to 1.
@@ -266,12 +267,20 @@ def probabilities(
   for task in mixture.tasks:
     count = _examples(task)
     chance = rates[task.name] / total
-    epochs = None if drawn is None or not count else drawn * chance / count
+    epochs = None
+    if drawn is not None and count and _is_row_an_example(task):
+      epochs = drawn * chance / count
     capped = _capped(mixture, task, count)
     shares.append(
       Share(task.name, count, capped, rates[task.name], chance, epochs)
     )
   return shares
+
+
+def _is_row_an_example(task):
+  """Whether rows are examples, and not cut of documents end to end."""
+  by_row = getattr(task.source, 'example_a_row', True)
+  return by_row and not objectives.makes_rows(task)
 
 
 def _examples(task):
@@ -287,13 +296,14 @@ def _capped(mixture, task, count):
     return None
   if task.name in mixture.rate_per_task_name:
     rate_of = mixture.rate_per_task_name[task.name]
-    if isinstance(rate_of, functools.partial):  # of seqio's rates
-      cap = rate_of.keywords.get('maximum')
-    elif mixture.name in _CAPS:
-      cap = _CAPS[mixture.name]
+    if getattr(rate_of, 'func', rate_of) is seqio.mixing_rate_num_examples:
+      given = getattr(rate_of, 'keywords', {})
+      cap, scale = given.get('maximum'), given.get('scale', 1.0)
+    elif mixture.name in _SIZES:
+      cap, scale = _SIZES[mixture.name]
     else:
       return None
-    return min(count, cap) if cap else count
+    return min(count * scale, cap) if cap else count * scale
   for name in mixture.rate_per_task_name:
     inner = seqio.get_mixture_or_task(name)
     if isinstance(inner, seqio.Mixture) and task in inner.tasks:

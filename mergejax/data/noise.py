@@ -221,6 +221,20 @@ def num_sentinels(vocabulary: seqio.Vocabulary) -> int:
   return count
 
 
+def mean_targets(length: int, density: float) -> float:
+  """Tokens that targets of independent noise have on average, without an end.
+
+  The noise, `n d`, and a sentinel for each run between: `n d (1 - d) +
+  (1 - d)^2`.
+
+  Example:
+    >>> mean_targets(100, 0.5)
+    75.25
+  """
+  rest = 1 - density
+  return length * density * (1 + rest) + rest**2
+
+
 def likely_runs(length: int, density: float) -> int:
   """Runs of noise that a row of independent noise has, at most.
 

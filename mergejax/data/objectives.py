@@ -24,6 +24,7 @@ Source: Raffel et al. (2020), https://arxiv.org/abs/1910.10683, section 3.
 
 from collections.abc import Callable, Mapping
 import functools
+import logging
 
 import seqio
 import tensorflow as tf
@@ -108,7 +109,8 @@ def independent_denoising(
   """Denoising where every token is noise by itself ("i.i.d." in the paper).
 
   Rows have as many tokens as `inputs` have room for. Targets that are longer
-  than theirs are cut: about `2 density` of the inputs are needed.
+  than theirs are cut, which a warning tells if most are: about `2 density` of
+  the inputs are needed.
 
   Args:
     dataset: as in `span_corruption`.
@@ -125,6 +127,10 @@ def independent_denoising(
   _check_share(density)
   raw = _room(lengths, output_features, 'inputs')
   _check_sentinels(output_features, noise.likely_runs(raw, density))
+  needed = noise.mean_targets(raw, density) + output_features['targets'].add_eos
+  _tell_cuts(
+    'independent_denoising', lengths['targets'], round(needed), 'about'
+  )
   dataset = documents_lib.random_piece(dataset)
   if documents:
     dataset = documents_lib.joined(dataset, documents)
@@ -141,7 +147,8 @@ def prefix_lm(
 ) -> Dataset:
   """Text cut in two at a random place: the inputs, and how they go on.
 
-  Rows have as many tokens as `inputs` have room for; give `targets` as many.
+  Rows have as many tokens as `inputs` have room for; give `targets` as many:
+  if they have less, a warning tells that the longest are cut.
 
   Args:
     dataset: as in `span_corruption`.
@@ -153,6 +160,8 @@ def prefix_lm(
   """
   lengths = _lengths(sequence_length, 'inputs', 'targets')
   raw = _room(lengths, output_features, 'inputs')
+  needed = raw - 1 + output_features['targets'].add_eos
+  _tell_cuts('prefix_lm', lengths['targets'], needed, 'up to')
   # What is "noise" here is the prefix: dropped from the targets.
   return denoise(
     documents_lib.rows(documents_lib.random_piece(dataset), raw), output_features, 0.5,
@@ -269,6 +278,15 @@ def _room(lengths, output_features, name):
       'token.'
     )
   return raw
+
+
+@functools.cache  # a run makes its rows several times
+def _tell_cuts(objective, room, needed, about):
+  if room < needed:
+    logging.warning(
+      'Targets of %s have %s %s tokens, the end token included, and room for '
+      '%s: what is over is cut.', objective, about, needed, room,
+    )  # fmt: skip
 
 
 def _check_share(density):

@@ -7,7 +7,7 @@ the smallest are the sample. So a sample is uniform and without replacement,
 the same in every process, and a smaller one is part of a larger one.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -53,24 +53,6 @@ def narrowed(
     enough = np.searchsorted(np.cumsum(sizes[order]), DOCUMENT_BYTES) + 1
     chosen = np.sort(order[:enough])
   return provider.replace(source=source.only(split, chosen))
-
-
-def in_order(
-  provider: seqio.Task | seqio.Mixture,
-  split: str,
-  lengths: Mapping[str, int] | None,
-) -> tf.data.Dataset:
-  """The examples of a split, once, in its own order.
-
-  Args:
-    provider: a task or mixture.
-    split: the split.
-    lengths: tokens that features are cut to; None: as they are.
-  """
-  return provider.get_dataset(
-    None if lengths is None else dict(lengths),
-    split=split, shuffle=False, num_epochs=1, seed=0,
-  )  # fmt: skip
 
 
 def drawn(

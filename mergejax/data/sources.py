@@ -2,10 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A seqio source over local files: shuffled whole, sampled by row number."""
 
-from collections.abc import Iterator, Mapping, Sequence
-import contextlib
+from collections.abc import Mapping, Sequence
 import pathlib
-import re
 
 import numpy as np
 import seqio
@@ -157,19 +155,3 @@ def _columns(rows, numbers, wanted):
   return [
     np.array([row[i] for row in values], object) for i in range(len(wanted))
   ]
-
-
-@contextlib.contextmanager
-def reporting_bad_rows() -> Iterator[None]:
-  """What a source says of a row is raised without TensorFlow's trail.
-
-  Raises:
-    DataError: a row is not what it should be.
-  """
-  try:
-    yield
-  except tf.errors.OpError as error:
-    found = re.search(r'DataError: (.*?)\n\s*\n?Traceback', str(error), re.S)
-    if not found:
-      raise
-    raise errors.DataError(found[1].strip()) from error

@@ -3,10 +3,12 @@
 """Endless training batches whose position can be saved and restored exactly."""
 
 from collections.abc import Iterator, Mapping, Sequence
+import contextlib
 import functools
 import io
 import json
 import pathlib
+import re
 import tempfile
 from typing import Any
 import weakref
@@ -17,10 +19,8 @@ import seqio
 import tensorflow as tf
 
 from mergejax.core import errors
+from mergejax.data import cached as cached_lib
 from mergejax.data import identity
-from mergejax.data import lengths as lengths_lib
-from mergejax.data import objectives
-from mergejax.data import samples
 from mergejax.data import sources
 from mergejax.data import task_ids as task_ids_lib
 from mergejax.data import tasks
@@ -28,35 +28,13 @@ from mergejax.data import tfds_sets
 
 Batch = dict[str, np.ndarray]
 
-_CONVERTERS = {
+CONVERTERS = {
   'lm': seqio.LMFeatureConverter,
   'prefix_lm': seqio.PrefixLMFeatureConverter,
   'encoder_decoder': seqio.EncDecFeatureConverter,
 }
 # In a saved position: what it is a position in.
 _IDENTITY = 'identity.json'
-
-
-class _CountingConverter(seqio.LMFeatureConverter):
-  """Keeps the bytes behind each token beside the tokens."""
-
-  def __init__(self):
-    spec = seqio.FeatureConverter.FeatureSpec(dtype=tf.int32)
-    super().__init__(pack=False, passthrough_features={'num_bytes': spec})
-
-  def _convert_example(self, features):
-    converted = super()._convert_example(features)
-    return {**converted, 'num_bytes': features['num_bytes']}
-
-  def get_model_feature_lengths(self, task_feature_lengths):
-    lengths = super().get_model_feature_lengths(task_feature_lengths)
-    return {**lengths, 'num_bytes': task_feature_lengths['num_bytes']}
-
-
-def _converter(kind, dataset):
-  if kind == 'lm' and 'num_bytes' in dataset.element_spec:
-    return _CountingConverter()
-  return _CONVERTERS[kind](pack=False)
 
 
 def find(
@@ -71,7 +49,8 @@ def find(
 
   Raises:
     UserError: an unknown name (near ones are offered), no such split, TFDS sets
-      that are not on this machine, or tasks that are not in the cache.
+      that are not on this machine, or tasks that are not in the cache, or were
+      cached with another vocabulary.
   """
   known = [*seqio.MixtureRegistry.names(), *seqio.TaskRegistry.names()]
   if mixture_or_task not in known:
@@ -80,7 +59,7 @@ def find(
     )
   provider = seqio.get_mixture_or_task(mixture_or_task)
   if cached:
-    tasks.check_cached(provider, split)
+    cached_lib.check(provider, split)
     return provider
   tasks.check_split(provider, split)
   tfds_sets.check(seqio.get_subtasks(provider))
@@ -102,10 +81,11 @@ def _check_examples(provider, split, shards):
         )
 
 
-def _check_lengths(lengths, kind):
-  if kind not in _CONVERTERS:
-    raise errors.DataError(errors.near(kind, _CONVERTERS, 'kind of features'))
-  needed = sorted(_CONVERTERS[kind].TASK_FEATURES)
+def check_lengths(lengths: Mapping[str, int], kind: str) -> None:
+  """Raises a `UserError` for an unknown kind, or lengths that do not fit it."""
+  if kind not in CONVERTERS:
+    raise errors.DataError(errors.near(kind, CONVERTERS, 'kind of features'))
+  needed = sorted(CONVERTERS[kind].TASK_FEATURES)
   if sorted(lengths) != needed:
     raise errors.DataError(
       f'The lengths of {kind!r} features must be those of '
@@ -133,8 +113,8 @@ def batch_lengths(
     {'decoder_target_tokens': 8, 'decoder_input_tokens': 8, \
 'decoder_loss_weights': 8}
   """
-  _check_lengths(lengths, kind)
-  converter = _CONVERTERS[kind](pack=pack)
+  check_lengths(lengths, kind)
+  converter = CONVERTERS[kind](pack=pack)
   return dict(converter.get_model_feature_lengths(dict(lengths)))
 
 
@@ -203,11 +183,11 @@ class SeqioStream:
       **({'cached': True} if cached else {}),
     }
     provider = find(mixture_or_task, split, cached=cached)
-    _check_lengths(lengths, kind)
+    check_lengths(lengths, kind)
     check_positive('batch size', batch_size)
     if not cached:
       _check_examples(provider, split, num_shards)
-    lengths, converter = dict(lengths), _CONVERTERS[kind](pack=pack)
+    lengths, converter = dict(lengths), CONVERTERS[kind](pack=pack)
     if task_ids:
       converter = task_ids_lib.converter(kind, pack)
       provider = task_ids_lib.numbered(provider)
@@ -236,7 +216,7 @@ class SeqioStream:
     return self
 
   def __next__(self) -> Batch:
-    with sources.reporting_bad_rows():
+    with reporting_bad_rows():
       found = next(self._iterator, None)
     if found is None:  # the data repeats, unless there is none
       raise errors.DataError(
@@ -330,84 +310,13 @@ def _identity_in(state: bytes) -> dict[str, Any]:
     ) from error
 
 
-def evaluation_batches(
-  mixture_or_task: str,
-  *,
-  lengths: Mapping[str, int],
-  batch_size: int,
-  split: str,
-  kind: str = 'lm',
-  max_examples: int | None = None,
-  answers: bool = False,
-) -> list[Batch]:
-  """A split, or a fixed random sample of it, in batches of equal shape.
-
-  Args:
-    mixture_or_task: a name registered in seqio.
-    lengths: tokens per feature.
-    batch_size: rows of a batch; the last is filled with empty rows of weight 0.
-    split: the split to read.
-    kind: as in `SeqioStream`; never packed.
-    max_examples: at most this many examples, see `samples`. A source that is no
-      local file is read to its end for it.
-    answers: the targets are answers, of which nothing may be cut off. Other
-      targets, and inputs, that are cut are told in a warning.
-
-  Returns:
-    Batches of `<int32>[batch_size, length]` arrays. Those of a text task have
-    `num_bytes <int32>[batch_size]` too: UTF-8 bytes of the text behind a row.
-
-  Raises:
-    UserError: an unknown name, a split that is not there or has no example, a
-      bad row, an answer that does not fit.
-  """
-  provider = find(mixture_or_task, split)
-  _check_lengths(lengths, kind)
-  check_positive('batch size', batch_size)
-  if max_examples is not None:
-    check_positive('number of examples', max_examples)
-    provider = samples.narrowed(provider, split, max_examples)
-  if kind in ('encoder_decoder', 'prefix_lm') and not _cut_by_itself(provider):
-    lengths_lib.check_cuts(provider, split, lengths, max_examples, answers)
-  dataset = samples.in_order(provider, split, lengths)
-  rows = list(_read(_converter(kind, dataset), dataset, lengths, max_examples))
-  if not rows:
-    raise errors.DataError(
-      f'The split {split!r} of {mixture_or_task} has no example.'
-    )
-  return _in_batches(rows, batch_size)
-
-
-def _cut_by_itself(provider):
-  return any(
-    objectives.makes_rows(task) for task in seqio.get_subtasks(provider)
-  )
-
-
-def _read(converter, dataset, lengths, most):
-  """Rows of a converted dataset; the bytes of a row are summed."""
-  lengths = dict(lengths)
-  if isinstance(converter, _CountingConverter):
-    lengths['num_bytes'] = lengths['targets']
-  with sources.reporting_bad_rows():
-    for row in samples.drawn(
-      converter(dataset, task_feature_lengths=lengths), most
-    ):
-      if 'num_bytes' in row:
-        row['num_bytes'] = row['num_bytes'].sum(dtype=np.int32)
-      yield row
-
-
-def _in_batches(rows, size):
-  batches = []
-  for start in range(0, len(rows), size):
-    some = rows[start : start + size]
-    batch = {name: np.stack([row[name] for row in some]) for name in some[0]}
-    missing = size - len(some)
-    batches.append(
-      {
-        name: np.pad(leaf, [(0, missing)] + [(0, 0)] * (leaf.ndim - 1))
-        for name, leaf in batch.items()
-      }
-    )
-  return batches
+@contextlib.contextmanager
+def reporting_bad_rows():
+  """What a source says of a row, without TensorFlow's trail."""
+  try:
+    yield
+  except tf.errors.OpError as error:
+    found = re.search(r'DataError: (.*?)\n\s*\n?Traceback', str(error), re.S)
+    if not found:
+      raise
+    raise errors.DataError(found[1].strip()) from error

@@ -39,6 +39,8 @@ class TaskSpec:
     postprocess: of texts, for the metrics.
     metrics: see `text_metrics`.
     splits: `{split: split in TFDS}`.
+    examples: `{split: number}` of examples, where the steps do not make one of
+      every row.
   """
 
   name: str
@@ -47,6 +49,7 @@ class TaskSpec:
   postprocess: Callable[..., Any] | None = None
   metrics: Sequence[text_metrics.Metric] = ()
   splits: Mapping[str, str] = dataclasses.field(default_factory=_SPLITS.copy)
+  examples: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 def classification(
@@ -141,12 +144,14 @@ def _super_glue():
     TaskSpec(
       'super_glue_record_v102', 'super_glue/record:1.*.*', [text.record],
       post.grouped_answers, (text_metrics.record,),
+      examples={'train': 138_854},  # one for each right answer
     ),
     make('rte', 'rte', _ENTAILED),
     make('wic', 'wic', _NO_YES, columns=('sentence1', 'sentence2', 'word')),
     wsc(
       'super_glue_wsc_v102_simple_train',
       steps=[_part(text.referent, true_only=True)], splits={'train': 'train'},
+      examples={'train': 259},
     ),
     wsc(
       'super_glue_wsc_v102_simple_eval', steps=[text.referent],
@@ -196,6 +201,18 @@ TASKS: Mapping[str, TaskSpec] = {
 }
 
 
+class _Source(seqio.TfdsDataSource):
+  """Rows of a set, whose number is that of the examples made of them."""
+
+  def __init__(self, spec: TaskSpec, data_dir: str | None):
+    splits = dict(spec.splits)
+    super().__init__(spec.tfds, tfds_data_dir=data_dir, splits=splits)
+    self._made = spec.examples
+
+  def num_input_examples(self, split: str) -> int | None:
+    return self._made.get(split) or super().num_input_examples(split)
+
+
 def add(
   name: str | TaskSpec,
   *,
@@ -210,7 +227,8 @@ def add(
     data_dir: of TFDS; its own by default.
 
   Returns:
-    The task, with `inputs` and `targets` ended by the end token.
+    The task, with `inputs` and `targets` ended by the end token, unless that is
+    cut off with what is over their lengths, as in T5.
 
   Raises:
     DataError: an unknown name, or the same one with another vocabulary.
@@ -231,9 +249,7 @@ def add(
     return found
   return seqio.TaskRegistry.add(
     spec.name,
-    source=seqio.TfdsDataSource(
-      spec.tfds, tfds_data_dir=data_dir, splits=dict(spec.splits)
-    ),
+    source=_Source(spec, data_dir),
     preprocessors=[
       *spec.steps,
       seqio.preprocessors.tokenize,

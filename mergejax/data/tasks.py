@@ -176,24 +176,6 @@ def check_split(
       )
 
 
-def check_cached(
-  mixture_or_task: seqio.Mixture | seqio.Task, split: str
-) -> None:
-  """Raises if a task, or any member of a mixture, is not in seqio's cache."""
-  for task in seqio.get_subtasks(mixture_or_task):
-    if not task.cache_dir:
-      raise errors.DataError(
-        f'The task {task.name} is in no cache folder: `mergejax cache '
-        f'{task.name} --out DIR` writes it, and cache_dir=DIR reads it.'
-      )
-    try:
-      task.get_cached_stats(split)
-    except (ValueError, OSError) as error:
-      raise errors.DataError(
-        f'The cache of {task.name} in {task.cache_dir} has no split {split!r}.'
-      ) from error
-
-
 def register(
   name: str, by_content: bool, source: sources.RowSource, **arguments: Any
 ) -> seqio.Task:

@@ -66,14 +66,20 @@ def check(tasks: Sequence[seqio.Task]) -> None:
     return
   lines = [f'{task}: {name} ({told})' for task, (name, told) in absent.items()]
   build = sorted({n for n, told in absent.values() if told == 'to build'})
+  unknown = sorted({n for n, told in absent.values() if told == 'unknown'})
   message = (
     f'Of {len(tasks)} tasks, {len(absent)} have no data here:\n'
-    f'{errors.listed(lines)}\n'
+    f'{errors.listed(lines, limit=len(lines))}\n'
   )
   if build:
     message += (
       'On a machine with a network, build each once, for example '
       f'`tfds build {build[0].split(":")[0]}`, with TFDS_DATA_DIR where all '
       'machines read it. '
+    )
+  if unknown:
+    message += (
+      f'This TFDS has no {errors.some(unknown)}: see to the name and version, or '
+      'install another tensorflow-datasets. '
     )
   raise errors.DataError(f'{message}Or leave these tasks out.')

@@ -46,7 +46,14 @@ class Answers(NamedTuple):
 
 
 class Decoder:
-  """A model and a method, compiled once for every shape; see `make_decoder`."""
+  """A model and a method, compiled once for every shape; see `make_decoder`.
+
+  An encoder-decoder answers its `encoder_input_tokens`. A decoder-only model
+  goes on after its prompt: the tokens of `decoder_target_tokens` with a weight
+  of 0, as seqio's prefix features mark the inputs. A prompt that is seen in
+  both directions (`decoder_causal_attention`) has no cache: it costs a forward
+  pass of the whole row for every token. No row depends on another.
+  """
 
   def __init__(self, family, length, end, method, mesh):
     self._family, self._mesh = family, mesh
@@ -72,9 +79,12 @@ class Decoder:
   ) -> np.ndarray:
     """`<int32>[rows, length]`: of every row, the answer that stands for it.
 
+    Answers have their end token, and 0 after it.
+
     Args:
       params: of the model.
-      batch: see `greedy`.
+      batch: what the family takes; targets may be missing. Rows without a
+        target that counts only fill a batch and stay empty.
       key: what draws come from; for methods that draw.
       rows: `<int32>[rows]` numbers of the rows, which go into their draws; 0,
         1, ... by default. Rows of one data set, numbered through, have the same
@@ -82,6 +92,7 @@ class Decoder:
 
     Raises:
       ConfigError: a model that does not decode, or draws without a key.
+      DataError: rows that hold several examples.
     """
     return self._called(params, batch, key, rows, False)
 
@@ -135,43 +146,8 @@ def make_decoder(
   return Decoder(models.family_of(model), length, end, method, mesh)
 
 
-def greedy(
-  model: nn.Module | models.ModelFamily,
-  params: typing.Tree,
-  batch: Mapping[str, Any],
-  *,
-  length: int,
-  end: int = END,
-) -> jax.Array:
-  """The most likely token, again and again; traceable.
-
-  An encoder-decoder answers its `encoder_input_tokens`. A decoder-only model
-  goes on after its prompt: the tokens of `decoder_target_tokens` with a weight
-  of 0, as seqio's prefix features mark the inputs. A prompt that is seen in
-  both directions (`decoder_causal_attention`) has no cache: it costs a forward
-  pass of the whole row for every token.
-
-  Args:
-    model: a module whose family decodes, or the family.
-    params: of the model.
-    batch: what the family takes; targets may be missing. Rows without a target
-      that counts only fill a batch and stay empty.
-    length: most tokens of an answer, the end token included.
-    end: the token after which a row stops.
-
-  Returns:
-    `<int32>[batch, length]`: answers with their end token, 0 after it. No row
-    depends on another.
-
-  Raises:
-    ConfigError: a model that does not decode.
-  """
-  family = models.family_of(model)
-  ready = positions.prepare(family, params, batch, length=length)
-  return GREEDY.decode(ready, end=end, scored=False)[0][:, 0]
-
-
-_METHODS = {
+# Options of decoding, each with the kind of method that has it.
+OPTIONS = {
   word.name: kind
   for kind in (sampling.Sample, beam.Beam)
   for word in dataclasses.fields(kind)
@@ -217,9 +193,9 @@ def method_of(words: Mapping[str, Any]) -> positions.Method:
     Sample(temperature=0.7, top_k=40, top_p=1.0, samples=1)
   """
   for word in words:
-    if word not in _METHODS:
-      raise errors.ConfigError(errors.near(word, _METHODS, 'decoding option'))
-  kinds = {_METHODS[word]: word for word in words}
+    if word not in OPTIONS:
+      raise errors.ConfigError(errors.near(word, OPTIONS, 'decoding option'))
+  kinds = {OPTIONS[word]: word for word in words}
   if len(kinds) > 1:
     a, b = sorted(kinds.values())
     raise errors.ConfigError(

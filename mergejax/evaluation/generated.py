@@ -2,10 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scores of generated text: exact match, and seqio's metric functions.
 
-A model answers, greedily or as `decode` is told, its vocabulary turns the tokens
-into text, the task's `postprocess_fn` into what its `metric_fns` compare: `fn(targets,
-predictions)`. Those of the form `fn(targets, scores)` get the log-likelihood of
-every target, in nats, instead.
+A model answers, greedily or as `decode` is told; its vocabulary turns the
+tokens into text, the task's `postprocess_fn` turns that into what its
+`metric_fns` compare: `fn(targets, predictions)`. Those of the form `fn(targets,
+scores)` get the log-likelihood of every target, in nats, instead.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,11 +22,13 @@ from mergejax import models
 from mergejax.core import errors
 from mergejax.core import typing
 from mergejax.data import samples
+from mergejax.data import splits
 from mergejax.data import stream
 from mergejax.evaluation import base
 from mergejax.evaluation import decode
 from mergejax.evaluation import metrics
 from mergejax.evaluation import positions
+from mergejax.evaluation import texts
 
 EXACT_MATCH = base.Metric('exact_match')
 NAMES = ('exact_match', 'seqio')
@@ -71,7 +73,7 @@ class Generated:
     provider = stream.find(self.task, self.split)
     if self.max_examples is not None:
       provider = samples.narrowed(provider, self.split, self.max_examples)
-    dataset = samples.in_order(provider, self.split, self.lengths)
+    dataset = splits.in_order(provider, self.split, self.lengths)
     found = list(dataset.as_numpy_iterator())
     if self.max_examples is None:
       return found
@@ -91,33 +93,25 @@ class Generated:
       batches: of the task, from `Suite.batches`.
     """
     family = models.family_of(model)
+    method, seed = parse_decoding(self.decoding)
     if family.module not in self._decoders:
-      method, _ = parse_decoding(self.decoding)
       self._decoders[family.module] = decode.make_decoder(
         family, length=self.lengths['targets'], method=method, mesh=self.mesh
       )
+    decoder = self._decoders[family.module]
+    key = jax.random.key(seed) if method.draws else None
     said, count = [], 0
     for batch in batches:
       real = np.asarray(family.real_rows(batch))
-      answers = self._answers(
-        self._decoders[family.module], params, batch, count
-      )
+      rows = np.arange(count, count + len(real), dtype=np.int32)
+      answers = decoder(params, batch, key=key, rows=rows)
       said += [self._text(row) for row in answers[real]]
       count += len(real)
     return said
 
-  def _answers(self, decoder, params, batch, first):
-    if not decoder.method.draws:
-      return decoder(params, batch)
-    _, seed = parse_decoding(self.decoding)
-    rows = np.arange(first, first + len(next(iter(batch.values()))))
-    return decoder(params, batch, key=jax.random.key(seed), rows=rows)
-
   def _text(self, tokens):
     vocabulary = self.provider.output_features['targets'].vocabulary
-    # What follows the end token is no part of the answer.
-    said = np.trim_zeros(np.asarray(tokens), 'b').tolist()
-    return vocabulary.decode(said)
+    return texts.decoded(vocabulary, tokens)
 
   def exact_match(
     self,

@@ -133,14 +133,20 @@ def prepare(
   Args:
     family: of the model.
     params: of the model.
-    batch: see `decode.greedy`.
+    batch: see `decode.Decoder`.
     length: most tokens of an answer.
     answers: to every row, side by side.
 
   Raises:
     ConfigError: a model that does not decode.
+    DataError: rows that hold several examples.
   """
   check_decodes(family)
+  if family.segments(batch) is not None:
+    raise errors.DataError(
+      'These rows hold several examples (`decoder_segment_ids`), and a row has '
+      'one answer: give batches that are not packed.'
+    )
   prompt = _prompt(family, batch)
   start = jnp.sum(prompt > 0, axis=1)
   total = prompt.shape[1] + length

@@ -18,7 +18,7 @@ from mergejax.core import labels
 from mergejax.core import typing
 from mergejax.data import identity
 from mergejax.data import images
-from mergejax.data import stream
+from mergejax.data import splits
 from mergejax.evaluation import base as base_lib
 from mergejax.evaluation import columns
 from mergejax.evaluation import decode
@@ -109,7 +109,7 @@ class Suite:
         images.load(task.source, split), self.batch_size, limit
       )
     whole = task.metric in ('accuracy', 'exact_match')
-    found = stream.evaluation_batches(
+    found = splits.batches(
       task.source, lengths=self._lengths(task), batch_size=self.batch_size,
       split=split, kind=kind or task.kind, max_examples=limit, answers=whole,
     )  # fmt: skip

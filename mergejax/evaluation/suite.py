@@ -46,9 +46,8 @@ import yaml
 
 from mergejax.core import errors
 from mergejax.data import features
-from mergejax.data import lengths as lengths_lib
 from mergejax.data import rows
-from mergejax.data import stream
+from mergejax.data import splits
 from mergejax.data import tasks as tasks_lib
 from mergejax.evaluation import generated
 from mergejax.evaluation import metrics
@@ -115,7 +114,7 @@ def of_mixture(
         'A suite of a mixture needs lengths, or a split to take the lengths of '
         'the longest examples of.'
       )
-    lengths = lengths_lib.longest(stream.find(name, split), split)
+    lengths = splits.longest(name, split)
   words = {'metric': metric} if metric else {}
   if decoding:
     words['decoding'] = decoding

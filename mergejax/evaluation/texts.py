@@ -14,8 +14,8 @@ import seqio
 from mergejax import models
 from mergejax.core import errors
 from mergejax.core import typing
-from mergejax.data import samples
-from mergejax.data import sources
+from mergejax.data import splits
+from mergejax.data import stream
 from mergejax.evaluation import decode
 
 # The field of a row that is read; and those that are written.
@@ -84,8 +84,8 @@ def of_task(
       f'{", ".join(task.output_features)}.'
     )
   rows, tokens = [], []
-  with sources.reporting_bad_rows():
-    dataset = samples.in_order(task, split, lengths)
+  with stream.reporting_bad_rows():
+    dataset = splits.in_order(task, split, lengths)
     for example in dataset.as_numpy_iterator():
       told = {
         name: _plain(value)
@@ -183,6 +183,11 @@ def as_batch(
   return batch
 
 
+def decoded(vocabulary: seqio.Vocabulary, tokens: typing.Array) -> str:
+  """The text of `<int32>[length]` tokens; 0 after their end is no part of it."""
+  return vocabulary.decode(np.trim_zeros(np.asarray(tokens), 'b').tolist())
+
+
 @dataclasses.dataclass(frozen=True)
 class Writer:
   """Answers rows of text, batch by batch.
@@ -268,5 +273,4 @@ class Writer:
       yield said
 
   def _text(self, tokens):
-    # What follows the end token is no part of the answer.
-    return self.vocabulary.decode(np.trim_zeros(tokens, 'b').tolist())
+    return decoded(self.vocabulary, tokens)

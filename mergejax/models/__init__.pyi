@@ -5,6 +5,7 @@ from mergejax.models.base import ModelFamily
 from mergejax.models.base import Outputs
 from mergejax.models.classifier import Classifier
 from mergejax.models.loading import axes
+from mergejax.models.loading import check_not_converted
 from mergejax.models.loading import fit_params
 from mergejax.models.loading import is_converted
 from mergejax.models.loading import load_model
@@ -26,6 +27,7 @@ __all__ = [
   'Outputs',
   'axes',
   'build',
+  'check_not_converted',
   'conversion',
   'describe',
   'family_class',

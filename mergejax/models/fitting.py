@@ -92,9 +92,10 @@ def check_vocabulary(
     ]
     raise errors.StructureError(
       f'{name} has a vocabulary of another size than the model, which may be '
-      f'its padding to a multiple of {_PADDED_TO}:\n{errors.listed(lines)}\nConfigure the vocab_size of '
-      'the checkpoint, or set pad_vocabulary=True: rows that are added are the '
-      'mean of those there, rows beyond the smaller size are left out.'
+      f'its padding to a multiple of {_PADDED_TO}:\n{errors.listed(lines)}\n'
+      'Configure the vocab_size of the checkpoint, or set pad_vocabulary=True: '
+      'rows that are added are the mean of those there, rows beyond the smaller '
+      'size are left out.'
     )
 
 

@@ -161,7 +161,7 @@ def _shared(leaves):
       raise errors.StructureError(
         f'Every layer of the {name} has a table of relative positions of its '
         'own, and they differ: configure the model with '
-        'relative_per_layer=True.'
+        'relative_per_layer=True (at Hugging Face that is umT5: hf-umt5).'
       )
     found[f'{name}/{_TABLE}'] = table
     for i in of_layer:

@@ -14,6 +14,7 @@ from mergejax.models import layer_stacks
 from mergejax.models import registry
 from mergejax.names import t5x
 from mergejax.nn import lm
+from mergejax.nn import transformer
 
 _WEIGHTS = ('decoder_loss_weights', 'weights')
 
@@ -27,6 +28,7 @@ class TextFamily(base.ModelFamily):
 
   Attributes:
     optional: names that a call takes where a batch has them.
+    scanned: whether the layers are stacked in one, see `nn.stack`.
   """
 
   axes = t5x.AXES
@@ -41,7 +43,9 @@ class TextFamily(base.ModelFamily):
 
   def __init__(self, module):
     super().__init__(module)
-    if self.config.scan_layers:
+    # Modules of others have configurations of their own, or none.
+    self.scanned = bool(getattr(self.config, 'scan_layers', False))
+    if self.scanned:
       self.axes = t5x.scanned(self.axes, self.config.param_scan_axis)
 
   def arguments(self, batch, *, train=False):
@@ -86,7 +90,8 @@ class TextFamily(base.ModelFamily):
     return batch['decoder_target_tokens'] > 0
 
   def in_form(self, specs):
-    return layer_stacks.in_form(specs, self.config)
+    ours = isinstance(self.config, transformer.StackConfig)
+    return not ours or layer_stacks.in_form(specs, self.config)
 
   def arranged(self, leaves, axes=None):
     return layer_stacks.restack(leaves, self.config, axes)
@@ -95,11 +100,7 @@ class TextFamily(base.ModelFamily):
     # Inputs are read once for all answers to them.
     if not path.endswith(('cached_key', 'cached_value')):
       return None
-    return 1 if self.config.scan_layers else 0
-
-  def features_layer(self, specs):
-    head = 'decoder/logits_dense/kernel'
-    return head if head in specs else 'decoder/token_embedder/embedding'
+    return 1 if self.scanned else 0
 
 
 @registry.register
@@ -111,6 +112,10 @@ class LMFamily(TextFamily):
   module_class = lm.LanguageModel
   optional = ('decoder_segment_ids', 'decoder_causal_attention')
   decodes = True
+
+  def features_layer(self, specs):
+    head = 'decoder/logits_dense/kernel'
+    return head if head in specs else 'decoder/token_embedder/embedding'
 
   def init_cache(self, params, batch, length):
     rows = batch['decoder_input_tokens'].shape[0]

@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models from checkpoints: the `config.json` beside the weights tells which."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -43,11 +43,41 @@ def load_module(path: os.PathLike | str) -> nn.Module:
 def is_converted(path: os.PathLike | str) -> bool:
   """Whether `load_model` gives a checkpoint's parameters other names.
 
-  So it is with another library's: kernels lie transposed there, and statistics,
-  adapters and searches by layer go by the names that are stored.
+  So it is with another library's, whose kernels lie transposed, and with layers
+  that are stored one by one and stacked in the model (`scan_layers`), or the
+  other way. Statistics, adapters and searches by layer go by the names that are
+  stored.
   """
   config = checkpoint.read_config(path)
-  return config is not None and registry.conversion(config) is not None
+  if config is None:
+    return False
+  if registry.conversion(config) is not None:
+    return True
+  family = registry.family_of(load_module(path))
+  return not family.in_form(checkpoint.open_checkpoint(path).specs())
+
+
+def check_not_converted(path: os.PathLike | str) -> None:
+  """Raises if `is_converted`.
+
+  Raises:
+    CheckpointError: with how to convert the checkpoint itself.
+  """
+  if not is_converted(path):
+    return
+  config = checkpoint.read_config(path) or {}
+  found = registry.conversion(config)
+  if found is not None:
+    form = 'the names of Hugging Face, and its kernels lie transposed'
+    option = f'--names {found[0].model_type}'
+  else:
+    form = f'its layers in another form than its {checkpoint.CONFIG} says'
+    option = f'--scan_layers {"true" if config.get("scan_layers") else "false"}'
+  raise errors.CheckpointError(
+    f'{path} has {form}: statistics and searches by layer go by what is '
+    'stored, so they would not match the model. Convert it first, and merge '
+    f'what was converted: `mergejax convert {path} DST {option}`.'
+  )
 
 
 def axes(path: os.PathLike | str) -> dict[typing.Path, tuple[str, ...]]:
@@ -126,7 +156,21 @@ def load_params(
     >>> sorted(load_params('/tmp/doc.npz', module)) == sorted(params)
     True
   """
-  return fit_params(path, model, **how)(key)
+  return fit_params(path, model, **how).read(key)
+
+
+class Fit(NamedTuple):
+  """Where a module's parameters come from.
+
+  Attributes:
+    read: `(key of fresh parameters, or None) -> parameters`.
+    fresh: names of parameters that the checkpoint does not give.
+    left: names in the checkpoint that the module does not take.
+  """
+
+  read: Callable[[jax.Array | None], typing.Tree]
+  fresh: Sequence[typing.Path]
+  left: Sequence[typing.Path]
 
 
 def fit_params(
@@ -136,7 +180,7 @@ def fit_params(
   rules: assignment.Rules | None = None,
   fallback_to_scratch: bool = False,
   pad_vocabulary: bool = False,
-) -> Callable[[jax.Array | None], typing.Tree]:
+) -> Fit:
   """Finds where a module's parameters are in a checkpoint, to read them later.
 
   No weight is read of a checkpoint that has our names, and stacks its layers as
@@ -154,7 +198,7 @@ def fit_params(
       vocabulary to a multiple of 128, see `fitting.padded`.
 
   Returns:
-    `(key of fresh parameters, or None) -> parameters`.
+    How to read them, and what is fresh or left there.
 
   Raises:
     UserError: the checkpoint is of another model (the differences are listed),
@@ -195,7 +239,8 @@ def fit_params(
       found[path] = leaf.astype(wanted[path].dtype, copy=False)
     return tree.unflatten({path: found[path] for path in wanted})
 
-  return read
+  used = set(taken.values())
+  return Fit(read, fresh, [path for path in stored if path not in used])
 
 
 def _converted(path, store):

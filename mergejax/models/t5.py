@@ -33,7 +33,6 @@ class T5Family(lm.TextFamily):
   decodes = True
   answers = True
   conversions = t5_hf.CONVERSIONS
-  features = 'decoder/layers_0/encoder_decoder_attention/key/kernel'
 
   def arguments(self, batch, *, train=False):
     positional, named = super().arguments(batch, train=train)
@@ -47,6 +46,12 @@ class T5Family(lm.TextFamily):
     if _READS_INPUTS.fullmatch(path):
       return batch['encoder_input_tokens'] > 0
     return super().mask(path, batch)
+
+  def features_layer(self, specs):
+    # What every cross-attention is given: the encoder's output.
+    del specs
+    layer = 'decoder' if self.scanned else 'layers_0'
+    return f'decoder/{layer}/encoder_decoder_attention/key/kernel'
 
   def init_cache(self, params, batch, length):
     inputs = batch['encoder_input_tokens']

@@ -126,7 +126,7 @@ def from_hf(
   for name, leaf in leaves.items():
     if name == _UNUSED:
       continue
-    if name in tied:
+    if name in tied and tied[name] in leaves:
       if not np.array_equal(leaf, leaves[tied[name]]):
         raise errors.CheckpointError(
           f'{name} should repeat {tied[name]} but differs from it. If the '
@@ -152,12 +152,9 @@ def to_hf(
     StructureError: tables of relative positions that differ by layer, for a
       model type that has one a stack.
   """
-  form = t5.T5Config(relative_per_layer=per_layer)
-  try:
-    apart = layer_stacks.restack(leaves, form)
-  except errors.StructureError as error:
-    advice = '' if per_layer else ' As hf-umt5 they may.'
-    raise errors.StructureError(error.message + advice) from error
+  apart = layer_stacks.restack(
+    leaves, t5.T5Config(relative_per_layer=per_layer)
+  )
   result = {}
   for path, leaf in apart.items():
     name, transposed = _translate(path, 1, per_layer)
@@ -196,15 +193,23 @@ _ARCHITECTURES = {
   'mt5': 'MT5ForConditionalGeneration',
   'umt5': 'UMT5ForConditionalGeneration',
 }
+# What their files always say.
+_SIZES = ('vocab_size', 'd_model', 'd_kv', 'd_ff', 'num_heads', 'num_layers')
 
 
 def config_from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
   """Fields of `T5Config` from a Hugging Face `config.json` of these types.
 
   Raises:
-    ConfigError: an activation that is not known to be one of ours.
+    ConfigError: a size is missing, or an activation is not one of ours.
   """
   kind = config.get('model_type', 't5')
+  missing = [name for name in _SIZES if name not in config]
+  if missing:
+    raise errors.ConfigError(
+      f'The config.json of a {kind} model lacks {", ".join(missing)}: take the '
+      'file that transformers wrote beside the weights.'
+    )
   per_layer = {'relative_per_layer': True} if kind == 'umt5' else {}
   default = 'relu' if kind == 't5' else 'gated-gelu'
   return dict(

@@ -75,7 +75,8 @@ def axes(
 
   Args:
     specs: the parameters.
-    config: their `config.json`; its `model_type` says whose names they are.
+    config: their `config.json`; its `model_type` says whose names they are, and
+      `scan_layers` that layers are stacked, T5X's way.
 
   Returns:
     `{path: axes}` of parameters that a rule matches, with as many axes as it
@@ -99,8 +100,11 @@ def axes(
 
 def _rules(config):
   kind = config.get('model_type')
-  if kind in _REGISTERED:
-    return _REGISTERED[kind]
-  return next(
-    (naming.axes for naming in NAMINGS if kind in naming.model_types), ()
-  )
+  rules = _REGISTERED.get(kind)
+  if rules is None:
+    rules = next(
+      (naming.axes for naming in NAMINGS if kind in naming.model_types), ()
+    )
+  if config.get('scan_layers'):
+    rules = t5x.scanned(rules, config.get('param_scan_axis', 1))
+  return rules

@@ -19,6 +19,7 @@ from jax.nn import initializers
 import jax.numpy as jnp
 
 from mergejax import partition
+from mergejax.core import errors
 from mergejax.core import typing
 
 # Fan-in is that of the stored 2-D kernel. The attention logits carry no
@@ -78,6 +79,9 @@ class Mlp(nn.Module):
     activations: names from `jax.nn`, or `'linear'`.
     dtype: compute dtype.
     dropout_rate: dropout of the hidden layer, one mask along length.
+
+  Raises:
+    ConfigError: an unknown activation.
   """
 
   hidden: int
@@ -105,7 +109,13 @@ class Mlp(nn.Module):
 
 
 def _activation(name: str) -> Callable[[typing.Array], typing.Array]:
-  return (lambda x: x) if name == 'linear' else getattr(jax.nn, name)
+  if name == 'linear':
+    return lambda x: x
+  found = getattr(jax.nn, name, None)
+  if not callable(found):
+    known = ['linear', *(n for n in dir(jax.nn) if not n.startswith('_'))]
+    raise errors.ConfigError(errors.near(name, known, 'activation'))
+  return found
 
 
 class RMSNorm(nn.Module):

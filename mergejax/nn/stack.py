@@ -16,11 +16,20 @@ import jax
 from mergejax.core import errors
 from mergejax.core import typing
 
-# What a backward pass finds kept rather than computes anew.
+# What a backward pass finds kept rather than computes anew. Of JAX's, by their
+# names, those that are policies; others make one, of arguments.
 _POLICIES: dict[str, Callable[..., bool] | None] = {
   'full': None,
   'minimal': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
+  **{
+    name: getattr(jax.checkpoint_policies, name)
+    for name in (
+      'everything_saveable', 'nothing_saveable', 'dots_saveable',
+      'checkpoint_dots', 'dots_with_no_batch_dims_saveable',
+      'checkpoint_dots_with_no_batch_dims',
+    )
+  },
+}  # fmt: skip
 
 
 def apply(
@@ -42,7 +51,8 @@ def apply(
     x: `<float>[batch, length, embed]`, which a layer gives back so.
     *args: what every layer is given besides.
     scan_axis: where a scanned parameter has its axis of layers; None does not
-      scan. Caches have it in front.
+      scan. Caches, and what is watched in a layer (`intermediates`), have it in
+      front.
     remat: 'none' keeps what the backward pass needs; 'full' keeps each layer's
       input alone and computes the rest anew, for one more forward pass;
       'minimal' also keeps products with kernels. Or a policy of
@@ -67,21 +77,19 @@ def apply(
     return x
   scanned = nn.scan(
     lambda module, x, *args: (body(module, x, *args), None),
-    variable_axes={'params': scan_axis, 'cache': 0, 'encoded': 0},
+    variable_axes={
+      'params': scan_axis, 'cache': 0, 'encoded': 0, 'intermediates': 0,
+    },
     split_rngs={'params': True, 'dropout': True},
     in_axes=nn.broadcast,
     length=count,
-  )
+  )  # fmt: skip
   return scanned(layer(name=name), x, *args)[0]
 
 
 def _policy(name: str) -> Callable[..., bool] | None:
-  if name in _POLICIES:
-    return _POLICIES[name]
-  found = getattr(jax.checkpoint_policies, name, None)
-  if name.startswith('_') or found is None:
-    known = [n for n in dir(jax.checkpoint_policies) if not n.startswith('_')]
+  if name not in _POLICIES:
     raise errors.ConfigError(
-      errors.near(name, ['none', *_POLICIES, *known], 'remat policy')
+      errors.near(name, ['none', *_POLICIES], 'remat policy')
     )
-  return found
+  return _POLICIES[name]

@@ -47,8 +47,12 @@ class StackConfig:
     relative_per_layer: every layer has a table of relative positions of its
       own, as in T5X's `scalable_t5`; by default one serves a stack.
     scan_layers: layers are stacked in one, see `stack`.
-    param_scan_axis: where scanned parameters have the axis of layers.
+    param_scan_axis: where scanned parameters have the axis of layers; 1 as in
+      T5X, or 0.
     remat_policy: what the backward pass computes anew, see `stack.apply`.
+
+  Raises:
+    ConfigError: an axis of layers that a parameter does not have.
   """
 
   vocab_size: int
@@ -67,6 +71,13 @@ class StackConfig:
   scan_layers: bool = _told(False, 'changed')
   param_scan_axis: int = _told(1, 'changed')
   remat_policy: str = _told('none', 'never')
+
+  def __post_init__(self):
+    if self.param_scan_axis not in (0, 1):
+      raise errors.ConfigError(
+        f'param_scan_axis must be 0 or 1, not {self.param_scan_axis!r}: the '
+        'scale of a norm has one axis beside that of the layers.'
+      )
 
 
 # The residual stream, where layers meet.

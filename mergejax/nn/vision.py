@@ -97,6 +97,14 @@ class ResNetConfig(VisionConfig):
   bottleneck: bool = False
   large_stem: bool = False
 
+  def __post_init__(self):
+    super().__post_init__()
+    if len(self.stages) != len(self.channels):
+      raise errors.ConfigError(
+        f'stages={self.stages} and channels={self.channels} must be of one '
+        'length: the blocks of each stage, and the channels of each.'
+      )
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ViTConfig(VisionConfig):

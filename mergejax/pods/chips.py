@@ -130,6 +130,6 @@ def devices(topology: str, slices: int = 1) -> Sequence[Any]:
   except Exception as error:  # of libtpu, whatever it may be
     raise errors.ConfigError(
       f'The TPU compiler knows no topology {topology!r}: '
-      f'{str(error).splitlines()[0]}'
+      f'{errors.first_line(error)}'
     ) from error
   return found.devices

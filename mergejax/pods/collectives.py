@@ -30,10 +30,16 @@ _IOTA = re.compile(
 )
 _NAMED = re.compile(
   r'replica_groups=mesh\[(.*?)\]'
-  r'(?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{(.*?)\}'
+  r'(?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^:}]*)\}'
 )
 _PAIRS = re.compile(
   r'source_target_pairs=\{(\{\d+,\d+\}(?:,\s*\{\d+,\d+\})*)\}'
+)
+# Between slices the TPU compiler sends through the hosts: attributes say what,
+# and who to whom, as slices from 1 or as ids of devices.
+_BETWEEN = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
+_TARGET = re.compile(
+  r'_xla_megascale_target=(?:"\{([\d,]+)\}x\{0:\d+\}"|\{(\{[^_]*\})\})'
 )
 
 
@@ -49,7 +55,9 @@ class Collective:
     sent_bytes: bytes that a chip sends then, if they are done in rings:
       `g - 1` times what it is given to gather, `2 (g - 1) / g` to all-reduce,
       `(g - 1) / g` to reduce and scatter or to exchange, as much to permute.
-    largest: bytes of the largest result: a kernel that is gathered shows here.
+    largest: bytes that the largest one of them is given, or gathers to: a kernel
+      that is whole where it should not be shows here.
+    between: whether it goes from slice to slice, by the slower network.
     source: of which operation that is, by the modules it stands in.
   """
 
@@ -59,6 +67,7 @@ class Collective:
   given_bytes: int
   sent_bytes: float
   largest: int
+  between: bool = False
   source: str = dataclasses.field(default='', compare=False)
 
   def repeated(self, times: int) -> 'Collective':
@@ -147,35 +156,98 @@ def found(program: hlo.Program, mesh: jax.sharding.Mesh) -> list[Collective]:
   The TPU compiler spreads a collective over several kernels that run while it
   is under way: the parts share a channel, and count once.
   """
+  slices = _slices(mesh)
   rows: list[Collective] = []
   seen: dict[tuple, str] = {}
   for where, each, runs in program.executed():
-    kind = each.opcode.removesuffix('-start')
-    if kind not in _SENT:
+    kind = _kind(where, each)
+    if kind is None:
       continue
     channel = each.attribute('channel_id')
     if channel and seen.setdefault((kind, channel), where) != where:
       continue
-    groups = groups_of(each.rest, mesh.size)
-    if groups is None:
-      raise ValueError(f'{each.name} names its groups of devices otherwise.')
-    size = max(map(len, groups))
+    groups = _groups(each, mesh)
+    between = each.opcode == 'send'
+    # Between slices, what stays in one of them is not sent.
+    size = max(
+      len({slices[i] for i in group} if between else group) for group in groups
+    )
     operands = [program.computations[where][name] for name in each.operands]
     given = sum(operand.nbytes for operand in operands)
     largest = given * size if kind == 'all-gather' else given
     once = Collective(
       kind, axes_of(groups, mesh), 1, given, given * _SENT[kind](size), largest,
-      _source(each.rest),
+      between, _source(each.rest),
     )  # fmt: skip
     rows.append(once.repeated(runs))
   return joined(rows)
+
+
+def _kind(where, each):
+  """The kind of an instruction; None if it sends nothing to other chips."""
+  kind = each.opcode.removesuffix('-start')
+  if kind == 'send':
+    between = _BETWEEN.search(each.rest)
+    if between is None:
+      return None  # to the host
+    kind = between[1].lower().replace('_', '-')
+    return kind if kind in _SENT else 'collective-permute'
+  if kind == 'all-reduce' and where.startswith('all-reduce-scatter'):
+    # So the TPU compiler names a sum of which each chip keeps its part.
+    return 'reduce-scatter'
+  return kind if kind in _SENT else None
+
+
+def _groups(sender, mesh):
+  """Groups of devices that one collective joins, by their places in a mesh."""
+  if sender.opcode == 'send':
+    groups = _across(sender.rest, mesh)
+  else:
+    # A program is of one slice, and numbers the devices of that one.
+    slices = _slices(mesh)
+    places = [i for i, each in enumerate(slices) if each == slices[0]]
+    groups = [
+      tuple(places[i] for i in group)
+      for group in groups_of(sender.rest, len(places)) or ()
+    ]
+  if not groups:
+    raise ValueError(
+      f'The devices of {sender.name} cannot be read: {sender.rest[:200]}'
+    )
+  return groups
+
+
+def _across(text, mesh):
+  """Groups of devices that send to each other from slice to slice."""
+  found = _TARGET.search(text)
+  if found is None:
+    return []
+  if found[1]:  # each chip of a slice, with its like in the others
+    slices = _slices(mesh)
+    numbers = sorted(set(slices))
+    chosen = [numbers[i - 1] for i in _numbers(found[1])]
+    return list(zip(*(
+      [i for i, each in enumerate(slices) if each == number]
+      for number in chosen
+    )))  # fmt: skip
+  places = {device.id: i for i, device in enumerate(mesh.devices.flat)}
+  return [
+    tuple(places[int(number)] for number in re.findall(r'\d+', group))
+    for group in re.findall(r'\{([^}]*)\}', found[2])
+  ]
+
+
+def _slices(mesh):
+  """The slice of every device; one of all where there are none."""
+  return [getattr(device, 'slice_index', 0) for device in mesh.devices.flat]
 
 
 def joined(rows: Sequence[Collective]) -> list[Collective]:
   """Those of a kind over the same axes as one, the largest senders first."""
   sums: dict[tuple, Collective] = {}
   for row in rows:
-    before = sums.get((row.kind, row.axes))
+    key = row.kind, row.axes, row.between
+    before = sums.get(key)
     if before is not None:
       biggest = max(before, row, key=lambda each: each.largest)
       row = dataclasses.replace(
@@ -184,7 +256,7 @@ def joined(rows: Sequence[Collective]) -> list[Collective]:
         given_bytes=before.given_bytes + row.given_bytes,
         sent_bytes=before.sent_bytes + row.sent_bytes,
       )
-    sums[row.kind, row.axes] = row
+    sums[key] = row
   return sorted(sums.values(), key=lambda row: -row.sent_bytes)
 
 

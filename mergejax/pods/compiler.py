@@ -2,10 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiles work ahead of time and reads off what it needs."""
 
+import collections
 from collections.abc import Callable
-import dataclasses
 import re
 import time
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,33 +19,14 @@ from mergejax.pods import report as report_lib
 from mergejax.pods import traffic
 from mergejax.pods import work as work_lib
 
-_UNITS = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30}
-_SIZE = r'([\d.]+)([KMG]?)'
+_UNITS = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
+_SIZE = r'([\d.]+)([KMGT]?)'
 # What the TPU compiler says of a program that does not fit: what all of it
 # takes, or what its temporaries alone do, beside what it is given.
 _ALL = re.compile(rf'Used {_SIZE} of {_SIZE} hbm')
 _TEMPORARIES = re.compile(
   rf'HLO temporaries \({_SIZE}\) exceeds available HBM \({_SIZE}\)'
 )
-
-
-@dataclasses.dataclass
-class _Figures:
-  """What programs need together: memory at most, all else in sum."""
-
-  padding: int = 0
-  outputs: int = 0
-  temporaries: int = 0
-  code: int = 0
-  operations: int = 0
-  traffic: int = 0
-  flops: float = 0
-  accessed: float = 0
-  trace_s: float = 0
-  compile_s: float = 0
-  compile_cpu_s: float = 0
-  refused: tuple[int, int] | None = None
-  sent: list[collectives.Collective] = dataclasses.field(default_factory=list)
 
 
 def report(
@@ -68,36 +50,30 @@ def report(
     for role, tree in work.held.items()
     if (size := work_lib.shard_bytes(tree))
   }
-  sums = _Figures()
+  # Fields of the report.
+  figures: dict[str, Any] = collections.defaultdict(int, collectives=[])
   for program in work.programs:
-    _add(program, work.mesh, sums)
-    if sums.refused:
+    _add(program, work.mesh, figures)
+    if 'used' in figures:
       break
-  used, memory = sums.refused or (None, chip and chip.memory)
+  cost = {name: figures.pop(name, 0.0) for name in ('flops', 'bytes accessed')}
+  for name in ('trace_s', 'compile_s', 'compile_cpu_s'):
+    figures[name] = round(figures[name], 1)
+  figures['collectives'] = collectives.joined(figures['collectives'])
+  figures.setdefault('memory', chip and chip.memory)
   return report_lib.Report(
     name=work.name,
     topology=topology or work.mesh.devices.flat[0].platform,
     slices=slices,
     mesh=dict(work.mesh.shape),
     held=held,
-    padding=sums.padding,
-    outputs=sums.outputs,
-    temporaries=sums.temporaries,
-    code=sums.code,
-    memory=memory,
-    used=used,
-    collectives=collectives.joined(sums.sent),
-    operations=sums.operations / work.mesh.size,
-    cost_analysis={'flops': sums.flops, 'bytes accessed': sums.accessed},
-    traffic=sums.traffic,
+    cost_analysis=cost,
     parameters=work.parameters,
     tokens=work.tokens,
     rows=work.rows,
-    trace_s=round(sums.trace_s, 1),
-    compile_s=round(sums.compile_s, 1),
-    compile_cpu_s=round(sums.compile_cpu_s, 1),
     chip=chip,
     crossing=crossing(work.mesh),
+    **figures,
   )
 
 
@@ -141,39 +117,48 @@ def crossing(mesh: jax.sharding.Mesh) -> tuple[str, ...]:
   )
 
 
-def _add(program, mesh, sums):
-  """Compiles one program, and adds what it needs."""
-  given = work_lib.shard_bytes(program.arguments)
+def _add(program, mesh, figures):
+  """Compiles one program, and adds what it needs: memory at most, else in sum.
+
+  One that the compiler refuses adds `used` and `memory`: what it would need,
+  and what there is.
+  """
+  times, given = program.times, work_lib.shard_bytes(program.arguments)
   started = time.perf_counter()
   traced = program.fn.trace(*program.arguments)
-  times = program.times
-  sums.operations += times * operations.of_jaxpr(traced.jaxpr)
+  total = times * operations.of_jaxpr(traced.jaxpr)
+  figures['operations'] += total / mesh.size
   lowered = traced.lower()
-  sums.trace_s += time.perf_counter() - started
+  figures['trace_s'] += time.perf_counter() - started
   started, before = time.perf_counter(), time.process_time()
   try:
     compiled = lowered.compile()
   except jax.errors.JaxRuntimeError as error:
-    sums.refused = _refusal(str(error), given)
-    if sums.refused is None:
+    refusal = _refusal(str(error), given)
+    if refusal is None:
       raise
+    figures['used'], figures['memory'] = refusal
     return
   finally:
-    sums.compile_s += time.perf_counter() - started
-    sums.compile_cpu_s += time.process_time() - before
+    figures['compile_s'] += time.perf_counter() - started
+    figures['compile_cpu_s'] += time.process_time() - before
   memory = compiled.memory_analysis()
   padding = max(memory.argument_size_in_bytes - given, 0)
   outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
-  sums.padding += times * padding
-  sums.outputs += times * outputs
-  sums.temporaries = max(sums.temporaries, memory.temp_size_in_bytes)
-  sums.code = max(sums.code, memory.generated_code_size_in_bytes)
+  figures['padding'] += times * padding
+  figures['outputs'] += times * outputs
+  for name, size in (
+    ('temporaries', memory.temp_size_in_bytes),
+    ('code', memory.generated_code_size_in_bytes),
+  ):
+    figures[name] = max(figures[name], size)
   cost = compiled.cost_analysis() or {}
-  sums.flops += times * cost.get('flops', 0.0)
-  sums.accessed += times * cost.get('bytes accessed', 0.0)
+  for name in ('flops', 'bytes accessed'):
+    figures[name] += times * cost.get(name, 0.0)
   text = hlo.Program(compiled.as_text())
-  sums.traffic += times * traffic.found(text)
-  sums.sent += [each.repeated(times) for each in collectives.found(text, mesh)]
+  figures['traffic'] += times * traffic.found(text)
+  sent = collectives.found(text, mesh)
+  figures['collectives'] += [each.repeated(times) for each in sent]
 
 
 def _refusal(message, given):

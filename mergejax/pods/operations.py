@@ -1,6 +1,9 @@
 # Copyright 2026 The mergejax Authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Operations of a traced function: those of its products, loops included."""
+"""Operations of a traced function: those of its products, loops included.
+
+Factors and solutions of linear systems are made of products, and count too.
+"""
 
 from collections.abc import Callable
 import math
@@ -23,9 +26,12 @@ def products(fn: Callable[..., Any], *args: Any) -> int:
 def of_jaxpr(jaxpr: Any) -> int:
   """Operations of all products in one call, on all devices together.
 
-  `2 m n k` for every product of `[m, k]` and `[k, n]`, times the steps of the
-  scans around it; what a backward pass computes anew counts again. Of a
-  conditional the dearest branch counts, of a loop of unknown length one step.
+  `2 m n k` for every product of `[m, k]` and `[k, n]`, `n^3 / 3` for a Cholesky
+  factor of `[n, n]` and `n^2 m` for a triangular system with `m` right sides,
+  times the steps of the scans around; what a backward pass computes anew counts
+  again. Of a conditional the dearest branch counts, of a loop of unknown length
+  one step. Other factors, eigenvalues and singular values do not count; a
+  Pallas kernel counts once, whatever its grid.
 
   Args:
     jaxpr: what a function was traced to.
@@ -37,14 +43,16 @@ def _of(jaxpr) -> int:
   total = 0
   for equation in jaxpr.eqns:
     kind, params = equation.primitive.name, equation.params
-    if kind == 'dot_general':
-      total += _dot(equation)
-    elif kind == 'conv_general_dilated':
-      total += _convolution(equation)
+    if kind in _COUNTED:
+      total += _COUNTED[kind](equation)
     elif kind == 'cond':
       total += max(_of(branch.jaxpr) for branch in params['branches'])
     else:
       times = params['length'] if kind == 'scan' else 1
+      if kind == 'shard_map':  # what one device does, on each
+        times = math.prod(
+          params['mesh'].shape[axis] for axis in params['newly_manual_axes']
+        )
       total += times * sum(map(_of, _inner(params)))
   return total
 
@@ -71,3 +79,21 @@ def _convolution(equation):
   outputs = kernel[numbers.rhs_spec[0]]
   size = math.prod(equation.outvars[0].aval.shape)
   return 2 * size * math.prod(kernel) // outputs
+
+
+def _cholesky(equation):
+  shape = equation.invars[0].aval.shape
+  return math.prod(shape) * shape[-1] // 3
+
+
+def _triangular_solve(equation):
+  triangle, given = (variable.aval.shape for variable in equation.invars)
+  return math.prod(given) * triangle[-1]
+
+
+_COUNTED = {
+  'dot_general': _dot,
+  'conv_general_dilated': _convolution,
+  'cholesky': _cholesky,
+  'triangular_solve': _triangular_solve,
+}

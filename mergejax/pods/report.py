@@ -32,7 +32,8 @@ class Report:
     used: bytes that the compiler says it would need, where it refused: the
       program does not fit, and nothing below is known.
     collectives: what is sent, see `collectives`.
-    operations: of products, loops and recomputation included, of one chip.
+    operations: of products, loops and recomputation included: a chip's even
+      share, see `operations`; what chips repeat counts once.
     cost_analysis: XLA's own count, which takes the body of a loop once.
     traffic: bytes read from and written to main memory, see `traffic`.
     parameters: numbers of one model, on all devices together.
@@ -113,7 +114,7 @@ class Report:
       return {}
     sent = {True: 0.0, False: 0.0}
     for each in self.collectives:
-      sent[bool(set(each.axes) & set(self.crossing))] += each.sent_bytes
+      sent[each.between] += each.sent_bytes
     found = {
       'compute': self.operations / self.chip.flops,
       'memory': self.traffic / self.chip.memory_bandwidth,
@@ -204,6 +205,7 @@ class Report:
     ]
     for each in self.collectives:
       axes = _AXES_APART.join(each.axes) or 'none'
+      axes += ', slices' * each.between
       lines.append(
         f'{each.kind:<20}{axes:<18}{each.count:>8}'
         f'{_size(each.given_bytes):>14}{_size(each.sent_bytes):>14}'

@@ -4,11 +4,11 @@
 
 from mergejax.pods import hlo
 
-# What moves nothing: names for what is there, and the ends of what began.
+# What moves nothing: names for what is there.
 _FREE = frozenset((
   'parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'while',
   'conditional', 'call', 'after-all', 'partition-id', 'replica-id', 'iota',
-  'opt-barrier', 'domain',
+  'opt-barrier', 'domain', 'async-update',
 ))  # fmt: skip
 # These look at a part of their first operand, as large as the result.
 _SLICES = ('dynamic-slice', 'slice', 'gather')
@@ -20,27 +20,27 @@ def found(program: hlo.Program) -> int:
   Every kernel reads its operands and writes its result, as often as it runs;
   what lies in the chip's fast memory (`S(1)`) costs nothing, and of an array
   that a kernel takes a slice of, or writes one into, the slice alone counts.
+  What runs in two halves reads in the first (`-start`) and writes in the second
+  (`-done`).
   """
-  total = 0
-  for where, each, runs in program.executed():
-    if where in program.fused or each.opcode in _FREE:
-      continue
-    if not each.opcode.endswith('-done'):
-      total += runs * _moved(program, where, each)
-  return total
+  return sum(
+    runs * _moved(program, where, each)
+    for where, each, runs in program.executed()
+    if where not in program.fused and each.opcode not in _FREE
+  )
 
 
 def _moved(program, where, each):
   body = program.computations[where]
   operands = [body[name] for name in each.operands if name in body]
-  if each.opcode in ('slice-start', 'copy-start'):
-    # Both begin with two arrays, which may lie in different memories; of a
-    # slice, the smaller one is all that moves.
-    ends = each.leaves[:2]
-    size = min(leaf.nbytes for leaf in ends)
-    return size * sum(leaf.in_memory for leaf in ends)
-  if each.opcode.endswith('-start'):
-    return 2 * sum(map(_in_memory, operands))
+  if each.opcode.endswith('-done'):
+    return _in_memory(each)
+  if each.opcode in ('slice-start', 'dynamic-slice-start'):
+    # Its result is the array, the slice, and small numbers beside them.
+    _, part, *_ = sorted((leaf.nbytes for leaf in each.leaves), reverse=True)
+    return min(part, _in_memory(operands[0]))
+  if each.opcode.endswith('-start') or each.opcode in ('send', 'recv'):
+    return sum(map(_in_memory, operands))
   if each.opcode == 'fusion':
     inner = each.attribute('calls').removeprefix('%')
     return _of_fusion(program.computations[inner], operands, each)

@@ -35,7 +35,8 @@ def extract(
     module: the model: its family, or a module that one knows.
     params: its parameters.
     batches: dicts of arrays; rows without any real target are left out.
-    layer: path of another kernel whose inputs are the features.
+    layer: path of another kernel whose inputs are the features; of layers that
+      are stacked in one, the first.
 
   Returns:
     <float32>[examples, width].
@@ -96,4 +97,6 @@ def features_of(
     raise errors.ConfigError(
       f'{layer} was not seen at work; name another kernel with `layer`.'
     )
-  return found[layer]
+  # Stacked layers have their stack in front: features are those of the first.
+  wide = found[layer]
+  return wide.reshape(-1, *wide.shape[-2:])[0]

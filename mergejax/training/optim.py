@@ -30,6 +30,10 @@ _LATER = {
   'factor_map': (),
 }
 
+# What a run takes as its optimizer: a function is called with its `steps=`.
+OptimizerLike = (
+  optax.GradientTransformation | Callable[..., optax.GradientTransformation]
+)
 LearningRate = float | schedules.Schedule | schedules.Spanning
 
 
@@ -237,8 +241,7 @@ def adamw(
 
 
 def of_run(
-  optimizer: optax.GradientTransformation
-  | Callable[..., optax.GradientTransformation],
+  optimizer: OptimizerLike,
   steps: int,
   axes: axes_lib.Rules = (),
 ) -> optax.GradientTransformation:

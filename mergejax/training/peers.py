@@ -82,18 +82,21 @@ class Watch:
       path.write_text(text)
 
   def _run(self):
-    beat = 0
+    beat, before = 0, time.monotonic()
     last: dict[int, tuple[str, float]] = {}
     while not self._closing.is_set():
-      began = time.monotonic()
+      lost, judges = None, False
       try:
         self._write(str(beat))
         beat += 1
         lost = self._lost(last)
-      except OSError:
-        lost = None  # a slow disk is no dead process
-      # Whoever could not write for so long cannot judge the others either.
-      if time.monotonic() - began > self._patience / 2:
+        # Whoever was held up, by the disk or by what the main thread compiles,
+        # cannot judge the others: the same may hold them up.
+        judges = time.monotonic() - before < self._every + self._patience / 2
+      except (OSError, errors.UserError):
+        pass  # a full disk is no dead process
+      before = time.monotonic()
+      if not judges:
         last.clear()
       elif lost is not None and not self._closing.is_set():
         self._leave(
@@ -146,15 +149,16 @@ class Watch:
       else:
         kind = type(failure).__name__
         self._write(f'{_FAILED} ({kind}: {errors.first_line(failure)})')
-    except OSError:
+    except (OSError, errors.UserError):
       pass  # the others will see that it counts no more
 
 
 class watch_peers(callbacks.Callback):  # pylint: disable=invalid-name
   """Ends a process of several when another one of them is dead.
 
-  Within `patience` seconds, with one message and exit code 1. A run of one
+  Some seconds after `patience`, with one message and exit code 1. A run of one
   process, or without a folder, watches nothing.
+  Nor does it see what happens outside of the steps of `Trainer.fit`.
   """
 
   def __init__(self, *, every: float = 5.0, patience: float = 40.0):
@@ -163,16 +167,20 @@ class watch_peers(callbacks.Callback):  # pylint: disable=invalid-name
     self._watch: Watch | None = None
 
   def on_start(self, run):
+    """Begins to watch; a folder that processes do not share is refused."""
     if jax.process_count() == 1 or run.directory is None:
       return
     # What an earlier run left behind is not of this one.
     token = int(multihost_utils.broadcast_one_to_all(np.uint32(time.time())))
-    folder = run.directory / 'alive'
+    alive = run.directory / 'alive'
+    folder = alive / str(token)
     if jax.process_index() == 0:
-      shutil.rmtree(folder, ignore_errors=True)
+      shutil.rmtree(alive, ignore_errors=True)
+      folder.mkdir(parents=True, exist_ok=True)
     multihost_utils.sync_global_devices('alive')
+    _check_shared(folder)
     self._watch = Watch(
-      folder / str(token),
+      folder,
       jax.process_index(),
       jax.process_count(),
       **self._settings,
@@ -182,3 +190,16 @@ class watch_peers(callbacks.Callback):  # pylint: disable=invalid-name
     if self._watch is not None:
       self._watch.close(sys.exc_info()[1])
       self._watch = None
+
+
+def _check_shared(folder):
+  """Raises, in all processes, if one does not see what the first has made."""
+  seen = multihost_utils.process_allgather(np.array(folder.is_dir()))
+  blind = [str(index) for index in np.flatnonzero(~seen)]
+  if blind:
+    raise errors.ConfigError(
+      f'The folder of the run, {folder.parents[1]}, is not the same in all '
+      f'processes: what process 0 writes there, process {errors.some(blind)} '
+      'does not see. Each writes its own part of a checkpoint, so name a '
+      'folder on a file system that all share.'
+    )

@@ -12,7 +12,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import optax
 
 from mergejax import models
 from mergejax import partition
@@ -43,6 +42,7 @@ class Trainer:
   back into those of any other mesh.
 
   Example:
+    >>> import optax
     >>> module = models.build({'model_type': 'mlp', 'hidden': (4,)})
     >>> batch = models.family_of(module).example_batch(8)
     >>> trainer = Trainer(module, optax.sgd(0.1))
@@ -58,9 +58,7 @@ class Trainer:
   def __init__(
     self,
     model: nn.Module | models.ModelFamily,
-    optimizer: (
-      optax.GradientTransformation | Callable[..., optax.GradientTransformation]
-    ),
+    optimizer: optim.OptimizerLike,
     *,
     objective: objective_lib.Objective | None = None,
     mesh: jax.sharding.Mesh | None = None,

@@ -237,10 +237,12 @@ def task_metrics(tasks: Sequence[str], *, name: str = 'tasks') -> StepTransform:
   def update(extra, old, new, metrics):
     del old
     metrics = dict(metrics)
-    if 'tasks' not in metrics:
+    if not {'tasks', 'tokens'} <= metrics.keys():
       raise errors.ConfigError(
         'task_metrics needs an objective that tells tasks apart: '
-        f'cross_entropy(tasks={count}).'
+        f'cross_entropy(tasks={count}), or one of your own with the metrics '
+        "`tasks` (objective.by_task) and `tokens`, the sum of a batch's "
+        'weights.'
       )
     loss, weight, examples = metrics.pop('tasks')
     drawn = jnp.round(examples * metrics['tokens']).astype(jnp.uint32)

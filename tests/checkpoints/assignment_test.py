@@ -48,6 +48,8 @@ class AssignTest(parameterized.TestCase):
       assignment.assign(NEW, OLD, rules)
     found = assignment.assign(NEW, OLD, rules, fallback_to_scratch=True)
     self.assertIsNone(found['decoder/w'])
+    with self.assertRaisesRegex(errors.UserError, 'Nothing of .*\n.*enc/w'):
+      assignment.assign(['other/w'], OLD, fallback_to_scratch=True)
 
   @parameterized.parameters(
     ([('encoder/w', 'enc/v')], "'enc/v'.*Did you mean 'enc/w'"),
@@ -57,7 +59,11 @@ class AssignTest(parameterized.TestCase):
     ([('target/encoder/w', 'enc/w')], 'without "target/"'),
     ([('encoder/(', None)], 'not a regular expression'),
     ([('encoder/w', r'enc/\1')], 'group'),
+    ([('encoder/w', r'enc/\g<layer>')], 'layer'),
+    ([('encoder/w', 3)], r"\('encoder/w', 3\) is no such pair"),
+    (('encoder/w', None), "list of pairs.*'encoder/w' is no such pair"),
     ([], 'nothing for 2 of 4'),
+    ([('.*', None)], 'Nothing of the checkpoint would be used: all 4'),
   )
   def test_mistakes(self, rules, message):
     with self.assertRaisesRegex(errors.UserError, message):

@@ -133,9 +133,7 @@ class FromT5XTest(absltest.TestCase):
           continue
         with contextlib.redirect_stdout(io.StringIO()):
           self.assertEqual(main_lib.main(words[1:]), 0, command)
-    self.assertEqual(
-      ran, ['merge', 'evaluate', 'convert', 'convert', 'export']
-    )
+    self.assertEqual(ran, ['merge', 'evaluate', 'convert', 'convert', 'export'])
     self.assertTrue((self.folder / 'served' / 'manifest.json').exists())
     for folder in ('merged_hf', 'merged_t5x/checkpoint_60'):
       self.assertNotEmpty(mj.open_checkpoint(folder).specs())

@@ -30,7 +30,7 @@ from mergejax.cli import t5x_inference_words
 from mergejax.core import errors
 from mergejax.core import resume
 from mergejax.core import tree
-from mergejax.data import lengths
+from mergejax.data import splits
 from mergejax.evaluation import beam
 from mergejax.evaluation import decode
 from mergejax.evaluation import suite
@@ -266,7 +266,7 @@ class GinInferenceTest(parameterized.TestCase):
     )  # fmt: skip
     (row,) = json.loads((out / 'scores.json').read_text())['raw'].values()
     # T5X finds out the lengths; its decoding is a beam search.
-    found = lengths.longest(seqio.TaskRegistry.get(TASKS[0]), 'test')
+    found = splits.longest(TASKS[0], 'test')
     self.assertEqual(found, {'inputs': 7, 'targets': 2})
     (wanted,) = suite.of_mixture(
       TASKS[0], lengths=found, metric='seqio', max_examples=None,

@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run starts where another stopped, T5X's or ours, or from parts of it."""
 
+import contextlib
+import io
 import json
 import pathlib
 import time
@@ -26,6 +28,7 @@ MODULE = lm.LanguageModel(
     vocab_size=384, emb_dim=8, num_heads=2, head_dim=4, mlp_dim=16, num_layers=1,
   )
 )  # fmt: skip
+KEY = jax.random.key(0)
 
 
 class StartTest(parameterized.TestCase):
@@ -35,6 +38,7 @@ class StartTest(parameterized.TestCase):
 
   @parameterized.parameters(
     (dict(restore='moments'), "value of restore 'moments'"),
+    (dict(rules=('head/w', None)), 'list of pairs'),
     (dict(restore_step=3), 'restore_step say.*no initial_checkpoint'),
     (dict(initial_checkpoint='x', restore='state', pad_vocabulary=True),
      'pad_vocabulary cannot be given'),
@@ -56,6 +60,28 @@ class StartTest(parameterized.TestCase):
     self.assertEqual(
       start.described(), {'restore_step': 0, 'restore_rules': [['a', None]]}
     )
+
+  def test_a_restore_in_part_is_told_where_it_happens(self):
+    source = self.folder / 'source'
+    mj.save_checkpoint(source, mj.models.family_of(MODULE).init(KEY))
+    begun = self.folder / 'begun'
+    (begun / 'checkpoints' / '1').mkdir(parents=True)
+
+    def told(directory, **given):
+      begin = start_lib.Start(source, **given).check(MODULE)
+      text = io.StringIO()
+      with contextlib.redirect_stderr(text):
+        begin.arguments(None, 1, KEY, directory)
+      return text.getvalue()
+
+    fresh = dict(rules=[('decoder/token_embedder/.*', None)])
+    self.assertRegex(
+      told(self.folder / 'new', **fresh),
+      r'^\S+/source is restored in part: 1 begin fresh \(decoder/\S+\); 1 stay '
+      r'there \(decoder/\S+\)\.\n$',
+    )
+    self.assertEmpty(told(begun, **fresh))
+    self.assertEmpty(told(self.folder / 'new'))
 
   def test_a_run_goes_on_from_t5x_and_from_ours(self):
     rows = [f'{i} plus one\t{i + 1}' for i in range(64)]

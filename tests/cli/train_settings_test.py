@@ -4,6 +4,7 @@
 
 import functools
 import json
+from unittest import mock
 
 from absl.testing import absltest
 
@@ -54,6 +55,40 @@ class DescribedTest(absltest.TestCase):
     self.assertNotEqual(
       told(transforms=[training.ema(0.5)]), told(transforms=[training.ema(0.9)])
     )
+
+
+class PerTaskTest(absltest.TestCase):
+  def trained_with(self, **given):
+    """What the trainer of a run of two tasks is given."""
+    self.enter_context(mock.patch.object(train.stream_lib, 'find'))
+    self.enter_context(
+      mock.patch.object(train.task_ids, 'names', lambda provider: ['a', 'b'])
+    )
+    made = self.enter_context(
+      mock.patch.object(train.trainer_lib, 'Trainer', side_effect=StopIteration)
+    )
+    with self.assertRaises(StopIteration):
+      train.train_model(
+        module=None, optimizer=training.optim.adafactor(0.1),
+        mixture_or_task='mixture', model_dir=self.create_tempdir().full_path,
+        steps=1, batch_size=8, lengths={}, seed=0, save_every=1, per_task=True,
+        **given,
+      )  # fmt: skip
+    return made.call_args.kwargs
+
+  def test_an_objective_of_ones_own_tells_tasks_apart_itself(self):
+    for own, expected in (
+      (None, training.cross_entropy(tasks=2)),
+      (focal, focal),
+    ):
+      given = self.trained_with(objective=own)
+      self.assertEqual(given['objective'], expected)
+      (transform,) = given['transforms']
+      self.assertEqual(transform.settings, {'tasks': ['a', 'b']})
+
+  def test_options_of_the_loss_beside_it_are_refused(self):
+    with self.assertRaisesRegex(errors.ConfigError, 'Both objective and loss'):
+      self.trained_with(objective=focal, loss={'z_loss': 0.1})
 
 
 class MeshesTest(absltest.TestCase):

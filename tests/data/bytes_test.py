@@ -2,19 +2,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bytes summed over rows are the UTF-8 bytes of the text."""
 
-import io
 import json
 import pathlib
 
 from absl.testing import absltest
 from absl.testing import parameterized
 import numpy as np
-import sentencepiece
 import seqio
+import small_vocabularies
 
 from mergejax.core import errors
 from mergejax.data import features
-from mergejax.data import stream
+from mergejax.data import splits
 from mergejax.data import tasks
 from mergejax.evaluation import expert_table
 from mergejax.evaluation import suite as suite_lib
@@ -34,20 +33,6 @@ TEXTS = [
 ]
 
 
-def pieces(folder, size=45, **options):
-  """A SentencePiece model of the words above, in T5's layout."""
-  model = io.BytesIO()
-  words = ['the cat sat on the mat', 'a fine naive full text', 'mat cat'] * 20
-  sentencepiece.SentencePieceTrainer.train(
-      sentence_iterator=iter(words), model_writer=model, vocab_size=size,
-      pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=9,
-      hard_vocab_limit=False, **options,
-  )  # fmt: skip
-  path = pathlib.Path(folder) / 'pieces.model'
-  path.write_bytes(model.getvalue())
-  return path
-
-
 class BytesTest(parameterized.TestCase):
   def setUp(self):
     super().setUp()
@@ -64,14 +49,16 @@ class BytesTest(parameterized.TestCase):
     if kind == 'bytes':
       return features.vocabulary()
     options = dict(byte_fallback=True, size=320) if kind == 'fallback' else {}
-    return features.vocabulary(pieces(self.folder, **options))
+    return features.vocabulary(
+      small_vocabularies.pieces(self.folder, **options)
+    )
 
   @parameterized.product(
     kind=['bytes', 'pieces', 'fallback'], length=[1, 5, 64]
   )
   def test_rows_sum_to_the_bytes_of_the_text(self, kind, length):
     vocabulary = self.vocabulary(kind)
-    batches = stream.evaluation_batches(
+    batches = splits.batches(
       self.text(vocabulary), lengths={'targets': length}, batch_size=4,
       split='test',
     )  # fmt: skip
@@ -86,7 +73,7 @@ class BytesTest(parameterized.TestCase):
   def test_a_token_has_its_own_bytes(self, kind):
     text = 'the cat  sat '
     vocabulary = self.vocabulary(kind)
-    batches = stream.evaluation_batches(
+    batches = splits.batches(
       self.text(vocabulary, [text, text]), lengths={'targets': 1},
       batch_size=64, split='test',
     )  # fmt: skip

@@ -18,6 +18,7 @@ from mergejax.data import corpora
 from mergejax.data import features
 from mergejax.data import machine_text
 from mergejax.data import mixtures
+from mergejax.data import splits
 from mergejax.data import stream
 from mergejax.data import tasks
 
@@ -189,7 +190,7 @@ class StreamTest(parameterized.TestCase):
 
   def test_no_token_is_lost_and_rows_are_full(self):
     task = self.task_of['one']
-    batches = stream.evaluation_batches(
+    batches = splits.batches(
       task, lengths={'targets': 32}, batch_size=4, split='train'
     )
     tokens = np.concatenate([b['decoder_target_tokens'] for b in batches])
@@ -263,24 +264,6 @@ class StreamTest(parameterized.TestCase):
       self.open(kind='prefixlm')
     with self.assertRaisesRegex(errors.UserError, 'no SentencePiece model'):
       features.vocabulary('/nowhere.model')
-
-
-class VocabularyTest(absltest.TestCase):
-  def test_bytes(self):
-    vocabulary = features.vocabulary()
-    self.assertEqual(vocabulary.vocab_size, 259)
-    self.assertEqual(list(vocabulary.encode('A')), [ord('A') + 3])
-
-  def test_sentence_piece(self):
-    root = os.environ.get('MERGEJAX_DATA')
-    if not root:
-      self.skipTest('MERGEJAX_DATA is not set')
-    vocabulary = features.vocabulary(
-      pathlib.Path(root) / 'vocab/t5_cc_all_32000/sentencepiece.model'
-    )
-    self.assertEqual(vocabulary.vocab_size, 32100)
-    ids = vocabulary.encode('Merge the models.')
-    self.assertEqual(vocabulary.decode(ids), 'Merge the models.')
 
 
 class MixturesTest(parameterized.TestCase):

@@ -4,6 +4,7 @@
 
 import functools
 import math
+import pathlib
 from unittest import mock
 
 from absl.testing import absltest
@@ -19,6 +20,7 @@ from mergejax.data import exmix
 from mergejax.data import exmix_table
 from mergejax.data import features
 from mergejax.data import mixtures
+from mergejax.data import pretraining
 from mergejax.data import t5_tasks
 from mergejax.data import tfds_sets
 
@@ -153,6 +155,19 @@ class MixturesTest(_Registries):
     )
     held = [twice.get_rate(t) == mixture.get_rate(t) for t in twice.tasks]
     self.assertEqual(held, [False, False, True, True])
+    capped = [s.capped for s in mixtures.probabilities(twice)]
+    self.assertEqual(capped, [min(2 * s, 300_000) for s in SIZES])
+
+  def test_rows_of_documents_have_no_epochs(self):
+    folder = pathlib.Path(self.create_tempdir().full_path)
+    (folder / 'a.txt').write_text('one document\nand another\n')
+    files = {'train': folder / 'a.txt'}
+    labelled = numbered('labelled', 3, 10).name
+    spans = pretraining.add_unlabelled_task('spans', files).name
+    mixture = mixtures.add_mixture('beside', {labelled: 1, spans: 1})
+    shares = mixtures.probabilities(mixture, steps=5, batch_size=4)
+    self.assertEqual([s.examples for s in shares], [10, 2])
+    self.assertEqual([s.epochs for s in shares], [1.0, None])
 
   def test_rates_of_seqio_are_understood(self):
     a, b = self.tasks('ab', [1000, 5000])

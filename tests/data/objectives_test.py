@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Corruption of text is T5's: its lengths, masks, sentinels and draws."""
 
+import itertools
+
 from absl.testing import absltest
 from absl.testing import parameterized
 import goldens
@@ -114,6 +116,15 @@ class NoiseTest(parameterized.TestCase):
     self.assertTrue((found.sum(1) == 5).all() and found.min() == 1)
     self.assertLess(np.abs(times - 200).max(), 4 * np.sqrt(1200 * 5 / 36))
 
+  @parameterized.parameters(0.15, 0.5)
+  def test_mean_targets_are_those_of_all_masks(self, density):
+    mean = 0
+    for mask in itertools.product([False, True], repeat=7):
+      noisy = sum(mask)
+      runs = sum(not is_noise for is_noise, _ in itertools.groupby(mask))
+      mean += density**noisy * (1 - density) ** (7 - noisy) * (noisy + runs)
+    self.assertAlmostEqual(noise.mean_targets(7, density), mean)
+
   def test_sentinels_of_a_vocabulary(self):
     self.assertEqual(noise.num_sentinels(seqio.ByteVocabulary()), 0)
     self.assertEqual(noise.num_sentinels(VOCABULARY), 100)
@@ -161,6 +172,23 @@ class ObjectivesTest(parameterized.TestCase):
       self.assertLess(len(row['inputs']), 64)  # there is room for the end
       text += restored(row['inputs'], row['targets'], first)
     self.assertEqual(text, sum(texts, []))
+
+  @parameterized.parameters(
+    ('prefix_lm', 'up to 39 tokens.* room for 30'),
+    ('independent_denoising', 'about 13 tokens.* room for 12'),
+  )
+  def test_targets_that_will_be_cut_are_told(self, name, message):
+    room = int(message.split()[-1])
+    make = lambda targets: objectives.OBJECTIVES[name](
+      documents(range(40)), {'inputs': 40, 'targets': targets}, FEATURES
+    )
+    with self.assertLogs(level='WARNING') as logged:
+      for _ in range(2):
+        make(room)
+    self.assertLen(logged.output, 1)
+    self.assertRegex(logged.output[0], message)
+    with self.assertNoLogs(level='WARNING'):
+      make(39)
 
   def test_language_model_rows_are_the_text(self):
     texts = [list(range(3, 3 + n)) for n in (7, 30, 11)]

@@ -24,6 +24,7 @@ from mergejax.data import features
 from mergejax.data import identity
 from mergejax.data import machine_text
 from mergejax.data import pretraining
+from mergejax.data import splits
 from mergejax.data import stream
 from mergejax.data import tasks
 
@@ -97,7 +98,7 @@ class PretrainingTest(parameterized.TestCase):
     batch = next(self.open(name, pack=True))
     self.assertEqual(batch['decoder_target_tokens'].shape, (4, 32))
     # Scoring on it does not ask how long its rows would be.
-    rows = stream.evaluation_batches(
+    rows = splits.batches(
       name, lengths=LENGTHS, batch_size=4, split='train',
       kind='encoder_decoder', max_examples=6, answers=True,
     )  # fmt: skip

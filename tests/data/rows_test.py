@@ -18,6 +18,7 @@ from mergejax.data import features
 from mergejax.data import mixtures
 from mergejax.data import rows
 from mergejax.data import sources
+from mergejax.data import splits
 from mergejax.data import stream
 from mergejax.data import tasks
 
@@ -37,7 +38,7 @@ def text_of(tokens):
 
 def examples(task, split):
   """`[(input, target)]` of a table task, as its batches say them."""
-  batches = stream.evaluation_batches(
+  batches = splits.batches(
       task.name, lengths=LENGTHS, batch_size=4, split=split,
       kind='encoder_decoder',
   )  # fmt: skip
@@ -256,9 +257,9 @@ class RowsTest(parameterized.TestCase):
     with self.assertRaisesRegex(errors.UserError, message):
       mixtures.add_mixture('sizes', [trained.name, tested.name])
     with self.assertRaisesRegex(errors.UserError, "no split 'validation'"):
-      stream.evaluation_batches(name, split='validation', **settings)
+      splits.batches(name, split='validation', **settings)
     with self.assertRaisesRegex(errors.UserError, 'Did you mean'):
-      stream.evaluation_batches(name[:-1], split='test', **settings)
+      splits.batches(name[:-1], split='test', **settings)
 
   def test_lengths_and_sizes_are_checked(self):
     task = self.table(train=self.write('t.tsv', 's\tl\nx\tyes\n'))
@@ -272,7 +273,7 @@ class RowsTest(parameterized.TestCase):
       ({'max_examples': -1}, 'number of examples'),
     ):
       with self.assertRaisesRegex(errors.UserError, message):
-        stream.evaluation_batches(task.name, **settings | changed)
+        splits.batches(task.name, **settings | changed)
 
   def test_a_name_is_of_one_content(self):
     one = self.write('one.tsv', 's\tl\nx\tyes\n')

@@ -17,6 +17,7 @@ import tensorflow as tf
 from mergejax.data import features
 from mergejax.data import samples
 from mergejax.data import sources
+from mergejax.data import splits
 from mergejax.data import stream
 from mergejax.data import tasks
 
@@ -85,9 +86,7 @@ class SortedFileTest(parameterized.TestCase):
     for size in (sources.HELD_BYTES, -1):
       with mock.patch.object(sources, 'HELD_BYTES', size):
         name = self.table(60)
-        batches = stream.evaluation_batches(
-          name, split='test', max_examples=9, **OPTIONS
-        )
+        batches = splits.batches(name, split='test', max_examples=9, **OPTIONS)
         opened = stream.SeqioStream(name, pack=False, **OPTIONS)
         found.append((numbers_of(batches), numbers_of([next(opened)])))
     self.assertEqual(*found)
@@ -98,7 +97,7 @@ class SortedFileTest(parameterized.TestCase):
     name = getattr(self, kind)()
     count = {'table': ROWS, 'foreign': 3000}[kind]
     found = numbers_of(
-      stream.evaluation_batches(name, split='test', max_examples=120, **OPTIONS)
+      splits.batches(name, split='test', max_examples=120, **OPTIONS)
     )
     self.assertEqual(found, smallest(count, 120))
     # Of a constant answer: the share of a fair coin, within 4 deviations.
@@ -111,7 +110,7 @@ class SortedFileTest(parameterized.TestCase):
       ''.join(json.dumps({'text': f'{i:05}' * 4}) + '\n' for i in range(3000))
     )
     task = tasks.add_text_task('text', {'test': path}, by_content=True)
-    batches = stream.evaluation_batches(
+    batches = splits.batches(
       task.name, split='test', lengths={'targets': 21}, batch_size=64,
       max_examples=128,
     )  # fmt: skip

@@ -18,6 +18,7 @@ import tensorflow_datasets as tfds
 from mergejax.core import errors
 from mergejax.data import features
 from mergejax.data import postprocessors
+from mergejax.data import splits
 from mergejax.data import stream
 from mergejax.data import t5_tasks
 from mergejax.data import text_metrics
@@ -265,6 +266,14 @@ class TasksTest(parameterized.TestCase):
       self.assertNotEmpty(spec.metrics, spec.name)
       self.assertNotEqual(tfds_sets.state(spec.tfds), 'unknown', spec.tfds)
 
+  def test_rates_are_of_examples_that_the_steps_make(self):
+    for name, count in (
+      ('super_glue_record_v102', 138_854),
+      ('super_glue_wsc_v102_simple_train', 259),
+    ):
+      task = t5_tasks.add(name)
+      self.assertEqual(task.num_input_examples('train'), count)
+
   def test_a_task_has_one_vocabulary(self):
     first = t5_tasks.add('glue_rte_v002')
     self.assertIs(t5_tasks.add('glue_rte_v002'), first)
@@ -283,10 +292,13 @@ class TasksTest(parameterized.TestCase):
         kind='encoder_decoder',
       )  # fmt: skip
     with self.assertRaisesRegex(errors.DataError, 'tfds build glue/rte'):
-      stream.evaluation_batches(
+      splits.batches(
         names[0], lengths={'inputs': 8, 'targets': 8}, batch_size=2,
         kind='encoder_decoder', split='validation',
       )  # fmt: skip
+    spec = t5_tasks.TaskSpec('no_such', 'no_such_set:1.0.0', steps=[])
+    with self.assertRaisesRegex(errors.DataError, 'TFDS has no no_such_set:1'):
+      tfds_sets.check([t5_tasks.add(spec)])
 
 
 if __name__ == '__main__':

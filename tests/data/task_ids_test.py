@@ -183,6 +183,9 @@ class ByTaskTest(parameterized.TestCase):
     ):
       transform = transforms.task_metrics(['a'])
       transform.update(transform.init({}), None, None, {})
+    shares = {'tasks': jnp.zeros((3, 1))}
+    with self.assertRaisesRegex(errors.ConfigError, 'and `tokens`, the sum'):
+      transform.update(transform.init({}), None, None, shares)
 
 
 if __name__ == '__main__':

@@ -188,6 +188,10 @@ class BeamTest(parameterized.TestCase):
     ):
       with self.assertRaisesRegex(errors.ConfigError, said):
         beam.Beam(**words)
+    packed = small_decoders.batch([[2]])
+    packed['decoder_segment_ids'] = np.ones((1, 8), np.int32)
+    with self.assertRaisesRegex(errors.DataError, 'not packed'):
+      decoder(3, 0.6)(small_decoders.table(VOCAB), packed)
 
 
 if __name__ == '__main__':

@@ -237,7 +237,9 @@ class DecodeTest(parameterized.TestCase):
       dict(model_type='mlp', hidden=(4,), image_shape=(2, 2, 1), classes=2)
     )
     with self.assertRaisesRegex(errors.ConfigError, 'mlp models do not decode'):
-      decode.greedy(module, {}, {'images': np.zeros((1, 2, 2, 1))}, length=2)
+      decode.make_decoder(module, length=2)(
+        {}, {'images': np.zeros((1, 2, 2, 1))}
+      )
 
 
 if __name__ == '__main__':

@@ -7,6 +7,7 @@ import io
 import sys
 
 from absl.testing import absltest
+import flax.linen as nn
 import jax
 import numpy as np
 
@@ -153,6 +154,17 @@ class FamiliesOutsideTest(absltest.TestCase):
     self.assertEqual(code, 0, err)
     module = models.build(config)
     self.assertEqual(module.config.layers, 1)
+
+  def test_a_module_of_no_family_is_called_as_its_batch_tells(self):
+    tokens = np.array([[3, 1], [0, 0]])
+    text = {'decoder_input_tokens': tokens, 'decoder_target_tokens': tokens}
+    for kind, batch in (
+      ('lm', text), ('t5x', {**text, 'encoder_input_tokens': tokens}),
+    ):  # fmt: skip
+      for module in (None, nn.Dense(2)):
+        family = models.family_for(module, batch)
+        self.assertEqual(family.model_type, kind)
+        self.assertEqual(family.real_rows(batch).tolist(), [True, False])
 
   def test_mistakes(self):
     code, _, err = self.run_command('methods', '--import', 'no_such_thing')

@@ -65,6 +65,12 @@ class LoadingTest(absltest.TestCase):
     loaded, params = mj.load_model(self.folder / 'mixed')
     self.assertTrue(loaded.config.scan_layers)
     same_bits(params, stacked)
+    models.check_not_converted(self.folder / 'stacked')
+    with self.assertRaisesRegex(errors.CheckpointError, '--scan_layers true'):
+      models.check_not_converted(self.folder / 'mixed')
+    self.assertEqual(
+      models.axes(self.folder / 'mixed'), models.axes(self.folder / 'stacked')
+    )
 
   def test_layers_on_another_axis(self):
     first = models.load_params(FOLDER / 't5x_legacy', module(**SCANNED))
@@ -160,6 +166,11 @@ class LoadingTest(absltest.TestCase):
     found = models.load_params(
       self.folder / 'old', new, rules=[('head/.*', None)], key=key
     )
+    fit = models.fit_params(self.folder / 'old', new, rules=[('head/.*', None)])
+    self.assertCountEqual(fit.fresh, head)
+    self.assertCountEqual(fit.left, head)
+    fit = models.fit_params(self.folder / 'old', old)
+    self.assertEmpty([*fit.fresh, *fit.left])
     for path, leaf in tree.flatten(found).items():
       source = fresh if path in head else params
       np.testing.assert_array_equal(leaf, tree.flatten(source)[path])

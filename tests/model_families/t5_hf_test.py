@@ -120,6 +120,14 @@ class NamesTest(parameterized.TestCase):
     with self.assertRaisesRegex(errors.StructureError, 'hf-umt5'):
       t5_hf.CONVERSIONS['hf-t5'].write(leaves)
 
+  def test_a_copy_of_what_is_not_there(self):
+    stored = t5_hf.to_hf(random_leaves(small()))
+    stored['encoder.embed_tokens.weight'] = stored.pop('shared.weight')
+    with self.assertRaisesRegex(
+      errors.CheckpointError, 'embed_tokens.*not a par'
+    ):
+      t5_hf.from_hf(stored, tied_head=False)
+
   def test_the_unused_table_of_old_files_is_left_out(self):
     stored = t5_hf.to_hf(random_leaves(small()))
     unused = np.ones((32, 2), np.float32)
@@ -156,6 +164,12 @@ class ConfigTest(parameterized.TestCase):
   def test_other_activations_are_refused(self, theirs):
     config = {**configured('t5', small()), 'feed_forward_proj': theirs}
     with self.assertRaisesRegex(errors.ConfigError, theirs):
+      t5_hf.config_from_hf(config)
+
+  def test_a_size_that_is_missing_is_told(self):
+    config = configured('mt5', small())
+    del config['d_kv'], config['num_layers']
+    with self.assertRaisesRegex(errors.ConfigError, 'mt5 .*d_kv, num_layers'):
       t5_hf.config_from_hf(config)
 
   @parameterized.parameters('mt5', 'umt5')

@@ -14,10 +14,14 @@ import numpy as np
 
 from mergejax import models
 from mergejax import partition
+from mergejax import select
+from mergejax import statistics
 from mergejax import training
 from mergejax.core import errors
+from mergejax.core import statistic_specs
 from mergejax.core import tree
 from mergejax.models import layer_stacks
+from mergejax.names import known
 from mergejax.nn import lm
 from mergejax.nn import stack
 from mergejax.nn import t5
@@ -162,6 +166,11 @@ class ScanTest(parameterized.TestCase):
           self.assertEqual(spec.axes.index('layers'), axis)
       table = specs['encoder/relpos_bias/rel_embedding']
       self.assertEqual(table.axes, ('heads', 'relpos_buckets'))
+      # Checkpoints know them without the module.
+      self.assertEqual(
+        known.axes(specs, models.describe(model.module)),
+        {path: spec.axes for path, spec in specs.items()},
+      )
 
   def test_adafactor_takes_every_layer_for_itself(self):
     apart = family('lm', emb_dim=16, mlp_dim=12)
@@ -260,9 +269,62 @@ class RematTest(parameterized.TestCase):
     self.assertLess(sizes['minimal'], sizes['none'])
     self.assertLess(sizes['full'], sizes['minimal'])
 
-  def test_unknown_policy(self):
-    with self.assertRaisesRegex(errors.UserError, "'ful'.*'?full"):
-      family('lm', remat_policy='ful').init(jax.random.key(0))
+  def test_mistakes(self):
+    for changes, said in (
+      ({'remat_policy': 'ful'}, "'ful'.*'?full"),
+      # It makes a policy, and is none.
+      ({'remat_policy': 'save_only_these_names'}, 'Unknown remat policy'),
+      ({'mlp_activations': ('geluu',)}, "Unknown activation .*'gelu'"),
+      ({'scan_layers': True, 'param_scan_axis': -1}, '0 or 1, not -1'),
+    ):
+      with self.assertRaisesRegex(errors.ConfigError, said):
+        family('lm', **changes).init(jax.random.key(0))
+
+
+class WatchedTest(parameterized.TestCase):
+  """Layers in one are watched as layers one by one are."""
+
+  def batch(self):
+    batch = batch_of()
+    batch['encoder_input_tokens'][1, 2:] = 0
+    return batch
+
+  @parameterized.parameters(('t5', 1, 'none'), ('lm', 0, 'full'))
+  def test_gram_matrices(self, kind, axis, remat):
+    apart = family(kind)
+    scanned = family(
+      kind, scan_layers=True, param_scan_axis=axis, remat_policy=remat
+    )
+    params = apart.init(jax.random.key(0))
+    collect = lambda model, params: statistics.collect(
+      statistics.gram(), model, params, [self.batch()]
+    )
+    expected = collect(apart, params)
+    found = collect(scanned, restacked(params, scanned))
+    # Whatever the axis of parameters is, statistics have their layers in front.
+    front = dataclasses.replace(scanned.config, param_scan_axis=0)
+    for name in ('gram', 'count'):
+      wanted = {path: own[name] for path, own in expected.items()}
+      given = {path: own[name] for path, own in found.items()}
+      wanted = layer_stacks.restack(wanted, front)
+      assert_close(wanted, given, rtol=1e-4, atol=1e-5)
+    specs = scanned.specs()
+    for path, own in found.items():
+      gram = statistic_specs.GRAM
+      self.assertTrue(gram.fits(own['gram'].shape, path, specs[path]), path)
+
+  @parameterized.parameters(False, True)
+  def test_features_are_what_the_encoder_says(self, scan):
+    model = family('t5', scan_layers=scan, logits_via_embedding=True)
+    params, batch = model.init(jax.random.key(0)), self.batch()
+    inputs = batch['encoder_input_tokens']
+    encoded = model.module.apply({'params': params}, inputs, method='encode')
+    real = (inputs > 0)[..., None]
+    np.testing.assert_allclose(
+      select.extract(model, params, [batch]),
+      np.where(real, encoded, 0).sum(axis=1) / real.sum(axis=1),
+      rtol=1e-4, atol=1e-5,
+    )  # fmt: skip
 
 
 if __name__ == '__main__':

@@ -88,9 +88,11 @@ class VisionTest(parameterized.TestCase):
     plain = [p for p in kernels if 'shortcut' not in p]
     self.assertLen(plain, convs)
 
-  def test_unknown_norm(self):
+  def test_mistakes(self):
     with self.assertRaisesRegex(errors.UserError, "'layer'"):
       models.build(dict(model_type='vgg', norm='layers'))
+    with self.assertRaisesRegex(errors.UserError, 'of one length'):
+      models.build(dict(model_type='resnet', stages=(3, 4, 6, 3)))
 
 
 if __name__ == '__main__':

@@ -10,6 +10,7 @@ import re
 
 import numpy as np
 from reference import merging
+from reference import spheres
 from reference import words
 
 # method: {option a model may have of its own: default}, {option for all}, words
@@ -193,7 +194,9 @@ def _merged(method, path, leaves, base, weights, options):
     'model_stock', 'nuslerp', 'arcee_fusion', 'della', 'della_linear'
   )  # fmt: skip
   turn = (lambda x: x.T) if turned else (lambda x: x)
-  merged = getattr(merging, {'ramplus_tl': 'ram_plus'}.get(method, method))(
+  name = {'ramplus_tl': 'ram_plus'}.get(method, method)
+  home = merging if hasattr(merging, name) else spheres
+  merged = getattr(home, name)(
     [{path: turn(leaf)} for leaf in leaves],
     None if base is None else {path: turn(base)},
     weights,
