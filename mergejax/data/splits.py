@@ -4,6 +4,7 @@
 
 from collections.abc import Mapping
 import logging
+from typing import Any
 
 import numpy as np
 import seqio
@@ -101,8 +102,8 @@ def in_order(
   provider: seqio.Task | seqio.Mixture,
   split: str,
   lengths: Mapping[str, int] | None,
-) -> tf.data.Dataset:
-  """The examples of a split, once, in its own order.
+) -> Any:
+  """The examples of a split, once, in its own order: a `tf.data.Dataset`.
 
   Args:
     provider: a task or mixture.

@@ -115,7 +115,7 @@ def of_mixture(
         'the longest examples of.'
       )
     lengths = splits.longest(name, split)
-  words = {'metric': metric} if metric else {}
+  words: dict[str, Any] = {'metric': metric} if metric else {}
   if decoding:
     words['decoding'] = decoding
   return _parse({

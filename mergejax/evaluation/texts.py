@@ -260,7 +260,7 @@ class Writer:
     found = self.decoder.answers(self.params, batch, **named)
     best = self.decoder.method.best
     for tokens, scores in zip(*found):
-      said = {'prediction': self._text(tokens[best])}
+      said: dict[str, Any] = {'prediction': self._text(tokens[best])}
       if self.scored:
         said['score'] = float(scores[best])
       if self.every:
