@@ -13,7 +13,7 @@ import os
 import pathlib
 import sys
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import seqio
@@ -35,9 +35,13 @@ from mergejax.data import features
 from mergejax.data import splits
 from mergejax.data import stream
 from mergejax.evaluation import decode
+from mergejax.evaluation import likelihoods
 from mergejax.evaluation import positions
 from mergejax.evaluation import texts
 from mergejax.statistics import saved
+
+# What is written of an example, by T5X's names.
+MODES = ('predict', 'predict_with_aux', 'score')
 
 
 def _parser():
@@ -167,9 +171,9 @@ def infer_task(
   lengths: Mapping[str, int],
   output_dir: os.PathLike | str,
   split: str = 'test',
+  mode: str = 'predict',
   decoding: Mapping[str, Any] | None = None,
   batch_size: int = 32,
-  scores: bool = False,
   every: bool = False,
   module: nn.Module | models.ModelFamily | None = None,
   restore_step: int | None = None,
@@ -178,7 +182,7 @@ def infer_task(
 ) -> None:
   """Writes what a model says to every example of a task, or of a mixture's.
 
-  Each task has a file, `TASK-predict.jsonl-00000-of-00001` as in T5X, of rows
+  Each task has a file, `TASK-MODE.jsonl-00000-of-00001` as in T5X, of rows
   `{"inputs": {"inputs_pretokenized": text, ...}, "prediction": text}`. Killed,
   the same call continues.
 
@@ -189,11 +193,13 @@ def infer_task(
       `targets`: the most of an answer.
     output_dir: where the files go.
     split: which examples.
+    mode: 'predict'; 'predict_with_aux': with `{"aux": {"scores": number}}`, the
+      score of the answer, see `texts.Writer`; or 'score': nothing is said, but
+      the target has a `score`, see `likelihoods.Scorer`.
     decoding: options of a way to decode, see `decode.method_and_seed`; greedy
       by default.
     batch_size: rows of a batch.
-    scores: adds the score of an answer, see `Writer`.
-    every: adds all answers, likewise; several samples are always told.
+    every: adds all answers, see `texts.Writer`; several samples are always told.
     module: of a checkpoint that does not say what it is of, see `loaded.load`.
     restore_step: of a run's folder; its last by default.
     dtype: 'bfloat16' rounds the parameters to it.
@@ -205,6 +211,13 @@ def infer_task(
   """
   method, seed = decode.method_and_seed(decoding or {})
   errors.check_whole('batch_size', batch_size)
+  if mode not in MODES:
+    raise errors.ConfigError(errors.near(str(mode), MODES, 'mode'))
+  if mode == 'score' and (decoding or every):
+    raise errors.ConfigError(
+      "mode='score' scores the targets that are there and generates nothing: "
+      'leave decoding and every out.'
+    )
   for name in ('inputs', 'targets'):
     errors.check_whole(f'length of {name}', lengths.get(name))
   provider = stream.find(
@@ -219,14 +232,17 @@ def infer_task(
   family, params = loaded.load(
     checkpoint, module=module, step=restore_step, dtype=dtype, mesh=devices
   )
-  positions.check_decodes(family, checkpoint)
-  decoder = decode.make_decoder(
-    family, length=lengths['targets'], method=method, mesh=devices
-  )
+  make = _scorers(family, params, split, lengths, batch_size)
+  if mode != 'score':
+    positions.check_decodes(family, checkpoint)
+    decoder = decode.make_decoder(
+      family, length=lengths['targets'], method=method, mesh=devices
+    )
+    make = _writers(decoder, family, params, batch_size, seed, mode, every)
   settings = {
     'model': models.describe(family), 'weights': saved.fingerprint(params),
-    'method': {type(method).__name__: method}, 'seed': seed, 'scores': scores,
-    'all': every, 'length': lengths['targets'], 'batch_size': batch_size,
+    'method': {type(method).__name__: method}, 'seed': seed, 'mode': mode,
+    'all': every, 'lengths': dict(lengths), 'batch_size': batch_size,
     'tasks': {task.name: _digest(each) for task, each in read.items()},
   }  # fmt: skip
   record = pathlib.Path(output_dir) / 'infer.json'
@@ -234,16 +250,44 @@ def infer_task(
   same_run.check(record, settings, where)
   same_run.write(record, settings, where)
   for task, (rows, tokens) in read.items():
-    out = record.with_name(f'{task.name}-predict.jsonl-00000-of-00001')
+    out = record.with_name(f'{task.name}-{mode}.jsonl-00000-of-00001')
     if out.exists():
       print(f'{task.name} is answered: {out}', file=sys.stderr)
       continue
+    _answer(make(task), rows, out, {**settings, 'devices': where}, tokens)
+
+
+def _scorers(family, params, split, lengths, batch_size):
+  return lambda task: likelihoods.Scorer(
+    family, params, task, split, lengths, batch_size
+  )
+
+
+def _writers(decoder, family, params, batch_size, seed, mode, every):
+  """`task -> what answers it`."""
+  every = every or getattr(decoder.method, 'samples', 1) > 1
+
+  def make(task):
     writer = texts.Writer(
       decoder, family, params, task.output_features['targets'].vocabulary,
       batch_size, prefix=decode.is_decoder_only(family), seed=seed,
-      scored=scores, every=every or getattr(method, 'samples', 1) > 1,
+      scored=mode == 'predict_with_aux', every=every,
     )  # fmt: skip
-    _answer(writer, rows, out, {**settings, 'devices': where}, tokens)
+    return _WithAux(writer) if mode == 'predict_with_aux' else writer
+
+  return make
+
+
+class _WithAux(NamedTuple):
+  """Tells scores where T5X does."""
+
+  writer: texts.Writer
+
+  def batches(self, *args):
+    """See `texts.Writer`."""
+    for batch in self.writer.batches(*args):
+      aux = [{'aux': {'scores': row.pop('score')}} for row in batch]
+      yield [{**row, **more} for row, more in zip(batch, aux)]
 
 
 def _answer(writer, rows, out, settings, tokens=None):

@@ -135,12 +135,8 @@ INFER: Mapping[str, Mapping[str, words.Word]] = {
   **_SHARED,
   'infer': {
     **_RUN,
-    'mode': words.Word(
-      'job.scores',
-      ('predict', 'predict_with_aux'),
-      convert=lambda mode: mode == 'predict_with_aux',
-      advice='the likelihood of targets is what metric functions of `mergejax '
-      'evaluate` are given',
+    'mode': words.same(
+      'job.mode', values=('predict', 'predict_with_aux', 'score')
     ),
     'checkpoint_period': words.aside('after how many batches answers are kept'),
     'checkpoint_ds_iter': words.aside('how answering goes on'),

@@ -109,8 +109,9 @@ def write_infer(fields: Fields, read: t5x_reader.Reader) -> str:
     'mixture_or_task': data['mixture'],
     'lengths': data['lengths'],
     'batch_size': data['batch_size'],
-    'decoding': _decoding(fields, module),
   }
+  if job.get('mode') != 'score':
+    job['decoding'] = _decoding(fields, module)
   return '\n'.join([
     'from __gin__ import dynamic_registration',
     'from mergejax.cli import infer',

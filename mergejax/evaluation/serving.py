@@ -192,7 +192,7 @@ def export_decoder(
       **_calling(program, method, end),
       'decoding': {
         'method': type(method).__name__.lower(),
-        **dataclasses.asdict(method),  # pyright: ignore[reportArgumentType]
+        **_options(method),
         'prefix': prefix,
       },
       'vocabulary': _vocabulary(vocabulary, folder),
@@ -204,6 +204,13 @@ def export_decoder(
     text = json.dumps(manifest, indent=2, ensure_ascii=False) + '\n'
     (folder / MANIFEST).write_text(text, encoding='utf-8')
   return manifest
+
+
+def _options(method: Any) -> dict[str, Any]:
+  """Those of a way to decode; of a stranger's, what it says of itself."""
+  if dataclasses.is_dataclass(method) and not isinstance(method, type):
+    return dataclasses.asdict(method)
+  return {'told': repr(method)}
 
 
 def _rows(batch_size):

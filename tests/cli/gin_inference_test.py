@@ -13,6 +13,7 @@ from unittest import mock
 
 from absl.testing import absltest
 from absl.testing import parameterized
+import jax
 import numpy as np
 import seqio
 import small_talkers
@@ -217,8 +218,8 @@ class GinInferenceTest(parameterized.TestCase):
       **{**given, **macros},
     )
 
-  def answers(self, folder, task=TASKS[0]):
-    file = folder / f'{task}-predict.jsonl-00000-of-00001'
+  def answers(self, folder, task=TASKS[0], mode='predict'):
+    file = folder / f'{task}-{mode}.jsonl-00000-of-00001'
     return [json.loads(line) for line in file.read_text().splitlines()]
 
   def test_every_word_has_a_place_here(self):
@@ -279,7 +280,7 @@ class GinInferenceTest(parameterized.TestCase):
     command = ('infer', '--gin_file=gin/runs/infer.gin')
     macros = dict(
       MIXTURE=MIXTURE, CHECKPOINT=self.ours, OUTPUT_DIR=out, LENGTHS=LENGTHS,
-      BATCH_SIZE=4, SCORES=True,
+      BATCH_SIZE=4, MODE='predict_with_aux',
     )  # fmt: skip
     append, times = resume.Journal.append, []
 
@@ -291,7 +292,8 @@ class GinInferenceTest(parameterized.TestCase):
 
     with mock.patch.object(resume.Journal, 'append', killed):
       self.run_command(*command, code=130, **macros)
-    self.assertLen(self.answers(out), 9)
+    mode = 'predict_with_aux'
+    self.assertLen(self.answers(out, mode=mode), 9)
     self.assertIn(
       'split', self.run_command(*command, code=2, **macros, SPLIT='none')
     )
@@ -313,7 +315,7 @@ class GinInferenceTest(parameterized.TestCase):
     said = [json.loads(line) for line in plain.read_text().splitlines()]
     self.assertGreater(len({row['prediction'] for row in said}), 1)
     for task in TASKS:
-      found = self.answers(out, task)
+      found = self.answers(out, task, mode)
       self.assertEqual(
         [row['inputs'] for row in found],
         [
@@ -323,7 +325,30 @@ class GinInferenceTest(parameterized.TestCase):
       )
       for row, wanted in zip(found, said, strict=True):
         self.assertEqual(row['prediction'], wanted['prediction'])
-        self.assertAlmostEqual(row['score'], wanted['score'], places=4)
+        self.assertNotIn('score', row)
+        self.assertAlmostEqual(row['aux']['scores'], wanted['score'], places=4)
+
+  def test_targets_are_scored(self):
+    out = self.folder / 'scored'
+    self.of_t5x(
+      'infer', 'script.infer.mode = "score"',
+      'utils.RestoreCheckpointConfig.dtype = None', INFER_OUTPUT_DIR=out,
+    )  # fmt: skip
+    found = [row['score'] for row in self.answers(out, mode='score')]
+    scored = suite.of_mixture(
+      TASKS[0], lengths={'inputs': 12, 'targets': 6}, metric='loss',
+      max_examples=None, batch_size=9,
+    )  # fmt: skip
+    (batch,) = scored.batches(TASKS[0], 'test')
+    family = models.family_of(self.module)
+    logits = jax.jit(family.logits)(self.params, batch)
+    logits = np.asarray(logits, np.float64)
+    log_p = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    targets = batch['decoder_target_tokens']
+    told = np.take_along_axis(log_p, targets[..., None], axis=2)[..., 0]
+    np.testing.assert_allclose(
+      found, np.sum(told * (targets > 0), axis=1), rtol=1e-5
+    )
 
   def test_t5x_files_answer_with_rounded_parameters(self):
     out = self.folder / 'infer'
@@ -343,14 +368,15 @@ class GinInferenceTest(parameterized.TestCase):
       scored=True,
     )  # fmt: skip
     (wanted,) = writer.batches(lines, tokens=tokens)
-    for row, other in zip(self.answers(out), wanted, strict=True):
+    found = self.answers(out, mode='predict_with_aux')
+    for row, other in zip(found, wanted, strict=True):
       self.assertEqual(row['prediction'], other['prediction'])
-      self.assertAlmostEqual(row['score'], other['score'], places=4)
+      self.assertAlmostEqual(row['aux']['scores'], other['score'], places=4)
 
   @parameterized.parameters(
     ('eval', 'seqio.Evaluator.num_examples = 10', 'num_examples = 10'),
     ('eval', 'utils.RestoreCheckpointConfig.mode = "all"', 'mode = all'),
-    ('infer', 'script.infer.mode = "score"', 'metric functions'),
+    ('infer', 'script.infer.mode = "scores"', 'mode = scores'),
     ('infer', 'script.infer.num_shards = 2', 'num_shards = 2'),
     ('infer', 'utils.DatasetConfig.shuffle = True', 'shuffle = True'),
     ('infer', 'models.EncoderDecoderModel.decode_fn = @decoding.mine', '@mine'),
