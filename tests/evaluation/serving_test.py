@@ -131,7 +131,8 @@ class ServingTest(parameterized.TestCase):
     said = seqio.ByteVocabulary().decode
     for name, (_, _, method) in CASES.items():
       folder = self.folder / f'served_{name}'
-      found = np.load(folder / 'found.npz')
+      with np.load(folder / 'found.npz') as file:
+        found = dict(file)
       manifest = json.loads((folder / 'manifest.json').read_text())
       self.assertEqual(manifest['platforms'], ['cpu', 'tpu'])
       for key, array in found.items():
