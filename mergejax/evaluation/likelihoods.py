@@ -60,7 +60,7 @@ class Scorer:
     for i in range(first // self.batch_size, len(self._batches)):
       at = i * self.batch_size
       nats, _ = self._scorer(self.params, [self._batches[i]])
-      sums = -np.sum(nats, axis=1, dtype=np.float64)
+      sums = np.asarray(-np.sum(nats, axis=1, dtype=np.float64))
       part = rows[at : at + self.batch_size]
       yield [{**row, 'score': float(x)} for row, x in zip(part, sums)]
 
