@@ -359,7 +359,7 @@ _ACTIVE: contextvars.ContextVar = contextvars.ContextVar('rules', default=None)
 @contextlib.contextmanager
 def rules_of(mesh: jax.sharding.Mesh, rules: ShardingRules) -> Iterator[None]:
   """While a program is traced inside, `constrain` lays activations out."""
-  token = _ACTIVE.set((mesh, rules) if mesh.size > 1 else None)
+  token = _ACTIVE.set((mesh, rules))
   try:
     yield
   finally:
@@ -376,10 +376,55 @@ def constrain(x: typing.Tree, axes: Sequence[str | None]) -> typing.Tree:
     axes: a logical name for every axis, None where the compiler may choose.
   """
   active = _ACTIVE.get()
-  if active is None:
+  if active is None or active[0].size == 1:
     return x
   mesh, rules = active
   return jax.tree.map(lambda leaf: _constrained(leaf, axes, mesh, rules), x)
+
+
+def by_shard(
+  fn: Callable[..., typing.Array],
+  axes: Sequence[Sequence[str | None]],
+  found_axes: Sequence[str | None],
+) -> Callable[..., typing.Array]:
+  """A function of arrays that every device calls on its own parts of them.
+
+  For kernels that the compiler cannot divide. Outside of `rules_of` it is `fn`.
+
+  Args:
+    fn: of the parts of arrays; no part may depend on another.
+    axes: of each argument, as of `constrain`; what divides is divided.
+    found_axes: of the result; a size that does not divide there must not divide
+      in the arguments either.
+  """
+  active = _ACTIVE.get()
+  if active is None or active[0].size == 1:
+    return fn
+  mesh, rules = active
+
+  def called(*arrays):
+    specs = [
+      spec_for(names, x.shape, mesh, rules.activations)
+      for names, x in zip(axes, arrays, strict=True)
+    ]
+    found = spec_for(found_axes, arrays[0].shape, mesh, rules.activations)
+    return jax.shard_map(
+      fn, mesh=mesh, in_specs=tuple(specs), out_specs=found, check_vma=False
+    )(*arrays)
+
+  return called
+
+
+def platform() -> str:
+  """What a program that is traced now is for: 'cpu', 'gpu', 'tpu'.
+
+  The devices of the mesh of `rules_of`, which may be described only; else those
+  of this machine.
+  """
+  active = _ACTIVE.get()
+  if active is None:
+    return jax.default_backend()
+  return active[0].devices.flat[0].platform
 
 
 def _constrained(x, axes, mesh, rules):

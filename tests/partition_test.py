@@ -146,6 +146,30 @@ class BornShardedTest(absltest.TestCase):
     kernel = born['dense_0']['kernel']
     self.assertEqual(kernel.addressable_shards[0].data.shape, (2, 16))
 
+  def test_every_device_calls_a_kernel_on_its_part(self):
+    axes, shapes = ('batch', None, 'heads', None), []
+
+    def kernel(x, y):
+      shapes.append((x.shape, y.shape))
+      return x * y
+
+    def loss(x, y):
+      call = partition.by_shard(kernel, [axes, axes], axes)
+      return jnp.sum(jax.vmap(call, spmd_axis_name='branch')(x, y) ** 2)
+
+    x = np.random.default_rng(0).normal(size=(2, 4, 3, 2, 5)).astype('float32')
+    mesh = partition.make_mesh(branch=2, data=2, model=2)
+    placed = jax.device_put(
+      x, partition.sharding(mesh, ('branch', *axes), x.shape)
+    )
+    with partition.rules_of(mesh, partition.standard()):
+      grad = jax.jit(jax.grad(loss)).lower(placed, placed).compile()
+    self.assertEqual(shapes, [((2, 3, 1, 5),) * 2])
+    self.assertNotIn('all-gather', grad.as_text())
+    np.testing.assert_allclose(grad(placed, placed), 2 * x**3, rtol=1e-6)
+    np.testing.assert_allclose(jax.grad(loss)(x, x), 2 * x**3, rtol=1e-6)
+    self.assertEqual(shapes[1:], [((4, 3, 2, 5),) * 2])  # without a mesh
+
   def test_constraints_are_nothing_without_a_mesh(self):
     x = jnp.ones((2, 3))
     self.assertIs(partition.constrain(x, ('batch', 'embed')), x)

@@ -118,9 +118,24 @@ class ParamStore(abc.ABC):
       kept.path = path
     out[...] = kept.leaf[start : start + out.size]
 
-  @property
-  def reads_pieces(self) -> bool:
-    """True if `read_into` reads no more than it is asked for."""
+  def window_bytes(self, path: typing.Path) -> int:
+    """Bytes of a leaf that `read_into` reads at once and keeps, at the least.
+
+    0 if it reads no more than it is asked for, all of a leaf that lies in one
+    block.
+    """
+    return self.specs()[path].nbytes
+
+  def read_slices(
+    self, path: typing.Path, axis: int, first: int, stop: int
+  ) -> np.ndarray:
+    """The part of a leaf from `first` to before `stop` along one axis."""
+    where = (*[slice(None)] * axis, slice(first, stop))
+    return np.asarray(self.leaves([path])[path])[where]
+
+  def has_slices(self, path: typing.Path, axis: int) -> bool:
+    """True if `read_slices` along an axis reads little beside its part."""
+    del path, axis
     return False
 
   def files(self) -> list[pathlib.Path]:

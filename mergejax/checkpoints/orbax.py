@@ -3,6 +3,7 @@
 """Orbax checkpoints: a parameter tree, an item of a step, or a run's folder."""
 
 from collections.abc import Mapping
+import json
 import pathlib
 import re
 from typing import Any
@@ -12,12 +13,16 @@ import numpy as np
 
 from mergejax.checkpoints import base
 from mergejax.checkpoints import states
+from mergejax.checkpoints import windows
 from mergejax.core import errors
 from mergejax.core import tree as tree_lib
 from mergejax.core import typing
 
 # Items of a step that may hold parameters, in the order they are looked for.
 _ITEMS = ('default', 'params', 'state', 'train_state', 'model')
+
+# How orbax numbers the keys of dicts.
+_DICT = 2
 
 
 def locate(path: pathlib.Path) -> pathlib.Path | None:
@@ -75,7 +80,7 @@ def _checkpointer():
   )
 
 
-class OrbaxStore(base.ParamStore):
+class OrbaxStore(windows.ChunkedStore):
   """Reads parameters of an orbax checkpoint leaf by leaf.
 
   A training state shows its parameters only; see `states.parameters`.
@@ -93,6 +98,7 @@ class OrbaxStore(base.ParamStore):
       raise errors.CheckpointError(f'{path} is no orbax checkpoint.')
     self._directory = directory.absolute()
     self._checkpointer = _checkpointer()
+    self._abouts: dict[pathlib.Path, dict[str, Any]] = {}  # see `_open_array`
     self._trees = {self._directory: self._metadata(self._directory, path)}
     tree = self._trees[self._directory]
     found = (
@@ -142,6 +148,36 @@ class OrbaxStore(base.ParamStore):
         result.update((p, np.asarray(leaves[s])) for p, s in zip(own, stored))
     return result
 
+  def _open_array(self, path):
+    import tensorstore  # pylint: disable=import-outside-toplevel
+
+    directory, stored = self._place[path]
+    if directory not in self._abouts:
+      text = (directory / '_METADATA').read_text()
+      self._abouts[directory] = json.loads(text)
+    about = self._abouts[directory]
+    folder = stored.replace('/', '.') + '/'
+    kvstore: dict[str, Any] = {
+      'driver': 'file',
+      'path': f'{directory}/{folder}',
+    }
+    if about.get('use_ocdbt'):
+      kvstore = {
+        'driver': 'ocdbt',
+        'base': {'driver': 'file', 'path': f'{directory}/'},
+        'path': folder,
+      }
+    driver = 'zarr3' if about.get('use_zarr3') else 'zarr'
+    try:
+      found = tensorstore.open(
+        {'driver': driver, 'kvstore': kvstore, 'open': True}
+      ).result()
+    except ValueError:  # how other writers lay arrays out, orbax itself knows
+      return None
+    spec = self._specs[path]
+    sound = tuple(found.shape) == spec.shape
+    return found if sound and found.dtype.numpy_dtype == spec.dtype else None
+
   def _read(self, directory, paths):
     ocp = _library()
     wanted, tree = set(paths), self._trees[directory]
@@ -162,6 +198,43 @@ class OrbaxStore(base.ParamStore):
         f'({errors.first_line(error)}). It is damaged or incomplete.'
       ) from error
     return tree_lib.flatten(restored)
+
+
+def write_tree(path: pathlib.Path, names: list[typing.Path]) -> None:
+  """Writes what orbax says of a tree whose arrays lie in folders, not OCDBT.
+
+  Not by orbax, which asks all processes that JAX knows of when it writes.
+
+  Args:
+    path: the directory.
+    names: of the arrays; `a/b` lies in the folder `a.b`.
+  """
+  value = {'value_type': 'np.ndarray', 'skip_deserialize': False}
+  tree = {}
+  for name in names:
+    keys = name.split('/')
+    tree[str(tuple(keys))] = {
+      'key_metadata': [{'key': key, 'key_type': _DICT} for key in keys],
+      'value_metadata': value,
+    }
+  about = {
+    'tree_metadata': tree,
+    'use_ocdbt': False,
+    'use_zarr3': False,
+    'store_array_data_equal_to_fill_value': True,
+    'custom_metadata': None,
+  }
+  handler = _library().PyTreeCheckpointHandler
+  checkpoint = {
+    'item_handlers': f'{handler.__module__}.{handler.__qualname__}',
+    'metrics': {},
+    'performance_metrics': {},
+    'init_timestamp_nsecs': None,
+    'commit_timestamp_nsecs': None,
+    'custom_metadata': {},
+  }
+  (path / '_METADATA').write_text(json.dumps(about))
+  (path / '_CHECKPOINT_METADATA').write_text(json.dumps(checkpoint))
 
 
 def write(path: pathlib.Path, leaves) -> None:

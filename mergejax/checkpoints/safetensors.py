@@ -4,6 +4,7 @@
 
 from collections.abc import Mapping
 import json
+import math
 import os
 import pathlib
 import re
@@ -86,9 +87,24 @@ class SafetensorsStore(base.ParamStore):
       leaves[path] = flat.reshape(spec.shape)
     return leaves
 
-  @property
-  def reads_pieces(self) -> bool:
+  def read_slices(
+    self, path: typing.Path, axis: int, first: int, stop: int
+  ) -> np.ndarray:
+    spec = self._specs[path]
+    before, count = math.prod(spec.shape[:axis]), spec.shape[axis]
+    width = math.prod(spec.shape[axis + 1 :])
+    rows = np.empty((before, (stop - first) * width), spec.dtype)
+    for number, row in enumerate(rows):
+      self.read_into(path, (number * count + first) * width, row)
+    return rows.reshape(
+      *spec.shape[:axis], stop - first, *spec.shape[axis + 1 :]
+    )
+
+  def has_slices(self, path: typing.Path, axis: int) -> bool:
     return True
+
+  def window_bytes(self, path: typing.Path) -> int:
+    return 0
 
   def files(self) -> list[pathlib.Path]:
     return sorted(set(self._file_of.values()))

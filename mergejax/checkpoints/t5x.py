@@ -18,6 +18,7 @@ import numpy as np
 from mergejax.checkpoints import axes_file
 from mergejax.checkpoints import base
 from mergejax.checkpoints import states
+from mergejax.checkpoints import windows
 from mergejax.core import errors
 from mergejax.core import tree as tree_lib
 from mergejax.core import typing
@@ -92,7 +93,7 @@ def _axis_names(node) -> tuple[str, ...] | None:
   return names if all(isinstance(name, str) for name in names) else None
 
 
-class T5xStore(base.ParamStore):
+class T5xStore(windows.ChunkedStore):
   """Reads the parameters (`optimizer/target`) of a T5X checkpoint."""
 
   def __init__(self, path: pathlib.Path, *, whole: bool = False):
@@ -221,6 +222,18 @@ class T5xStore(base.ParamStore):
           f'{list(self._specs[path].shape)} in the tree.'
         )
     return result
+
+  def _open_array(self, path):
+    import tensorstore  # pylint: disable=import-outside-toplevel
+
+    entry = self._entries[path]
+    place = self._place(entry) if isinstance(entry, dict) else None
+    if place is None or not place.is_dir():
+      return None
+    try:
+      return tensorstore.open(self._open_spec(place, entry, path)).result()
+    except ValueError:  # what reads it whole says what is wrong with it
+      return None
 
   def _open_spec(self, place, entry, path):
     """What is on disk decides how to read, except where `.zarray` was lost."""

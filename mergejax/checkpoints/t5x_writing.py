@@ -35,8 +35,6 @@ def write(
       `v_col`, `v` and `m` likewise; none by default, and then T5X can restore
       parameters alone.
   """
-  import flax.serialization  # pylint: disable=import-outside-toplevel
-
   moments = moments or {}
   base.check_zarr(tree_lib.specs(leaves))
   path.mkdir()
@@ -51,13 +49,33 @@ def write(
     states[name] = (
       leaf if inline else _array(path, f'state/param_states/{name}', leaf)
     )
+  write_tree(path, target, step, states)
+
+
+def write_tree(
+  path: pathlib.Path,
+  target: Mapping[typing.Path, Any],
+  step: int = 0,
+  states: Mapping[typing.Path, Any] | None = None,
+) -> None:
+  """Writes the msgpack tree of a checkpoint, which says where arrays lie.
+
+  Args:
+    path: the directory of the checkpoint.
+    target: an `entry` for each parameter.
+    step: the step that the checkpoint says it is of.
+    states: likewise for the optimizer's state; arrays that lie in the tree are
+      given themselves.
+  """
+  import flax.serialization  # pylint: disable=import-outside-toplevel
+
   data = {
     'version': t5x.VERSION,
     'optimizer': {
       'target': tree_lib.unflatten(target),
       'state': {
         'step': np.asarray(step, np.int32),
-        'param_states': tree_lib.unflatten(states),
+        'param_states': tree_lib.unflatten(states or {}),
       },
     },
   }
@@ -79,9 +97,22 @@ def _array(path, name, leaf):
     create=True,
   ).result()
   store.write(leaf).result()
+  return entry(folder, leaf.dtype, metadata)
+
+
+def entry(
+  folder: str, dtype: np.dtype, metadata: Mapping[str, Any]
+) -> dict[str, Any]:
+  """What the tree says of an array.
+
+  Args:
+    folder: of its chunks, below that of the checkpoint.
+    dtype: of the array.
+    metadata: `t5x.zarr_metadata` of it.
+  """
   return {
     'driver': 'zarr',
-    'dtype': leaf.dtype.name,
+    'dtype': dtype.name,
     'kvstore': {'driver': 'file', 'path': folder},
     'metadata': {k: metadata[k] for k in ('chunks', 'compressor', 'shape')},
   }

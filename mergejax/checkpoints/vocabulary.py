@@ -242,9 +242,17 @@ class AliasStore(base.ParamStore):
   def stored_dtype(self, path: typing.Path) -> np.dtype:
     return self._store.stored_dtype(self._aliases.get(path, path))
 
-  @property
-  def reads_pieces(self) -> bool:
-    return self._store.reads_pieces
+  def read_slices(
+    self, path: typing.Path, axis: int, first: int, stop: int
+  ) -> np.ndarray:
+    real = self._aliases.get(path, path)
+    return self._store.read_slices(real, axis, first, stop)
+
+  def has_slices(self, path: typing.Path, axis: int) -> bool:
+    return self._store.has_slices(self._aliases.get(path, path), axis)
+
+  def window_bytes(self, path: typing.Path) -> int:
+    return self._store.window_bytes(self._aliases.get(path, path))
 
   def files(self) -> list[pathlib.Path]:
     return self._store.files()

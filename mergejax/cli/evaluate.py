@@ -1,27 +1,46 @@
 # Copyright 2026 The mergejax Authors.
 # SPDX-License-Identifier: Apache-2.0
-"""`mergejax evaluate MODEL...`: a table of models by tasks or domains."""
+"""`mergejax evaluate MODEL...`: a table of models by tasks or domains.
 
-from collections.abc import Sequence
+With `--gin_file`, as T5X's `eval.py`: see gin/runs/eval.gin.
+"""
+
+from collections.abc import Mapping, Sequence
 import json
+import os
 import pathlib
 import tempfile
+from typing import Any
+
+import flax.linen as nn
 
 from mergejax import models
 from mergejax.cli import common
+from mergejax.cli import gin_run
+from mergejax.cli import loaded
 from mergejax.core import errors
 from mergejax.data import corpora
 from mergejax.data import features
 from mergejax.data import tasks
+from mergejax.evaluation import base
 from mergejax.evaluation import decode
 from mergejax.evaluation import plots
 from mergejax.evaluation import recipes
+from mergejax.evaluation import scoring
 from mergejax.evaluation import suite as suite_lib
 
 
 def main(arguments: Sequence[str]) -> None:
   """Prints a table of models by the tasks of a suite, or by domains."""
-  parser = common.parser('evaluate', 'Score models on tasks or corpora.')
+  if gin_run.is_asked(arguments):
+    about = 'Score a model on a mixture, as gin files describe.'
+    gin_run.run('evaluate', about, evaluate_models, arguments)
+    return
+  parser = common.parser(
+    'evaluate',
+    'Score models on tasks or corpora. Or as T5X does, from gin files: '
+    '--gin_file=gin/runs/eval.gin --gin.NAME=VALUE.',
+  )
   parser.add_argument(
     'checkpoints', nargs='*', help='checkpoints, and merge recipes (.yaml)'
   )
@@ -59,16 +78,57 @@ def _on_suite(options):
       'Nothing to evaluate: name checkpoints or recipes, or give the suite a '
       '`base` or an `expert`.'
     )
-  rows = ((path, *recipes.load(path)) for path in paths)
-  table = suite.table(rows, options.split)
+  return evaluate_models(checkpoints=paths, suite=suite, split=options.split)
+
+
+def evaluate_models(
+  *,
+  checkpoints: Sequence[os.PathLike | str],
+  suite: scoring.Suite,
+  split: str = 'test',
+  module: nn.Module | models.ModelFamily | None = None,
+  restore_step: int | None = None,
+  dtype: str = 'float32',
+  mesh: Mapping[str, int] | None = None,
+  output_dir: os.PathLike | str | None = None,
+) -> tuple[base.Table, dict[str, Any]]:
+  """Scores models on a suite, and prints the table.
+
+  Args:
+    checkpoints: of any format, folders of runs, and recipes.
+    suite: from `suite.load`, or `@suite.of_mixture()` in gin.
+    split: which examples.
+    module: of checkpoints that do not say what they are of, see `loaded.load`.
+    restore_step: of a run's folder; its last by default.
+    dtype: 'bfloat16' rounds the parameters to it.
+    mesh: sizes for `partition.make_mesh`; the first device by default.
+    output_dir: where to write the table too, as `scores.json`.
+
+  Returns:
+    `(table, its numbers as plain data)`: `raw`, and `normalised` by the score
+    of each task's own expert where it has one.
+
+  Raises:
+    UserError: see `loaded.load` and `Suite.table`.
+  """
+  devices = None if mesh is None else loaded.mesh_of(mesh)
+  how: dict[str, Any] = dict(module=module, step=restore_step, dtype=dtype)
+  rows = (
+    (os.fspath(path), *loaded.load(path, mesh=devices, **how))
+    for path in checkpoints
+  )
+  table = suite.table(rows, split, mesh=devices)
   print(suite.describe_metrics())
   print(table.to_text())
-  data = {'raw': table.to_json()}
-  if experts:
+  data: dict[str, Any] = {'raw': table.to_json()}
+  if any(task.expert for task in suite.tasks.values()):
     shares = table.normalised(suite.experts(table))
     print("\nover the score of each task's own expert; more is better")
     print(shares.to_text())
     data['normalised'] = shares.to_json()
+  if output_dir is not None:
+    file = pathlib.Path(output_dir) / 'scores.json'
+    common.write_text(file, json.dumps(data, indent=2) + '\n')
   return table, data
 
 

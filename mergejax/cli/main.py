@@ -25,14 +25,15 @@ COMMANDS = {
   'infer': 'what a model says to lines of text: CHECKPOINT',
   'inspect': 'list the parameters of a checkpoint',
   'convert': 'copy a checkpoint into another format: SRC DST',
+  'export': 'decoding for a server that has jax alone: CHECKPOINT OUT',
   'compile': 'what a run or a merge needs of a pod, without the pod',
   'extract-lora': 'the best adapter for a difference: MODEL BASE OUT',
   'methods': 'the merge methods and their options',
 }
 
 _READS_TEXT = (
-  'quickstart', 'train', 'cache', 'evaluate', 'infer', 'search', 'rank',
-  'compile',
+  'quickstart', 'train', 'cache', 'evaluate', 'infer', 'export', 'search',
+  'rank', 'compile',
 )  # fmt: skip
 # These read text only if they are given a suite of tasks.
 _MAY_READ_TEXT = ('stats', 'align')

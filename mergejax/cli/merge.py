@@ -38,20 +38,70 @@ def main(arguments: Sequence[str]) -> None:
     '--restart', action='store_true',
     help='start afresh instead of continuing an interrupted merge',
   )  # fmt: skip
+  _add_processes(parser)
   options = parser.parse_args(arguments)
-  if not options.dry_run and options.sandbox is None:
+  by_hand = (
+    options.coordinator_address, options.process_count, options.process_index
+  )  # fmt: skip
+  together = options.multiprocess or by_hand != (None, None, None)
+  if not (options.dry_run or together) and options.sandbox is None:
     checksums.SUMS.start(_likely_sources(options.recipe))
   # These import JAX, meanwhile.
+  processes = importlib.import_module('mergejax.merging.disk.processes')
+  if options.dry_run or not together:
+    _merge(options, processes.Group())
+    return
+  meeting = importlib.import_module('mergejax.merging.disk.meeting')
+  try:
+    with meeting.join(*by_hand) as group:
+      _merge(options, group)
+  except processes.Lost as lost:
+    print(
+      f'mergejax: {str(lost).rstrip(".")}. So this process ends too, and '
+      f'{options.out} is not complete. Start all processes again with the same '
+      'command: the merge continues with what each of them has done.',
+      file=sys.stderr,
+    )
+    sys.exit(1)
+
+
+def _add_processes(parser):
+  """The flags that `mergejax train` has for runs of several processes."""
+  parser.add_argument(
+    '--multiprocess', action='store_true',
+    help='do it together with the processes that the environment tells of (a '
+    'TPU pod, Slurm), started by the same command: each reads and writes its '
+    'share, on a file system that all see',
+  )  # fmt: skip
+  parser.add_argument(
+    '--coordinator_address', help='host:port, to join by hand'
+  )
+  parser.add_argument('--process_count', type=int)
+  parser.add_argument('--process_index', type=int)
+
+
+def _merge(options, group):
+  """Plans and merges as one of a group of processes, of which the first talks."""
   recipe_lib = importlib.import_module('mergejax.merging.recipes.recipe')
   planner = importlib.import_module('mergejax.merging.disk.planner')
   executor = importlib.import_module('mergejax.merging.disk.executor')
+  shares = importlib.import_module('mergejax.merging.disk.shares')
   recipe = recipe_lib.load_recipe(
     options.recipe, imports=options.sandbox is None
   )
   plan = planner.plan(recipe, sandbox=options.sandbox)
-  print(plan.describe(), flush=True)
+  talks = group.index == 0
+  count = group.count
+  if options.dry_run and options.process_count:
+    count = options.process_count
   form = executor.result_format(plan, pathlib.Path(options.out), options.format)
-  if form != 'safetensors':
+  if count > 1:
+    executor.check_divisible(plan, form)
+  if talks:
+    print(plan.describe(), flush=True)
+  if talks and count > 1:
+    print(shares.describe(plan, count), flush=True)
+  elif form != 'safetensors' and talks:
     print(
       f'note      {form} is written from memory at the end, which holds '
       f'another {plan.write_bytes / 1e6:,.1f} MB'
@@ -65,17 +115,22 @@ def main(arguments: Sequence[str]) -> None:
       format=options.format,
       resume=not options.restart,
       max_shard_bytes=int(options.max_shard_size * 1e9),
-      progress=_Progress(),
+      progress=_Progress() if talks else None,
+      group=group,
     )
   except (errors.Stopped, KeyboardInterrupt) as stop:
+    # What another process was asked for, it says here.
+    said = f'{stop}: stopped' if str(stop).startswith('Process') else 'stopped'
     print(
-      f'mergejax: stopped; {options.out} is not complete. The same command '
+      f'mergejax: {said}; {options.out} is not complete. The same command '
       'continues.',
       file=sys.stderr,
     )
+    group.close(stop)
     signal_number = 2 if isinstance(stop, KeyboardInterrupt) else 15
     sys.exit(128 + signal_number)
-  print(report.describe())
+  if talks:
+    print(report.describe())
 
 
 class _Progress:

@@ -1,17 +1,18 @@
 # Copyright 2026 The mergejax Authors.
 # SPDX-License-Identifier: Apache-2.0
-"""T5X's gin files, for `mergejax train`: put into our words, or refused.
+"""T5X's gin files, put into our words, or refused.
 
-They are read without T5X: bindings are looked up in the table of `t5x_words`,
-and what they mean becomes the text of a gin file of ours, which `--dry_run`
-shows. All words that mean nothing here are told in one message; those that do
-not change what is trained are left aside and named.
+They are read without T5X: bindings are looked up in the tables of `t5x_words`
+and `t5x_inference_words`, and what they mean becomes the text of a gin file of
+ours (`t5x_writing`), which `--dry_run` shows. All words that mean nothing here
+are told in one message; those that do not change what a command does are left
+aside and named.
 
 Files of ours may be given after T5X's, to bind what T5X has no word for.
 """
 
 import ast
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 import importlib
 import importlib.util
@@ -19,12 +20,15 @@ import pathlib
 import re
 import sys
 import tempfile
+from typing import Any, NamedTuple
 
 import seqio
 
 from mergejax.cli import common
+from mergejax.cli import t5x_inference_words
 from mergejax.cli import t5x_reader
 from mergejax.cli import t5x_words
+from mergejax.cli import t5x_writing
 from mergejax.core import errors
 from mergejax.data import features
 from mergejax.data import t5_tasks
@@ -35,11 +39,45 @@ _OF_T5X = re.compile(
 _OF_OURS = re.compile(r'^\s*(from|import) mergejax\b', re.M)
 # Modules whose configurables the table knows, or that only T5X needs.
 _KNOWN_MODULES = re.compile(
-  r'(t5x(\.(adafactor|checkpoints|decoding|gin_utils|models|partitioning|train|'
+  r'(t5x(\.(adafactor|checkpoints|decoding|eval|gin_utils|infer|models|'
+  r'partitioning|train|'
   r'trainer|utils|losses|examples\.(t5|scalable_t5|decoder_only)\.network))?|'
   r'__main__|__gin__\.\w+|seqio|jax(\.numpy)?|gin)'
 )
-_NETWORKS = re.compile(r't5x\.examples\.(t5|scalable_t5)\.network')
+
+
+class _Command(NamedTuple):
+  """A command that takes T5X's files.
+
+  Attributes:
+    words: the table of what they may say.
+    defaults: T5X's, where ours are others.
+    write: `(fields, what was read) -> text`.
+    kept: what words that are left aside do not change.
+    example: a gin file of ours.
+  """
+
+  words: Mapping[str, Mapping[str, t5x_words.Word]]
+  defaults: Mapping[str, Any]
+  write: Callable[[t5x_writing.Fields, t5x_reader.Reader], str]
+  kept: str
+  example: str
+
+
+COMMANDS: Mapping[str, _Command] = {
+  'train': _Command(
+    t5x_words.ALL, t5x_words.DEFAULTS, t5x_writing.write_train,
+    'what is trained', 'gin/runs/text_to_text.gin',
+  ),
+  'evaluate': _Command(
+    t5x_inference_words.EVALUATE, t5x_inference_words.DEFAULTS,
+    t5x_writing.write_evaluate, 'the scores', 'gin/runs/eval.gin',
+  ),
+  'infer': _Command(
+    t5x_inference_words.INFER, t5x_inference_words.DEFAULTS,
+    t5x_writing.write_infer, 'the answers', 'gin/runs/infer.gin',
+  ),
+}  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -47,6 +85,7 @@ def in_our_words(
   files: Sequence[str],
   bindings: Sequence[tuple[str, str]],
   search_paths: Sequence[str] = (),
+  command: str = 'train',
 ) -> Iterator[tuple[Sequence[str], Sequence[tuple[str, str]]]]:
   """Files and bindings of a command line, those of T5X put into our words.
 
@@ -54,6 +93,7 @@ def in_our_words(
     files: of T5X and of ours, or of ours alone, which stay as they are.
     bindings: see `translate`; of T5X's names if there is a file of T5X.
     search_paths: likewise.
+    command: of `COMMANDS`.
 
   Yields:
     `(files, bindings)` for `common.parse_gin`. What is left aside is named on
@@ -63,11 +103,11 @@ def in_our_words(
   if not of_t5x:
     yield files, bindings
     return
-  text, asides = translate(of_t5x, bindings, search_paths)
+  text, asides = translate(of_t5x, bindings, search_paths, command)
   if asides:
     print(
-      'Of the gin files of T5X this was left aside; it does not change what is '
-      f'trained:\n{errors.listed(asides, 20)}',
+      'Of the gin files of T5X this was left aside; it does not change '
+      f'{COMMANDS[command].kept}:\n{errors.listed(asides, 20)}',
       file=sys.stderr,
     )
   with tempfile.TemporaryDirectory() as folder:
@@ -98,6 +138,7 @@ def translate(
   files: Sequence[str],
   bindings: Sequence[tuple[str, str]] = (),
   search_paths: Sequence[str] = (),
+  command: str = 'train',
 ) -> tuple[str, list[str]]:
   """A gin file of ours that says what files of T5X say.
 
@@ -106,6 +147,7 @@ def translate(
       beside an installed T5X.
     bindings: `(NAME, value)` of the command line.
     search_paths: folders.
+    command: of `COMMANDS`.
 
   Returns:
     `(text, names of the bindings that are left aside and why)`. Modules that
@@ -122,9 +164,10 @@ def translate(
     if '.' not in name and name not in read.macros:
       raise errors.ConfigError(errors.near(name, read.macros, 'gin name'))
     read.add_text(f'{name} = {common.literal(value)}', f'--gin.{name}')
-  fields, asides = _look_up(read)
+  how = COMMANDS[command]
+  fields, asides = _look_up(read, how)
   _check_modules(read.modules)
-  text = _write(fields, read)
+  text = how.write(fields, read)
   _import(read.modules, fields.get('imports.module'))
   _add_task(fields, read)
   return text, asides
@@ -143,15 +186,15 @@ def _is_plain(value):
   return True
 
 
-def _look_up(read):
+def _look_up(read, how):
   """`({section.field: value}, what is left aside)`."""
-  fields, aside, refused, missing = dict(t5x_words.DEFAULTS), {}, [], {}
+  fields, aside, refused, missing = dict(how.defaults), {}, [], {}
   for (scope, configurable, argument), value in read.bindings.items():
     name = f'{scope}/' * bool(scope) + f'{configurable}.{argument}'
-    word = t5x_words.find(scope, configurable, argument)
+    word = t5x_words.find(how.words, scope, configurable, argument)
     if word is not None and word.aside:
       # All of one configurable, or this word of it.
-      if t5x_words.all_alike(scope, configurable):
+      if t5x_words.all_alike(how.words, scope, configurable):
         name = name.removesuffix(argument) + '*'
       aside.setdefault(word.aside, {})[name] = None
       continue
@@ -175,8 +218,7 @@ def _look_up(read):
     raise errors.ConfigError(
       'These words of T5X mean nothing here, so that the run would not be what '
       f'the files say:\n{errors.listed(refused, 40)}\nLeave them out, or give '
-      'a gin file that binds our words (`mergejax.cli.train`, see '
-      'gin/runs/text_to_text.gin).'
+      'a gin file that binds our words, see ' + f'{how.example}.'
     )
   if missing:
     raise errors.ConfigError(
@@ -227,7 +269,7 @@ def _add_task(fields, read):
 
   Its vocabulary is that of the gin files, as T5X checks that it is.
   """
-  name = fields['job.mixture_or_task']
+  name = fields.get('job.mixture_or_task') or fields.get('data.mixture')
   known = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
   if name in known or name not in t5_tasks.TASKS:
     return
@@ -245,108 +287,3 @@ def _add_task(fields, read):
       'extra_ids': fields.get('vocabulary.extra_ids') or 0,
     }
   t5_tasks.add(name, vocabulary=features.vocabulary(**settings))
-
-
-def _network(fields, read):
-  """`(module, configuration, its fields)`."""
-  model = read.bindings.get(('', 'train', 'model'))
-  if model is None:
-    raise errors.ConfigError(
-      'The gin files bind no train.model: give the file of a model, such as '
-      't5x/examples/t5/t5_1_1/base.gin, and that of a run, such as '
-      't5x/configs/runs/finetune.gin.'
-    )
-  found = _section(fields, 'network')
-  if str(read.resolved(model)) == '@DecoderOnlyModel()':
-    return 'lm.LanguageModel', 'lm.LMConfig', {'num_layers': 6, **found}
-  defaults = {'num_encoder_layers': 6, 'num_decoder_layers': 6}
-  networks = [name for name in read.modules if _NETWORKS.fullmatch(name)]
-  if networks and 'scalable' in networks[-1]:
-    defaults |= {'scan_layers': True, 'relative_per_layer': True}
-  return 't5.Transformer', 't5.T5Config', {**defaults, **found}
-
-
-def _section(fields, name):
-  return {
-    field.removeprefix(f'{name}.'): value
-    for field, value in fields.items()
-    if field.startswith(f'{name}.')
-  }
-
-
-def _kind(fields, decoder_only):
-  """Which features the model is given."""
-  lengths = fields.get('job.lengths') or {}
-  if not decoder_only:
-    return 'encoder_decoder'
-  if fields.get('features.bidirectional'):
-    return 'prefix_lm'
-  if 'inputs' in lengths:
-    raise errors.ConfigError(
-      'A decoder-only model of T5X with inputs and targets that is causal '
-      'throughout has no counterpart here: set '
-      'DecoderOnlyModel.inputs_bidirectional_attention = True (a prefix '
-      'language model), or train on targets alone.'
-    )
-  return 'lm'
-
-
-def _write(fields, read):
-  """The text of a gin file of ours."""
-  module, config, network = _network(fields, read)
-  job = _section(fields, 'job')
-  for name in (
-    'mixture_or_task',
-    'lengths',
-    'steps',
-    'batch_size',
-    'model_dir',
-  ):
-    if job.get(name) is None:
-      raise errors.ConfigError(
-        f'The gin files do not bind {name}: give the file of a run of T5X, '
-        'such as t5x/configs/runs/finetune.gin.'
-      )
-  if job.get('initial_checkpoint') and fields.get('checkpoint.restore', True):
-    job['restore'] = 'state'  # as T5X does: moments and step number too
-  else:
-    job.pop('initial_checkpoint', None)
-  if not (job.get('save_every') and fields.get('checkpoint.save', True)):
-    job['save_every'] = job['steps']
-  job['kind'] = _kind(fields, module == 'lm.LanguageModel')
-  job['loss'] = _section(fields, 'loss')
-  size = fields.get('mesh.model') or 1
-  if size > 1:
-    job['mesh'] = {'model': size}
-  optimizer = _section(fields, 'optimizer')
-  rules = optimizer.get('logical_factor_rules')
-  lines = [
-    'from __gin__ import dynamic_registration',
-    'from mergejax import partition',
-    'from mergejax.cli import train',
-    f'from mergejax.nn import {module.split(".")[0]}',
-    'from mergejax.training import optim',
-    'from mergejax.training import schedules',
-    'train.run.job = @train.train_model',
-    f'train.train_model.module = @{module}()',
-    'train.train_model.optimizer = @optim.adafactor',
-    *_block('train.train_model', job),
-    f'{module}.config = @{config}()',
-    *_block(config, network),
-    'optim.adafactor.learning_rate = @schedules.factors()',
-    *_block('schedules.factors', _section(fields, 'schedule')),
-  ]
-  if rules is not None:
-    del optimizer['logical_factor_rules']
-    lines.append(
-      'optim.adafactor.logical_factor_rules = '
-      '@optim.standard_logical_factor_rules()'
-    )
-  lines += _block('optim.adafactor', optimizer)
-  if fields.get('rules.dims') == 2:
-    lines.append('train.train_model.rules = @partition.fsdp()')
-  return '\n'.join(lines) + '\n'
-
-
-def _block(name, values):
-  return [f'{name}.{field} = {value!r}' for field, value in values.items()]

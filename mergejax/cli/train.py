@@ -20,14 +20,12 @@ import jax
 import optax
 import seqio
 
-import gin
 from mergejax import models
 from mergejax import partition
 from mergejax.checkpoints import assignment
-from mergejax.cli import common
+from mergejax.cli import gin_run
 from mergejax.cli import same_run
 from mergejax.cli import start as start_lib
-from mergejax.cli import t5x_gin
 from mergejax.core import errors
 from mergejax.core import files as files_lib
 from mergejax.data import mixtures
@@ -52,20 +50,7 @@ def run(job: Callable[[], Any]) -> None:
 
 def main(arguments: Sequence[str]) -> None:
   """Parses T5X's flags and runs the job."""
-  files, paths, bindings, rest = common.split_gin_flags(arguments)
-  parser = common.parser('train', 'Train what gin files describe.')
-  parser.add_argument(
-    '--gin_file',
-    action='append',
-    help='a gin file, of ours or of T5X; later ones add to and override '
-    'earlier ones',
-  )
-  parser.add_argument('--gin_search_paths', help='folders, comma-separated')
-  parser.add_argument(
-    '--dry_run',
-    action='store_true',
-    help='print the complete configuration, train nothing',
-  )
+  parser = gin_run.parser('train', 'Train what gin files describe.')
   parser.add_argument(
     '--multiprocess',
     action='store_true',
@@ -76,19 +61,14 @@ def main(arguments: Sequence[str]) -> None:
   )
   parser.add_argument('--process_count', type=int)
   parser.add_argument('--process_index', type=int)
-  options = parser.parse_args(rest)
-  if not files:
-    raise errors.ConfigError('mergejax train needs --gin_file=FILE.')
-  with t5x_gin.in_our_words(files, bindings, paths) as (files, bindings):
-    common.parse_gin(files, bindings, paths)
-  if options.dry_run:
-    print(gin.config_str())
+  options = gin_run.configure('train', arguments, parser)
+  if options is None:
     return
   if options.multiprocess or options.coordinator_address:
     partition.join_processes(
       options.coordinator_address, options.process_count, options.process_index
     )
-  gin.get_configurable(run)()
+  gin_run.call('train', run)
 
 
 def trainer_callbacks(

@@ -4,6 +4,7 @@
 
 from collections.abc import Mapping
 import logging
+from typing import Any
 
 import numpy as np
 import seqio
@@ -82,7 +83,7 @@ def batches(
     provider = samples.narrowed(provider, split, max_examples)
   if kind in ('encoder_decoder', 'prefix_lm') and not _cut_by_itself(provider):
     _check_cuts(provider, split, lengths, max_examples, answers)
-  dataset = _plain(provider, split, lengths)
+  dataset = in_order(provider, split, lengths)
   rows = list(_read(_converter(kind, dataset), dataset, lengths, max_examples))
   if not rows:
     raise errors.DataError(
@@ -97,10 +98,52 @@ def _cut_by_itself(provider):
   )
 
 
-def _plain(provider, split, lengths):
+def in_order(
+  provider: seqio.Task | seqio.Mixture,
+  split: str,
+  lengths: Mapping[str, int] | None,
+) -> Any:
+  """The examples of a split, once, in its own order: a `tf.data.Dataset`.
+
+  Args:
+    provider: a task or mixture.
+    split: the split.
+    lengths: tokens that features are cut to; None: as they are.
+  """
   return provider.get_dataset(
-    dict(lengths), split=split, shuffle=False, num_epochs=1, seed=0
-  )
+    None if lengths is None else dict(lengths),
+    split=split, shuffle=False, num_epochs=1, seed=0,
+  )  # fmt: skip
+
+
+def longest(mixture_or_task: str, split: str) -> dict[str, int]:
+  """Tokens of the longest inputs and targets; all of a split is read for it.
+
+  Args:
+    mixture_or_task: a name registered in seqio.
+    split: the split.
+
+  Returns:
+    `{feature: tokens}`, the longest over all tasks of a mixture.
+
+  Raises:
+    UserError: an unknown name, a split that is not there or has no example.
+  """
+  found: dict[str, int] = {}
+  for task in seqio.get_subtasks(stream.find(mixture_or_task, split)):
+    names = [n for n in ('inputs', 'targets') if n in task.output_features]
+    with stream.reporting_bad_rows():
+      sizes = in_order(task, split, None).map(
+        lambda row, names=names: {name: tf.size(row[name]) for name in names}
+      )
+      for row in sizes.as_numpy_iterator():
+        for name, size in row.items():
+          found[name] = max(found.get(name, 1), int(size))
+  if not found:
+    raise errors.DataError(
+      f'The split {split!r} of {mixture_or_task} has no example.'
+    )
+  return found
 
 
 def _read(converter, dataset, lengths, most):
@@ -137,7 +180,7 @@ def _check_cuts(provider, split, lengths, most, answers):
   roomy = {name: _ROOM * length for name, length in lengths.items()}
   sizes = {name: [] for name in lengths}
   with stream.reporting_bad_rows():
-    dataset = _plain(provider, split, roomy).map(
+    dataset = in_order(provider, split, roomy).map(
       lambda row: {name: tf.size(row[name]) for name in lengths}
     )
     for row in samples.drawn(dataset, most):

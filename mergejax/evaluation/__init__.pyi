@@ -14,6 +14,7 @@ from mergejax.evaluation.decode import make_decoder
 from mergejax.evaluation.sampling import Sample
 from mergejax.evaluation.scoring import Suite
 from mergejax.evaluation.scoring import Task
+from mergejax.evaluation.serving import export_decoder
 
 __all__ = [
   'Beam',
@@ -25,6 +26,7 @@ __all__ = [
   'Table',
   'Task',
   'expert_table',
+  'export_decoder',
   'make_decoder',
   'metrics',
   'plots',

@@ -68,7 +68,7 @@ class Beam:
     first ones are empty and their scores -inf.
     """
     del key, rows, scored
-    count, beams = len(positions.start), self.beams
+    count, beams = positions.start.shape[0], self.beams
     said = jnp.repeat(positions.prompt[:, None], beams, axis=1)
     none = jnp.full((count, beams), -jnp.inf, jnp.float32)
     begun = none.at[:, 0].set(0.0)

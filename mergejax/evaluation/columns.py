@@ -18,19 +18,20 @@ class Scored:
     suite: a `scoring.Suite`.
     name: of the task.
     split: to score on.
+    mesh: what rows are spread over where answers are generated.
 
   Raises:
     UserError: what is wrong with the data.
   """
 
-  def __init__(self, suite: Any, name: str, split: str):
+  def __init__(self, suite: Any, name: str, split: str, mesh: Any = None):
     self._suite, self._name, self._split = suite, name, split
     batches = suite.batches(name, split)
     self._task = suite.tasks[name]
     self._batches, self._scorers = {self._task.kind: batches}, {}
     self._generated: Any = None
     if self._task.metric in generated.NAMES:
-      self._generated = suite.by_generation(name, split)
+      self._generated = suite.by_generation(name, split, mesh)
 
   def columns(
     self, family: models.ModelFamily, params: typing.Tree

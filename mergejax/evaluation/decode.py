@@ -154,6 +154,30 @@ OPTIONS = {
 }
 
 
+def method_and_seed(
+  words: Mapping[str, Any],
+) -> tuple[positions.Method, int]:
+  """`method_of` options, among which may be the `seed` of draws.
+
+  Raises:
+    ConfigError: see `method_of`; or a seed of what does not draw.
+
+  Example:
+    >>> method_and_seed({'temperature': 0.7, 'seed': 3})[1]
+    3
+  """
+  options = dict(words)
+  seed = options.pop('seed', 0)
+  errors.check_whole('seed', seed, least=0)
+  method = method_of(options)
+  if 'seed' in words and not method.draws:
+    raise errors.ConfigError(
+      'decoding: a seed is for what is drawn, at a temperature above 0. Leave '
+      'it out.'
+    )
+  return method, seed
+
+
 def method_of(words: Mapping[str, Any]) -> positions.Method:
   """A method from its options: `{'beams': 4, 'alpha': 0.6}`.
 

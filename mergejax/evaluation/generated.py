@@ -22,6 +22,7 @@ from mergejax import models
 from mergejax.core import errors
 from mergejax.core import typing
 from mergejax.data import samples
+from mergejax.data import splits
 from mergejax.data import stream
 from mergejax.evaluation import base
 from mergejax.evaluation import decode
@@ -47,6 +48,7 @@ class Generated:
     lower_is_better: numbers of the metric functions of which less is better.
     decoding: options of a way to decode, see `decode.method_of`, and the `seed`
       of its draws; greedy without any.
+    mesh: what rows are spread over, see `decode.make_decoder`.
   """
 
   task: str
@@ -55,6 +57,7 @@ class Generated:
   max_examples: int | None
   lower_is_better: Sequence[str] = ()
   decoding: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  mesh: jax.sharding.Mesh | None = None
   # Compiled once for all models of a module.
   _decoders: dict[Any, Any] = dataclasses.field(default_factory=dict)
   _scorers: dict[Any, Any] = dataclasses.field(default_factory=dict)
@@ -70,9 +73,7 @@ class Generated:
     provider = stream.find(self.task, self.split)
     if self.max_examples is not None:
       provider = samples.narrowed(provider, self.split, self.max_examples)
-    dataset = provider.get_dataset(
-      dict(self.lengths), split=self.split, shuffle=False, num_epochs=1, seed=0
-    )
+    dataset = splits.in_order(provider, self.split, self.lengths)
     found = list(dataset.as_numpy_iterator())
     if self.max_examples is None:
       return found
@@ -95,7 +96,7 @@ class Generated:
     method, seed = parse_decoding(self.decoding)
     if family.module not in self._decoders:
       self._decoders[family.module] = decode.make_decoder(
-        family, length=self.lengths['targets'], method=method
+        family, length=self.lengths['targets'], method=method, mesh=self.mesh
       )
     decoder = self._decoders[family.module]
     key = jax.random.key(seed) if method.draws else None
@@ -198,24 +199,14 @@ def parse_decoding(
   """`(method, seed)` of the options under a suite's `decoding`.
 
   Raises:
-    ConfigError: see `decode.method_of`; or several samples, or a seed of what
-      does not draw.
+    ConfigError: see `decode.method_and_seed`; or several samples.
   """
-  options = dict(words)
-  seed = options.pop('seed', 0)
-  errors.check_whole('seed', seed, least=0)
-  if 'samples' in options:
+  if 'samples' in words:
     raise errors.ConfigError(
       'decoding: one answer to an example is scored, so there are no samples. '
       'Leave it out; `mergejax infer --samples` writes several.'
     )
-  method = decode.method_of(options)
-  if 'seed' in words and not method.draws:
-    raise errors.ConfigError(
-      'decoding: a seed is for what is drawn, at a temperature above 0. Leave '
-      'it out.'
-    )
-  return method, seed
+  return decode.method_and_seed(words)
 
 
 def check_functions(task: seqio.Task) -> None:

@@ -106,6 +106,20 @@ class Method(Protocol):
     ...
 
 
+def check_decodes(family: models.ModelFamily, name: object = None) -> None:
+  """Raises a `ConfigError` for a model that says nothing.
+
+  Args:
+    family: of the model.
+    name: what the user calls it.
+  """
+  if not family.decodes:
+    told = f'{family.model_type or type(family).__name__} models do not decode'
+    if name is not None:
+      told = f'{name}: {told}'
+    raise errors.ConfigError(f"{told}: score them by 'accuracy' or 'loss'.")
+
+
 def prepare(
   family: models.ModelFamily,
   params: typing.Tree,
@@ -127,11 +141,7 @@ def prepare(
     ConfigError: a model that does not decode.
     DataError: rows that hold several examples.
   """
-  if not family.decodes:
-    raise errors.ConfigError(
-      f'{family.model_type or type(family).__name__} models do not decode: '
-      "score them by 'accuracy' or 'loss'."
-    )
+  check_decodes(family)
   if family.segments(batch) is not None:
     raise errors.DataError(
       'These rows hold several examples (`decoder_segment_ids`), and a row has '
@@ -163,7 +173,7 @@ def prepare(
 def _prompt(family, batch):
   """`<int32>[rows, width]`, 0 after a row's end; no column if there is none."""
   weights = batch.get('decoder_loss_weights', batch.get('weights'))
-  rows = len(next(iter(batch.values())))
+  rows = next(iter(batch.values())).shape[0]
   if not is_decoder_only(family) or weights is None:
     return jnp.zeros((rows, 0), jnp.int32)
   tokens = jnp.asarray(batch['decoder_target_tokens'], jnp.int32)
@@ -173,7 +183,7 @@ def _prompt(family, batch):
 def _real(family, batch):
   """`<bool>[rows]`, False where a row only fills the batch."""
   if 'decoder_target_tokens' not in batch:
-    return jnp.ones(len(next(iter(batch.values()))), jnp.bool_)
+    return jnp.ones(next(iter(batch.values())).shape[0], jnp.bool_)
   return jnp.any(family.target_weights(batch) > 0, axis=1)
 
 

@@ -83,7 +83,9 @@ class Sample:
     prompt = jnp.repeat(positions.prompt, count, axis=0)
     start = jnp.repeat(positions.start, count)
     finished = jnp.repeat(~positions.real, count)
-    keys = _keys(key, rows, len(positions.start), count) if self.draws else None
+    keys = (
+      _keys(key, rows, positions.start.shape[0], count) if self.draws else None
+    )
 
     def go_on(state):
       at, _, _, done, _ = state

@@ -292,12 +292,14 @@ class Suite:
         labels.check_classes(batch['labels'], classes)
       family.check_batch(batch, f'task {name}')
 
-  def by_generation(self, name: str, split: str) -> generated.Generated:
-    """How a task is scored by what models say."""
+  def by_generation(
+    self, name: str, split: str, mesh: jax.sharding.Mesh | None = None
+  ) -> generated.Generated:
+    """How a task is scored by what models say, its rows over a mesh."""
     task = self._task(name)
     return generated.Generated(
       task.source, split, self._lengths(task), self.max_examples,
-      task.lower_is_better, self.decoding,
+      task.lower_is_better, self.decoding, mesh,
     )  # fmt: skip
 
   def table(
@@ -305,6 +307,7 @@ class Suite:
     rows: Iterable[tuple[str, nn.Module | models.ModelFamily, typing.Tree]],
     split: str = 'test',
     names: Sequence[str] | None = None,
+    mesh: jax.sharding.Mesh | None = None,
   ) -> base_lib.Table:
     """Raw scores with bootstrap intervals.
 
@@ -313,12 +316,16 @@ class Suite:
         by one.
       split: the split to score on.
       names: tasks; all by default.
+      mesh: where the parameters lie, if that is several devices: answers are
+        generated with the rows of a batch spread over its `data`.
 
     Returns:
       Scores in the metrics' own direction.
     """
     # What is wrong with the data is told before the first model is read.
-    scored = [columns.Scored(self, name, split) for name in names or self.tasks]
+    scored = [
+      columns.Scored(self, name, split, mesh) for name in names or self.tasks
+    ]
     result: dict[str, dict[str, base_lib.Score]] = {}
     for row, model, params in rows:
       family, params = models.family_of(model), jax.device_put(params)

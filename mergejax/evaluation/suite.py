@@ -47,6 +47,7 @@ import yaml
 from mergejax.core import errors
 from mergejax.data import features
 from mergejax.data import rows
+from mergejax.data import splits
 from mergejax.data import tasks as tasks_lib
 from mergejax.evaluation import generated
 from mergejax.evaluation import metrics
@@ -81,26 +82,42 @@ def load(source: os.PathLike | str | Mapping[str, Any]) -> scoring.Suite:
 
 
 def of_mixture(
-  name: str,
+  name: Any,
   *,
-  lengths: Mapping[str, int],
+  lengths: Mapping[str, int] | None,
+  split: str | None = None,
   metric: str | None = None,
   batch_size: int = 32,
   max_examples: int | None = 512,
+  decoding: Mapping[str, Any] | None = None,
 ) -> scoring.Suite:
   """A suite of the tasks of a mixture, or of one task, registered in seqio.
 
   Args:
-    name: of the mixture or task.
-    lengths: tokens of `inputs` and `targets`.
+    name: of the mixture or task, or what registered one and has a `name`.
+    lengths: tokens of `inputs` and `targets`; None: of the longest examples of
+      `split`, all of which are read for it.
+    split: only asked for that.
     metric: of all tasks; 'accuracy' by default, of plain text 'bits_per_byte'.
     batch_size: rows of a batch.
     max_examples: of each task, a fixed sample; None takes all.
+    decoding: how answers are generated, see `generated.parse_decoding`.
 
   Raises:
-    ConfigError: an unknown name, or a metric that does not fit.
+    UserError: an unknown name, a metric that does not fit, or neither lengths
+      nor a split.
   """
-  words = {'metric': metric} if metric else {}
+  name = getattr(name, 'name', name)
+  if lengths is None:
+    if split is None:
+      raise errors.ConfigError(
+        'A suite of a mixture needs lengths, or a split to take the lengths of '
+        'the longest examples of.'
+      )
+    lengths = splits.longest(name, split)
+  words: dict[str, Any] = {'metric': metric} if metric else {}
+  if decoding:
+    words['decoding'] = decoding
   return _parse({
     'mixture': name, 'lengths': dict(lengths), 'batch_size': batch_size,
     'max_examples': max_examples, **words,

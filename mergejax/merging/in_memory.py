@@ -274,8 +274,10 @@ def _merge_leaves(
 class Run:
   """One method over the leaves of one set of models."""
 
-  def __init__(self, method, weights, specs, seed):
+  def __init__(self, method, weights, specs, seed, first=0):
+    """Reads nothing yet; for `first` see `parts.Layout`."""
     self._method = method
+    self._first = first
     self._weights = list(weights)
     self._specs = specs
     self._seed = seed
@@ -285,7 +287,8 @@ class Run:
     """How a leaf is laid before the method."""
     found = self._layouts.get(path)
     if found is None:
-      found = parts_lib.Layout(path, self._specs[path], self._method)
+      spec = self._specs[path]
+      found = parts_lib.Layout(path, spec, self._method, self._first)
       self._layouts[path] = found
     return found
 

@@ -50,9 +50,19 @@ class Layout:
   """
 
   def __init__(
-    self, path: typing.Path, spec: typing.LeafSpec, method: base_lib.Merge
+    self,
+    path: typing.Path,
+    spec: typing.LeafSpec,
+    method: base_lib.Merge,
+    first: int = 0,
   ):
     """Finds the roles of the axes, as far as the method must know them.
+
+    Args:
+      path: of the leaf.
+      spec: of it, or of the part of a stack that is at hand.
+      method: whose view of the axes is meant.
+      first: of a part, its place in the whole stack, along its first axis.
 
     Raises:
       UserError: the method must know which axes are inputs, and nothing says
@@ -76,7 +86,10 @@ class Layout:
     )
     stack = np.ndindex(*(spec.shape[i] for i in view.stack))
     # `(name, position in the stack)` of every slice.
-    self.slices = [(path + ''.join(f'[{i}]' for i in at), at) for at in stack]
+    name = lambda at: ''.join(
+      f'[{i if k else i + first}]' for k, i in enumerate(at)
+    )
+    self.slices = [(path + name(at), at) for at in stack]
 
   def cut(self, leaf: typing.Array, at: tuple[int, ...]) -> typing.Array:
     """A slice of a leaf, laid before the method; `join` takes it back."""

@@ -118,7 +118,7 @@ class LMFamily(TextFamily):
     return head if head in specs else 'decoder/token_embedder/embedding'
 
   def init_cache(self, params, batch, length):
-    rows = len(batch['decoder_input_tokens'])
+    rows = batch['decoder_input_tokens'].shape[0]
     empty = jnp.ones((rows, length), jnp.int32)
     shapes = jax.eval_shape(
       lambda: self.module.init(

@@ -59,7 +59,7 @@ class T5Family(lm.TextFamily):
     encoded = self.module.apply(
       variables, inputs, method=self.module_class.encode
     )
-    empty = jnp.ones((len(inputs), length), jnp.int32)
+    empty = jnp.ones((inputs.shape[0], length), jnp.int32)
     # Of this pass nothing is kept but the keys and values of `encoded`: a
     # compiled program leaves the rest out.
     _, made = self.module.apply(

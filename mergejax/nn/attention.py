@@ -15,11 +15,10 @@ from mergejax import partition
 from mergejax.core import errors
 from mergejax.core import numerics
 from mergejax.core import typing
+from mergejax.nn import attention_kernels
 from mergejax.nn import layers
 
-# Added to float32 logits where attention is not allowed. Large enough to
-# swallow any logit, finite so that a row with nothing allowed stays finite.
-MASKED = -1e10
+MASKED = attention_kernels.MASKED
 
 
 def relative_position_bucket(
@@ -162,6 +161,8 @@ class Attention(nn.Module):
     dropout_rate: dropout of attention probabilities. The keep mask has size 1
       along the query axis, as in T5X.
     float32_logits: compute logits and softmax in float32 whatever `dtype` is.
+    kernel: of whole rows, see `attention_kernels`. One query against a cache is
+      always as by 'reference', which no kernel would be faster than.
   """
 
   num_heads: int
@@ -169,6 +170,7 @@ class Attention(nn.Module):
   dtype: str = 'float32'
   dropout_rate: float = 0.0
   float32_logits: bool = False
+  kernel: str = attention_kernels.REFERENCE
 
   @nn.compact
   def __call__(
@@ -201,7 +203,8 @@ class Attention(nn.Module):
       `<dtype>[batch, query, embed]`.
 
     Raises:
-      UserError: a call that does not fit its cache.
+      UserError: a call that does not fit its cache; a kernel that does not run
+        here, or that would have to drop probabilities.
     """
     joined = self.num_heads * self.head_dim
 
@@ -220,7 +223,7 @@ class Attention(nn.Module):
       value = self.get_variable('encoded', 'value')
       layout = 'bhdk'
       # Answers to one row share its keys, as its queries.
-      query = query.reshape(len(key), -1, self.num_heads, self.head_dim)
+      query = query.reshape(key.shape[0], -1, self.num_heads, self.head_dim)
     else:
       key = project('key', keys_values)
       value = project('value', keys_values)
@@ -232,6 +235,24 @@ class Attention(nn.Module):
         if self.is_mutable_collection('encoded'):
           self.put_variable('encoded', 'key', _length_last(key))
           self.put_variable('encoded', 'value', _length_last(value))
+    whole = not (decode or keep or self.is_initializing())
+    if whole and self.kernel != attention_kernels.REFERENCE:
+      if self.dropout_rate and not deterministic:
+        raise errors.ConfigError(
+          f'attention_kernel={self.kernel!r} does not drop attention '
+          f'probabilities, and dropout_rate is {self.dropout_rate}: set it to '
+          "0, as T5 1.1 is pre-trained, or take 'reference'."
+        )
+      mixed = attention_kernels.attend(self.kernel, query, key, value, bias)
+    else:
+      mixed = self._mixed(query, key, value, bias, layout, deterministic)
+    mixed = mixed.reshape(*queries.shape[:-1], joined)
+    return layers.dense(
+      queries.shape[-1], self.dtype, layers.attention_init, 'out'
+    )(mixed)
+
+  def _mixed(self, query, key, value, bias, layout, deterministic):
+    """`<dtype>[batch, query, heads, head_dim]`: the definition."""
     if self.float32_logits:
       query, key = query.astype(jnp.float32), key.astype(jnp.float32)
     # [batch, query, heads, head_dim] x [batch, key, heads, head_dim]
@@ -243,11 +264,7 @@ class Attention(nn.Module):
     probabilities = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))(
       probabilities, deterministic=deterministic
     )
-    mixed = jnp.einsum(f'bhqk,{layout}->bqhd', probabilities, value)
-    mixed = mixed.reshape(*queries.shape[:-1], joined)
-    return layers.dense(
-      queries.shape[-1], self.dtype, layers.attention_init, 'out'
-    )(mixed)
+    return jnp.einsum(f'bhqk,{layout}->bqhd', probabilities, value)
 
   def _update_cache(self, key, value, bias):
     """Writes one position into the cache and returns all of it, with a mask."""

@@ -17,6 +17,7 @@ from mergejax.core import errors
 from mergejax.core import tree
 from mergejax.core import typing
 from mergejax.nn import attention
+from mergejax.nn import attention_kernels
 from mergejax.nn import layers
 from mergejax.nn import stack as stack_lib
 
@@ -50,9 +51,12 @@ class StackConfig:
     param_scan_axis: where scanned parameters have the axis of layers; 1 as in
       T5X, or 0.
     remat_policy: what the backward pass computes anew, see `stack.apply`.
+    attention_kernel: 'reference', 'xla', 'cudnn' or 'flash', see
+      `attention_kernels`; weights do not know of it.
 
   Raises:
-    ConfigError: an axis of layers that a parameter does not have.
+    ConfigError: an axis of layers that a parameter does not have, or an unknown
+      kernel.
   """
 
   vocab_size: int
@@ -71,8 +75,10 @@ class StackConfig:
   scan_layers: bool = _told(False, 'changed')
   param_scan_axis: int = _told(1, 'changed')
   remat_policy: str = _told('none', 'never')
+  attention_kernel: str = _told(attention_kernels.REFERENCE, 'never')
 
   def __post_init__(self):
+    attention_kernels.check(self.attention_kernel)
     if self.param_scan_axis not in (0, 1):
       raise errors.ConfigError(
         f'param_scan_axis must be 0 or 1, not {self.param_scan_axis!r}: the '
@@ -159,6 +165,7 @@ class _Block:
       dtype=config.dtype,
       dropout_rate=config.dropout_rate,
       float32_logits=config.float32_attention_logits,
+      kernel=config.attention_kernel,
       name=name,
     )
 

@@ -30,8 +30,8 @@ def of_jaxpr(jaxpr: Any) -> int:
   factor of `[n, n]` and `n^2 m` for a triangular system with `m` right sides,
   times the steps of the scans around; what a backward pass computes anew counts
   again. Of a conditional the dearest branch counts, of a loop of unknown length
-  one step. Other factors, eigenvalues and singular values do not count; a
-  Pallas kernel counts once, whatever its grid.
+  one step. A Pallas kernel counts as often as its grid has places. Other factors,
+  eigenvalues and singular values do not count.
 
   Args:
     jaxpr: what a function was traced to.
@@ -49,6 +49,8 @@ def _of(jaxpr) -> int:
       total += max(_of(branch.jaxpr) for branch in params['branches'])
     else:
       times = params['length'] if kind == 'scan' else 1
+      if kind == 'pallas_call':
+        times = math.prod(params['grid_mapping'].grid)
       if kind == 'shard_map':  # what one device does, on each
         times = math.prod(
           params['mesh'].shape[axis] for axis in params['newly_manual_axes']

@@ -7,17 +7,19 @@ parameter has its place in the output files before the first is merged; a
 journal names those that are done. Killed at any moment, the same call finds
 the folder, merges what is missing and gives the same bytes. The result appears
 under its name in one rename, complete.
+
+Several processes on one file system do the same together: each merges its
+share, in a journal of its own, into the same files; the first one lays them out
+and gives them their name when all have done theirs.
 """
 
-from collections.abc import Callable, Mapping
-import concurrent.futures
+from collections.abc import Callable, Mapping, Sequence
 import contextlib
 import dataclasses
 import json
 import os
 import pathlib
 import sys
-import threading
 import time
 from typing import Any
 
@@ -26,22 +28,23 @@ import numpy as np
 
 import mergejax
 from mergejax.checkpoints import checkpoint
+from mergejax.checkpoints import chunked
 from mergejax.checkpoints import safetensors
 from mergejax.core import checksums
 from mergejax.core import errors
 from mergejax.core import files as files_lib
 from mergejax.core import identity as identity_lib
-from mergejax.core import stop as stop_lib
-from mergejax.merging import engine
 from mergejax.merging.disk import pieces
 from mergejax.merging.disk import plans
-from mergejax.merging.disk import programs
-from mergejax.merging.disk import ranks
+from mergejax.merging.disk import processes
 from mergejax.merging.disk import side_cars
 from mergejax.merging.disk import work_folder
+from mergejax.merging.disk import workers
 
 # Beside the weights: every setting, the seed, and the sums of all sources.
 MANIFEST = 'manifest.json'
+# What the first process says if the result was there before.
+_FINISHED = b'finished'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +59,8 @@ class Report:
     phases: seconds reading, computing and writing, over all threads.
     read_bytes: of the sources.
     written_bytes: of the result.
+    read_by: bytes that each process asked of the sources, which is more than
+      they hold where a method reads them several times.
   """
 
   out: pathlib.Path
@@ -64,6 +69,7 @@ class Report:
   phases: Mapping[str, float]
   read_bytes: int
   written_bytes: int
+  read_by: Sequence[int] = ()
 
   def describe(self) -> str:
     """The report in words."""
@@ -75,7 +81,13 @@ class Report:
       f'{self.out}: {self.computed} parameters in {self.seconds:.2f} s, '
       f'{moved / self.seconds:,.0f} MB/s read and written ({phases} over '
       f'{plans.WORKERS} threads)'
-    )
+    ) + self._describe_processes()
+
+  def _describe_processes(self):
+    if len(self.read_by) < 2:
+      return ''
+    read = ', '.join(f'{nbytes / 1e6:,.1f}' for nbytes in self.read_by)
+    return f'\nby {len(self.read_by)} processes, which read {read} MB'
 
 
 def execute(
@@ -86,6 +98,7 @@ def execute(
   resume: bool = True,
   max_shard_bytes: int = 5 * 10**9,
   progress: Callable[[int, int], None] | None = None,
+  group: processes.Group | None = None,
 ) -> Report:
   """Runs a plan.
 
@@ -97,7 +110,10 @@ def execute(
       other than safetensors are written at the end from memory.
     resume: continue what an interrupted call left; otherwise start afresh.
     max_shard_bytes: size of the files of a safetensors directory.
-    progress: called with (bytes done, bytes in all).
+    progress: called with (bytes done, bytes in all) of this process.
+    group: the processes that do it together, each of which calls this with the
+      same arguments; this one alone by default. The files of the result are
+      the same, to the last byte.
 
   Returns:
     A report.
@@ -106,13 +122,37 @@ def execute(
     UserError: `out` exists and is not this merge, the disk is too small or
       full, a source holds numbers that are not finite. On a full disk what is
       done is kept for the same call to continue; otherwise nothing is left.
+    processes.Lost: another process failed or is gone. What is done is kept.
   """
   out = pathlib.Path(out).expanduser()
   if not out.name:  # '.' and '/': nothing can be put beside them
     out = out.resolve()
     files_lib.check_new(out)
   format = result_format(plan, out, format)
-  return _Execution(plan, out, format, max_shard_bytes).run(resume, progress)
+  group = processes.Group() if group is None else group
+  if group.count > 1:
+    check_divisible(plan, format)
+  execution = _Execution(plan, out, format, max_shard_bytes, group)
+  return execution.run(resume, progress)
+
+
+def check_divisible(plan: plans.Plan, format: str) -> None:  # pylint: disable=redefined-builtin
+  """Refuses what several processes cannot do together.
+
+  Raises:
+    UserError: the format is one file that one process writes; or the processes
+      cannot know that they have the same method.
+  """
+  if format == 'npz':
+    raise errors.CheckpointError(
+      'Several processes cannot write one .npz archive together: choose '
+      '`--format` safetensors, orbax or t5x, or merge without --multiprocess.'
+    )
+  if plan.anonymous:
+    raise errors.RecipeError(
+      'Several processes cannot know that each has the same Merge without a '
+      'name: give `plan` an `identity=` that changes whenever its numbers do.'
+    )
 
 
 def result_format(
@@ -137,10 +177,11 @@ def result_format(
 class _Execution:
   """One merge on its way from a plan to a complete result."""
 
-  def __init__(self, plan, out, format, max_shard_bytes):  # pylint: disable=redefined-builtin
+  def __init__(self, plan, out, format, max_shard_bytes, group):  # pylint: disable=redefined-builtin
     self._plan = plan
     self._out = out
     self._format = format
+    self._group = group
     self._single = out.suffix in ('.safetensors', '.npz')
     self._work = work_folder.WorkFolder(out)
     specs = {task.path: task.spec for task in plan.tasks}
@@ -150,35 +191,43 @@ class _Execution:
     self._shards = safetensors.lay_out(specs, limit, with_axes=self._single)
     self._specs = specs
     self._timers = pieces.Timers()
-    self._stop = threading.Event()
+    self._workers = workers.Workers(
+      plan, self._work, self._shards, group, self._timers
+    )
 
   def run(self, resume, progress) -> Report:
     started = time.perf_counter()
     identity = self._identity()
-    before = self._finished_before(identity)
-    if before is not None:
-      return before
-    with self._work.locked():
-      # Another process may have finished it since.
-      before = self._finished_before(identity)
-      if before is not None:
-        self._work.remove()
-        return before
+    self._group.check_same(identity)
+    if self._group.index:
+      if self._group.gather()[0] == _FINISHED:
+        return self._nothing_to_do()
       return self._run(resume, progress, identity, started)
+    before = self._finished_before(identity)
+    if before is None:
+      with self._work.locked():
+        # Another process may have finished it since.
+        before = self._finished_before(identity)
+        if before is None:
+          return self._run(resume, progress, identity, started)
+        self._work.remove()
+    self._group.gather(_FINISHED)
+    return before
 
   def _run(self, resume, progress, identity, started):
-    sizes = {path: spec.nbytes for path, spec in self._specs.items()}
     try:
-      done = self._work.prepare(
-        identity, self._shards, sizes, resume, anonymous=self._plan.anonymous
-      )
-      left = [t for t in self._plan.tasks if t.path not in done]
-      sources = [pathlib.Path(name) for name in identity['work']['sources']]
+      done = self._prepare(identity, resume)
+      left = [
+        share for path, share in self._workers.mine.items() if path not in done
+      ]
+      paths = [share.task.path for share in left]
+      pending = set().union(*self._group.gather_json(paths))
+      sources = self._sources(identity)
       checksums.SUMS.start(sources)
       self._check_repeated()
-      self._merge(left, progress)
+      self._workers.merge(left, pending, progress)
       sums = {str(file): checksums.SUMS.of(file) for file in sources}
-      self._finish(identity, sums)
+      read_by = self._finish(identity, sums)
     except Exception as error:
       if not files_lib.is_write_failure(error):
         raise
@@ -191,14 +240,38 @@ class _Execution:
       ) from error
     return Report(
       self._out,
-      max(len(left), 1),
+      max(len(pending), 1),
       time.perf_counter() - started,
       dict(self._timers.seconds),
       self._plan.read_bytes,
       self._plan.write_bytes,
+      read_by,
     )
 
   # Before --------------------------------------------------------------------
+
+  def _prepare(self, identity, resume) -> set[str]:
+    """What is done already; the first process lays the files out."""
+    group = self._group
+    sizes = {path: share.nbytes for path, share in self._workers.mine.items()}
+    if group.index == 0:
+      done = self._work.prepare(
+        identity, self._shards, sizes, resume, anonymous=self._plan.anonymous,
+        processes=group.count,
+        others=self._plan.write_bytes - sum(sizes.values()),
+      )  # fmt: skip
+      group.gather()  # which the others wait for in `run`
+      return done
+    return self._work.follow(identity, sizes, group.index, group.count)
+
+  def _sources(self, identity) -> list[pathlib.Path]:
+    """Files whose sums this process finds: of each size its share."""
+    found = identity['work']['sources']
+    files = sorted(found, key=lambda file: found[file], reverse=True)
+    return [
+      pathlib.Path(file)
+      for file in files[self._group.index :: self._group.count]
+    ]
 
   def _identity(self) -> dict[str, Any]:
     """What makes two calls the same merge: recipe, sources, layout, code.
@@ -242,11 +315,15 @@ class _Execution:
         'made by another version of the code, which may round otherwise:\n'
         f'{errors.listed(lines)}\nRemove it to merge again, or keep it.'
       )
+    return self._nothing_to_do()
+
+  def _nothing_to_do(self):
     return Report(self._out, 0, 0.0, {}, 0, 0)
 
   def _check_repeated(self):
-    """Parameters that should repeat another one do."""
-    for name, aliases in self._plan.repeated.items():
+    """Parameters that should repeat another one do; each process looks at some."""
+    every = list(self._plan.repeated.items())
+    for name, aliases in every[self._group.index :: self._group.count]:
       store = checkpoint.open_checkpoint(name)
       for alias, path in aliases.items():
         a = np.empty(plans.PIECE, store.specs()[alias].dtype)
@@ -266,93 +343,34 @@ class _Execution:
               'config.json there, and `untie: true` in the recipe.'
             )
 
-  # The work ------------------------------------------------------------------
-
-  def _merge(self, tasks, progress):
-    """Merges parameters, several at a time, each by one thread."""
-    total = self._plan.write_bytes
-    before = total - sum(task.spec.nbytes for task in tasks)
-    state = {'bytes': before}
-    local, lock = threading.local(), threading.Lock()
-    contexts = self._tree_passes(tasks)
-    place = {}
-    with contextlib.ExitStack() as stack:
-      for shard in self._shards:
-        file = os.open(self._work.result / shard.file, os.O_RDWR)
-        stack.callback(os.close, file)
-        place.update({p: (file, at) for p, at in shard.offsets.items()})
-      files = sorted({file for file, _ in place.values()})
-      stack.enter_context(work_folder.writing_behind(files))
-
-      def run(task):
-        if self._stop.is_set():
-          return
-        file, at = place[task.path]
-        size = task.spec.dtype.itemsize
-
-        def write(start, array):
-          view = memoryview(np.ascontiguousarray(array).view(np.uint8))
-          position = at + start * size
-          while view:
-            count = os.pwrite(file, view, position)
-            view, position = view[count:], position + count
-
-        if task.in_pieces:
-          if not hasattr(local, 'buffers'):
-            local.buffers = {}
-          leaf = pieces.Leaf(self._plan, task, local.buffers, self._timers)
-          if task.settings is not None:
-            if task.path in contexts:
-              leaf.contexts = contexts[task.path]
-            leaf.first_passes()
-          leaf.merge(write)
-        else:
-          pieces.merge_whole(self._plan, task, write, self._timers)
-        self._work.note(task.path)
-        with lock:
-          state['bytes'] += task.spec.nbytes
-          if progress is not None:
-            progress(state['bytes'], total)
-
-      stop = stack.enter_context(stop_lib.StopRequest())
-      with concurrent.futures.ThreadPoolExecutor(plans.WORKERS) as pool:
-        futures = [pool.submit(run, task) for task in tasks]
-        try:
-          for future in concurrent.futures.as_completed(futures):
-            future.result()
-            stop.check(f'Stopped; what is done is in {self._work.path}.')
-        except BaseException:
-          self._stop.set()
-          pool.shutdown(cancel_futures=True)
-          raise
-
-  def _tree_passes(self, left) -> dict[str, list]:
-    """Contexts of parameters after the passes over the whole model."""
-    if not left:
-      return {}
-    tasks = [t for t in self._plan.tasks if t.settings is not None]
-    groups: dict[programs.Settings, list] = {}
-    for task in tasks:
-      groups.setdefault(task.settings, []).append(task)
-    contexts = {}
-    for settings, group in groups.items():
-      method = settings.method
-      if not method.has_tree_passes:
-        continue
-      buffers: dict = {}
-      leaves = [
-        pieces.Leaf(self._plan, task, buffers, self._timers) for task in group
-      ]
-      engine.run_first_passes(method, leaves, 'tree', ranks.rank)
-      contexts.update({t.path: leaf.contexts for t, leaf in zip(group, leaves)})
-    return contexts
-
   # After ---------------------------------------------------------------------
 
-  def _finish(self, identity, sums):
+  def _finish(self, identity, sums) -> list[int]:
+    """Completes the result when all processes have done their share.
+
+    Returns:
+      Bytes that each of them asked of the sources.
+    """
+    told = self._group.gather_json([sums, self._timers.read_bytes])
+    if self._group.count > 1 and self._format in chunked.FORMATS:
+      self._convert_together()
+    if self._group.index == 0:
+      sums = {
+        file: digest for found, _ in told for file, digest in found.items()
+      }
+      self._complete(identity, dict(sorted(sums.items())))
+      with contextlib.suppress(processes.Lost):  # it is complete nonetheless
+        self._group.gather()
+    else:
+      self._group.gather()
+    return [count for _, count in told]
+
+  def _complete(self, identity, sums):
     result = self._work.result
     if self._format != 'safetensors':
-      result = self._converted(result)
+      result = self._target
+      if self._group.count == 1:
+        self._convert()
     manifest = {
       'identity': identity_lib.digest(identity['work']),
       'code': identity['code'],
@@ -392,16 +410,36 @@ class _Execution:
     files_lib.sync(self._out.parent, deep=False)
     self._work.remove()
 
-  def _converted(self, result):
-    """The result in another format, written from memory."""
-    leaves = safetensors.SafetensorsStore(result).leaves(list(self._specs))
-    target = (
-      self._work.path / f'converted{self._out.suffix if self._single else ""}'
-    )
+  @property
+  def _target(self):
+    """Where the result is in another format, before it has its name."""
+    suffix = self._out.suffix if self._single else ''
+    return self._work.path / f'converted{suffix}'
+
+  def _convert(self):
+    """Writes the result in another format, from memory."""
+    store = safetensors.SafetensorsStore(self._work.result)
+    leaves = store.leaves(list(self._specs))
     checkpoint.save_checkpoint(
-      target, leaves, format=self._format, overwrite=True
+      self._target, leaves, format=self._format, overwrite=True
     )
-    return target
+
+  def _convert_together(self):
+    """Writes the result in another format: of its chunks, this process's."""
+    group = self._group
+    writer = chunked.Writer(self._target, self._format, self._specs)
+    if group.index == 0:
+      writer.create()
+    group.gather()
+    store = safetensors.SafetensorsStore(self._work.result)
+    for chunk in writer.chunks()[group.index :: group.count]:
+      group.check()
+      numbers = np.empty(chunk.size, self._specs[chunk.path].dtype)
+      store.read_into(chunk.path, chunk.start, numbers)
+      writer.write(chunk, numbers)
+    group.gather()
+    if group.index == 0:
+      writer.finish()
 
   def _manifest_file(self, out):
     if self._single:

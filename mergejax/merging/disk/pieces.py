@@ -8,6 +8,9 @@ whole method runs on each piece in one compiled program.
 """
 
 from collections.abc import Callable, Iterator
+import dataclasses
+import functools
+import itertools
 import math
 import threading
 import time
@@ -16,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from mergejax.core import axes as axes_lib
 from mergejax.core import errors
 from mergejax.merging import engine
 from mergejax.merging import finite
@@ -41,12 +45,42 @@ class Piece(NamedTuple):
   shape: tuple[int, ...]
 
 
+def cut(task: plans.Task) -> Iterator[Piece]:
+  """All pieces of a parameter that is merged in pieces, in order."""
+  size, shape = task.spec.size, task.spec.shape
+  if task.settings and task.settings.method.view == 'unit':
+    # Whole units; a vector is one.
+    width = size // shape[0] if len(shape) > 1 else size
+    count = size // width
+    rows = max(1, min(count, plans.PIECE // width))
+    for number, row in enumerate(range(0, count, rows)):
+      length = min(rows, count - row) * width
+      yield Piece(number, row * width, length, (rows, width))
+    return
+  for number, start in enumerate(range(0, size, plans.PIECE)):
+    count = min(plans.PIECE, size - start)
+    padded = next(s for s in _SIZES if s >= count)
+    yield Piece(number, start, count, (padded,))
+
+
 class Timers:
-  """Seconds spent reading, computing and writing, over all threads."""
+  """Seconds spent reading, computing and writing, over all threads.
+
+  Attributes:
+    seconds: by phase.
+    read_bytes: that were asked of the sources; more than they hold where a
+      method reads them several times.
+  """
 
   def __init__(self):
     self.seconds = {'read': 0.0, 'compute': 0.0, 'write': 0.0}
+    self.read_bytes = 0
     self._lock = threading.Lock()
+
+  def count_read(self, nbytes: int) -> None:
+    """Counts bytes that were read; thread-safe."""
+    with self._lock:
+      self.read_bytes += nbytes
 
   def timed(self, phase: str, call: Callable, *args):
     started = time.perf_counter()
@@ -57,7 +91,12 @@ class Timers:
 
 
 class Leaf:
-  """One parameter of the result while it is merged; belongs to one thread."""
+  """One parameter of the result while it is merged; belongs to one thread.
+
+  Attributes:
+    size: elements of the whole leaf, whoever merges them.
+    contexts: what is known of it, one a model.
+  """
 
   def __init__(
     self,
@@ -65,13 +104,25 @@ class Leaf:
     task: plans.Task,
     buffers: dict[Any, Any],
     timers: Timers,
+    numbers: tuple[int, int | None] = (0, None),
   ):
+    """Reads nothing yet.
+
+    Args:
+      plan: what is merged.
+      task: this parameter.
+      buffers: of the thread, empty at first.
+      timers: of the merge.
+      numbers: the first piece that is merged here, and the one after the last;
+        the whole leaf by default.
+    """
     self._plan = plan
     self._task = task
     self._buffers = buffers
     self._timers = timers
     self._checked: set[int] = set()
     self.size = task.spec.size
+    self._numbers = numbers
     self._resident = self.size <= plans.RESIDENT * plans.PIECE
     if task.settings is None:
       return
@@ -92,21 +143,8 @@ class Leaf:
   # Pieces -------------------------------------------------------------------
 
   def pieces(self) -> Iterator[Piece]:
-    """The pieces of the leaf, in order."""
-    size, shape = self.size, self._task.spec.shape
-    if self._task.settings and self.method.view == 'unit':
-      # Whole units; a vector is one.
-      width = size // shape[0] if len(shape) > 1 else size
-      count = size // width
-      rows = max(1, min(count, plans.PIECE // width))
-      for number, row in enumerate(range(0, count, rows)):
-        own = min(rows, count - row) * width
-        yield Piece(number, row * width, own, (rows, width))
-      return
-    for number, start in enumerate(range(0, size, plans.PIECE)):
-      count = min(plans.PIECE, size - start)
-      padded = next(s for s in _SIZES if s >= count)
-      yield Piece(number, start, count, (padded,))
+    """The pieces of the leaf that are merged here, in order."""
+    return itertools.islice(cut(self._task), *self._numbers)
 
   def _load(self, piece: Piece):
     """`(leaves, base, stats)` of a piece, padded with zeros."""
@@ -157,6 +195,7 @@ class Leaf:
     for slot, ((store, path), need) in enumerate(sources):
       array = self._buffer(slot, store.specs()[path].dtype, piece)
       store.read_into(path, piece.start, array[: piece.count])
+      self._timers.count_read(array[: piece.count].nbytes)
       array[piece.count :] = 0
       if piece.start not in self._checked:
         self._check(store, path, array[: piece.count], need)
@@ -285,17 +324,16 @@ class Leaf:
       arrays.append(room.reshape(-1))
     return arrays
 
-  def total(self, i: int) -> Any:
-    """What first pass `i` finds, added up in float64 over the pieces."""
-    first_pass = self.method.first_passes[i]
-    total = None
+  def measured(self, i: int) -> Iterator[tuple[int, Any]]:
+    """`(number of a piece, what first pass `i` finds in it)`, in float64."""
     for piece in self.pieces():
       found = self._call('measure', i, self._load(piece), piece.start)
-      found = jax.tree.map(_widest, found)
-      if total is not None:
-        found = engine.combined(first_pass, total, found)
-      total = found
-    return total
+      yield piece.number, jax.tree.map(_widest, found)
+
+  def total(self, i: int) -> Any:
+    """What first pass `i` finds, added up in float64 over the pieces."""
+    combine = functools.partial(engine.combined, self.method.first_passes[i])
+    return functools.reduce(combine, (found for _, found in self.measured(i)))
 
   def conclude(self, i: int, found: Any) -> None:
     """Adds what first pass `i` concludes to the contexts."""
@@ -362,11 +400,32 @@ def merge_whole(
   task: plans.Task,
   write: Callable[[int, np.ndarray], None],
   timers: Timers,
+  numbers: tuple[int, int] | None = None,
 ) -> None:
-  """Merges a leaf that must be seen at once: stacks, columns, matrices."""
+  """Merges a leaf that must be seen at once: stacks, columns, matrices.
+
+  Args:
+    plan: what is merged.
+    task: the parameter.
+    write: `(start, array)`, called with what is merged.
+    timers: of the merge.
+    numbers: of a stack, the first slice to merge and the one after the last;
+      all of them by default.
+  """
+  spec = task.spec
+  axis, (first, stop) = 0, numbers or (0, 0)
+  if numbers is not None:
+    axis = axes_lib.stacked(spec)[0]
+    shape = (*spec.shape[:axis], stop - first, *spec.shape[axis + 1 :])
+    spec = dataclasses.replace(spec, shape=shape)
 
   def read(store, path, need=None):
-    leaf = np.asarray(store.leaves([path])[path])
+    if numbers is None:
+      leaf = np.asarray(store.leaves([path])[path])
+    else:
+      like_leaf = need is None or need.is_leaf
+      leaf = store.read_slices(path, axis if like_leaf else 0, first, stop)
+    timers.count_read(leaf.nbytes)
     if need is None or need.values != 'any':
       finite.check_inputs(path, [leaf], [store.name])
     if need is not None:
@@ -390,13 +449,18 @@ def merge_whole(
   ] or [{} for _ in leaves]
 
   def compute():
-    path, spec = task.path, task.spec
-    run = in_memory.Run(method, task.weights, {path: spec}, plan.recipe.seed)
+    path, seed = task.path, plan.recipe.seed
+    run = in_memory.Run(method, task.weights, {path: spec}, seed, first)
     merged = run.finish({path: run.laid(path, leaves, base, stats)})[path]
     merged = finite.stored(path, merged, spec.dtype, method.statistics)
-    return np.asarray(merged).reshape(-1)
+    # Slices lie one after the other only along the first axis.
+    return np.asarray(merged).reshape(math.prod(spec.shape[:axis]), -1)
 
-  timers.timed('write', write, 0, timers.timed('compute', compute))
+  merged = timers.timed('compute', compute)
+  width = task.spec.size // merged.shape[0]
+  skipped = first * merged.shape[1] // max(1, stop - first)
+  for number, row in enumerate(merged):
+    timers.timed('write', write, number * width + skipped, row)
 
 
 def _widest(leaf):

@@ -152,11 +152,7 @@ class Plan:
     """Bytes that merging one parameter holds at most."""
     refs = [*task.inputs, *([task.base] if task.base else [])]
     specs = [self.stores[m].specs()[p] for m, p in refs]
-    whole = sum(
-      spec.nbytes
-      for (m, _), spec in zip(refs, specs)
-      if not self.stores[m].reads_pieces
-    )
+    whole = sum(self.stores[m].window_bytes(path) for m, path in refs)
     stored = sum(spec.dtype.itemsize for spec in specs)
     wide = 4 if task.spec.dtype.itemsize < 8 else 8
     if task.settings is None:

@@ -192,12 +192,12 @@ def rank(
       if not ranker.conclude(places_at(s, j))
     ]
   return [
-    [[_local(r.done, starts[n], leaf.size) for r in own] for own in rankers]
+    [[local(r.done, starts[n], leaf.size) for r in own] for own in rankers]
     for n, leaf in enumerate(leaves)
   ]
 
 
-def _local(cut, start, size):
+def local(cut: numerics.Cut, start: int, size: int) -> numerics.Cut:
   """A cut over several leaves, as one of them sees it."""
   end = min(max(int(cut.end) - int(start), 0), size)
   return numerics.Cut(np.float32(cut.threshold), np.uint32(end))

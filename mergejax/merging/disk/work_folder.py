@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The hidden folder beside a result in which a merge works, and its journal."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 import contextlib
 import fcntl
 import os
@@ -90,15 +90,21 @@ class WorkFolder:
     sizes: Mapping[typing.Path, int],
     resume: bool,
     anonymous: bool = False,
+    *,
+    processes: int = 1,
+    others: int = 0,
   ) -> set[typing.Path]:
     """Finds what an interrupted call left, or lays the files out anew.
 
     Args:
       identity: `identity.record` of the merge.
       shards: the files of the result.
-      sizes: bytes of each parameter of the result.
+      sizes: bytes of each parameter of the result that is merged here.
       resume: continue what is there, if it is the same merge.
       anonymous: no two processes can know that theirs is the same merge.
+      processes: how many work here; this is the first of them, and the others
+        call `follow` after it.
+      others: bytes of the result that they write.
 
     Returns:
       The parameters that are merged already.
@@ -107,10 +113,7 @@ class WorkFolder:
       UserError: the disk has no room for the others; or an anonymous merge is
         there that cannot be known to be this one.
     """
-    # A crash of the machine may have lost what a line of the journal says.
-    self._journal = resume_lib.Journal(
-      self.path / 'journal', 'merge', {**identity['work'], 'boot': _boot()}
-    )
+    self._journal = self._open_journal(identity, 0, processes)
     done = set()
     found = self._journal.stated() if resume else None
     if anonymous and found not in (None, self._journal.record):
@@ -120,18 +123,23 @@ class WorkFolder:
         '`plan` an `identity=` that changes whenever its numbers do, or '
         'start afresh with `resume=False`.'
       )
-    if found == self._journal.record:
+    lost = [shard for shard in shards if not self._has_its_size(shard)]
+    if found == self._journal.record and (processes == 1 or not lost):
       done = set(self._journal.rows())
+      others = 0
+    elif processes > 1 and not lost and _same_work(found, self._journal.record):
+      # Only this machine was started anew: the others' work is there.
+      self._journal.forget()
+      others = 0
     else:
-      for child in self.path.iterdir():
-        if child.name != 'lock':
-          shutil.rmtree(child) if child.is_dir() else child.unlink()
+      self._clear()
+      lost = list(shards)
     self.result.mkdir(exist_ok=True)
     done &= set(sizes)
     self.keep = bool(done)
-    self._check_space(sum(n for path, n in sizes.items() if path not in done))
+    left = sum(n for path, n in sizes.items() if path not in done)
+    self._check_space(left + others)
     self.keep = False
-    lost = [shard for shard in shards if not self._has_its_size(shard)]
     still = done - {path for shard in lost for path in shard.offsets}
     if still != done:
       # Before the file is laid out anew, or it would look complete.
@@ -140,11 +148,55 @@ class WorkFolder:
       with open(self.result / shard.file, 'wb') as stream:
         stream.write(shard.header)
         stream.truncate(shard.nbytes)
+        stream.flush()
+        os.fsync(stream.fileno())
     self._journal.begin()
     if still != done:
       for path in sorted(still):
         self.note(path)
     return still
+
+  def _clear(self):
+    """Removes what another merge, or another call of this one, left."""
+    for child in self.path.iterdir():
+      if child.name != 'lock':
+        shutil.rmtree(child) if child.is_dir() else child.unlink()
+
+  def follow(
+    self,
+    identity: Mapping[str, Any],
+    sizes: Collection[typing.Path],
+    index: int,
+    processes: int,
+  ) -> set[typing.Path]:
+    """`prepare` of every process but the first, after that of the first.
+
+    Args:
+      identity: `identity.record` of the merge.
+      sizes: the parameters that are merged here.
+      index: of this process.
+      processes: how many there are.
+
+    Returns:
+      The parameters of which this process has merged its part already.
+    """
+    self._journal = self._open_journal(identity, index, processes)
+    done = set()
+    if self._journal.stated() == self._journal.record:
+      done = set(self._journal.rows()) & set(sizes)
+    else:
+      self._journal.forget()
+    self._journal.begin()
+    return done
+
+  def _open_journal(self, identity, index, processes):
+    """Of one process; it states whose part it tells of."""
+    # A crash of the machine may have lost what a line of the journal says.
+    work = {**identity['work'], 'boot': _boot()}
+    if processes > 1:
+      work['processes'] = [index, processes]
+    name = f'journal-{index}' if index else 'journal'
+    return resume_lib.Journal(self.path / name, 'merge', work)
 
   def _has_its_size(self, shard):
     file = self.result / shard.file
@@ -200,6 +252,16 @@ def writing_behind(files: Sequence[int]) -> Iterator[None]:
     thread.join()
   if failed:
     raise failed[0]
+
+
+def _same_work(found, wanted) -> bool:
+  """True if two statements differ in nothing but when a machine was started."""
+  if not found:
+    return False
+  plain = [
+    {**one, 'work': {**one['work'], 'boot': ''}} for one in (found, wanted)
+  ]
+  return plain[0] == plain[1]
 
 
 def _boot() -> str:

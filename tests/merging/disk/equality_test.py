@@ -12,6 +12,7 @@ import laws
 import ml_dtypes
 import models_on_disk
 import numpy as np
+import process_groups
 
 import mergejax as mj
 from mergejax import partition
@@ -87,6 +88,11 @@ class EqualityTest(parameterized.TestCase):
     first, second = small_pieces()
     with first, second:
       mj.execute(mj.plan(recipe), folder / 'out')
+      if odd:  # so many processes that most leaves are divided, the stack too
+        process_groups.execute(7, recipe, folder / 'together')
+    for file in (folder / 'out').iterdir() if odd else ():
+      same = file.read_bytes() == (folder / 'together' / file.name).read_bytes()
+      self.assertTrue(same, f'{file.name} differs from that of one process')
     streamed = tree_lib.flatten(mj.open_checkpoint(folder / 'out').read())
     arguments = dict(
       weights=row.weights, stats=stats, axes=axes, dtype=np.float32
@@ -161,6 +167,11 @@ class EqualityTest(parameterized.TestCase):
       first, second = small_pieces()
       with first, second:
         mj.execute(mj.plan(recipe), out)
+        process_groups.execute(4, recipe, folder / 'together' / out.name)
+      self.assertEqual(
+        (folder / 'together' / out.name / 'model.safetensors').read_bytes(),
+        (out / 'model.safetensors').read_bytes(),
+      )
       streamed = tree_lib.flatten(mj.open_checkpoint(out).read())
       plain = mj.merge(models, method, base=base, **options)
       for path, leaf in plain.items():

@@ -1,0 +1,80 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The model that a command asks: from its checkpoint, on its devices."""
+
+from collections.abc import Mapping
+import os
+import pathlib
+
+import flax.linen as nn
+import jax
+
+from mergejax import models
+from mergejax import partition
+from mergejax.checkpoints import checkpoint
+from mergejax.cli import start
+from mergejax.core import errors
+from mergejax.core import typing
+from mergejax.evaluation import recipes
+
+DTYPES = ('float32', 'bfloat16')
+
+
+def load(
+  path: os.PathLike | str,
+  *,
+  module: nn.Module | models.ModelFamily | None = None,
+  step: int | None = None,
+  dtype: str = 'float32',
+  mesh: jax.sharding.Mesh | None = None,
+) -> tuple[models.ModelFamily, typing.Tree]:
+  """A model and its parameters, on the devices.
+
+  Args:
+    path: a checkpoint, a run's folder, or a recipe (`.yaml`).
+    module: of a checkpoint that does not say what it is of, such as T5X's; by
+      default what its `config.json` says.
+    step: of a run's folder; its last by default.
+    dtype: 'bfloat16' rounds the parameters to it, as T5X's `infer.gin` does.
+    mesh: spreads the parameters by the standard rules; by default they are on
+      the first device.
+
+  Raises:
+    UserError: the checkpoint is missing, or of another model; a module for a
+      recipe.
+  """
+  if dtype not in DTYPES:
+    raise errors.ConfigError(errors.near(str(dtype), DTYPES, 'dtype'))
+  recipe = pathlib.Path(path).suffix in ('.yaml', '.yml')
+  if recipe and (module is not None or step is not None):
+    raise errors.ConfigError(
+      f'{path} is a recipe, whose models say what they are: leave the module '
+      'and the step out.'
+    )
+  if module is None:
+    module, params = recipes.load(path if recipe else checkpoint.at_step(path, step))  # fmt: skip
+    family = models.family_of(module)
+  else:
+    family = models.family_of(module)
+    read = start.Start(path, step=step).check(family.module).read
+    params = read(None)
+  if dtype != 'float32':
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+  if mesh is None:
+    return family, jax.device_put(params)
+  axes = {name: spec.axes for name, spec in family.specs().items()}
+  layout = partition.shardings(mesh, params, axes, partition.standard())
+  return family, jax.device_put(params, layout)
+
+
+def mesh_of(sizes: Mapping[str, int] | None) -> jax.sharding.Mesh | None:
+  """The mesh of a run of gin; None on the only device of a machine.
+
+  Args:
+    sizes: for `partition.make_mesh`; all devices side by side by default.
+
+  Raises:
+    ConfigError: sizes that do not fit the devices.
+  """
+  mesh = partition.make_mesh(**(sizes or {}))
+  return mesh if mesh.size > 1 else None
