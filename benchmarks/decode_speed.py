@@ -37,19 +37,7 @@ from mergejax.evaluation import beam
 from mergejax.evaluation import decode
 from mergejax.nn import t5
 
-# Sizes of the model; rows, tokens of the inputs, tokens of the answers.
-SIZES = {
-  '9.7M': (
-    dict(vocab_size=512, emb_dim=256, num_heads=4, num_encoder_layers=4,
-         num_decoder_layers=4, head_dim=64, mlp_dim=1024),
-    (8, 256, 64),
-  ),
-  '77M': (
-    dict(vocab_size=32128, emb_dim=512, num_heads=6, num_encoder_layers=8,
-         num_decoder_layers=8, head_dim=64, mlp_dim=1024),
-    (4, 128, 32),
-  ),
-}  # fmt: skip
+SIZES = train_step.SIZES
 METHODS = {'greedy': decode.GREEDY, 'beam': beam.Beam(beams=4)}
 _NEVER = -1  # as the end token
 

@@ -22,7 +22,7 @@ NAMINGS = tuple(
   module.NAMING for module in (t5, llama, gpt2, bert, vit, t5x, images)
 )  # fmt: skip
 # Axes of families that were registered, by model type.
-_REGISTERED: dict[str, axes_lib.Rules] = {}
+_REGISTERED: dict[str, Sequence[tuple[str, tuple[str, ...]]]] = {}
 
 
 def _any(field: str) -> str:
@@ -65,6 +65,8 @@ def block_of(path: typing.Path) -> str | None:
 
 def register(model_type: str, axes: axes_lib.Rules) -> None:
   """Makes the logical axes of a model type known to checkpoints."""
+  if isinstance(axes, Mapping):
+    axes = [(re.escape(path), tuple(names)) for path, names in axes.items()]
   _REGISTERED[model_type] = axes
 
 

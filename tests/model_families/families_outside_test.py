@@ -15,6 +15,8 @@ import mergejax as mj
 from mergejax import models
 from mergejax.cli import main as cli
 from mergejax.core import tree
+from mergejax.core import typing
+from mergejax.names import known
 
 FAMILY = """
 import dataclasses
@@ -165,6 +167,17 @@ class FamiliesOutsideTest(absltest.TestCase):
         family = models.family_for(module, batch)
         self.assertEqual(family.model_type, kind)
         self.assertEqual(family.real_rows(batch).tolist(), [True, False])
+
+  def test_axes_may_be_told_path_by_path(self):
+    known.register('by_path', {'a.b/kernel': ['embed', 'mlp']})
+    specs = {
+      path: typing.LeafSpec((2, 3), np.dtype('float32'))
+      for path in ('a.b/kernel', 'acb/kernel')
+    }
+    self.assertEqual(
+      known.axes(specs, {'model_type': 'by_path'}),
+      {'a.b/kernel': ('embed', 'mlp')},
+    )
 
   def test_mistakes(self):
     code, _, err = self.run_command('methods', '--import', 'no_such_thing')
