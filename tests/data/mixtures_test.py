@@ -154,6 +154,17 @@ class MixturesTest(_Registries):
     held = [twice.get_rate(t) == mixture.get_rate(t) for t in twice.tasks]
     self.assertEqual(held, [False, False, True, True])
 
+  def test_a_task_that_is_registered_again_is_the_same(self):
+    a, b = self.tasks('ab', [1000, 5000])
+    mixtures.add_mixture('inner', [a], cap=300)
+    outer = mixtures.add_mixture('outer', {'inner': 1.0, b: 1.0})
+    seqio.TaskRegistry.remove(a)
+    seqio.MixtureRegistry.remove('inner')
+    self.tasks('a', [1000])
+    mixtures.add_mixture('inner', [a], cap=300)
+    capped = [s.capped for s in mixtures.probabilities(outer)]
+    self.assertEqual(capped, [300, None])
+
   def test_rates_of_seqio_are_understood(self):
     a, b = self.tasks('ab', [1000, 5000])
     seqio.MixtureRegistry.add(
