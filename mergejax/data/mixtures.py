@@ -306,9 +306,14 @@ def _capped(mixture, task, count):
     return min(count * scale, cap) if cap else count * scale
   for name in mixture.rate_per_task_name:
     inner = seqio.get_mixture_or_task(name)
-    if isinstance(inner, seqio.Mixture) and task in inner.tasks:
+    if isinstance(inner, seqio.Mixture) and _holds(inner, task):
       return _capped(inner, task, count)
   return None
+
+
+def _holds(mixture, task):
+  """By name: a task registered again is the same, in another object."""
+  return task.name in {member.name for member in mixture.tasks}
 
 
 def table(shares: Sequence[Share]) -> str:

@@ -169,6 +169,17 @@ class MixturesTest(_Registries):
     self.assertEqual([s.examples for s in shares], [10, 2])
     self.assertEqual([s.epochs for s in shares], [1.0, None])
 
+  def test_a_task_that_is_registered_again_is_the_same(self):
+    a, b = self.tasks('ab', [1000, 5000])
+    mixtures.add_mixture('inner', [a], cap=300)
+    outer = mixtures.add_mixture('outer', {'inner': 1.0, b: 1.0})
+    seqio.TaskRegistry.remove(a)
+    seqio.MixtureRegistry.remove('inner')
+    self.tasks('a', [1000])
+    mixtures.add_mixture('inner', [a], cap=300)
+    capped = [s.capped for s in mixtures.probabilities(outer)]
+    self.assertEqual(capped, [300, None])
+
   def test_rates_of_seqio_are_understood(self):
     a, b = self.tasks('ab', [1000, 5000])
     seqio.MixtureRegistry.add(
