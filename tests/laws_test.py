@@ -180,12 +180,17 @@ class LawsTest(parameterized.TestCase):
       self.skipTest('the weights are part of the method')
     base, *models = laws.make(row.models + 1)
 
-    def loss(w):
+    def of_weights(w):
       merged = laws.run(row, models, base, [w[i] for i in range(row.models)])
       return sum(jnp.sum(jnp.square(leaf)) for leaf in merged.values())
 
+    # One program, where many small ones would be compiled.
+    loss = jax.jit(of_weights)
     weights = jnp.asarray(row.weights, jnp.float32)
-    gradient = jax.grad(loss)(weights)
+    np.testing.assert_allclose(
+      loss(weights), of_weights(row.weights), rtol=1e-5
+    )
+    gradient = jax.jit(jax.grad(of_weights))(weights)
     step = 1e-2
     for i in range(row.models):
       bump = step * jax.nn.one_hot(i, row.models)

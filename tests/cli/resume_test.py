@@ -14,6 +14,7 @@ import sys
 import time
 
 from absl.testing import absltest
+import fake_devices
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -79,8 +80,7 @@ class ResumeTest(absltest.TestCase):
     super().tearDownClass()
 
   def start(self, name, *flags, devices=1):
-    count = f'--xla_force_host_platform_device_count={devices}'
-    env = dict(os.environ, XLA_FLAGS=count)
+    env = dict(os.environ, XLA_FLAGS=fake_devices.flags(devices))
     return subprocess.Popen(
         [
             sys.executable, '-m', 'mergejax', 'train',

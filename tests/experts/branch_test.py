@@ -12,6 +12,7 @@ import sys
 
 from absl.testing import absltest
 from absl.testing import parameterized
+import fake_devices
 import jax
 import numpy as np
 
@@ -232,7 +233,7 @@ def run_script(*arguments, devices):
   env = dict(
     os.environ,
     JAX_PLATFORMS='cpu',
-    XLA_FLAGS=f'--xla_force_host_platform_device_count={devices}',
+    XLA_FLAGS=fake_devices.flags(devices),
   )
   return subprocess.Popen(
     [sys.executable, SCRIPT, *map(str, arguments)],

@@ -11,16 +11,17 @@ import subprocess
 import sys
 
 from absl.testing import absltest
+import fake_devices
 import numpy as np
 
 _SCRIPT = pathlib.Path(__file__).with_name('processes.py')
 
 
 def start(folder, steps, model, *distributed, devices):
-  count = f'--xla_force_host_platform_device_count={devices}'
+  flags = fake_devices.flags(devices)
   return subprocess.Popen(
     [sys.executable, _SCRIPT, *map(str, (folder, steps, model, *distributed))],
-    env=dict(os.environ, JAX_PLATFORMS='cpu', XLA_FLAGS=count),
+    env=dict(os.environ, JAX_PLATFORMS='cpu', XLA_FLAGS=flags),
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
