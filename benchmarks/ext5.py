@@ -3,6 +3,7 @@
 """Pre-training on many tasks beside denoising, and fine-tuning on others.
 
     MERGEJAX_DATA=... python benchmarks/ext5.py [--seeds 3] [--cache FOLDER]
+        [--steps 800] [--tuning_steps 100] [--tuning_rate 0.02] [--show]
 
 Small T5s are pre-trained on tables mixed as ExMix with denoising at ratio R:
 0 is tasks alone, inf denoising alone. Then each is fine-tuned on each of a few
@@ -11,8 +12,8 @@ alone from fresh weights, for as many steps as a fine-tuning and for as many as
 pre-training and fine-tuning together. Claim (Aribandi et al., 2022): R = 2 is
 above denoising alone, and R = 0 far below it.
 
-What is done stands in `rows.jsonl` below the folder and is not done again; the
-tables go to `results/ext5.md`.
+What is done is kept below the folder and not done again. The tables go to
+`results/ext5_*.md`, by the numbers of steps and the rate of fine-tuning.
 """
 
 import functools
@@ -36,10 +37,7 @@ from mergejax.training import streams
 
 RATIOS = (float('inf'), 0.0, 1.0, 2.0, 4.0)
 BATCH = 16
-STEPS = 800
-TUNING_STEPS = 100
 RATE = 0.03
-TUNING_RATE = 0.02
 MAX_EXAMPLES = 1000
 SHORT = 'single task, steps of a fine-tuning'
 LONG = 'single task, steps of both'
@@ -116,11 +114,17 @@ class Rows:
 class Experiment:
   """The runs; programs and data are made when they are first needed."""
 
-  def __init__(self, cache: pathlib.Path):
-    # Results of other lengths are others.
-    self.runs = cache / f'{STEPS}_{TUNING_STEPS}'
-    self.runs.mkdir(parents=True, exist_ok=True)
-    self.cache, self.rows = cache, Rows(self.runs / 'rows.jsonl')
+  def __init__(
+    self, cache: pathlib.Path, steps: int, tuning_steps: int, tuning_rate: float
+  ):
+    self.cache, self.steps = cache, steps
+    self.tuning_steps, self.tuning_rate = tuning_steps, tuning_rate
+    # Results of other settings are others.
+    self.folder = cache / f'steps_{steps}'
+    self.folder.mkdir(parents=True, exist_ok=True)
+    self.pretrained = Rows(self.folder / 'pretrained.jsonl')
+    name = f'tuned_{tuning_steps}_{tuning_rate:g}.jsonl'
+    self.rows = Rows(self.folder / name)
     self.module = models.build(
       dict(
         model_type='t5x', vocab_size=ext5_data.VOCABULARY, emb_dim=128,
@@ -142,20 +146,20 @@ class Experiment:
 
   @functools.cached_property
   def _pretraining(self):
-    return Program(self.module, RATE, STEPS, self._examples.names)
+    return Program(self.module, RATE, self.steps, self._examples.names)
 
   @functools.cached_property
   def _tuning(self):
-    return Program(self.module, TUNING_RATE, TUNING_STEPS)
+    return Program(self.module, self.tuning_rate, self.tuning_steps)
 
   @functools.cached_property
   def _alone(self):
     """From fresh weights: the rate of pre-training, the steps of both."""
-    return Program(self.module, RATE, STEPS + TUNING_STEPS)
+    return Program(self.module, RATE, self.steps + self.tuning_steps)
 
   @functools.cached_property
   def _alone_shortly(self):
-    return Program(self.module, RATE, TUNING_STEPS)
+    return Program(self.module, RATE, self.tuning_steps)
 
   def _score(self, task):
     if task not in self._scores:
@@ -181,7 +185,7 @@ class Experiment:
       )
       return _summary(self._examples.names, metrics)
 
-    self.rows.once(seed, name_of(ratio), '', make)
+    self.pretrained.once(seed, name_of(ratio), '', make)
 
   def tune(self, ratio: float, seed: int, task: str) -> None:
     """Trains pre-trained parameters on a task."""
@@ -204,7 +208,7 @@ class Experiment:
     self.rows.once(seed, arm, task, make)
 
   def _path(self, ratio, seed):
-    return self.runs / f'pretrained_{ratio:g}_{seed}.npz'
+    return self.folder / f'{ratio:g}_{seed}.npz'
 
   def _data(self, task, seed):
     data = ext5_data.examples(self.tuned[task], self.cache)
@@ -226,13 +230,15 @@ def _summary(names, metrics):
 def write(run: Experiment) -> None:
   """Writes the tables, and prints them."""
   rows = list(run.rows.found.values())
+  before = list(run.pretrained.found.values())
   tasks = list(ext5_data.LEFT_OUT)
   arms = [name_of(ratio) for ratio in RATIOS]
   lines = [
     f'Measured on {ext5_table.machine()}; `+-` is half of a 95% t interval.',
     '',
-    f'Accuracy after {TUNING_STEPS} steps of fine-tuning; pre-training has '
-    f'{STEPS}, batches {BATCH} rows. {tasks[-1]} is of a family of the mixture.',
+    f'Accuracy after {run.tuning_steps} steps of fine-tuning at rate '
+    f'{run.tuning_rate}; pre-training has {run.steps} steps, batches {BATCH} '
+    f'rows. {tasks[-1]} is of a family of the mixture.',
     '',
     *ext5_table.accuracies(
       rows, [*arms, SHORT, LONG], tasks, tasks[:-1], to=arms[0]
@@ -241,28 +247,36 @@ def write(run: Experiment) -> None:
     'What pre-training drew, and the newest loss in nats a token, the mean over '
     'the tasks or the domains.',
     '',
-    *ext5_table.pretraining(rows, arms),
+    *ext5_table.pretraining(before, arms),
     '',
     'What R = 2 draws, over the whole of pre-training.',
     '',
     '```',
     mixtures.table(
-      mixtures.probabilities(run.mixtures[2.0], steps=STEPS, batch_size=BATCH)
+      mixtures.probabilities(
+        run.mixtures[2.0], steps=run.steps, batch_size=BATCH
+      )
     ),
     '```',
   ]
   text = '\n'.join(lines) + '\n'
-  (real_data.RESULTS / 'ext5.md').write_text(text)
+  name = f'ext5_{run.steps}_{run.tuning_steps}_{run.tuning_rate:g}.md'
+  (real_data.RESULTS / name).write_text(text)
   print(text)
 
 
 def main():
   parser = real_data.parser()
   parser.add_argument('--cache', type=pathlib.Path)
+  parser.add_argument('--steps', type=int, default=800)
+  parser.add_argument('--tuning_steps', type=int, default=100)
+  parser.add_argument('--tuning_rate', type=float, default=0.02)
   parser.add_argument('--show', action='store_true', help='train nothing')
   options = parser.parse_args()
   cache = options.cache or real_data.cache_folder() / 'ext5'
-  run = Experiment(cache)
+  run = Experiment(
+    cache, options.steps, options.tuning_steps, options.tuning_rate
+  )
   tasks = list(ext5_data.LEFT_OUT)
   seeds = range(0 if options.show else options.seeds)
   for seed in seeds:
