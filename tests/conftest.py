@@ -10,13 +10,11 @@ import tempfile
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 os.environ['JAX_PLATFORMS'] = 'cpu'
+os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=8'
 # As many threads as XLA would have on 32 cores. With two, a sum over eight fake
 # devices now and then waits for one that gets no thread, until XLA aborts.
 os.environ['NPROC'] = '32'
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
-import fake_devices  # noqa: E402
-
-os.environ['XLA_FLAGS'] = fake_devices.flags(8)
 # One folder for all processes of a run, commands that tests start included:
 # what one of them compiled the others load, and no test writes to ~/.cache.
 _OWNS_CACHE = 'MERGEJAX_TEST_CACHE' not in os.environ

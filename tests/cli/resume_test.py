@@ -14,7 +14,6 @@ import sys
 import time
 
 from absl.testing import absltest
-import fake_devices
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -80,7 +79,8 @@ class ResumeTest(absltest.TestCase):
     super().tearDownClass()
 
   def start(self, name, *flags, devices=1):
-    env = dict(os.environ, XLA_FLAGS=fake_devices.flags(devices))
+    count = f'--xla_force_host_platform_device_count={devices}'
+    env = dict(os.environ, XLA_FLAGS=count)
     return subprocess.Popen(
         [
             sys.executable, '-m', 'mergejax', 'train',

@@ -12,7 +12,6 @@ import sys
 
 from absl.testing import absltest
 from absl.testing import parameterized
-import fake_devices
 import jax
 import numpy as np
 
@@ -233,7 +232,7 @@ def run_script(*arguments, devices):
   env = dict(
     os.environ,
     JAX_PLATFORMS='cpu',
-    XLA_FLAGS=fake_devices.flags(devices),
+    XLA_FLAGS=f'--xla_force_host_platform_device_count={devices}',
   )
   return subprocess.Popen(
     [sys.executable, SCRIPT, *map(str, arguments)],

@@ -11,17 +11,16 @@ import subprocess
 import sys
 
 from absl.testing import absltest
-import fake_devices
 import numpy as np
 
 _SCRIPT = pathlib.Path(__file__).with_name('processes.py')
 
 
 def start(folder, steps, model, *distributed, devices):
-  flags = fake_devices.flags(devices)
+  count = f'--xla_force_host_platform_device_count={devices}'
   return subprocess.Popen(
     [sys.executable, _SCRIPT, *map(str, (folder, steps, model, *distributed))],
-    env=dict(os.environ, JAX_PLATFORMS='cpu', XLA_FLAGS=flags),
+    env=dict(os.environ, JAX_PLATFORMS='cpu', XLA_FLAGS=count),
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
