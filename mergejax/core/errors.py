@@ -76,7 +76,8 @@ def near(name: str, known: Iterable[str], what: str) -> str:
   hint = ''
   if close:
     hint = ' Did you mean ' + ' or '.join(repr(c) for c in close) + '?'
-  return f'Unknown {what} {name!r}.{hint} Known: {", ".join(known)}.'
+  listing = f'Known: {", ".join(known)}.' if known else 'None is known here.'
+  return f'Unknown {what} {name!r}.{hint} {listing}'
 
 
 def listed(lines: Sequence[str], limit: int = 10) -> str:

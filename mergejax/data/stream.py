@@ -56,6 +56,8 @@ def find(
   if mixture_or_task not in known:
     raise errors.DataError(
       errors.near(str(mixture_or_task), known, 'seqio task or mixture')
+      + " Those of T5's suite are made by gin/mixtures/t5_tasks.gin; your own "
+      'are known once a gin file imports the module that registers them.'
     )
   provider = seqio.get_mixture_or_task(mixture_or_task)
   if cached:

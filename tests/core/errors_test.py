@@ -38,6 +38,11 @@ class KindsTest(parameterized.TestCase):
     file.write_text('merge_methods: linear')
     self.assert_kind('Recipe', lambda: mj.load_recipe(file), 'r.yaml: .*')
 
+  def test_nothing_known_is_said(self):
+    self.assertEqual(
+      errors.near('a', [], 'task'), "Unknown task 'a'. None is known here."
+    )
+
   def test_checkpoint(self):
     path = self.folder() / 'model.npz'
     self.assert_kind('Checkpoint', lambda: mj.open_checkpoint(path), 'model')
