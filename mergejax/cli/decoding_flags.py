@@ -4,6 +4,8 @@
 
 import argparse
 
+from mergejax import models
+from mergejax.core import errors
 from mergejax.evaluation import decode
 from mergejax.evaluation import positions
 
@@ -29,3 +31,17 @@ def method_of(options: argparse.Namespace) -> positions.Method:
   """
   words = {name: getattr(options, name) for name in decode.OPTIONS}
   return decode.method_of({n: w for n, w in words.items() if w is not None})
+
+
+def check(family: models.ModelFamily, options: argparse.Namespace) -> None:
+  """Raises if the model of `options.checkpoint` cannot answer as told.
+
+  Raises:
+    ConfigError: it does not decode, or `--prefix` for an encoder-decoder.
+  """
+  positions.check_decodes(family, options.checkpoint)
+  if options.prefix and not decode.is_decoder_only(family):
+    raise errors.ConfigError(
+      '--prefix is for decoder-only models; an encoder-decoder reads its '
+      'inputs so anyway.'
+    )

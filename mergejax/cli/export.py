@@ -7,10 +7,7 @@ from collections.abc import Sequence
 from mergejax.cli import common
 from mergejax.cli import decoding_flags
 from mergejax.cli import loaded
-from mergejax.core import errors
 from mergejax.core import files
-from mergejax.evaluation import decode
-from mergejax.evaluation import positions
 from mergejax.evaluation import serving
 
 
@@ -59,12 +56,7 @@ def main(arguments: Sequence[str]) -> None:
   method = decoding_flags.method_of(options)
   files.check_new(options.out)
   family, params = loaded.load(options.checkpoint, dtype=options.dtype)
-  positions.check_decodes(family, options.checkpoint)
-  if options.prefix and not decode.is_decoder_only(family):
-    raise errors.ConfigError(
-      '--prefix is for decoder-only models; an encoder-decoder reads its '
-      'inputs so anyway.'
-    )
+  decoding_flags.check(family, options)
   manifest = serving.export_decoder(
     family,
     params,

@@ -105,12 +105,7 @@ def main(arguments: Sequence[str]) -> None:
   if options.data * options.model_parallel > 1:
     mesh = partition.make_mesh(data=options.data, model=options.model_parallel)
   family, params = loaded.load(options.checkpoint, mesh=mesh)
-  positions.check_decodes(family, options.checkpoint)
-  if options.prefix and not decode.is_decoder_only(family):
-    raise errors.ConfigError(
-      '--prefix is for decoder-only models; an encoder-decoder reads its '
-      'inputs so anyway.'
-    )
+  decoding_flags.check(family, options)
   writer = texts.Writer(
     decode.make_decoder(
       family, length=options.length, method=method, mesh=mesh

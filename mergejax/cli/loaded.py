@@ -52,7 +52,8 @@ def load(
       'and the step out.'
     )
   if module is None:
-    module, params = recipes.load(path if recipe else checkpoint.at_step(path, step))  # fmt: skip
+    source = path if recipe else checkpoint.at_step(path, step)
+    module, params = recipes.load(source)
     family = models.family_of(module)
   else:
     family = models.family_of(module)

@@ -161,6 +161,7 @@ def export_decoder(
     if platform not in PLATFORMS:
       raise errors.ConfigError(errors.near(platform, PLATFORMS, 'platform'))
   files.check_new(path)
+  source = _vocabulary_file(vocabulary)
   function = decoding_function(
     model, length=length, method=method, end=end, prefix=prefix
   )
@@ -195,7 +196,7 @@ def export_decoder(
         **_options(method),
         'prefix': prefix,
       },
-      'vocabulary': _vocabulary(vocabulary, folder),
+      'vocabulary': _copied(source, folder),
       'model': dict(models.describe(model)),
       'sha256': {
         name: checksums.SUMS.of(folder / name) for name in (PROGRAM, PARAMS)
@@ -243,12 +244,19 @@ def _calling(program, method, end) -> Mapping[str, Any]:
   }
 
 
-def _vocabulary(vocabulary, folder):
-  """What the manifest says of it; a file is copied beside."""
+def _vocabulary_file(vocabulary) -> pathlib.Path | None:
+  """The file of a vocabulary that is not bytes."""
   if str(vocabulary) == 'bytes':
-    return {'name': 'bytes'}
+    return None
   source = pathlib.Path(vocabulary).expanduser()
   if not source.is_file():
     raise errors.DataError(f'There is no SentencePiece model at {source}.')
+  return source
+
+
+def _copied(source, folder):
+  """What the manifest says of the vocabulary; a file is copied beside."""
+  if source is None:
+    return {'name': 'bytes'}
   shutil.copyfile(source, folder / source.name)
   return {'name': source.name, 'sha256': checksums.SUMS.of(source)}

@@ -9,6 +9,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import textwrap
 
 from absl.testing import absltest
 from absl.testing import parameterized
@@ -29,25 +30,19 @@ from mergejax.evaluation import sampling
 from mergejax.evaluation import serving
 
 LINES = ['good 0', 'bad 0', 'fine 0', 'good 1']
-# As the docstring of the module says it, with no word of ours.
-SERVER = """
+# What the docstring of the module tells a server, up to the parameters.
+LOADER = textwrap.dedent(
+  serving.__doc__[
+    serving.__doc__.index('    import jax, json') : serving.__doc__.index(
+      '    inputs = numpy.zeros'
+    )
+  ]
+)
+SERVER = f"""
 import sys
-import jax, json, numpy, pathlib, safetensors
 
 for name in sys.argv[1:]:
-  folder = pathlib.Path(name)
-  manifest = json.loads((folder / 'manifest.json').read_text())
-  program = jax.export.deserialize(
-    bytearray((folder / manifest['program']).read_bytes())
-  )
-  said = manifest['parameters']
-  params = jax.device_put({
-    name: numpy.frombuffer(x['data'], jax.numpy.dtype(said[name]['dtype']))
-    .reshape(x['shape'])
-    for name, x in safetensors.deserialize(
-      (folder / manifest['params']).read_bytes()
-    )
-  })
+{textwrap.indent(LOADER.replace("'served'", 'name'), '  ')}
   inputs = numpy.load(folder / 'inputs.npy')
   seed = [numpy.uint32(3)] if 'seed' in manifest['call'] else []
   found = jax.jit(program.call)(params, inputs, *seed)
