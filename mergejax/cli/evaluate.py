@@ -6,6 +6,7 @@ With `--gin_file`, as T5X's `eval.py`: see gin/runs/eval.gin.
 """
 
 from collections.abc import Mapping, Sequence
+import contextlib
 import json
 import os
 import pathlib
@@ -13,6 +14,7 @@ import tempfile
 from typing import Any
 
 import flax.linen as nn
+import jax
 
 from mergejax import models
 from mergejax.cli import common
@@ -28,6 +30,7 @@ from mergejax.evaluation import plots
 from mergejax.evaluation import recipes
 from mergejax.evaluation import scoring
 from mergejax.evaluation import suite as suite_lib
+from mergejax.training import peers
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -101,7 +104,8 @@ def evaluate_models(
     module: of checkpoints that do not say what they are of, see `loaded.load`.
     restore_step: of a run's folder; its last by default.
     dtype: 'bfloat16' rounds the parameters to it.
-    mesh: sizes for `partition.make_mesh`; the first device by default.
+    mesh: sizes for `partition.make_mesh`; the first device by default, or all
+      of several processes, each of which must call this.
     output_dir: where to write the table too, as `scores.json`.
 
   Returns:
@@ -111,25 +115,35 @@ def evaluate_models(
   Raises:
     UserError: see `loaded.load` and `Suite.table`.
   """
-  devices = None if mesh is None else loaded.mesh_of(mesh)
+  alone = jax.process_count() == 1
+  devices = None if mesh is None and alone else loaded.mesh_of(mesh)
   how: dict[str, Any] = dict(module=module, step=restore_step, dtype=dtype)
   rows = (
     (os.fspath(path), *loaded.load(path, mesh=devices, **how))
     for path in checkpoints
   )
-  table = suite.table(rows, split, mesh=devices)
-  print(suite.describe_metrics())
-  print(table.to_text())
+  with _watching(output_dir):
+    table = suite.table(rows, split, mesh=devices)
   data: dict[str, Any] = {'raw': table.to_json()}
+  text = [suite.describe_metrics(), table.to_text()]
   if any(task.expert for task in suite.tasks.values()):
     shares = table.normalised(suite.experts(table))
-    print("\nover the score of each task's own expert; more is better")
-    print(shares.to_text())
+    text += ["\nover the score of each task's own expert; more is better"]
+    text += [shares.to_text()]
     data['normalised'] = shares.to_json()
-  if output_dir is not None:
-    file = pathlib.Path(output_dir) / 'scores.json'
-    common.write_text(file, json.dumps(data, indent=2) + '\n')
+  if jax.process_index() == 0:
+    print('\n'.join(text))
+    if output_dir is not None:
+      file = pathlib.Path(output_dir) / 'scores.json'
+      common.write_text(file, json.dumps(data, indent=2) + '\n')
   return table, data
+
+
+def _watching(folder):
+  """Processes that work together watch each other, if they share a folder."""
+  if folder is None:
+    return contextlib.nullcontext()
+  return peers.watching(pathlib.Path(folder))
 
 
 def _on_corpora(options):

@@ -8,6 +8,7 @@ import inspect
 from typing import Any
 
 import gin
+from mergejax import partition
 from mergejax.cli import common
 from mergejax.cli import t5x_gin
 from mergejax.core import errors
@@ -19,7 +20,7 @@ def is_asked(arguments: Sequence[str]) -> bool:
   return bool(files or paths or bindings)
 
 
-def parser(command: str, description: str) -> argparse.ArgumentParser:
+def _parser(command: str, description: str) -> argparse.ArgumentParser:
   """A parser of `mergejax COMMAND` with the flags of gin."""
   made = common.parser(command, description)
   made.add_argument(
@@ -34,38 +35,15 @@ def parser(command: str, description: str) -> argparse.ArgumentParser:
     action='store_true',
     help='print the complete configuration, do nothing',
   )
+  made.add_argument(
+    '--multiprocess',
+    action='store_true',
+    help='join the processes that the environment tells of (a TPU pod, Slurm)',
+  )
+  made.add_argument('--coordinator_address', help='host:port, to join by hand')
+  made.add_argument('--process_count', type=int)
+  made.add_argument('--process_index', type=int)
   return made
-
-
-def configure(
-  command: str,
-  arguments: Sequence[str],
-  made: argparse.ArgumentParser,
-) -> argparse.Namespace | None:
-  """Reads gin files and bindings into gin's configuration.
-
-  Args:
-    command: 'train', 'evaluate' or 'infer'.
-    arguments: of the command line.
-    made: from `parser`.
-
-  Returns:
-    The other options; None if the configuration was all that was asked for,
-    and is printed.
-
-  Raises:
-    ConfigError: see `common.parse_gin` and `t5x_gin.translate`.
-  """
-  files, paths, bindings, rest = common.split_gin_flags(arguments)
-  options = made.parse_args(rest)
-  if not files:
-    raise errors.ConfigError(f'mergejax {command} needs --gin_file=FILE.')
-  with t5x_gin.in_our_words(files, bindings, paths, command) as (files, given):
-    common.parse_gin(files, given, paths)
-  if options.dry_run:
-    print(gin.config_str())
-    return None
-  return options
 
 
 def run(
@@ -74,20 +52,32 @@ def run(
   function: Callable[..., Any],
   arguments: Sequence[str],
 ) -> None:
-  """Calls a function as gin files bind it.
+  """Calls a function as gin files bind it, in all processes of a run.
 
   Args:
-    command: see `configure`.
+    command: 'train', 'evaluate' or 'infer'.
     description: of what it does with gin files.
     function: of the command; the files bind its arguments.
     arguments: of the command line.
 
   Raises:
-    ConfigError: likewise, and see `call`.
+    ConfigError: see `common.parse_gin`, `t5x_gin.translate`,
+      `partition.join_processes` and `call`.
   """
-  made = parser(command, description)
-  if configure(command, arguments, made) is not None:
-    call(command, function)
+  files, paths, bindings, rest = common.split_gin_flags(arguments)
+  options = _parser(command, description).parse_args(rest)
+  if not files:
+    raise errors.ConfigError(f'mergejax {command} needs --gin_file=FILE.')
+  with t5x_gin.in_our_words(files, bindings, paths, command) as (files, given):
+    common.parse_gin(files, given, paths)
+  if options.dry_run:
+    print(gin.config_str())
+    return
+  if options.multiprocess or options.coordinator_address:
+    partition.join_processes(
+      options.coordinator_address, options.process_count, options.process_index
+    )
+  call(command, function)
 
 
 def call(command: str, function: Callable[..., Any]) -> None:

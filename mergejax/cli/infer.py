@@ -16,6 +16,7 @@ import time
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import jax
 import seqio
 import tqdm
 
@@ -39,6 +40,7 @@ from mergejax.evaluation import likelihoods
 from mergejax.evaluation import positions
 from mergejax.evaluation import texts
 from mergejax.statistics import saved
+from mergejax.training import peers
 
 # What is written of an example, by T5X's names.
 MODES = ('predict', 'predict_with_aux', 'score')
@@ -227,7 +229,7 @@ def infer_task(
   family, params = loaded.load(
     checkpoint, module=module, step=restore_step, dtype=dtype, mesh=devices
   )
-  make = _scorers(family, params, split, lengths, batch_size)
+  make = _scorers(family, params, split, lengths, batch_size, devices)
   if mode != 'score':
     positions.check_decodes(family, checkpoint)
     decoder = decode.make_decoder(
@@ -235,7 +237,8 @@ def infer_task(
     )
     make = _writers(decoder, family, params, batch_size, seed, mode, every)
   settings = {
-    'model': models.describe(family), 'weights': saved.fingerprint(params),
+    'model': models.describe(family),
+    'weights': _fingerprint(params),
     'method': {type(method).__name__: method}, 'seed': seed, 'mode': mode,
     'all': every, 'lengths': dict(lengths), 'batch_size': batch_size,
     'tasks': {task.name: _digest(each) for task, each in read.items()},
@@ -243,18 +246,26 @@ def infer_task(
   record = pathlib.Path(output_dir) / 'infer.json'
   where = same_run.layout(devices or partition.make_mesh())
   same_run.check(record, settings, where)
-  same_run.write(record, settings, where)
-  for task, (rows, tokens) in read.items():
-    out = record.with_name(f'{task.name}-{mode}.jsonl-00000-of-00001')
-    if out.exists():
-      print(f'{task.name} is answered: {out}', file=sys.stderr)
-      continue
-    _answer(make(task), rows, out, {**settings, 'devices': where}, tokens)
+  with peers.watching(record.parent):
+    same_run.write(record, settings, where)
+    for task, (rows, tokens) in read.items():
+      out = record.with_name(f'{task.name}-{mode}.jsonl-00000-of-00001')
+      if peers.from_first(out.exists()):
+        _say(f'{task.name} is answered: {out}')
+        continue
+      _answer(make(task), rows, out, {**settings, 'devices': where}, tokens)
 
 
-def _scorers(family, params, split, lengths, batch_size):
+def _fingerprint(params):
+  """Of parameters that may lie in several processes."""
+  if jax.process_count() > 1:
+    params = partition.to_host(params)
+  return saved.fingerprint(params)
+
+
+def _scorers(family, params, split, lengths, batch_size, mesh):
   return lambda task: likelihoods.Scorer(
-    family, params, task, split, lengths, batch_size
+    family, params, task, split, lengths, batch_size, mesh
   )
 
 
@@ -286,33 +297,46 @@ class _WithAux(NamedTuple):
 
 
 def _answer(writer, rows, out, settings, tokens=None):
-  """Answers what is still to be answered, then writes all of it."""
+  """Answers what is still to be answered, then writes all of it.
+
+  All processes answer together; the first one keeps the journal and writes.
+  """
   path = out.with_name(f'.{out.name}.answers.jsonl')
-  journal = resume.Journal(path, 'infer', settings)
+  keeps = jax.process_index() == 0
+  journal = resume.Journal(path if keeps else None, 'infer', settings)
   answered = [row for batch in journal.rows() for row in batch]
-  if answered:
-    print(f'{len(answered)} of {len(rows)} are answered.', file=sys.stderr)
-  shown = _Progress(len(rows), len(answered))
+  done = peers.from_first(len(answered))
+  if done:
+    _say(f'{done} of {len(rows)} are answered.')
+  shown = _Progress(len(rows), done)
   with stop_lib.StopRequest() as stop:
-    for batch in writer.batches(rows, len(answered), tokens):
+    for batch in writer.batches(rows, done, tokens):
       journal.append(batch)
       answered += batch
-      shown.at(len(answered))
-      if len(answered) < len(rows):
-        stop.check(f'Stopped after {len(answered)} of {len(rows)} answers.')
+      done += len(batch)
+      shown.at(done)
+      if done < len(rows) and stop.agreed():
+        raise errors.Stopped(f'Stopped after {done} of {len(rows)} answers.')
   shown.close()
+  if not keeps:
+    return
   lines = (json.dumps(row, ensure_ascii=False) + '\n' for row in answered)
   common.write_text(out, ''.join(lines))
   journal.forget()
   print(f'{len(answered)} answers: {out}')
 
 
+def _say(text):
+  if jax.process_index() == 0:
+    print(text, file=sys.stderr)
+
+
 class _Progress:
-  """A bar on a terminal; else a line every ten seconds."""
+  """A bar on a terminal; else a line every ten seconds; of the first process."""
 
   def __init__(self, total: int, done: int):
     self._total, self._told, self._bar = total, time.monotonic(), None
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and jax.process_index() == 0:
       self._bar = tqdm.tqdm(total=total, initial=done, unit='row')
 
   def at(self, done: int) -> None:
@@ -321,7 +345,7 @@ class _Progress:
       self._bar.update(done - self._bar.n)
     elif time.monotonic() - self._told > 10:
       self._told = time.monotonic()
-      print(f'{done} of {self._total} answers', file=sys.stderr)
+      _say(f'{done} of {self._total} answers')
 
   def close(self) -> None:
     """Leaves the bar as it is."""

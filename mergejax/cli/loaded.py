@@ -16,6 +16,7 @@ from mergejax.cli import start
 from mergejax.core import errors
 from mergejax.core import typing
 from mergejax.evaluation import recipes
+from mergejax.training import batches
 
 DTYPES = ('float32', 'bfloat16')
 
@@ -65,7 +66,7 @@ def load(
     return family, jax.device_put(params)
   axes = {name: spec.axes for name, spec in family.specs().items()}
   layout = partition.shardings(mesh, params, axes, partition.standard())
-  return family, jax.device_put(params, layout)
+  return family, jax.tree.map(batches.whole, params, layout)
 
 
 def mesh_of(sizes: Mapping[str, int] | None) -> jax.sharding.Mesh | None:

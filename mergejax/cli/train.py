@@ -50,25 +50,7 @@ def run(job: Callable[[], Any]) -> None:
 
 def main(arguments: Sequence[str]) -> None:
   """Parses T5X's flags and runs the job."""
-  parser = gin_run.parser('train', 'Train what gin files describe.')
-  parser.add_argument(
-    '--multiprocess',
-    action='store_true',
-    help='join the processes that the environment tells of (a TPU pod, Slurm)',
-  )
-  parser.add_argument(
-    '--coordinator_address', help='host:port, to join by hand'
-  )
-  parser.add_argument('--process_count', type=int)
-  parser.add_argument('--process_index', type=int)
-  options = gin_run.configure('train', arguments, parser)
-  if options is None:
-    return
-  if options.multiprocess or options.coordinator_address:
-    partition.join_processes(
-      options.coordinator_address, options.process_count, options.process_index
-    )
-  gin_run.call('train', run)
+  gin_run.run('train', 'Train what gin files describe.', run, arguments)
 
 
 def trainer_callbacks(

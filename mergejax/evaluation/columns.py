@@ -18,7 +18,7 @@ class Scored:
     suite: a `scoring.Suite`.
     name: of the task.
     split: to score on.
-    mesh: what rows are spread over where answers are generated.
+    mesh: what rows are spread over; None where one device does it all.
 
   Raises:
     UserError: what is wrong with the data.
@@ -26,6 +26,7 @@ class Scored:
 
   def __init__(self, suite: Any, name: str, split: str, mesh: Any = None):
     self._suite, self._name, self._split = suite, name, split
+    self._mesh = mesh
     batches = suite.batches(name, split)
     self._task = suite.tasks[name]
     self._batches, self._scorers = {self._task.kind: batches}, {}
@@ -47,7 +48,9 @@ class Scored:
         return {name: next(iter(found.values()))}
       return {f'{name}/{number}': score for number, score in found.items()}
     if family.module not in self._scorers:
-      self._scorers[family.module] = metrics.make_scorer(family, metric)
+      self._scorers[family.module] = metrics.make_scorer(
+        family, metric, self._mesh
+      )
     values, counts = self._scorers[family.module](params, batches)
     return {name: metrics.score(values, counts, metric)}
 

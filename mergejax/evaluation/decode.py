@@ -24,6 +24,7 @@ from mergejax.core import typing
 from mergejax.evaluation import beam
 from mergejax.evaluation import positions
 from mergejax.evaluation import sampling
+from mergejax.training import batches
 
 # The end token of seqio's vocabularies.
 END = 1
@@ -113,14 +114,10 @@ class Decoder:
       return jax.tree.map(
         np.asarray, self._run(params, batch, key, rows, scored)
       )
-    batch = {n: self._placed(np.asarray(x)) for n, x in batch.items()}
+    batch = batches.on_mesh(self._mesh, batch)
     with partition.rules_of(self._mesh, partition.standard()):
       found = self._run(params, batch, key, rows, scored)
     return partition.to_host(found)
-
-  def _placed(self, x):
-    axes = ('batch', *[None] * (x.ndim - 1))
-    return jax.device_put(x, partition.sharding(self._mesh, axes, x.shape))
 
 
 def make_decoder(

@@ -158,7 +158,9 @@ class Generated:
   def _log_likelihoods(self, family, params, batches):
     """Of the target of every example, in nats."""
     if family.module not in self._scorers:
-      self._scorers[family.module] = metrics.make_scorer(family, 'loss')
+      self._scorers[family.module] = metrics.make_scorer(
+        family, 'loss', self.mesh
+      )
     nats, _ = self._scorers[family.module](params, batches)
     real = np.concatenate([family.real_rows(batch) for batch in batches])
     sums = np.asarray(np.sum(nats, axis=1, dtype=np.float64))

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 from typing import Any
 
+import jax
 import numpy as np
 import seqio
 
@@ -28,6 +29,7 @@ class Scorer:
     split: the split.
     lengths: tokens of `inputs` and `targets`; longer ones are cut.
     batch_size: rows of a batch.
+    mesh: see `metrics.make_scorer`.
   """
 
   family: models.ModelFamily
@@ -36,6 +38,7 @@ class Scorer:
   split: str
   lengths: Mapping[str, int]
   batch_size: int = 32
+  mesh: jax.sharding.Mesh | None = None
 
   def batches(
     self,
@@ -66,7 +69,7 @@ class Scorer:
 
   @functools.cached_property
   def _scorer(self):
-    return metrics.make_scorer(self.family, 'loss')
+    return metrics.make_scorer(self.family, 'loss', self.mesh)
 
   @functools.cached_property
   def _batches(self):

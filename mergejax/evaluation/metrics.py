@@ -16,9 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from mergejax import models
+from mergejax import partition
 from mergejax.core import errors
 from mergejax.core import typing
 from mergejax.evaluation import base
+from mergejax.training import batches as batches_lib
 from mergejax.training import losses
 
 ACCURACY = base.Metric('accuracy')
@@ -93,12 +95,18 @@ def example_scores(
   return jnp.sum(values, axis=1) / _UNITS.get(metric, 1.0), counts
 
 
-def make_scorer(model: nn.Module | models.ModelFamily, metric: str) -> Scorer:
+def make_scorer(
+  model: nn.Module | models.ModelFamily,
+  metric: str,
+  mesh: jax.sharding.Mesh | None = None,
+) -> Scorer:
   """A function that scores batches, compiled once for all parameters.
 
   Args:
     model: a module that a family knows, or the family.
     metric: a name of `METRICS`.
+    mesh: where the parameters lie, if that is several devices: the rows of a
+      batch are spread over its `data`.
 
   Returns:
     `scorer(params, batches)`: `position_scores` of all rows, in host memory. Of
@@ -109,12 +117,19 @@ def make_scorer(model: nn.Module | models.ModelFamily, metric: str) -> Scorer:
   family = models.family_of(model)
   compiled = jax.jit(lambda p, batch: position_scores(family, p, batch, metric))
 
+  def run(params, batch):
+    if mesh is None:
+      return jax.device_get(compiled(params, dict(batch)))
+    with partition.rules_of(mesh, partition.standard()):
+      return partition.to_host(
+        compiled(params, batches_lib.on_mesh(mesh, batch))
+      )
+
   def scorer(params, batches):
     for batch in batches:
       family.check_batch(batch, 'the test set')
-    params = jax.device_put(params)
-    found = [jax.device_get(compiled(params, dict(b))) for b in batches]
-    values, counts = zip(*found)
+    params = jax.device_put(params) if mesh is None else params
+    values, counts = zip(*[run(params, batch) for batch in batches])
     return np.concatenate(values), np.concatenate(counts)
 
   return scorer

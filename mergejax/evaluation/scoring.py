@@ -316,8 +316,8 @@ class Suite:
         by one.
       split: the split to score on.
       names: tasks; all by default.
-      mesh: where the parameters lie, if that is several devices: answers are
-        generated with the rows of a batch spread over its `data`.
+      mesh: where the parameters lie, if that is several devices: the rows of
+        a batch are spread over its `data`.
 
     Returns:
       Scores in the metrics' own direction.
@@ -328,7 +328,8 @@ class Suite:
     ]
     result: dict[str, dict[str, base_lib.Score]] = {}
     for row, model, params in rows:
-      family, params = models.family_of(model), jax.device_put(params)
+      family = models.family_of(model)
+      params = jax.device_put(params) if mesh is None else params
       result[row] = {}
       for task in scored:
         result[row] |= task.columns(family, params)

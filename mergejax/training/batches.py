@@ -142,6 +142,21 @@ def check_rows(
     )
 
 
+def on_mesh(
+  mesh: jax.sharding.Mesh, batch: Mapping[str, Any]
+) -> dict[str, jax.Array]:
+  """A batch that every process has all of, its rows over `data`.
+
+  Rows that do not divide over it lie whole on every device.
+  """
+  placed = {}
+  for name, leaf in batch.items():
+    axes = ('batch', *[None] * (np.ndim(leaf) - 1))
+    target = partition.sharding(mesh, axes, np.shape(leaf))
+    placed[name] = whole(leaf, target)
+  return placed
+
+
 def whole(
   leaf: np.ndarray | jax.Array,
   target: jax.sharding.Sharding,

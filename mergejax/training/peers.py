@@ -7,7 +7,7 @@ runtime aborts it with a page of addresses. So each counts in a file of the
 run's folder, which all of them share, and reads what the others count.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 import contextlib
 import os
 import pathlib
@@ -40,6 +40,9 @@ def _leave(message: str, after: float) -> None:
 class Watch:
   """Counts in a file, and reads those of the other processes.
 
+  Attributes:
+    folder: of the files.
+
   Example:
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -67,7 +70,7 @@ class Watch:
       patience: seconds without a count after which a process is taken for dead.
       leave: ends this process with a message, after so many seconds.
     """
-    self._folder, self._index, self._count = folder, index, count
+    self.folder, self._index, self._count = folder, index, count
     self._every, self._patience, self._leave = every, patience, leave
     folder.mkdir(parents=True, exist_ok=True)
     self._closing = threading.Event()
@@ -75,7 +78,7 @@ class Watch:
     self._thread.start()
 
   def _file(self, index):
-    return self._folder / f'process_{index}'
+    return self.folder / f'process_{index}'
 
   def _write(self, text):
     with files.atomic_path(self._file(self._index), overwrite=True) as path:
@@ -145,7 +148,7 @@ class Watch:
       if failure is None or isinstance(failure, errors.Stopped):
         self._file(self._index).unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # others still count there
-          self._folder.rmdir()
+          self.folder.rmdir()
       else:
         kind = type(failure).__name__
         self._write(f'{_FAILED} ({kind}: {errors.first_line(failure)})')
@@ -168,28 +171,63 @@ class watch_peers(callbacks.Callback):  # pylint: disable=invalid-name
 
   def on_start(self, run):
     """Begins to watch; a folder that processes do not share is refused."""
-    if jax.process_count() == 1 or run.directory is None:
-      return
-    # What an earlier run left behind is not of this one.
-    token = int(multihost_utils.broadcast_one_to_all(np.uint32(time.time())))
-    alive = run.directory / 'alive'
-    folder = alive / str(token)
-    if jax.process_index() == 0:
-      shutil.rmtree(alive, ignore_errors=True)
-      folder.mkdir(parents=True, exist_ok=True)
-    multihost_utils.sync_global_devices('alive')
-    _check_shared(folder)
-    self._watch = Watch(
-      folder,
-      jax.process_index(),
-      jax.process_count(),
-      **self._settings,
-    )
+    if run.directory is not None:
+      self._watch = _begin(run.directory, self._settings)
 
   def close(self):
-    if self._watch is not None:
-      self._watch.close(sys.exc_info()[1])
-      self._watch = None
+    _end(self._watch)
+    self._watch = None
+
+
+@contextlib.contextmanager
+def watching(
+  folder: pathlib.Path, **settings: float
+) -> Generator[None, None, None]:
+  """Work of all processes on one folder, which they watch each other in.
+
+  Args:
+    folder: shared by all processes.
+    **settings: `every` and `patience` of `Watch`.
+
+  Raises:
+    ConfigError: the processes do not share the folder.
+  """
+  watch = _begin(folder, settings)
+  try:
+    yield
+  finally:
+    _end(watch)
+
+
+def _end(watch):
+  """Closes a `Watch` of `_begin`, and leaves no empty folder."""
+  if watch is not None:
+    watch.close(sys.exc_info()[1])
+    with contextlib.suppress(OSError):  # others still count there
+      watch.folder.parent.rmdir()
+
+
+def from_first(value: int) -> int:
+  """A whole number as the first process has it."""
+  if jax.process_count() == 1:
+    return value
+  return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+def _begin(directory, settings):
+  """A `Watch` in a shared folder; None for one process."""
+  if jax.process_count() == 1:
+    return None
+  # What an earlier run left behind is not of this one.
+  token = from_first(int(time.time()))
+  alive = directory / 'alive'
+  folder = alive / str(token)
+  if jax.process_index() == 0:
+    shutil.rmtree(alive, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+  multihost_utils.sync_global_devices('alive')
+  _check_shared(folder)
+  return Watch(folder, jax.process_index(), jax.process_count(), **settings)
 
 
 def _check_shared(folder):
