@@ -92,7 +92,7 @@ class ScanTest(parameterized.TestCase):
     )
     batch = batch_of()
     np.testing.assert_allclose(
-      scanned.logits(stacked, batch), apart.logits(params, batch),
+      jax.jit(scanned.logits)(stacked, batch), jax.jit(apart.logits)(params, batch),
       rtol=1e-4, atol=1e-5,
     )  # fmt: skip
     loss, grad = loss_and_gradient(apart, params, batch)
@@ -110,7 +110,7 @@ class ScanTest(parameterized.TestCase):
     batch['decoder_target_tokens'] = np.maximum(
       batch['decoder_target_tokens'], 1
     )
-    expected = model.logits(params, batch)
+    expected = jax.jit(model.logits)(params, batch)
     cache = model.init_cache(params, batch, 5)
     for i in range(5):
       tokens = jnp.asarray(batch['decoder_input_tokens'][:, i])
@@ -222,7 +222,7 @@ class RestackTest(parameterized.TestCase):
     tables = restacked(params, own)
     batch = batch_of()
     np.testing.assert_array_equal(
-      own.logits(tables, batch), shared.logits(params, batch)
+      jax.jit(own.logits)(tables, batch), jax.jit(shared.logits)(params, batch)
     )
     assert_close(params, restacked(tables, shared), rtol=0)
     tables['encoder']['layers_1']['relpos_bias']['rel_embedding'] += 1
