@@ -6,12 +6,17 @@ BIN = $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES = setup.py pyproject.toml constraints.txt
 
-.PHONY: quickstart test check clean
+.PHONY: quickstart test test-all check clean
 
 quickstart: $(VENV)/.run
 	$(BIN)/mergejax quickstart
 
+# Every promise once; further options, sizes and moments are marked `slow`.
 test: $(VENV)/.test
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q -m 'not slow'
+	@echo 'Tests marked slow were left out: make test-all runs them too.'
+
+test-all: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q
 
 check: $(VENV)/.dev

@@ -116,6 +116,8 @@ ROWS = (
 ALL = [(f'{row.name}_{i}', row) for i, row in enumerate(ROWS)]
 # One row a method, for laws of the machinery rather than of the numbers.
 ONE = list({row.name: (name, row) for name, row in reversed(ALL)}.values())
+# Other options of the same methods.
+FURTHER = [pair for pair in ALL if pair not in ONE]
 AXES = (('b/kernel', ('layers', 'embed', 'mlp')),)
 
 

@@ -3,10 +3,24 @@
 """Processes of one merge as threads of a test, over real connections."""
 
 import concurrent.futures
+import contextlib
 import socket
+from unittest import mock
 
 import mergejax as mj
+from mergejax.merging.disk import pieces
+from mergejax.merging.disk import plans
 from mergejax.merging.disk import processes
+
+
+@contextlib.contextmanager
+def small_pieces():
+  """Makes leaves of a few hundred numbers many pieces, in this process."""
+  with (
+    mock.patch.object(plans, 'PIECE', 64),
+    mock.patch.object(pieces, '_SIZES', (16, 64)),
+  ):
+    yield
 
 
 def groups(count):

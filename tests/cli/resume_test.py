@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Branch-Train-Merge as a user runs it: whole, killed, stopped, continued."""
 
+import contextlib
+import io
 import json
 import os
 import pathlib
@@ -16,8 +18,11 @@ import time
 from absl.testing import absltest
 import numpy as np
 import orbax.checkpoint as ocp
+import pytest
 
+import gin
 import mergejax as mj
+from mergejax.cli import main
 from mergejax.core import tree
 from mergejax.data import mixtures
 from mergejax.data import stream
@@ -78,19 +83,37 @@ class ResumeTest(absltest.TestCase):
     shutil.rmtree(cls.folder, ignore_errors=True)
     super().tearDownClass()
 
+  def command(self, name):
+    return [
+      'train',
+      f'--gin_file={self.folder}/small.gin',
+      f'--gin.CORPORA={self.folder}/text',
+      f'--gin.MODEL_DIR={self.folder}/{name}',
+    ]
+
   def start(self, name, *flags, devices=1):
     count = f'--xla_force_host_platform_device_count={devices}'
-    env = dict(os.environ, XLA_FLAGS=count)
     return subprocess.Popen(
-        [
-            sys.executable, '-m', 'mergejax', 'train',
-            f'--gin_file={self.folder}/small.gin',
-            f'--gin.CORPORA={self.folder}/text',
-            f'--gin.MODEL_DIR={self.folder}/{name}',
-        *flags,
-        ],
-        env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+      [sys.executable, '-m', 'mergejax', *self.command(name), *flags],
+      env=dict(os.environ, XLA_FLAGS=count),
+      stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
+
+  def said(self, name):
+    """`(exit code, stdout, stderr)` of a command that has nothing to train."""
+    self.addCleanup(gin.clear_config)
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+      code = main.main(self.command(name))
+    return code, out.getvalue(), err.getvalue()
+
+  def stop(self, process, phase, name, with_signal):
+    """Sends a signal as soon as a phase of a run has saved a step."""
+    checkpoints = self.folder / name / 'train' / phase / 'checkpoints'
+    while process.poll() is None and not list(checkpoints.glob('[0-9]*')):
+      time.sleep(0.02)
+    process.send_signal(with_signal)
+    return process.communicate(timeout=600)
 
   def finish(self, name):
     process = self.start(name)
@@ -126,7 +149,23 @@ class ResumeTest(absltest.TestCase):
           leaf, second[part][path], err_msg=f'{part} {path}'
         )
 
-  def test_killed_stopped_and_continued_runs_end_with_the_same_bits(self):
+  def same_as_whole(self, name, moments=()):
+    """The states, tables and lines of a run are those of one without a stop."""
+    self.same(self.final('whole'), self.final(name))
+    tables = [
+      json.loads((self.folder / run / 'table.json').read_text())['table']
+      for run in ('whole', name)
+    ]
+    self.assertEqual(*tables, str(moments))
+    steps = [
+      json.loads(line)['step']
+      for line in (self.folder / name / 'train/experts/metrics.jsonl')
+      .read_text()
+      .splitlines()
+    ]
+    self.assertEqual(steps, sorted(set(steps)))
+
+  def test_a_whole_run_and_the_same_command_again(self):
     self.assertRegex(self.out, r'ensemble +\d')
     for name in (
         'report.md', 'table.json', 'heatmap.png', 'checkpoints/seed',
@@ -134,9 +173,32 @@ class ResumeTest(absltest.TestCase):
         'train/experts/metrics.jsonl', 'train/experts/events',
     ):  # fmt: skip
       self.assertTrue((self.folder / 'whole' / name).exists(), name)
-    expected = self.final('whole')
-    self.assertEqual(expected['experts']['at'], 24)
+    self.assertEqual(self.final('whole')['experts']['at'], 24)
 
+    # A finished run is not computed again; other settings are refused.
+    code, out, err = self.said('whole')
+    self.assertEqual(code, 0, err)
+    self.assertIn('nothing was computed', out)
+    gin_file = self.folder / 'small.gin'
+    gin_file.write_text(_GIN.replace('BATCH_SIZE = 4', 'BATCH_SIZE = 8'))
+    self.addCleanup(gin_file.write_text, _GIN)
+    code, _, err = self.said('whole')
+    self.assertEqual(code, 2)
+    self.assertIn('batch_size: 4 there, 8 asked for', err)
+
+  def test_a_killed_stopped_and_continued_run_ends_with_the_same_bits(self):
+    self.stop(self.start('stopped'), 'seed', 'stopped', signal.SIGKILL)
+    # SIGTERM while experts train: everything is saved, exit code 0.
+    process = self.start('stopped')
+    _, err = self.stop(process, 'experts', 'stopped', signal.SIGTERM)
+    self.assertEqual(process.returncode, 0, err[-2000:])
+    if not (self.folder / 'stopped' / 'table.json').exists():
+      self.assertRegex(err, r'Stopped (at step \d+ of|outside of) .*is saved')
+    self.finish('stopped')
+    self.same_as_whole('stopped')
+
+  @pytest.mark.slow
+  def test_a_run_killed_at_any_moments_ends_with_the_same_bits(self):
     # SIGKILL at random moments of what is left to do, then to the end. The
     # whole run compiled what the others load: they need two thirds of its time.
     rng = random.Random(time.time())
@@ -150,52 +212,14 @@ class ResumeTest(absltest.TestCase):
         process.send_signal(signal.SIGKILL)
         process.communicate()
     self.finish('killed')
-    self.same(expected, self.final('killed'))
-    tables = [
-      json.loads((self.folder / name / 'table.json').read_text())
-      for name in ('whole', 'killed')
-    ]
-    self.assertEqual(tables[0]['table'], tables[1]['table'], str(moments))
-    steps = [
-      json.loads(line)['step']
-      for line in (self.folder / 'killed/train/experts/metrics.jsonl')
-      .read_text()
-      .splitlines()
-    ]
-    self.assertEqual(steps, sorted(set(steps)))
-
-    # SIGTERM while training: everything is saved, exit code 0.
-    process = self.start('stopped')
-    checkpoints = self.folder / 'stopped' / 'train' / 'seed' / 'checkpoints'
-    while process.poll() is None and not list(checkpoints.glob('[0-9]*')):
-      time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=600)
-    self.assertEqual(process.returncode, 0, err[-2000:])
-    if not (self.folder / 'stopped' / 'table.json').exists():
-      self.assertRegex(err, r'Stopped (at step \d+ of|outside of) .*is saved')
-    self.finish('stopped')
-    self.same(expected, self.final('stopped'))
-
-    # A finished run is not computed again; other settings are refused.
-    self.assertIn('nothing was computed', self.finish('whole'))
-    gin_file = self.folder / 'small.gin'
-    gin_file.write_text(_GIN.replace('BATCH_SIZE = 4', 'BATCH_SIZE = 8'))
-    self.addCleanup(gin_file.write_text, _GIN)
-    process = self.start('whole')
-    _, err = process.communicate(timeout=600)
-    self.assertEqual(process.returncode, 2)
-    self.assertIn('batch_size: 4 there, 8 asked for', err)
+    self.same_as_whole('killed', moments)
 
   def test_too_little_text_and_an_empty_folder(self):
     text = self.folder / 'text' / 'tiny.txt'
     text.write_text('Only one short sentence here.')
-    try:
-      process = self.start('refused')
-      _, err = process.communicate(timeout=600)
-    finally:
-      text.unlink()
-    self.assertEqual(process.returncode, 2, err[-2000:])
+    self.addCleanup(text.unlink)
+    code, _, err = self.said('refused')
+    self.assertEqual(code, 2, err[-2000:])
     self.assertRegex(err, 'tiny: 0 bytes of train text, 64 needed')
     self.assertNotIn('Traceback', err)
     self.assertNotIn('In call to configurable', err)
@@ -212,6 +236,7 @@ class ResumeTest(absltest.TestCase):
             rows[f'{phase} {row["step"]} {key}'] = value
     return rows
 
+  @pytest.mark.slow  # `training/processes_test` keeps the promise for all runs
   def test_two_processes_then_one_give_the_same_losses(self):
     # That eight devices do is a law of the trainer, see `branch_test`.
     mesh = "--gin.MESH={'branch': 2, 'data': 1}"

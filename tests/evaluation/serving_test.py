@@ -16,6 +16,7 @@ from absl.testing import parameterized
 import jax
 from jax import export as jax_export
 import numpy as np
+import pytest
 import seqio
 import small_decoders
 import small_talkers
@@ -146,8 +147,14 @@ class ServingTest(parameterized.TestCase):
           self.assertEqual(row['predictions'], ended)
       self.assertGreater(len({row['prediction'] for row in rows}), 1)
 
-  @parameterized.parameters('t5x', 'lm')
-  def test_rows_that_only_fill_a_batch_are_empty(self, kind):
+  def test_rows_that_only_fill_a_batch_are_empty(self):
+    self.check_rows('t5x')
+
+  @pytest.mark.slow
+  def test_rows_that_only_fill_a_batch_of_prefixes_are_empty(self):
+    self.check_rows('lm')
+
+  def check_rows(self, kind):
     module, params = small_talkers.build(kind)
     out = self.folder / 'out'
     manifest = serving.export_decoder(

@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Experts side by side are experts alone, on every layout."""
 
+import contextlib
+import io
 import json
 import os
 import pathlib
@@ -253,7 +255,10 @@ def result(process):
 class LayoutsTest(absltest.TestCase):
   def test_one_device_eight_devices_and_two_processes_agree(self):
     one = result(run_script(1, 1, devices=1))
-    eight = result(run_script(4, 2, devices=8))
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+      side_by_side.main(4, 2)
+    eight = json.loads(said.getvalue())
     with socket.socket() as probe:
       probe.bind(('127.0.0.1', 0))
       address = f'127.0.0.1:{probe.getsockname()[1]}'

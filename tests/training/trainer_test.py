@@ -13,13 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from mergejax import models
 from mergejax import partition
 from mergejax import training
 from mergejax.core import errors
 from mergejax.core import tree
-from mergejax.nn import t5
+from mergejax.nn import lm
 from mergejax.training import checkpoints as checkpoints_lib
 from mergejax.training import losses
 from mergejax.training import objective as objective_lib
@@ -38,16 +39,15 @@ losses_of, mlp, one_device, pictures = (
 
 class LayoutsTest(parameterized.TestCase):
   def test_sharded_replicated_and_tensor_parallel_are_one(self):
-    module = t5.Transformer(
-      t5.T5Config(
+    module = lm.LanguageModel(
+      lm.LMConfig(
         vocab_size=32, emb_dim=8, num_heads=2, head_dim=4, mlp_dim=16,
-        num_encoder_layers=1, num_decoder_layers=1,
+        num_layers=1,
       )
     )  # fmt: skip
     rng = np.random.default_rng(0)
     targets = rng.integers(3, 32, (16, 6)).astype(np.int32)
     data = {
-      'encoder_input_tokens': targets[:, ::-1].copy(),
       'decoder_input_tokens': np.pad(targets[:, :-1], [(0, 0), (1, 0)]),
       'decoder_target_tokens': targets,
     }
@@ -59,12 +59,12 @@ class LayoutsTest(parameterized.TestCase):
     )  # fmt: skip
     replicated, _ = run(4, data=8)
     _, state = run(2, partition.fsdp(), data=2, model=4)
-    kernel = state.params['encoder']['layers_0']['mlp']['wi_0']['kernel']
+    kernel = state.params['decoder']['layers_0']['mlp']['wi_0']['kernel']
     self.assertEqual(kernel.addressable_shards[0].data.shape, (4, 4))
     moved = [
       leaf.addressable_shards[0].data.shape
       for path, leaf in tree.flatten(state.opt_state).items()
-      if path.endswith('v_col/encoder/layers_0/mlp/wi_0/kernel')
+      if path.endswith('v_col/decoder/layers_0/mlp/wi_0/kernel')
     ]
     self.assertEqual(moved, [(4,)])
     # What was saved in these shards continues in others, moments included.
@@ -75,13 +75,22 @@ class LayoutsTest(parameterized.TestCase):
     np.testing.assert_allclose(rest, replicated[2:], rtol=1e-5)
 
   @parameterized.parameters(
-    (dict(model_type='vgg', channels=(4, 0, 4), dense=(5,)),),
     (dict(model_type='resnet', stages=(1,), channels=(4,), norm='batch'),),
+    (dict(model_type='mlp', hidden=(5,)),),
+  )
+  def test_image_models_on_one_and_on_eight_devices(self, fields):
+    self.check_image_model(fields)
+
+  @parameterized.parameters(
+    (dict(model_type='vgg', channels=(4, 0, 4), dense=(5,)),),
     (dict(model_type='vit', patch=4, emb_dim=8, num_heads=2, num_layers=1,
           mlp_dim=8),),
-    (dict(model_type='mlp', hidden=(5,)),),
   )  # fmt: skip
-  def test_image_models_on_one_and_on_eight_devices(self, fields):
+  @pytest.mark.slow
+  def test_further_image_models_on_one_and_on_eight_devices(self, fields):
+    self.check_image_model(fields)
+
+  def check_image_model(self, fields):
     module = models.build(dict(image_shape=(8, 8, 1), classes=3) | fields)
     one, first = losses_of(module, 3, pictures(), mesh=one_device())
     eight, second = losses_of(
@@ -205,11 +214,16 @@ class LayoutsTest(parameterized.TestCase):
 
 
 class GradientsTest(parameterized.TestCase):
-  @parameterized.product(
-    kind=[*losses.NORMALIZERS, None, 3.0],
-    parts=[2, 4],
-  )
-  def test_parts_of_a_batch_add_up_to_the_whole(self, kind, parts):
+  @parameterized.parameters(*losses.NORMALIZERS, None, 3.0)
+  def test_parts_of_a_batch_add_up_to_the_whole(self, kind):
+    self.check_parts(kind, 4)
+
+  @parameterized.parameters(*losses.NORMALIZERS, None, 3.0)
+  @pytest.mark.slow
+  def test_halves_of_a_batch_add_up_to_the_whole(self, kind):
+    self.check_parts(kind, 2)
+
+  def check_parts(self, kind, parts):
     batch = pictures(8)
     # Parts of other weight, one of them of none.
     batch['weights'] = np.array([1, 0, 0.5, 1, 1, 0, 2, 0], np.float32)
