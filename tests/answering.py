@@ -60,17 +60,14 @@ def answer(checkpoint, folder):
 
 
 def score(checkpoint, folder):
-  """Scores what is said, and the targets."""
-  for metric in ('exact_match', 'loss'):
-    evaluate.evaluate_models(
-      checkpoints=[checkpoint],
-      suite=suite.of_mixture(
-        TASK, lengths=LENGTHS, metric=metric, max_examples=None,
-        batch_size=BATCH_SIZE,
-      ),
-      mesh=MESH,
-      output_dir=pathlib.Path(folder) / metric,
-    )  # fmt: skip
+  """Scores the targets, into `scores.json`."""
+  targets = suite.of_mixture(
+    TASK, lengths=LENGTHS, metric='loss', max_examples=None,
+    batch_size=BATCH_SIZE,
+  )  # fmt: skip
+  evaluate.evaluate_models(
+    checkpoints=[checkpoint], suite=targets, mesh=MESH, output_dir=folder
+  )
 
 
 def main(checkpoint, folder, address, processes, index):
