@@ -12,6 +12,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import optax
 
 from mergejax import models
 from mergejax import partition
@@ -109,6 +110,9 @@ class Trainer:
       'accumulate': accumulate,
       'clip': clip,
     }
+    # What `step` was asked for last with its step, and that step's programs.
+    self._kept: tuple[tuple[Any, ...], step_lib.Step] | None = None
+    self._programs: dict[tuple[Any, ...], Callable[..., Any]] = {}
 
   def fit(
     self,
@@ -125,6 +129,9 @@ class Trainer:
     phase: str = 'train',
   ) -> state_lib.TrainState:
     """Trains until step `steps`; the same call continues a run in its folder.
+
+    Another call compiles nothing anew where batches have the same shapes and
+    the step is the same, see `step`.
 
     Args:
       batches: dicts of arrays, a stream without end or an iterable.
@@ -201,9 +208,23 @@ class Trainer:
     return self.family.specs(jax.eval_shape(self._fresh, jax.random.key(0)))
 
   def step(self, steps: int) -> step_lib.Step:
-    """The step of one model in a run of `steps` steps."""
-    optimizer = optim.of_run(self.optimizer, steps, self._stacks())
-    return step_lib.make_step(self.family, optimizer, **self._settings)
+    """The step of one model in a run of `steps` steps.
+
+    The last one is kept with what was compiled of it, and given again as long
+    as the optimizer, the mesh, the rules and, of an optimizer that is made for
+    a number of steps, that number are the same.
+    """
+    fixed = isinstance(self.optimizer, optax.GradientTransformation)
+    asked = (
+      self.optimizer, None if fixed else steps, self.mesh, self.rules,
+      *self._settings.values(),
+    )  # fmt: skip
+    if self._kept is None or self._kept[0] != asked:
+      optimizer = optim.of_run(self.optimizer, steps, self._stacks())
+      made = step_lib.make_step(self.family, optimizer, **self._settings)
+      self._kept = asked, made
+      self._programs.clear()
+    return self._kept[1]
 
   def layout(self, step: step_lib.Step) -> state_lib.TrainState:
     """Where every array of the state lies: a `TrainState` of shardings."""
@@ -227,17 +248,17 @@ class Trainer:
       placed = self._put(state, self._single(step), alias=False)
       if not self.lead:
         return placed
-      return partition.init_sharded(self.expand, layout, placed)
+      return self._program('expand', step, layout, self.expand)(placed)
     if params is None:
       fresh = lambda key: self.expand(step.init(self._fresh(key), key))
-      return partition.init_sharded(fresh, layout, key)
+      return self._program('fresh', step, layout, fresh)(key)
     tree.check_same(
       self.specs, tree.specs(params),
       expected_name='the model', given_name='the given parameters',
     )  # fmt: skip
     params = self._put(params, self._single(step).params)
     begin = lambda params, key: self.expand(step.init(params, key))
-    return partition.init_sharded(begin, layout, params, key)
+    return self._program('begin', step, layout, begin)(params, key)
 
   def compile(
     self, step: step_lib.Step, layout: state_lib.TrainState
@@ -249,8 +270,8 @@ class Trainer:
         return step.update(state, batch)
 
     metrics = partition.sharding(self.mesh, self.lead)
-    return jax.jit(
-      self.map(update), donate_argnums=(0,), out_shardings=(layout, metrics)
+    return self._program(
+      'update', step, (layout, metrics), self.map(update), donate_argnums=(0,)
     )
 
   def placer(
@@ -306,6 +327,18 @@ class Trainer:
   def map(self, fn: Callable[..., Any]) -> Callable[..., Any]:
     """A step of this run from that of one model."""
     return fn
+
+  def _program(self, name, step, layout, fn, **settings):
+    """A compiled function of a step, results in their layout; made once.
+
+    Of other shapes or shardings of its arguments jax compiles it again.
+    """
+    asked = (name, step, *jax.tree.leaves(layout))
+    if asked not in self._programs:
+      if self._kept is not None and step is not self._kept[1]:
+        return jax.jit(fn, out_shardings=layout, **settings)  # an older step
+      self._programs[asked] = jax.jit(fn, out_shardings=layout, **settings)
+    return self._programs[asked]
 
   def _stacks(self):
     """Axes of the stacked parameters that learn, by path."""
