@@ -25,6 +25,7 @@ from mergejax.training import batches as batches_lib
 from mergejax.training import callbacks as callbacks_lib
 from mergejax.training import checkpoints as checkpoints_lib
 from mergejax.training import frozen
+from mergejax.training import layer_moments
 from mergejax.training import loop
 from mergejax.training import objective as objective_lib
 from mergejax.training import optim
@@ -296,7 +297,8 @@ class Trainer:
       params: of one model.
       key: of the run.
       store: from `checkpoint.open_state`, of T5X or of a run of ours with the
-        same optimizer; its step number counts on.
+        same optimizer; its step number counts on. Layers may be scanned there
+        and not here, or the other way.
 
     Raises:
       UserError: the moments are none of this optimizer's; the stored run is at
@@ -305,10 +307,23 @@ class Trainer:
     state = jax.jit(self.step(steps).init)(params, key)
     if store is None:
       return state
+    there = self.family.stored_as(_parameters(store))
+    optimizer = optim.of_run(self.optimizer, steps, self._stacks())
+    if there is not self.family:
+      other = Trainer(
+        there, self.optimizer, mesh=self.mesh, rules=self.rules,
+        freeze=self._settings['freeze'], allow_float16=True,
+      )  # fmt: skip
+      given = tree.unflatten(there.arranged(tree.flatten(params)))
+      found = other.begin(steps, given, key, store)
+      form = other.specs, optim.of_run(self.optimizer, steps, other._stacks())
+      moments = layer_moments.restack(
+        found.opt_state, form, state.opt_state, (self.specs, optimizer)
+      )
+      return state.replace(step=found.step, opt_state=moments)
     if any(path.startswith('opt_state/') for path in store.specs()):
       state = checkpoints_lib.continued(store, state)
     else:
-      optimizer = optim.of_run(self.optimizer, steps, self._stacks())
       state = t5x_state.restore(store, state, self.specs, optimizer)
     if state.step >= steps:
       raise errors.ConfigError(
@@ -390,6 +405,15 @@ class Trainer:
   def _put(self, values, layout, alias=True):
     put = functools.partial(batches_lib.whole, alias=alias)
     return jax.tree.map(put, values, layout)
+
+
+def _parameters(store):
+  """The parameters of a stored run, ours or T5X's, as specs."""
+  return {
+    path.partition('/')[2]: spec
+    for path, spec in store.specs().items()
+    if path.startswith(('params/', 'target/'))
+  }
 
 
 def _refuse_float16(family):
