@@ -32,8 +32,6 @@ from mergejax import training
 from mergejax.checkpoints import checkpoint
 from mergejax.data import mixtures
 from mergejax.evaluation import suite
-from mergejax.training import loop
-from mergejax.training import streams
 
 RATIOS = (float('inf'), 0.0, 1.0, 2.0, 4.0)
 BATCH = 16
@@ -58,34 +56,23 @@ class Program:
       rate, warmup_steps=min(100, steps // 5)
     )
     self.steps = steps
-    self._fresh = jax.jit(models.family_of(module).init)
+    self._logged = {}
+    keep = lambda step, metrics: self._logged.update(metrics)
     self._trainer = training.Trainer(
       module,
       functools.partial(training.optim.adafactor, schedule),
       objective=training.cross_entropy(tasks=len(tasks)),
       transforms=[training.task_metrics(tasks)] if tasks else [],
+      callbacks=[training.callbacks.on_log(keep)],
     )
-    self._step = self._trainer.step(steps)
-    self._layout = self._trainer.layout(self._step)
-    self._update = self._trainer.compile(self._step, self._layout)
 
   def run(self, batches, seed: int, params=None):
     """`(params, metrics of the last step)`."""
-    logged = {}
-    keep = lambda step, metrics: logged.update(metrics)
-    key = jax.random.key(seed)
-    # Compiled once; `Trainer.init` would compile its own each time.
-    params = self._fresh(key) if params is None else params
-    state = loop.fit(
-      self._update,
-      self._trainer.init(self._step, self._layout, key, params),
-      streams.of(batches),
-      steps=self.steps,
-      log_every=self.steps,
-      callbacks=[training.callbacks.on_log(keep)],
-      place=self._trainer.placer(),
-    )
-    return jax.device_get(state.params), logged
+    state = self._trainer.fit(
+      batches, steps=self.steps, log_every=self.steps,
+      key=jax.random.key(seed), params=params,
+    )  # fmt: skip
+    return jax.device_get(state.params), dict(self._logged)
 
 
 class Rows:

@@ -6,12 +6,14 @@ import seqio
 import tensorflow as tf
 
 from mergejax.core import errors
+from mergejax.data import preprocessors
 
 # Examples of a cache whose tokens are compared with their texts.
 _LOOKED_AT = 4
 _TOKENIZERS = (
   seqio.preprocessors.tokenize,
   seqio.preprocessors.tokenize_and_append_eos,
+  preprocessors.tokenized,
 )
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import seqio
 
 from mergejax.core import checksums
+from mergejax.data import sources
 
 # Examples that are made to see what templates and vocabulary do to a file.
 _EXAMPLES = 4
@@ -35,9 +36,10 @@ def describe(
     cached: read what seqio's cache holds of it, and not its source.
 
   Returns:
-    For a task `files` (name and sha256 of each) and `first examples` (sha256 of
-    some, so that templates, vocabulary and whatever else makes examples of the
-    files count); for a mixture that of every task, with its rate.
+    For a task `files` (name and sha256 of each), and what makes examples of
+    them: of a task of this package `made by` (a digest of templates, vocabulary
+    and options, and the steps), of any other `first examples` (sha256 of some);
+    for a mixture that of every task, with its rate.
   """
   found = seqio.get_mixture_or_task(mixture_or_task)
   sizes = tuple(sorted(lengths.items()))
@@ -66,8 +68,18 @@ def _task(task, split, sizes, cached):
       else file.name
       for file in files
     ),
-    'first examples': _examples(task, split, sizes, cached),
+    **_making(task, split, sizes, cached),
   }
+
+
+def _making(task, split, sizes, cached):
+  """What tells how examples are made of the files."""
+  if isinstance(task.source, sources.RowSource) and not cached:
+    # Told by the source: a pipeline need not be opened to see some.
+    steps = [getattr(step, 'func', step) for step in task.preprocessors]
+    names = [getattr(step, '__qualname__', repr(step)) for step in steps]
+    return {'made by': f'{task.source.making[:16]} {" ".join(names)}'}
+  return {'first examples': _examples(task, split, sizes, cached)}
 
 
 def _examples(task, split, sizes, cached):

@@ -241,6 +241,7 @@ def denoise(
   vocabulary = output_features['targets'].vocabulary
 
   @seqio.map_over_dataset(num_seeds=1)
+  @tf.autograph.experimental.do_not_convert  # there is nothing to convert
   def corrupt(example, seed):
     tokens = example['targets']
     # The first of T5's six; the others are for corruptions that draw, too.

@@ -79,7 +79,7 @@ def add_unlabelled_task(
     shuffle_buffer_size=tasks.SHUFFLE_BUFFER,
     preprocessors=[
       preprocessors.format_features(templates),
-      seqio.preprocessors.tokenize,
+      preprocessors.tokenized,
       seqio.CacheDatasetPlaceholder(),
       functools.partial(known[objective], **options),
       seqio.preprocessors.append_eos_after_trim,

@@ -37,6 +37,7 @@ class RowSource(seqio.DataSource):
     wanted: Sequence[str],
     *,
     identity: str,
+    making: str,
     example_a_row: bool,
   ):
     """Says what is read; nothing is read yet.
@@ -46,6 +47,7 @@ class RowSource(seqio.DataSource):
       sums: `{split: sha256}` of the files.
       wanted: names of the columns to give.
       identity: digest of the files and of everything that is made of them.
+      making: digest of the latter alone.
       example_a_row: whether the task gives one example for every row, and not
         the pieces of documents.
     """
@@ -53,6 +55,7 @@ class RowSource(seqio.DataSource):
     self.files = dict(files)
     self.wanted = tuple(wanted)
     self.identity = identity
+    self.making = making
     self.example_a_row = example_a_row
     self._sums = sums
     self._open: dict[str, rows_lib.Rows] = {}
@@ -94,7 +97,7 @@ class RowSource(seqio.DataSource):
     """The same source with some rows of a split, in the given order."""
     other = RowSource(
       self.files, self._sums, self.wanted, identity=self.identity,
-      example_a_row=self.example_a_row,
+      making=self.making, example_a_row=self.example_a_row,
     )  # fmt: skip
     other._open, other._held = self._open, self._held
     other._numbers = self._numbers | {split: np.asarray(numbers, np.int64)}
@@ -117,7 +120,7 @@ class RowSource(seqio.DataSource):
     def fetch(places):
       return _columns(found, places, self.wanted)
 
-    def read(places):
+    def rows_at(places):
       if numbers is not None:
         places = tf.gather(numbers, places)
       if split in self._held:
@@ -130,17 +133,20 @@ class RowSource(seqio.DataSource):
         column.set_shape([None])
       return dict(zip(self.wanted, columns))
 
+    # Nothing here has control flow for AutoGraph to look for.
+    @tf.autograph.experimental.do_not_convert
     def epoch(*drawn):
+      def read(places):
+        if drawn:
+          key = tf.stack([drawn[0], tf.constant(0, tf.int64)])
+          last = tf.constant(count - 1, tf.int64)
+          places = tf.random.experimental.index_shuffle(places, key, last)
+        return rows_at(places)
+
       places = tf.data.Dataset.range(count)
       if shard_info is not None:
         places = places.shard(shard_info.num_shards, shard_info.index)
       places = places.batch(_CHUNK)
-      if drawn:
-        key = tf.stack([drawn[0], tf.constant(0, tf.int64)])
-        last = tf.constant(count - 1, tf.int64)
-        places = places.map(
-          lambda some: tf.random.experimental.index_shuffle(some, key, last)
-        )
       return places.map(read, num_parallel_calls=tf.data.AUTOTUNE).unbatch()
 
     if not shuffle:

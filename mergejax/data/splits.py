@@ -110,10 +110,11 @@ def in_order(
     split: the split.
     lengths: tokens that features are cut to; None: as they are.
   """
-  return provider.get_dataset(
-    None if lengths is None else dict(lengths),
-    split=split, shuffle=False, num_epochs=1, seed=0,
-  )  # fmt: skip
+  with stream.reporting_bad_tasks(provider.name):
+    return provider.get_dataset(
+      None if lengths is None else dict(lengths),
+      split=split, shuffle=False, num_epochs=1, seed=0,
+    )  # fmt: skip
 
 
 def longest(mixture_or_task: str, split: str) -> dict[str, int]:

@@ -194,17 +194,18 @@ class SeqioStream:
       converter = task_ids_lib.converter(kind, pack)
       provider = task_ids_lib.numbered(provider)
       lengths = task_ids_lib.lengths_with(lengths)
-    dataset = seqio.get_dataset(
-      provider,
-      task_feature_lengths=lengths,
-      dataset_split=split,
-      shuffle=True,
-      num_epochs=None,
-      use_cached=cached,
-      feature_converter=converter,
-      shard_info=seqio.ShardInfo(shard_index, num_shards),
-      seed=seed,
-    )
+    with reporting_bad_tasks(mixture_or_task):
+      dataset = seqio.get_dataset(
+        provider,
+        task_feature_lengths=lengths,
+        dataset_split=split,
+        shuffle=True,
+        num_epochs=None,
+        use_cached=cached,
+        feature_converter=converter,
+        shard_info=seqio.ShardInfo(shard_index, num_shards),
+        seed=seed,
+      )
     self._iterator = iter(dataset.batch(batch_size, drop_remainder=True))
     self._position = tf.Variable(0, dtype=tf.int64)
     self._saved = tf.train.Checkpoint(
@@ -309,6 +310,31 @@ def _identity_in(state: bytes) -> dict[str, Any]:
       'The saved position is none of a task or mixture, or an older version '
       'wrote it, which did not note what it was a position in. Begin anew in '
       'another folder.'
+    ) from error
+
+
+@contextlib.contextmanager
+def reporting_bad_tasks(name: str):
+  """What seqio, or a step, misses in a task, without TensorFlow's trail.
+
+  Args:
+    name: of the task or mixture whose dataset is made.
+  """
+  try:
+    yield
+  except KeyError as error:
+    # AutoGraph puts the lines of the code before it.
+    missed = str(error.args[0]).strip().rpartition('KeyError: ')[2].strip("'")
+    raise errors.DataError(
+      f'{name}: a preprocessor asks for a field that examples do not have '
+      f'({missed}). Compare its names with those of the source.'
+    ) from error
+  except ValueError as error:
+    if not str(error).startswith('Task dataset'):
+      raise
+    raise errors.DataError(
+      f'{name}: {str(error).rstrip(".")}. Its output_features and what its '
+      'preprocessors give must be the same.'
     ) from error
 
 

@@ -26,18 +26,26 @@ def names(provider: seqio.Task | seqio.Mixture) -> list[str]:
 class _Numbered(seqio.Mixture):
   """A flat mixture of the same draws, whose examples have a number."""
 
-  def get_task_dataset(self, task, *arguments, **settings):
-    dataset = super().get_task_dataset(task, *arguments, **settings)
-    number = names(self).index(task.name) + 1
-    return dataset.map(
-      lambda row: {
-        **row,
-        FEATURE: tf.fill(
-          [tf.size(row['targets'])], tf.constant(number, tf.int32)
-        ),
-      },
-      num_parallel_calls=tf.data.AUTOTUNE,
-    )
+  def get_task_dataset(
+    self, task, output_feature_keys, sequence_length=None, split='train',
+    use_cached=False, shuffle=True, seed=None, shard_info=None,
+    num_epochs=None, trim_output_features=True, try_in_mem_cache=True,
+  ):  # fmt: skip
+    # What seqio's own does in a step before is done in this one.
+    number = tf.constant(names(self).index(task.name) + 1, tf.int32)
+
+    @tf.autograph.experimental.do_not_convert
+    def one(row):
+      kept = {name: row[name] for name in row if name in output_feature_keys}
+      return {**kept, FEATURE: tf.fill([tf.size(row['targets'])], number)}
+
+    dataset = task.get_dataset(
+      sequence_length, split, use_cached, shuffle, seed=seed,
+      shard_info=shard_info, num_epochs=num_epochs,
+      trim_output_features=trim_output_features,
+      try_in_mem_cache=try_in_mem_cache,
+    )  # fmt: skip
+    return dataset.map(one, num_parallel_calls=tf.data.AUTOTUNE)
 
 
 def numbered(provider: seqio.Task | seqio.Mixture) -> seqio.Mixture:

@@ -8,6 +8,7 @@ them: a name that is taken by another one is an error.
 """
 
 from collections.abc import Mapping
+import functools
 import hashlib
 import json
 import logging
@@ -80,22 +81,24 @@ def source_of(
     )
   wanted = preprocessors.columns_of(templates)
   sums = {split: checksums.SUMS.of(path) for split, path in paths.items()}
-  what = {
-    'files': sums,
+  making = {
     'suffix': suffixes.pop(),
     'templates': dict(templates),
     'vocabulary': _identity(vocabulary),
     'example_a_row': example_a_row,
     **({'made_by': made_by} if made_by else {}),
   }
-  digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode())
   source = sources.RowSource(
-    paths, sums, wanted, identity=digest.hexdigest(),
-    example_a_row=example_a_row,
+    paths, sums, wanted, identity=_digest({'files': sums, **making}),
+    making=_digest(making), example_a_row=example_a_row,
   )  # fmt: skip
   _check_columns(source)
   _tell_shared_files(paths, sums)
   return source
+
+
+def _digest(what):
+  return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 
 def _identity(vocabulary):
@@ -289,9 +292,7 @@ def add_table_task(
     source_of(files, templates, vocabulary, example_a_row=True),
     shuffle_buffer_size=None,  # the source shuffles whole files
     preprocessors=[
-      preprocessors.format_features(templates),
-      seqio.preprocessors.tokenize,
-      seqio.preprocessors.append_eos_after_trim,
+      functools.partial(preprocessors.filled_and_tokenized, templates=templates)
     ],
     output_features=features.encoder_decoder(vocabulary),
   )

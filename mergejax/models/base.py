@@ -385,6 +385,18 @@ class ModelFamily:
     del axes
     return dict(leaves)
 
+  def stored_as(self, specs: typing.SpecTree) -> 'ModelFamily':
+    """The same model with its parameters as given ones lie, as far as it can.
+
+    Args:
+      specs: of parameters that `arranged` takes.
+
+    Returns:
+      This family, if they lie as its own.
+    """
+    del specs
+    return self
+
   def features_layer(self, specs: typing.SpecTree) -> typing.Path:
     """The kernel whose inputs are the model's features of an example.
 

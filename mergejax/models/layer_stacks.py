@@ -9,6 +9,7 @@ another axis (`nn.stack`). The table of relative positions is one for a stack,
 """
 
 from collections.abc import Mapping
+import dataclasses
 import re
 from typing import Any
 
@@ -85,6 +86,63 @@ def in_form(specs: typing.SpecTree, config: transformer.StackConfig) -> bool:
     if scanned and at and at != [config.param_scan_axis]:
       return False
   return True
+
+
+def apart(
+  path: typing.Path, spec: typing.LeafSpec
+) -> tuple[int, list[typing.Path]]:
+  """A parameter in its layers: where it has their axis, and their own paths.
+
+  Args:
+    path: of the parameter.
+    spec: with its logical axes.
+
+  Returns:
+    `(axis, paths)`; of one that stacks no layers, the path itself alone.
+
+  Example:
+    >>> spec = typing.LeafSpec((3, 2), 'float32', ('embed', 'layers'))
+    >>> apart('encoder/encoder/encoder_norm/scale', spec)
+    (1, ['encoder/layers_0/encoder_norm/scale', \
+'encoder/layers_1/encoder_norm/scale'])
+  """
+  match = _STACK.fullmatch(path)
+  if match is None:
+    return 0, [path]
+  name, rest = match.groups()
+  axis = spec.axes.index('layers')
+  return axis, [f'{name}/layers_{i}/{rest}' for i in range(spec.shape[axis])]
+
+
+def form_of(
+  specs: typing.SpecTree, config: transformer.StackConfig
+) -> transformer.StackConfig:
+  """The configuration of the same model whose parameters lie as the given ones.
+
+  Args:
+    specs: of parameters in either form, with axes where they are known.
+    config: of the model.
+
+  Raises:
+    StructureError: where the layers of a stack lie is not known.
+  """
+  names = {match[1] for match in map(_STACK.fullmatch, specs) if match}
+  axes = {path: spec.axes for path, spec in specs.items() if spec.axes}
+  at = {_axis(name, specs, axes) for name in names}
+  if len(at) > 1:
+    raise errors.StructureError(
+      f'{" and ".join(sorted(names))} stack their layers along different axes, '
+      'which no model here does.'
+    )
+  tables = [p for p in specs if p.endswith(_TABLE)]
+  return dataclasses.replace(
+    config,
+    scan_layers=bool(names),
+    param_scan_axis=at.pop() if at else config.param_scan_axis,
+    relative_per_layer=any(
+      _STACK.fullmatch(p) or _LAYER.fullmatch(p) for p in tables
+    ),
+  )
 
 
 def _one_by_one(leaves, axes):

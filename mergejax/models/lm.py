@@ -96,6 +96,12 @@ class TextFamily(base.ModelFamily):
   def arranged(self, leaves, axes=None):
     return layer_stacks.restack(leaves, self.config, axes)
 
+  def stored_as(self, specs):
+    if layer_stacks.in_form(specs, self.config):
+      return self
+    config = layer_stacks.form_of(specs, self.config)
+    return type(self)(type(self.module)(config))
+
   def cache_rows(self, path, leaf):
     # Inputs are read once for all answers to them.
     if not path.endswith(('cached_key', 'cached_value')):

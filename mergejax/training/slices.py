@@ -20,6 +20,8 @@ from mergejax.training import factors as factors_lib
 
 # Where the state of stacked parameters lies, their stacked axes in front.
 STACKED = 'stacked'
+# And that of all others, where there are some.
+WHOLE = 'whole'
 
 
 def per_slice(
@@ -56,7 +58,7 @@ def per_slice(
     if not special:
       return optimizer.init(params)
     return {
-      'whole': optimizer.init(_rest(leaves, special)),
+      WHOLE: optimizer.init(_rest(leaves, special)),
       STACKED: {
         path: _mapped(optimizers[layout.factored].init, layout.stack)(
           factors_lib.lay(leaves[path], layout)
@@ -71,7 +73,7 @@ def per_slice(
       return optimizer.update(updates, state, params)
     leaves, grads = tree.flatten(params), tree.flatten(updates)
     result, whole = optimizer.update(
-      _rest(grads, special), state['whole'], _rest(leaves, special)
+      _rest(grads, special), state[WHOLE], _rest(leaves, special)
     )
     stacked = {}
     for path, layout in special.items():
@@ -85,7 +87,7 @@ def per_slice(
     result = jax.tree.unflatten(
       jax.tree.structure(updates), [result[path] for path in grads]
     )
-    return result, {'whole': whole, STACKED: stacked}
+    return result, {WHOLE: whole, STACKED: stacked}
 
   return optax.GradientTransformation(init, update)
 

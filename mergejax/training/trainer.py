@@ -12,6 +12,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import optax
 
 from mergejax import models
 from mergejax import partition
@@ -24,6 +25,7 @@ from mergejax.training import batches as batches_lib
 from mergejax.training import callbacks as callbacks_lib
 from mergejax.training import checkpoints as checkpoints_lib
 from mergejax.training import frozen
+from mergejax.training import layer_moments
 from mergejax.training import loop
 from mergejax.training import objective as objective_lib
 from mergejax.training import optim
@@ -109,6 +111,9 @@ class Trainer:
       'accumulate': accumulate,
       'clip': clip,
     }
+    # What `step` was asked for last with its step, and that step's programs.
+    self._kept: tuple[tuple[Any, ...], step_lib.Step] | None = None
+    self._programs: dict[tuple[Any, ...], Callable[..., Any]] = {}
 
   def fit(
     self,
@@ -125,6 +130,9 @@ class Trainer:
     phase: str = 'train',
   ) -> state_lib.TrainState:
     """Trains until step `steps`; the same call continues a run in its folder.
+
+    Another call compiles nothing anew where batches have the same shapes and
+    the step is the same, see `step`.
 
     Args:
       batches: dicts of arrays, a stream without end or an iterable.
@@ -201,9 +209,23 @@ class Trainer:
     return self.family.specs(jax.eval_shape(self._fresh, jax.random.key(0)))
 
   def step(self, steps: int) -> step_lib.Step:
-    """The step of one model in a run of `steps` steps."""
-    optimizer = optim.of_run(self.optimizer, steps, self._stacks())
-    return step_lib.make_step(self.family, optimizer, **self._settings)
+    """The step of one model in a run of `steps` steps.
+
+    The last one is kept with what was compiled of it, and given again as long
+    as the optimizer, the mesh, the rules and, of an optimizer that is made for
+    a number of steps, that number are the same.
+    """
+    fixed = isinstance(self.optimizer, optax.GradientTransformation)
+    asked = (
+      self.optimizer, None if fixed else steps, self.mesh, self.rules,
+      *self._settings.values(),
+    )  # fmt: skip
+    if self._kept is None or self._kept[0] != asked:
+      optimizer = optim.of_run(self.optimizer, steps, self._stacks())
+      made = step_lib.make_step(self.family, optimizer, **self._settings)
+      self._kept = asked, made
+      self._programs.clear()
+    return self._kept[1]
 
   def layout(self, step: step_lib.Step) -> state_lib.TrainState:
     """Where every array of the state lies: a `TrainState` of shardings."""
@@ -227,17 +249,17 @@ class Trainer:
       placed = self._put(state, self._single(step), alias=False)
       if not self.lead:
         return placed
-      return partition.init_sharded(self.expand, layout, placed)
+      return self._program('expand', step, layout, self.expand)(placed)
     if params is None:
       fresh = lambda key: self.expand(step.init(self._fresh(key), key))
-      return partition.init_sharded(fresh, layout, key)
+      return self._program('fresh', step, layout, fresh)(key)
     tree.check_same(
       self.specs, tree.specs(params),
       expected_name='the model', given_name='the given parameters',
     )  # fmt: skip
     params = self._put(params, self._single(step).params)
     begin = lambda params, key: self.expand(step.init(params, key))
-    return partition.init_sharded(begin, layout, params, key)
+    return self._program('begin', step, layout, begin)(params, key)
 
   def compile(
     self, step: step_lib.Step, layout: state_lib.TrainState
@@ -249,8 +271,8 @@ class Trainer:
         return step.update(state, batch)
 
     metrics = partition.sharding(self.mesh, self.lead)
-    return jax.jit(
-      self.map(update), donate_argnums=(0,), out_shardings=(layout, metrics)
+    return self._program(
+      'update', step, (layout, metrics), self.map(update), donate_argnums=(0,)
     )
 
   def placer(
@@ -275,7 +297,8 @@ class Trainer:
       params: of one model.
       key: of the run.
       store: from `checkpoint.open_state`, of T5X or of a run of ours with the
-        same optimizer; its step number counts on.
+        same optimizer; its step number counts on. Layers may be scanned there
+        and not here, or the other way.
 
     Raises:
       UserError: the moments are none of this optimizer's; the stored run is at
@@ -284,10 +307,23 @@ class Trainer:
     state = jax.jit(self.step(steps).init)(params, key)
     if store is None:
       return state
+    there = self.family.stored_as(_parameters(store))
+    optimizer = optim.of_run(self.optimizer, steps, self._stacks())
+    if there is not self.family:
+      other = Trainer(
+        there, self.optimizer, mesh=self.mesh, rules=self.rules,
+        freeze=self._settings['freeze'], allow_float16=True,
+      )  # fmt: skip
+      given = tree.unflatten(there.arranged(tree.flatten(params)))
+      found = other.begin(steps, given, key, store)
+      form = other.specs, optim.of_run(self.optimizer, steps, other._stacks())
+      moments = layer_moments.restack(
+        found.opt_state, form, state.opt_state, (self.specs, optimizer)
+      )
+      return state.replace(step=found.step, opt_state=moments)
     if any(path.startswith('opt_state/') for path in store.specs()):
       state = checkpoints_lib.continued(store, state)
     else:
-      optimizer = optim.of_run(self.optimizer, steps, self._stacks())
       state = t5x_state.restore(store, state, self.specs, optimizer)
     if state.step >= steps:
       raise errors.ConfigError(
@@ -306,6 +342,18 @@ class Trainer:
   def map(self, fn: Callable[..., Any]) -> Callable[..., Any]:
     """A step of this run from that of one model."""
     return fn
+
+  def _program(self, name, step, layout, fn, **settings):
+    """A compiled function of a step, results in their layout; made once.
+
+    Of other shapes or shardings of its arguments jax compiles it again.
+    """
+    asked = (name, step, *jax.tree.leaves(layout))
+    if asked not in self._programs:
+      if self._kept is not None and step is not self._kept[1]:
+        return jax.jit(fn, out_shardings=layout, **settings)  # an older step
+      self._programs[asked] = jax.jit(fn, out_shardings=layout, **settings)
+    return self._programs[asked]
 
   def _stacks(self):
     """Axes of the stacked parameters that learn, by path."""
@@ -357,6 +405,15 @@ class Trainer:
   def _put(self, values, layout, alias=True):
     put = functools.partial(batches_lib.whole, alias=alias)
     return jax.tree.map(put, values, layout)
+
+
+def _parameters(store):
+  """The parameters of a stored run, ours or T5X's, as specs."""
+  return {
+    path.partition('/')[2]: spec
+    for path, spec in store.specs().items()
+    if path.startswith(('params/', 'target/'))
+  }
 
 
 def _refuse_float16(family):

@@ -83,7 +83,7 @@ class PositionTest(parameterized.TestCase):
       self.open('changed').restore(state)
     self.write('a.tsv', range(48))
     self.task('asked_otherwise', file, inputs='a {number}')
-    with self.assertRaisesRegex(errors.UserError, 'data/first examples'):
+    with self.assertRaisesRegex(errors.UserError, 'data/made by'):
       self.open('asked_otherwise').restore(state)
     self.task('numbers', file)
     mixtures.add_mixture('numbers_alone', {'numbers': 1.0})

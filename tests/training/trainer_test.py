@@ -213,6 +213,63 @@ class LayoutsTest(parameterized.TestCase):
       trainer.fit([pictures(8)] * 2, steps=3)
 
 
+class CompilationsTest(parameterized.TestCase):
+  """Of one trainer, what is the same is compiled once."""
+
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    cls.compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+      lambda event, *_, **__: (
+        cls.compiled.append(event) if 'backend_compile' in event else None
+      )
+    )
+
+  def count(self, trainer, rows=8, **settings):
+    """`(the state, compilations)` of a run."""
+    batches = [{n: leaf[:rows] for n, leaf in pictures().items()}] * 3
+    before = len(self.compiled)
+    state = trainer.fit(batches, **dict(steps=3, log_every=3) | settings)
+    return state, len(self.compiled) - before
+
+  def test_a_second_run_compiles_nothing(self):
+    trainer = training.Trainer(mlp(), optax.sgd(0.1, momentum=0.9))
+    first, count = self.count(trainer)
+    self.assertGreater(count, 0)
+    before = jax.tree.map(np.array, first)
+    again, count = self.count(trainer)
+    self.assertEqual(count, 0)
+    jax.tree.map(np.testing.assert_array_equal, again, before)
+    # The step of a plain optimizer is the same whatever the number of steps,
+    # and what a run gave is nobody else's: donation leaves it whole.
+    _, count = self.count(trainer, steps=2)
+    self.assertEqual(count, 0)
+    given = jax.tree.map(np.array, first)
+    self.count(trainer, steps=5, state=first)
+    on, count = self.count(trainer, steps=5, state=first)
+    self.assertEqual(count, 0)
+    self.assertEqual(int(on.step), 5)
+    jax.tree.map(np.testing.assert_array_equal, first, given)
+
+  def test_what_differs_is_compiled_again(self):
+    trainer = training.Trainer(mlp(), lambda steps: optax.sgd(1 / steps))
+    ends = [self.count(trainer, steps=steps) for steps in (1, 2, 1)]
+    for _, count in ends:
+      self.assertGreater(count, 0)
+    kernel = lambda i: np.asarray(jax.tree.leaves(ends[i][0].params)[1])
+    np.testing.assert_array_equal(kernel(0), kernel(2))
+    self.assertGreater(np.abs(kernel(1) - kernel(0)).max(), 1e-6)
+    # Other rows: the step alone. Another layout: all.
+    self.assertEqual(self.count(trainer, steps=1, rows=16)[1], 1)
+    trainer.rules = partition.fsdp()
+    self.assertGreater(self.count(trainer, steps=1)[1], 1)
+    trainer.mesh = one_device()
+    state, count = self.count(trainer, steps=1)
+    self.assertGreater(count, 1)
+    self.assertLen(state.step.sharding.device_set, 1)
+
+
 class GradientsTest(parameterized.TestCase):
   @parameterized.parameters(*losses.NORMALIZERS, None, 3.0)
   def test_parts_of_a_batch_add_up_to_the_whole(self, kind):
