@@ -46,9 +46,9 @@ class Scored:
       if len(found) == 1:
         return {name: next(iter(found.values()))}
       return {f'{name}/{number}': score for number, score in found.items()}
-    if family.module not in self._scorers:
-      self._scorers[family.module] = metrics.make_scorer(family, metric)
-    values, counts = self._scorers[family.module](params, batches)
+    if family.program_key not in self._scorers:
+      self._scorers[family.program_key] = metrics.make_scorer(family, metric)
+    values, counts = self._scorers[family.program_key](params, batches)
     return {name: metrics.score(values, counts, metric)}
 
   def _of(self, family):

@@ -20,7 +20,7 @@ A family for your own module, in your own file:
         return [batch['features']], {}
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
@@ -102,6 +102,9 @@ class ModelFamily:
     decodes: whether `init_cache` and `decode_step` are there.
     answers: whether the targets are an answer to inputs apart from them, to be
       drawn token by token, as in encoder-decoders.
+    embedded: where the inputs are met as vectors `[batch, length, embed]`, so
+      that a prompt can be put before them: `(path of a module, 'argument' or
+      'result')` of its call; None if that is not told. See `with_room`.
     module: the module at hand.
   """
 
@@ -115,6 +118,7 @@ class ModelFamily:
   features: str | None = None
   decodes: ClassVar[bool] = False
   answers: ClassVar[bool] = False
+  embedded: ClassVar[tuple[str, str] | None] = None
 
   def __init__(self, module: nn.Module):
     self.module = module
@@ -123,6 +127,11 @@ class ModelFamily:
   def config(self) -> Any:
     """The sizes of the module; None if it has none."""
     return getattr(self.module, 'config', None)
+
+  @property
+  def program_key(self) -> Hashable:
+    """What a compiled program of the model depends on, but its parameters."""
+    return self.module
 
   # A batch -------------------------------------------------------------------
 
@@ -192,6 +201,24 @@ class ModelFamily:
     raise errors.ConfigError(
       f'{type(self).__name__} does not say what a batch looks like: give it '
       'the method example_batch(rows, length=1).'
+    )
+
+  def with_room(self, batch: Batch, length: int) -> Batch:
+    """The batch with room for a prompt of some positions before its inputs.
+
+    Raises:
+      ConfigError: the family does not say how; see `embedded`.
+    """
+    raise errors.ConfigError(
+      f'{type(self).__name__} does not say how a prompt comes before its inputs: '
+      'give it `embedded` and the method with_room(batch, length).'
+    )
+
+  def real_inputs(self, batch: Batch) -> jax.Array:
+    """`<bool>[batch, length]`: the inputs of `embedded` that are no padding."""
+    raise errors.ConfigError(
+      f'{type(self).__name__} does not say which of its inputs are padding: give '
+      'it the method real_inputs(batch).'
     )
 
   def check_batch(self, batch: Batch, source: str = 'the data') -> None:
@@ -296,6 +323,35 @@ class ModelFamily:
       variables, *positional, **named, rngs=rngs, mutable=wanted or False
     )
     return found if wanted else (found, {})
+
+  def choice_logits(
+    self,
+    variables: Mapping[str, typing.Tree],
+    batch: Batch,
+    choices: jax.Array,
+    *,
+    train: bool = False,
+    rngs: Mapping[str, jax.Array] | None = None,
+  ) -> jax.Array:
+    """The logits of several answers to every row, whose inputs are read once.
+
+    Args:
+      variables: flax's collections, see `variables`.
+      batch: the inputs.
+      choices: `<int32>[batch, choices, length]`, padded with 0.
+      train: see `apply`.
+      rngs: likewise.
+
+    Returns:
+      `<float>[batch, choices, length, vocab]`.
+
+    Raises:
+      ConfigError: the family has no inputs apart from its targets.
+    """
+    raise errors.ConfigError(
+      f'{self.model_type or type(self).__name__} models do not read inputs apart '
+      'from their answers: choices among answers need an encoder-decoder.'
+    )
 
   def logits(self, params: typing.Tree, batch: Batch) -> jax.Array:
     """The logits of a batch in evaluation mode."""
@@ -402,6 +458,14 @@ class ModelFamily:
       'name it with `layer=`, or give the family `features`, one of: '
       f'{", ".join(kernels) or "its parameters (no kernel is among them)"}.'
     )
+
+  def learns(self, path: typing.Path) -> bool:
+    """Whether a parameter may be trained; of an adapted model the base is not.
+
+    Args:
+      path: of the parameter. What `collections` hold is measured, not trained.
+    """
+    return path.split('/')[0] not in self.collections
 
   # Decoding ------------------------------------------------------------------
 
