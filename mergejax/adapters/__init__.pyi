@@ -17,6 +17,10 @@ from mergejax.adapters.prompts import prompt
 from mergejax.adapters.prompts import spot
 from mergejax.adapters.routes import gates
 from mergejax.adapters.routes import poly
+from mergejax.adapters.saved import card
+from mergejax.adapters.saved import has_layout
+from mergejax.adapters.saved import load
+from mergejax.adapters.saved import save
 from mergejax.adapters.scales import ia3
 from mergejax.adapters.sites import LayerAdapter
 from mergejax.adapters.sites import Part
@@ -36,12 +40,16 @@ __all__ = [
   'bank',
   'bottleneck',
   'by_group',
+  'card',
   'count',
   'fold',
   'gates',
+  'has_layout',
   'ia3',
+  'load',
   'lora',
   'poly',
   'prompt',
+  'save',
   'spot',
 ]

@@ -115,7 +115,8 @@ class Prompted(base_lib.Adapter):
 
     def filled(x):
       inputs = x[:, self.length :]
-      prompt = self.vectors(call, inputs, call.family.real_inputs(call.batch))
+      real = jnp.asarray(call.family.mask(f'{path}/', call.batch))
+      prompt = self.vectors(call, inputs, real)
       return jnp.concatenate([prompt.astype(x.dtype), inputs], axis=1)
 
     def interceptor(run, arguments, named, context):

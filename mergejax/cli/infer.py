@@ -21,6 +21,7 @@ import tqdm
 
 from mergejax import models
 from mergejax import partition
+from mergejax.checkpoints import fingerprints
 from mergejax.cli import common
 from mergejax.cli import decoding_flags
 from mergejax.cli import gin_run
@@ -38,7 +39,6 @@ from mergejax.evaluation import decode
 from mergejax.evaluation import likelihoods
 from mergejax.evaluation import positions
 from mergejax.evaluation import texts
-from mergejax.statistics import saved
 
 # What is written of an example, by T5X's names.
 MODES = ('predict', 'predict_with_aux', 'score')
@@ -145,7 +145,7 @@ def _settings(options, method, rows, writer):
   names = ('length', 'batch_size', 'seed', 'scores', 'all', 'prefix')
   return {
     'model': models.describe(writer.family),
-    'weights': saved.fingerprint(writer.params),
+    'weights': fingerprints.fingerprint(writer.params),
     'vocabulary': vocabulary,
     'inputs': _digest(rows),
     'method': {type(method).__name__: method},
@@ -235,7 +235,7 @@ def infer_task(
     )
     make = _writers(decoder, family, params, batch_size, seed, mode, every)
   settings = {
-    'model': models.describe(family), 'weights': saved.fingerprint(params),
+    'model': models.describe(family), 'weights': fingerprints.fingerprint(params),
     'method': {type(method).__name__: method}, 'seed': seed, 'mode': mode,
     'all': every, 'lengths': dict(lengths), 'batch_size': batch_size,
     'tasks': {task.name: _digest(each) for task, each in read.items()},

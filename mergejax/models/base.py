@@ -20,8 +20,8 @@ A family for your own module, in your own file:
         return [batch['features']], {}
 """
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -33,50 +33,9 @@ from mergejax.core import errors
 from mergejax.core import tree
 from mergejax.core import typing
 from mergejax.models import batch_norm
+from mergejax.models import outputs as outputs_lib
 
 Batch = Mapping[str, Any]
-
-
-class Outputs(NamedTuple):
-  """What a model makes of a batch.
-
-  Attributes:
-    logits: `<float>[batch, length, vocab]`, or `[batch, classes]`.
-    targets: `<int32>[batch, length]`, or `[batch]`: what should be said.
-    weights: `<float32>` of the shape of `targets`; 0 does not count.
-    losses: further losses by name, `<float32>[]` each, already scaled: a
-      router's load balance. The objective adds them to its own.
-    metrics: numbers by name for people to watch, `<float32>[]` each.
-    mutable: new values of the flax collections that changed.
-    segments: `<int32>[batch, length]` which example of a packed row a target
-      belongs to, or None.
-  """
-
-  logits: jax.Array
-  targets: jax.Array
-  weights: jax.Array
-  losses: Mapping[str, jax.Array] = {}
-  metrics: Mapping[str, jax.Array] = {}
-  mutable: Mapping[str, typing.Tree] = {}
-  segments: jax.Array | None = None
-
-
-class Conversion(NamedTuple):
-  """A family's models as another library stores them.
-
-  Attributes:
-    model_type: what that library's `config.json` calls them.
-    read_config: `their config.json -> fields of our configuration`.
-    write_config: `all fields of our configuration -> their config.json`.
-    read: `({their name: array}, their config.json or {}) -> {path: array}`.
-    write: `{path: array} -> {their name: array}`.
-  """
-
-  model_type: str
-  read_config: Callable[[Mapping[str, Any]], dict[str, Any]]
-  write_config: Callable[[Mapping[str, Any]], dict[str, Any]]
-  read: Callable[..., dict[typing.Path, np.ndarray]]
-  write: Callable[..., dict[str, np.ndarray]]
 
 
 class ModelFamily:
@@ -114,7 +73,7 @@ class ModelFamily:
   axes: ClassVar[axes_lib.Rules] = ()
   collections: ClassVar[tuple[str, ...]] = ()
   sizes: ClassVar[Mapping[str, Sequence[str]]] = {'classes': ('labels',)}
-  conversions: ClassVar[Mapping[str, Conversion]] = {}
+  conversions: ClassVar[Mapping[str, outputs_lib.Conversion]] = {}
   features: str | None = None
   decodes: ClassVar[bool] = False
   answers: ClassVar[bool] = False
@@ -204,21 +163,10 @@ class ModelFamily:
     )
 
   def with_room(self, batch: Batch, length: int) -> Batch:
-    """The batch with room for a prompt of some positions before its inputs.
-
-    Raises:
-      ConfigError: the family does not say how; see `embedded`.
-    """
+    """The batch with room for a prompt before its inputs; see `embedded`."""
     raise errors.ConfigError(
       f'{type(self).__name__} does not say how a prompt comes before its inputs: '
       'give it `embedded` and the method with_room(batch, length).'
-    )
-
-  def real_inputs(self, batch: Batch) -> jax.Array:
-    """`<bool>[batch, length]`: the inputs of `embedded` that are no padding."""
-    raise errors.ConfigError(
-      f'{type(self).__name__} does not say which of its inputs are padding: give '
-      'it the method real_inputs(batch).'
     )
 
   def check_batch(self, batch: Batch, source: str = 'the data') -> None:
@@ -277,7 +225,7 @@ class ModelFamily:
     train: bool = False,
     rngs: Mapping[str, jax.Array] | None = None,
     mutable: Sequence[str] = (),
-  ) -> Outputs:
+  ) -> outputs_lib.Outputs:
     """Runs the model on a batch.
 
     Args:
@@ -294,7 +242,7 @@ class ModelFamily:
     logits, changed = self.call(
       variables, batch, train=train, rngs=rngs, mutable=mutable
     )
-    return Outputs(
+    return outputs_lib.Outputs(
       logits,
       jnp.asarray(self.targets(batch), jnp.int32),
       self.target_weights(batch),
@@ -335,15 +283,8 @@ class ModelFamily:
   ) -> jax.Array:
     """The logits of several answers to every row, whose inputs are read once.
 
-    Args:
-      variables: flax's collections, see `variables`.
-      batch: the inputs.
-      choices: `<int32>[batch, choices, length]`, padded with 0.
-      train: see `apply`.
-      rngs: likewise.
-
-    Returns:
-      `<float>[batch, choices, length, vocab]`.
+    As `apply`, with `choices <int32>[batch, choices, length]`, padded with 0;
+    gives `<float>[batch, choices, length, vocab]`.
 
     Raises:
       ConfigError: the family has no inputs apart from its targets.

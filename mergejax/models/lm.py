@@ -140,9 +140,6 @@ class LMFamily(TextFamily):
     optional = [n for n in ('decoder_causal_attention',) if n in batch]
     return with_ones(batch, (*names, *optional), length)
 
-  def real_inputs(self, batch):
-    return jnp.asarray(batch['decoder_target_tokens'] > 0)
-
   def features_layer(self, specs):
     head = 'decoder/logits_dense/kernel'
     return head if head in specs else 'decoder/token_embedder/embedding'

@@ -47,9 +47,6 @@ class T5Family(lm.TextFamily):
     lm.check_unpacked(batch, 'encoder_segment_ids')
     return lm.with_ones(batch, ('encoder_input_tokens',), length)
 
-  def real_inputs(self, batch):
-    return jnp.asarray(batch['encoder_input_tokens'] > 0)
-
   def mask(self, path, batch):
     if _READS_INPUTS.fullmatch(path):
       return batch['encoder_input_tokens'] > 0
