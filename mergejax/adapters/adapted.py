@@ -197,7 +197,7 @@ def adapt(
     >>> trained = mj.training.Trainer(family, optax.sgd(0.1)).fit(
     ...     [batch] * 2, steps=2, params=params)
     >>> kept, adapter = family.split(trained.params)
-    >>> sorted(adapter['hidden_0'])
+    >>> sorted(adapter['dense_0'])
     ['lora_a', 'lora_b']
   """
   family = models.family_of(model)
@@ -243,7 +243,7 @@ def by_group(
   Example:
     >>> import mergejax as mj
     >>> module = models.build({'model_type': 'mlp', 'hidden': (4,)})
-    >>> routed = mj.adapters.poly(tasks=2, targets='hidden_0/kernel')
+    >>> routed = mj.adapters.poly(tasks=2, targets='dense_0/kernel')
     >>> optimizer = by_group(adapt(module, routed), {
     ...     'adapter': optax.sgd(1e-3), 'router': optax.sgd(0.1)})
   """

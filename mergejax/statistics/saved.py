@@ -24,6 +24,7 @@ _SIDE_CAR = 'statistics.json'
 _WEIGHTS = 'statistics.safetensors'
 # Where the side car keeps the spec.
 _SPEC = 'statistic'
+fingerprint = fingerprints.fingerprint
 
 
 class Statistics(dict):
@@ -133,7 +134,7 @@ def check_fingerprint(
   """
   if expected is None:
     return
-  found = fingerprints.fingerprint(model)
+  found = fingerprint(model)
   if found != expected:
     raise errors.DataError(
       f'{stats_name} was collected with a model whose fingerprint is '
