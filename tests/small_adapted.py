@@ -13,7 +13,7 @@ from mergejax.core import typing
 from mergejax.models import t5_hf
 from mergejax.nn import t5
 
-SIZES = dict(vocab_size=24, emb_dim=8, num_heads=2, head_dim=3, mlp_dim=10)
+SIZES = dict(vocab_size=24, emb_dim=8, num_heads=2, head_dim=4, mlp_dim=12)
 MODELS = {
   't5': dict(
     model_type='t5x', num_encoder_layers=2, num_decoder_layers=2, **SIZES

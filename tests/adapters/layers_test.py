@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Laws of adapters of linear maps, on every kind of model."""
 
+import functools
 import re
 
 from absl.testing import absltest
@@ -29,71 +30,75 @@ ADAPTERS = {
 FOLDED = ('lora', 'ia3')
 
 
-def each(*kinds, names=tuple(ADAPTERS)):
-  return parameterized.parameters(*((k, n) for k in kinds for n in names))
+@functools.cache
+def program(kind, name=None, **changes):
+  """`(family, base, compiled logits)`, of the adapter of a name if there is one."""
+  family, base = small_adapted.build(kind, **changes)
+  if name is not None:
+    family = mj.adapters.adapt(family, ADAPTERS[name])
+  return family, base, jax.jit(family.logits)
+
+
+def each(*kinds):
+  return parameterized.parameters(*((k, n) for k in kinds for n in ADAPTERS))
 
 
 class LawsTest(parameterized.TestCase):
   @each('t5', 'lm')
-  def test_fresh_adapter_changes_no_bit(self, kind, name):
-    family, base = small_adapted.build(kind)
-    adapted = mj.adapters.adapt(family, ADAPTERS[name])
-    params = adapted.start(base, jax.random.key(1))
+  def test_fresh_is_the_base_and_folded_is_applied(self, kind, name):
+    adapted, base, logits = program(kind, name)
+    _, _, plain = program(kind)
     batch = small_adapted.batch()
-    logits = jax.jit(adapted.logits)(params, batch)
-    np.testing.assert_array_equal(logits, jax.jit(family.logits)(base, batch))
+    fresh = adapted.start(base, jax.random.key(1))
+    before = plain(base, batch)
+    np.testing.assert_array_equal(logits(fresh, batch), before)
     # The base is there as it was, under its own names.
-    kept, _ = adapted.split(params)
-    jax.tree.map(np.testing.assert_array_equal, kept, base)
-
-  @each('t5', 'lm', names=FOLDED)
-  def test_folded_equals_applied(self, kind, name):
-    for scanned in (False, True):
-      family, base = small_adapted.build(kind, scan_layers=scanned)
-      adapted = mj.adapters.adapt(family, ADAPTERS[name])
-      params = adapted.joined(base, small_adapted.leaves(adapted.adapter_specs))
-      batch = small_adapted.batch()
-      logits = jax.jit(adapted.logits)(params, batch)
+    jax.tree.map(np.testing.assert_array_equal, adapted.split(fresh)[0], base)
+    params = adapted.joined(base, small_adapted.leaves(adapted.adapter_specs))
+    applied = logits(params, batch)
+    self.assertGreater(float(jnp.max(jnp.abs(before - applied))), 0.1)
+    if name in FOLDED:
       folded = mj.adapters.fold(adapted, params)
-      answer = jax.jit(family.logits)
-      np.testing.assert_allclose(
-        answer(folded, batch), logits, rtol=2e-4, atol=2e-4
-      )
-      before = answer(base, batch)
-      self.assertGreater(float(jnp.max(jnp.abs(before - logits))), 0.1)
       self.assertEmpty(tree.difference(tree.specs(base), tree.specs(folded)))
+      np.testing.assert_allclose(
+        plain(folded, batch), applied, rtol=2e-4, atol=2e-4
+      )
 
   @each('t5', 'lm')
   def test_scanned_equals_one_by_one(self, kind, name):
-    family, base = small_adapted.build(kind)
-    adapted = mj.adapters.adapt(family, ADAPTERS[name])
+    adapted, base, logits = program(kind, name)
     params = adapted.joined(base, small_adapted.leaves(adapted.adapter_specs))
     batch = small_adapted.batch()
-    expected = jax.jit(adapted.logits)(params, batch)
-    for axis in (0, 1):
-      other, _ = small_adapted.build(
-        kind, scan_layers=True, param_scan_axis=axis, remat_policy='full'
+    changes = dict(scan_layers=True, param_scan_axis=int(kind == 't5'))
+    changes['remat_policy'] = 'full'
+    stacked, other, answer = program(kind, name, **changes)
+    laid = tree.unflatten(
+      layer_stacks.restack(tree.flatten(params), stacked.config)
+    )
+    self.assertEmpty(tree.difference(stacked.specs(), tree.specs(laid)))
+    np.testing.assert_allclose(
+      answer(laid, batch), logits(params, batch), rtol=2e-4, atol=2e-4
+    )
+    if name in FOLDED:
+      folded = mj.adapters.fold(stacked, laid)
+      expected = layer_stacks.restack(
+        tree.flatten(mj.adapters.fold(adapted, params)), stacked.config
       )
-      stacked = mj.adapters.adapt(other, ADAPTERS[name])
-      laid = tree.unflatten(
-        layer_stacks.restack(tree.flatten(params), other.config)
-      )
-      self.assertEmpty(tree.difference(stacked.specs(), tree.specs(laid)))
-      found = jax.jit(stacked.logits)(laid, batch)
-      np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-4)
+      for path, leaf in tree.flatten(folded).items():
+        np.testing.assert_allclose(leaf, expected[path], rtol=1e-6, atol=1e-6)
+    if name == 'lora':
+      _, _, plain = program(kind, **changes)
+      fresh = stacked.start(other, jax.random.key(1))
+      np.testing.assert_array_equal(answer(fresh, batch), plain(other, batch))
 
   @parameterized.parameters(*ADAPTERS)
   def test_sharded_equals_unsharded(self, name):
-    family, base = small_adapted.build('t5', head_dim=4, mlp_dim=8)
-    adapted = mj.adapters.adapt(family, ADAPTERS[name])
+    adapted, base, plain = program('t5', name)
     params = adapted.joined(base, small_adapted.leaves(adapted.adapter_specs))
     batch = small_adapted.batch()
-    expected = jax.jit(adapted.logits)(params, batch)
     mesh, rules = partition.make_mesh(data=4, model=2), partition.standard()
-    specs = adapted.specs()
-    layout = partition.shardings(
-      mesh, params, {path: spec.axes for path, spec in specs.items()}, rules
-    )
+    axes = {path: spec.axes for path, spec in adapted.specs().items()}
+    layout = partition.shardings(mesh, params, axes, rules)
     # A leaf that follows the hidden layer is spread as it is.
     spread = [
       p for p, place in tree.flatten(layout).items()
@@ -106,20 +111,39 @@ class LawsTest(parameterized.TestCase):
         return adapted.logits(params, batch)
 
     found = jax.jit(logits)(jax.device_put(params, layout), batch)
-    np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-4)
+    np.testing.assert_allclose(
+      found, plain(params, batch), rtol=2e-4, atol=2e-4
+    )
 
-  @parameterized.parameters(*FOLDED)
-  def test_answers_of_the_adapted_model(self, name):
-    # Step by step with a cache, two answers to a row, as in one pass.
-    family, base = small_adapted.build('t5')
-    adapted = mj.adapters.adapt(family, ADAPTERS[name])
+  def test_programs_of_two_adapters_are_two(self):
+    keys = {program('t5', name)[0].program_key for name in (None, *ADAPTERS)}
+    self.assertLen(keys, 1 + len(ADAPTERS))
+    again = mj.adapters.adapt(program('t5')[0], mj.adapters.ia3())
+    self.assertIn(again.program_key, keys)
+
+  def test_lists_of_answers_are_scored_with_it(self):
+    adapted, base, _ = program('t5', 'ia3')
+    params = adapted.joined(base, small_adapted.leaves(adapted.adapter_specs))
+    answers, batch = np.int32([[3, 1, 0], [4, 5, 1]]), small_adapted.batch(2)
+    scores = lambda family, params: jax.jit(family.answer_logits(answers))(
+      params, batch
+    )
+    np.testing.assert_allclose(
+      scores(adapted, params),
+      scores(adapted.plain, mj.adapters.fold(adapted, params)),
+      rtol=1e-4, atol=1e-4,
+    )  # fmt: skip
+
+  def test_answers_of_the_adapted_model(self):
+    # Step by step with a cache, two answers to a row, as the folded model.
+    adapted, base, _ = program('t5', 'lora')
     params = adapted.joined(base, small_adapted.leaves(adapted.adapter_specs))
     folded = mj.adapters.fold(adapted, params)
     batch = small_adapted.batch(4)
     decode = lambda family, params: _decoded(family, params, batch, 3)
     np.testing.assert_allclose(
       jax.jit(lambda p: decode(adapted, p))(params),
-      jax.jit(lambda p: decode(family, p))(folded),
+      jax.jit(lambda p: decode(adapted.plain, p))(folded),
       rtol=5e-4, atol=5e-4,
     )  # fmt: skip
 
@@ -301,6 +325,26 @@ class OwnModuleTest(parameterized.TestCase):
         np.testing.assert_allclose(
           family.plain.logits(folded, self.batch), found, rtol=1e-4, atol=1e-4
         )
+
+  def test_lora_by_hand(self):
+    x = self.batch['inputs']
+    for stabilised, by in ((False, 3), (True, np.sqrt(3))):
+      family, base = self.adapted(
+        mj.adapters.lora(
+          rank=3, alpha=2, targets='heads/kernel', rank_stabilised=stabilised
+        )
+      )
+      own = small_adapted.leaves(family.adapter_specs)
+      a, b = (np.float64(own['heads'][f'lora_{n}']) for n in 'ab')
+      self.assertEqual((a.shape, b.shape), ((4, 3), (3, 2, 3)))
+      changed = np.float64(base['heads']['kernel'])
+      changed = changed + 2 / by * np.einsum('ir,rhk->ihk', a, b)
+      expected = family.plain.logits(
+        {**base, 'heads': {**base['heads'], 'kernel': np.float32(changed)}},
+        {'inputs': x},
+      )
+      found = family.logits(family.joined(base, own), {'inputs': x})
+      np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
   def test_kernels_are_not_told(self):
     family, base = self.adapted(mj.adapters.lora(targets='.*/(kernel|weight)'))

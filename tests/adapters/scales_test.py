@@ -59,7 +59,7 @@ class GoldensTest(parameterized.TestCase):
       found = []
       for rules in (outputs, inputs):
         adapted = mj.adapters.adapt(family, mj.adapters.ia3(rules=rules))
-        draw = np.random.default_rng(0).normal(size=(2, 10)).astype(np.float32)
+        draw = np.random.default_rng(0).normal(size=(2, 12)).astype(np.float32)
         leaves = {
           path: draw[i] for i, path in enumerate(sorted(adapted.adapter_specs))
         }
