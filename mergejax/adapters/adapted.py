@@ -1,6 +1,6 @@
 # Copyright 2026 The mergejax Authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A model with an adapter is a family too: whoever trains or asks it needs no more.
+"""A model with an adapter is a family, like that of the model.
 
 Its parameters are those of the base, under their own names, and the adapter's
 leaves beside them. The base does not learn: no gradient, no moment.

@@ -202,11 +202,11 @@ def attempt(
   """ATTEMPT: `P = P_T + sum_j a_j P_j`, over t source prompts and the target's.
 
   `a = softmax_j(max P_j . h / tau)`, `h = LayerNorm(W_up silu(W_down max x))`,
-  where the maxima are over positions, of a prompt and of the embedded inputs. The
-  target is candidate and residual at once. Leaves, all float32: `prompts/source
-  [t, m, embed]`, which stays as it is, `prompts/target [m, embed]` (with an axis
-  of tasks in front), `attempt/down [embed, width]`, `attempt/up [width, embed]`,
-  `attempt/norm/{scale,bias} [embed]`.
+  where the maxima are over positions, of a prompt and of the embedded inputs.
+  The target is candidate and residual at once. Leaves, all float32:
+  `prompts/source [t, m, embed]`, which stays as it is, `prompts/target [m,
+  embed]` (with an axis of tasks in front), `attempt/down [embed, width]`,
+  `attempt/up [width, embed]`, `attempt/norm/{scale,bias} [embed]`.
 
   Args:
     sources: t; see `Attempt.begin`.
@@ -220,8 +220,8 @@ def attempt(
       'dot', 'linear' and 'token' do not run there, and are not here.
     ignore_target: the mixture of the sources alone.
     train_norm: scale and bias of the norm learn; in released code they do not.
-    mask_pad_in_pool: padding has no part in the maximum of the inputs; it has in
-      released code (False).
+    mask_pad_in_pool: padding has no part in the maximum of the inputs; it has
+      in released code (False).
 
   Returns:
     An adapter of encoder-decoders, for `adapt`. It cannot be folded.
@@ -234,8 +234,8 @@ def attempt(
     100
 
   Source: Asai et al., "ATTEMPT: Parameter-Efficient Multi-task Tuning via
-  Attentional Mixtures of Soft Prompts" (2022), https://arxiv.org/abs/2205.11961,
-  section 3.
+  Attentional Mixtures of Soft Prompts" (2022),
+  https://arxiv.org/abs/2205.11961, section 3.
   """
   return Attempt(
     sources=sources,

@@ -213,7 +213,7 @@ def bank(adapter: sites_lib.LayerAdapter, experts: int) -> Bank:
     >>> bank(scales.ia3(), experts=8).experts
     8
 
-  Source: Liu et al. (2022), https://arxiv.org/abs/2205.05638, section 3.3, which
-  asks for batches of mixed tasks.
+  Source: Liu et al. (2022), https://arxiv.org/abs/2205.05638, section 3.3,
+  which asks for batches of mixed tasks.
   """
   return Bank(expert=adapter, experts=experts)

@@ -214,10 +214,11 @@ def prompt(
 ) -> Prompt:
   """Prompt tuning: m trained vectors before the embedded inputs.
 
-  They lie at `prompts/target <float32>[length, embed]`, with an axis of tasks in
-  front if there are several. Of an encoder-decoder the encoder reads them, with
-  positions 0 to m - 1, and the decoder attends to them; of a decoder they come
-  before its row. Being read, they change the logits from the first step on.
+  They lie at `prompts/target <float32>[length, embed]`, with an axis of tasks
+  in front if there are several. Of an encoder-decoder the encoder reads them,
+  with positions 0 to m - 1, and the decoder attends to them; of a decoder they
+  come before its row. Being read, they change the logits from the first step
+  on.
 
   Args:
     length: m; the papers' 100.

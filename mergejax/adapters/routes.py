@@ -288,9 +288,9 @@ class Poly(sites_lib.LayerAdapter):
   ) -> typing.Tree:
     """Poly-mu: the mean of all skills as one LoRA, leaves of `expert`.
 
-    With Adam begun anew, and a small epsilon, it learns as all skills would that
-    have equal weights (`selector='uniform'`), at the cost of one. Under SGD each
-    skill has 1/skills of the gradient: divide the rate by skills.
+    With Adam begun anew, and a small epsilon, it learns as all skills would
+    that have equal weights (`selector='uniform'`), at the cost of one. Under
+    SGD each skill has 1/skills of the gradient: divide the rate by skills.
 
     Raises:
       ConfigError: outputs are mixed, whose mean is no narrower.
@@ -382,10 +382,11 @@ def poly(
 ) -> Poly:
   """Polytropon, and Poly-S (multi-head routing): LoRAs mixed by task.
 
-  `A = concat_h sum_s w[h,s] A[h,s]`, `B` likewise along the outputs, `y = x W + b
-  + alpha / r (x A) B`; `w` of a task as `gates` has it. Leaves beside a kernel:
-  `poly_a <float32>[heads, skills, in / heads, rank]`, `poly_b [heads, skills,
-  rank, out / heads]`, `poly_logits [tasks, heads * skills]`, head by head.
+  `A = concat_h sum_s w[h,s] A[h,s]`, `B` likewise along the outputs, `y = x W +
+  b + alpha / r (x A) B`; `w` of a task as `gates` has it. Leaves beside a
+  kernel: `poly_a <float32>[heads, skills, in / heads, rank]`, `poly_b [heads,
+  skills, rank, out / heads]`, `poly_logits [tasks, heads * skills]`, head by
+  head.
 
   Args:
     tasks: T; a batch has `task_ids <int32>[batch]`, 0 to T - 1.
@@ -396,8 +397,8 @@ def poly(
     alpha: the scale times the rank; 1, as PEFT's.
     targets: regular expressions over whole paths of kernels; by default all of
       attention and feed-forward blocks, as on T0.
-    selector: see `gates`. 'uniform' is Poly-mu with all skills kept; `collapsed`
-      is its cheap form.
+    selector: see `gates`. 'uniform' is Poly-mu with all skills kept;
+      `collapsed` is its cheap form.
     shared_skill: see `gates`.
     noise: relaxed Bernoulli gates in training, drawn for each row and layer.
       Off, as in the T0 settings; PEFT has it always on.
@@ -405,15 +406,15 @@ def poly(
       A_s) B_s`, in which they enter once.
     selectors: who has logits of its own: every 'map', a 'stack' (the first part
       of a path, encoder or decoder), or the 'model'.
-    start: of A: 'original', U(-b, b) with b = 1/sqrt(3 in), or 'peft', 1/sqrt(in
-      / heads). B is 0, logits are U(-1e-3, 1e-3).
+    start: of A: 'original', U(-b, b) with b = 1/sqrt(3 in), or 'peft',
+      1/sqrt(in / heads). B is 0, logits are U(-1e-3, 1e-3).
     learn: 'all', 'routing' (Z alone) or 'inventory'.
     kernels: `{class: describe}` of modules of your own with linear maps.
 
   Returns:
     An adapter, for `adapt`, with `of_task`, `collapsed` and `with_tasks`. One
-    adapter a task, without sharing, is `bank(lora(...), tasks)`. Logits learn at
-    a rate of their own with `by_group`.
+    adapter a task, without sharing, is `bank(lora(...), tasks)`. Logits learn
+    at a rate of their own with `by_group`.
 
   Raises:
     ConfigError: numbers that are none, heads that do not divide a kernel, noise

@@ -3,8 +3,8 @@
 """Adapters on disk, in PEFT's own layout: LoRA, (IA)^3 and prompts.
 
 `adapter_config.json` and `adapter_model.safetensors` are PEFT's, with the names
-that the base's family has at Hugging Face; a third file, `mergejax_adapter.json`,
-says which base the adapter is of.
+that the base's family has at Hugging Face; a third file,
+`mergejax_adapter.json`, says which base the adapter is of.
 """
 
 from collections.abc import Mapping
@@ -24,7 +24,6 @@ from mergejax.adapters import prompts
 from mergejax.adapters import scales
 from mergejax.adapters import tensors
 from mergejax.checkpoints import checkpoint
-from mergejax.checkpoints import fingerprints
 from mergejax.checkpoints import safetensors
 from mergejax.core import errors
 from mergejax.core import files
@@ -80,7 +79,7 @@ def save(
   else:
     assert isinstance(adapter, prompts.Prompt)
     leaves, config = tensors.of_prompt(family, adapter, own)
-  beside = {'base': fingerprints.fingerprint(base)}
+  beside = {'base': tensors.fingerprint(family.plain, base)}
   config = {**config, 'base_model_name_or_path': base_name}
   with files.atomic_path(pathlib.Path(path), overwrite=overwrite) as temporary:
     temporary.mkdir()
@@ -99,16 +98,16 @@ def load(
   Args:
     path: its directory.
     model: the base's module or family; its layers may be scanned or not.
-    params: the base's parameters, to be compared with those that the adapter was
-      trained on, where its files tell them; None compares nothing.
+    params: the base's parameters, to be compared with those that the adapter
+      was trained on, where its files tell them; None compares nothing.
 
   Returns:
     `(family, leaves)`: the adapted family, and what `family.joined(params,
     leaves)` puts beside the base.
 
   Raises:
-    CheckpointError: no adapter, an adapter of another base, or of a kind that is
-      not computed here as it is: it can still be folded, by a merge.
+    CheckpointError: no adapter, an adapter of another base, or of a kind that
+      is not computed here as it is: it can still be folded, by a merge.
     StructureError: it adapts what the model has not.
   """
   folder = pathlib.Path(path)
@@ -116,7 +115,7 @@ def load(
   family = models.family_of(model)
   expected = beside.get('base')
   if params is not None and expected is not None:
-    found = fingerprints.fingerprint(params)
+    found = tensors.fingerprint(family, params)
     if found != expected:
       raise errors.CheckpointError(
         f'{path} was trained on another base (fingerprint {expected}, that of '

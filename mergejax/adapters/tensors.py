@@ -16,6 +16,7 @@ from mergejax.adapters import low_rank
 from mergejax.adapters import prompts
 from mergejax.adapters import scales
 from mergejax.adapters import sites as sites_lib
+from mergejax.checkpoints import fingerprints
 from mergejax.checkpoints.peft import base as peft_base
 from mergejax.checkpoints.peft import kinds
 from mergejax.checkpoints.peft import lora as peft_lora
@@ -38,6 +39,14 @@ def _apart(family: models.ModelFamily) -> models.ModelFamily:
     return family
   config = dataclasses.replace(config, scan_layers=False)
   return type(family)(type(family.module)(config))
+
+
+def fingerprint(family: models.ModelFamily, params: typing.Tree) -> str:
+  """Of a base's numbers, the same whether its layers are scanned or not."""
+  specs = family.specs()
+  axes = {path: s.axes for path, s in specs.items() if s.axes is not None}
+  apart = _apart(family).arranged(tree.flatten(params), axes)
+  return fingerprints.fingerprint(tree.unflatten(apart))
 
 
 def _modules(

@@ -165,8 +165,8 @@ def train_model(
     cache_dir: read tasks from where `mergejax cache` wrote them.
     allow_float16: see `trainer.Trainer`.
     adapter: what is trained instead of the model, `@adapters.lora()` for
-      example; the model stays as `initial_checkpoint` has it, and MODEL_DIR/adapter
-      is the result.
+      example; the model stays as `initial_checkpoint` has it, and
+      MODEL_DIR/adapter is the result.
   """
   directory = pathlib.Path(model_dir)
   start = start_lib.Start(

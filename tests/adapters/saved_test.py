@@ -63,13 +63,12 @@ class SavedTest(parameterized.TestCase):
         np.testing.assert_array_equal(leaf, expected[path], path)
     # Of layers one by one and scanned, one file.
     other, _ = small_adapted.build('t5', scan_layers=not scanned)
-    crossed, leaves = mj.adapters.load(self.folder / 'a', other)
     laid = other.arranged(
       tree.flatten(base), {p: s.axes for p, s in adapted.base_specs.items()}
     )
-    crossed = mj.adapters.fold(
-      crossed, crossed.joined(tree.unflatten(laid), leaves)
-    )
+    laid = tree.unflatten(laid)
+    crossed, leaves = mj.adapters.load(self.folder / 'a', other, laid)
+    crossed = mj.adapters.fold(crossed, crossed.joined(laid, leaves))
     back = adapted.plain.arranged(
       tree.flatten(crossed), {p: s.axes for p, s in other.specs().items()}
     )
