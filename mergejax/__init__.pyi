@@ -1,5 +1,6 @@
 # Copyright 2026 The mergejax Authors.
 # SPDX-License-Identifier: Apache-2.0
+from mergejax import adapters
 from mergejax import align
 from mergejax import analysis
 from mergejax import evaluation
@@ -64,6 +65,7 @@ __all__ = [
   'Stopped',
   'StructureError',
   'UserError',
+  'adapters',
   'align',
   'analogy',
   'analysis',

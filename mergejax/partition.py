@@ -53,6 +53,10 @@ _PARAMS: Mapping[str, Target] = {
   'channels': None,
   'classes': None,
   'one': None,
+  'experts': None,
+  'rank': None,
+  'routes': None,
+  'tasks': None,
   'inputs': None,
   'outputs': None,
 }

@@ -18,7 +18,7 @@ FLOORS = {
     'checkpoints': 2, 'nn': 2, 'methods': 2,
     'models': 3,
     'intercept': 4, 't5x_adapter': 4,
-    'data': 5, 'statistics': 5,
+    'adapters': 5, 'data': 5, 'statistics': 5,
     'merging': 6, 'align': 6,
     'training': 7,
     'experts': 8, 'select': 8,

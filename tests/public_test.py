@@ -22,7 +22,7 @@ from mergejax.methods import named
 ROOT = pathlib.Path(__file__).parent.parent
 ROOMS = (
   'models', 'methods', 'stats', 'align', 'search', 'select', 'training',
-  'experts', 'evaluation', 'analysis', 'partition',
+  'adapters', 'experts', 'evaluation', 'analysis', 'partition',
 )  # fmt: skip
 # Packages whose names load when they are first used.
 LAZY = {

@@ -22,6 +22,7 @@ import tqdm
 
 from mergejax import models
 from mergejax import partition
+from mergejax.checkpoints import fingerprints
 from mergejax.cli import common
 from mergejax.cli import decoding_flags
 from mergejax.cli import gin_run
@@ -39,7 +40,6 @@ from mergejax.evaluation import decode
 from mergejax.evaluation import likelihoods
 from mergejax.evaluation import positions
 from mergejax.evaluation import texts
-from mergejax.statistics import saved
 from mergejax.training import peers
 
 # What is written of an example, by T5X's names.
@@ -147,7 +147,7 @@ def _settings(options, method, rows, writer):
   names = ('length', 'batch_size', 'seed', 'scores', 'all', 'prefix')
   return {
     'model': models.describe(writer.family),
-    'weights': saved.fingerprint(writer.params),
+    'weights': fingerprints.fingerprint(writer.params),
     'vocabulary': vocabulary,
     'inputs': _digest(rows),
     'method': {type(method).__name__: method},
@@ -260,7 +260,7 @@ def _fingerprint(params):
   """Of parameters that may lie in several processes."""
   if jax.process_count() > 1:
     params = partition.to_host(params)
-  return saved.fingerprint(params)
+  return fingerprints.fingerprint(params)
 
 
 def _scorers(family, params, split, lengths, batch_size, mesh):

@@ -3,9 +3,12 @@
 """`mergejax inspect CKPT`: what a checkpoint holds, from its headers."""
 
 from collections.abc import Sequence
+import dataclasses
 import json
 
+from mergejax import adapters
 from mergejax.checkpoints import checkpoint
+from mergejax.checkpoints.peft import fold
 from mergejax.cli import common
 
 
@@ -15,6 +18,9 @@ def main(arguments: Sequence[str]) -> None:
   parser.add_argument('checkpoint')
   parser.add_argument('--json', action='store_true', help='for programs')
   options = parser.parse_args(arguments)
+  if fold.is_adapter(options.checkpoint):
+    _tell_adapter(options.checkpoint, options.json)
+    return
   store = checkpoint.open_checkpoint(options.checkpoint)
   specs = store.specs()
   left_out = store.provenance.get('left_out', [])
@@ -46,3 +52,9 @@ def main(arguments: Sequence[str]) -> None:
     )
   if left_out:
     print(f'not taken, but there too: {", ".join(left_out)}')
+
+
+def _tell_adapter(path, as_json):
+  """Says of an adapter its kind, base, rank, and how many numbers it has."""
+  card = adapters.card(path)
+  print(json.dumps(dataclasses.asdict(card)) if as_json else card)

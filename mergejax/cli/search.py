@@ -47,6 +47,7 @@ import yaml
 
 from mergejax import models as models_lib
 from mergejax.checkpoints import checkpoint
+from mergejax.checkpoints import fingerprints
 from mergejax.cli import common
 from mergejax.cli import search_request
 from mergejax.core import tree as tree_lib
@@ -157,7 +158,7 @@ class _Search:
         n: request.suite.content(n, request.split) for n in request.tasks
       },
       'stats': [
-        saved.fingerprint(checkpoint.open_checkpoint(path))
+        fingerprints.fingerprint(checkpoint.open_checkpoint(path))
         for path in request.recipe.stats
       ],
     }

@@ -13,6 +13,7 @@ import yaml
 
 from mergejax import models as models_lib
 from mergejax.checkpoints import checkpoint
+from mergejax.checkpoints import fingerprints
 from mergejax.checkpoints.peft import fold
 from mergejax.core import errors
 from mergejax.evaluation import scoring
@@ -24,7 +25,6 @@ from mergejax.models import architectures
 from mergejax.search import base as base_lib
 from mergejax.search import evolve
 from mergejax.select import ranking
-from mergejax.statistics import saved
 
 _COMMON = (
   'merge', 'suite', 'split', 'tasks', 'strategy', 'seed', 'rank', 'evaluate',
@@ -360,7 +360,8 @@ def _check_models(request):
     'A search evaluates all of its models as one architecture.',
   )
   return {
-    path: saved.fingerprint(checkpoint.open_checkpoint(path)) for path in paths
+    path: fingerprints.fingerprint(checkpoint.open_checkpoint(path))
+    for path in paths
   }
 
 

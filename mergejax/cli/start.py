@@ -15,10 +15,10 @@ from mergejax import models
 from mergejax.checkpoints import assignment
 from mergejax.checkpoints import base as store_base
 from mergejax.checkpoints import checkpoint
+from mergejax.checkpoints import fingerprints
 from mergejax.core import errors
 from mergejax.core import typing
 from mergejax.models import architectures
-from mergejax.statistics import saved
 from mergejax.training import checkpoints
 from mergejax.training import trainer as trainer_lib
 
@@ -122,7 +122,7 @@ class Start:
     """Of the checkpoint's weights; None for fresh parameters."""
     if self.checkpoint is None:
       return None
-    return saved.fingerprint(checkpoint.open_checkpoint(self.checkpoint))
+    return fingerprints.fingerprint(checkpoint.open_checkpoint(self.checkpoint))
 
 
 def _partly(fit, path):

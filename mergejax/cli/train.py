@@ -20,9 +20,11 @@ import jax
 import optax
 import seqio
 
+from mergejax import adapters
 from mergejax import models
 from mergejax import partition
 from mergejax.checkpoints import assignment
+from mergejax.cli import adapting
 from mergejax.cli import gin_run
 from mergejax.cli import same_run
 from mergejax.cli import start as start_lib
@@ -98,6 +100,7 @@ def train_model(
   per_task: bool = False,
   cache_dir: os.PathLike | str | None = None,
   allow_float16: bool = False,
+  adapter: adapters.Adapter | None = None,
 ) -> None:
   r"""The job that trains one model on one task or mixture.
 
@@ -143,6 +146,9 @@ def train_model(
       own tells tasks apart by `objective.by_task`.
     cache_dir: read tasks from where `mergejax cache` wrote them.
     allow_float16: see `trainer.Trainer`.
+    adapter: what is trained instead of the model, `@adapters.lora()` for
+      example; the model stays as `initial_checkpoint` has it, and
+      MODEL_DIR/adapter is the result.
   """
   directory = pathlib.Path(model_dir)
   start = start_lib.Start(
@@ -150,6 +156,7 @@ def train_model(
     fallback_to_scratch, pad_vocabulary,
   )  # fmt: skip
   begin = start.check(module)
+  family = adapting.adapted(module, adapter, restore)
   name = getattr(mixture_or_task, 'name', mixture_or_task)
   if cache_dir is not None:
     seqio.add_global_cache_dirs([os.fspath(cache_dir)])
@@ -161,7 +168,7 @@ def train_model(
       loss = {**(loss or {}), 'tasks': len(names)}
   record = directory / 'run.json'
   trainer = trainer_lib.Trainer(
-    module,
+    family,
     optimizer_of(optimizer, steps),
     objective=objective_of(objective, loss),
     mesh=partition.make_mesh(**(mesh or {})),
@@ -185,6 +192,7 @@ def train_model(
     **start.described(),
     **data,
     **described(objective, transforms, freeze, accumulate, clip),
+    **({} if adapter is None else {'adapter': _told(adapter)}),
   }
   where = same_run.layout(trainer.mesh)
   same_run.check(record, settings, where)
@@ -192,6 +200,8 @@ def train_model(
   tell(name, steps, batch_size, lengths if cut else {})
   key = jax.random.key(seed)
   given = begin.arguments(trainer, steps, key, directory / 'train')
+  if adapter is not None and 'params' in given:
+    given['params'] = family.start(given['params'], key)
   same_run.write(record, settings, where)
   state = trainer.fit(
     stream,
@@ -203,7 +213,12 @@ def train_model(
     save_every=save_every,
     log_every=log_every,
   )
-  checkpoints.export(directory / 'model', trainer.family, state.params)
+  if adapter is None:
+    checkpoints.export(directory / 'model', family, state.params)
+  else:
+    adapting.export(
+      directory / 'adapter', family, state.params, start.checkpoint
+    )
 
 
 def objective_of(

@@ -11,6 +11,7 @@ from mergejax.evaluation.base import Score
 from mergejax.evaluation.base import Table
 from mergejax.evaluation.beam import Beam
 from mergejax.evaluation.decode import make_decoder
+from mergejax.evaluation.ranked import rank_evaluator
 from mergejax.evaluation.sampling import Sample
 from mergejax.evaluation.scoring import Suite
 from mergejax.evaluation.scoring import Task
@@ -30,6 +31,7 @@ __all__ = [
   'make_decoder',
   'metrics',
   'plots',
+  'rank_evaluator',
   'report',
   'suite',
 ]

@@ -47,11 +47,11 @@ class Scored:
       if len(found) == 1:
         return {name: next(iter(found.values()))}
       return {f'{name}/{number}': score for number, score in found.items()}
-    if family.module not in self._scorers:
-      self._scorers[family.module] = metrics.make_scorer(
+    if family.program_key not in self._scorers:
+      self._scorers[family.program_key] = metrics.make_scorer(
         family, metric, self._mesh
       )
-    values, counts = self._scorers[family.module](params, batches)
+    values, counts = self._scorers[family.program_key](params, batches)
     return {name: metrics.score(values, counts, metric)}
 
   def _of(self, family):

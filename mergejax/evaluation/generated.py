@@ -94,11 +94,11 @@ class Generated:
     """
     family = models.family_of(model)
     method, seed = parse_decoding(self.decoding)
-    if family.module not in self._decoders:
-      self._decoders[family.module] = decode.make_decoder(
+    if family.program_key not in self._decoders:
+      self._decoders[family.program_key] = decode.make_decoder(
         family, length=self.lengths['targets'], method=method, mesh=self.mesh
       )
-    decoder = self._decoders[family.module]
+    decoder = self._decoders[family.program_key]
     key = jax.random.key(seed) if method.draws else None
     said, count = [], 0
     for batch in batches:
@@ -157,11 +157,11 @@ class Generated:
 
   def _log_likelihoods(self, family, params, batches):
     """Of the target of every example, in nats."""
-    if family.module not in self._scorers:
-      self._scorers[family.module] = metrics.make_scorer(
+    if family.program_key not in self._scorers:
+      self._scorers[family.program_key] = metrics.make_scorer(
         family, 'loss', self.mesh
       )
-    nats, _ = self._scorers[family.module](params, batches)
+    nats, _ = self._scorers[family.program_key](params, batches)
     real = np.concatenate([family.real_rows(batch) for batch in batches])
     sums = np.asarray(np.sum(nats, axis=1, dtype=np.float64))
     return (-sums[real]).tolist()

@@ -1,8 +1,6 @@
 # Copyright 2026 The mergejax Authors.
 # SPDX-License-Identifier: Apache-2.0
-from mergejax.models.base import Conversion
 from mergejax.models.base import ModelFamily
-from mergejax.models.base import Outputs
 from mergejax.models.classifier import Classifier
 from mergejax.models.loading import axes
 from mergejax.models.loading import check_not_converted
@@ -11,6 +9,8 @@ from mergejax.models.loading import is_converted
 from mergejax.models.loading import load_model
 from mergejax.models.loading import load_module
 from mergejax.models.loading import load_params
+from mergejax.models.outputs import Conversion
+from mergejax.models.outputs import Outputs
 from mergejax.models.registry import build
 from mergejax.models.registry import conversion
 from mergejax.models.registry import describe

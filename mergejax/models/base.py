@@ -20,8 +20,8 @@ A family for your own module, in your own file:
         return [batch['features']], {}
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -33,50 +33,9 @@ from mergejax.core import errors
 from mergejax.core import tree
 from mergejax.core import typing
 from mergejax.models import batch_norm
+from mergejax.models import outputs as outputs_lib
 
 Batch = Mapping[str, Any]
-
-
-class Outputs(NamedTuple):
-  """What a model makes of a batch.
-
-  Attributes:
-    logits: `<float>[batch, length, vocab]`, or `[batch, classes]`.
-    targets: `<int32>[batch, length]`, or `[batch]`: what should be said.
-    weights: `<float32>` of the shape of `targets`; 0 does not count.
-    losses: further losses by name, `<float32>[]` each, already scaled: a
-      router's load balance. The objective adds them to its own.
-    metrics: numbers by name for people to watch, `<float32>[]` each.
-    mutable: new values of the flax collections that changed.
-    segments: `<int32>[batch, length]` which example of a packed row a target
-      belongs to, or None.
-  """
-
-  logits: jax.Array
-  targets: jax.Array
-  weights: jax.Array
-  losses: Mapping[str, jax.Array] = {}
-  metrics: Mapping[str, jax.Array] = {}
-  mutable: Mapping[str, typing.Tree] = {}
-  segments: jax.Array | None = None
-
-
-class Conversion(NamedTuple):
-  """A family's models as another library stores them.
-
-  Attributes:
-    model_type: what that library's `config.json` calls them.
-    read_config: `their config.json -> fields of our configuration`.
-    write_config: `all fields of our configuration -> their config.json`.
-    read: `({their name: array}, their config.json or {}) -> {path: array}`.
-    write: `{path: array} -> {their name: array}`.
-  """
-
-  model_type: str
-  read_config: Callable[[Mapping[str, Any]], dict[str, Any]]
-  write_config: Callable[[Mapping[str, Any]], dict[str, Any]]
-  read: Callable[..., dict[typing.Path, np.ndarray]]
-  write: Callable[..., dict[str, np.ndarray]]
 
 
 class ModelFamily:
@@ -102,6 +61,9 @@ class ModelFamily:
     decodes: whether `init_cache` and `decode_step` are there.
     answers: whether the targets are an answer to inputs apart from them, to be
       drawn token by token, as in encoder-decoders.
+    embedded: where the inputs are met as vectors `[batch, length, embed]`, so
+      that a prompt can be put before them: `(path of a module, 'argument' or
+      'result')` of its call; None if that is not told. See `with_room`.
     module: the module at hand.
   """
 
@@ -111,10 +73,11 @@ class ModelFamily:
   axes: ClassVar[axes_lib.Rules] = ()
   collections: ClassVar[tuple[str, ...]] = ()
   sizes: ClassVar[Mapping[str, Sequence[str]]] = {'classes': ('labels',)}
-  conversions: ClassVar[Mapping[str, Conversion]] = {}
+  conversions: ClassVar[Mapping[str, outputs_lib.Conversion]] = {}
   features: str | None = None
   decodes: ClassVar[bool] = False
   answers: ClassVar[bool] = False
+  embedded: ClassVar[tuple[str, str] | None] = None
 
   def __init__(self, module: nn.Module):
     self.module = module
@@ -123,6 +86,11 @@ class ModelFamily:
   def config(self) -> Any:
     """The sizes of the module; None if it has none."""
     return getattr(self.module, 'config', None)
+
+  @property
+  def program_key(self) -> Hashable:
+    """What a compiled program of the model depends on, but its parameters."""
+    return self.module
 
   # A batch -------------------------------------------------------------------
 
@@ -194,6 +162,13 @@ class ModelFamily:
       'the method example_batch(rows, length=1).'
     )
 
+  def with_room(self, batch: Batch, length: int) -> Batch:
+    """The batch with room for a prompt before its inputs; see `embedded`."""
+    raise errors.ConfigError(
+      f'{type(self).__name__} does not say how a prompt comes before its inputs: '
+      'give it `embedded` and the method with_room(batch, length).'
+    )
+
   def check_batch(self, batch: Batch, source: str = 'the data') -> None:
     """Raises if a batch, in host memory, has what the model does not know.
 
@@ -250,7 +225,7 @@ class ModelFamily:
     train: bool = False,
     rngs: Mapping[str, jax.Array] | None = None,
     mutable: Sequence[str] = (),
-  ) -> Outputs:
+  ) -> outputs_lib.Outputs:
     """Runs the model on a batch.
 
     Args:
@@ -267,7 +242,7 @@ class ModelFamily:
     logits, changed = self.call(
       variables, batch, train=train, rngs=rngs, mutable=mutable
     )
-    return Outputs(
+    return outputs_lib.Outputs(
       logits,
       jnp.asarray(self.targets(batch), jnp.int32),
       self.target_weights(batch),
@@ -296,6 +271,28 @@ class ModelFamily:
       variables, *positional, **named, rngs=rngs, mutable=wanted or False
     )
     return found if wanted else (found, {})
+
+  def choice_logits(
+    self,
+    variables: Mapping[str, typing.Tree],
+    batch: Batch,
+    choices: jax.Array,
+    *,
+    train: bool = False,
+    rngs: Mapping[str, jax.Array] | None = None,
+  ) -> jax.Array:
+    """The logits of several answers to every row, whose inputs are read once.
+
+    As `apply`, with `choices <int32>[batch, choices, length]`, padded with 0;
+    gives `<float>[batch, choices, length, vocab]`.
+
+    Raises:
+      ConfigError: the family has no inputs apart from its targets.
+    """
+    raise errors.ConfigError(
+      f'{self.model_type or type(self).__name__} models do not read inputs apart '
+      'from their answers: choices among answers need an encoder-decoder.'
+    )
 
   def logits(self, params: typing.Tree, batch: Batch) -> jax.Array:
     """The logits of a batch in evaluation mode."""
@@ -414,6 +411,14 @@ class ModelFamily:
       'name it with `layer=`, or give the family `features`, one of: '
       f'{", ".join(kernels) or "its parameters (no kernel is among them)"}.'
     )
+
+  def learns(self, path: typing.Path) -> bool:
+    """Whether a parameter may be trained; of an adapted model the base is not.
+
+    Args:
+      path: of the parameter. What `collections` hold is measured, not trained.
+    """
+    return path.split('/')[0] not in self.collections
 
   # Decoding ------------------------------------------------------------------
 

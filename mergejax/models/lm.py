@@ -2,12 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decoder-only language models, and what all models of text share."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from mergejax.core import errors
 from mergejax.core import typing
 from mergejax.models import base
 from mergejax.models import layer_stacks
@@ -109,6 +110,25 @@ class TextFamily(base.ModelFamily):
     return 1 if self.scanned else 0
 
 
+def with_ones(
+  batch: base.Batch, names: Sequence[str], length: int
+) -> dict[str, Any]:
+  """A batch whose rows begin with some positions of token 1, which is real."""
+  room = lambda x: jnp.pad(
+    jnp.asarray(x), ((0, 0), (length, 0)), constant_values=1
+  )
+  return {**batch, **{name: room(batch[name]) for name in names}}
+
+
+def check_unpacked(batch: base.Batch, name: str) -> None:
+  """Raises a `DataError` for packed rows, which a prompt cannot come before."""
+  if name in batch:
+    raise errors.DataError(
+      f'A batch of packed rows ({name}) has no place for a prompt before each of '
+      'its examples: do not pack (pack=False).'
+    )
+
+
 @registry.register
 class LMFamily(TextFamily):
   """The decoder-only model of `nn.lm`."""
@@ -118,6 +138,13 @@ class LMFamily(TextFamily):
   module_class = lm.LanguageModel
   optional = ('decoder_segment_ids', 'decoder_causal_attention')
   decodes = True
+  embedded = ('decoder/token_embedder', 'result')
+
+  def with_room(self, batch, length):
+    check_unpacked(batch, 'decoder_segment_ids')
+    names = ('decoder_input_tokens', 'decoder_target_tokens')
+    optional = [n for n in ('decoder_causal_attention',) if n in batch]
+    return with_ones(batch, (*names, *optional), length)
 
   def features_layer(self, specs):
     head = 'decoder/logits_dense/kernel'

@@ -13,6 +13,7 @@ import flax.linen as nn
 from mergejax.core import errors
 from mergejax.models import base
 from mergejax.models import classifier
+from mergejax.models import outputs
 from mergejax.names import known as known_names
 
 # model_type -> family, or the module of this package that registers it.
@@ -172,7 +173,7 @@ def family_for(
 
 def conversion(
   config: Mapping[str, Any],
-) -> tuple[type[base.ModelFamily], base.Conversion] | None:
+) -> tuple[type[base.ModelFamily], outputs.Conversion] | None:
   """The family, and its conversion, of another library's `config.json`.
 
   Returns:

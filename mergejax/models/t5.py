@@ -32,6 +32,7 @@ class T5Family(lm.TextFamily):
   optional = ('encoder_segment_ids', 'decoder_segment_ids')
   decodes = True
   answers = True
+  embedded = ('encoder', 'argument')
   conversions = t5_hf.CONVERSIONS
 
   def arguments(self, batch, *, train=False):
@@ -41,6 +42,10 @@ class T5Family(lm.TextFamily):
   def example_batch(self, rows=1, *, length=1):
     batch = super().example_batch(rows, length=length)
     return {**batch, 'encoder_input_tokens': batch['decoder_input_tokens']}
+
+  def with_room(self, batch, length):
+    lm.check_unpacked(batch, 'encoder_segment_ids')
+    return lm.with_ones(batch, ('encoder_input_tokens',), length)
 
   def mask(self, path, batch):
     if _READS_INPUTS.fullmatch(path):
@@ -78,6 +83,24 @@ class T5Family(lm.TextFamily):
       mutable=['cache'], method=self.module_class.decode,
     )  # fmt: skip
     return found[:, 0], {**cache, 'cache': changed['cache']}
+
+  def choice_logits(self, variables, batch, choices, *, train=False, rngs=None):
+    inputs = batch['encoder_input_tokens']
+    drop = bool(rngs) and bool(self.rng_streams(train=train))
+    run = lambda method, *args: self.module.apply(
+      variables, *args, enable_dropout=drop, rngs=rngs, method=method
+    )
+    encoded = run(self.module_class.encode, inputs)
+    count = choices.shape[1]
+    each = lambda x: jnp.repeat(x, count, axis=0)
+    rows = choices.reshape(-1, choices.shape[-1])
+    shifted = jnp.pad(rows, ((0, 0), (1, 0)))[:, :-1]
+    # Padding comes behind an answer, where causality alone hides it.
+    found = run(
+      self.module_class.decode,
+      each(encoded), each(inputs), shifted, jnp.ones_like(rows),
+    )  # fmt: skip
+    return found.reshape(*choices.shape, found.shape[-1])
 
   def answer_logits(
     self, answers: typing.Array

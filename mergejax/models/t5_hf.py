@@ -17,8 +17,8 @@ import numpy as np
 
 from mergejax.core import errors
 from mergejax.core import typing
-from mergejax.models import base
 from mergejax.models import layer_stacks
+from mergejax.models import outputs
 from mergejax.names import t5 as t5_names
 from mergejax.nn import t5
 
@@ -313,7 +313,7 @@ def _read(leaves, config):
 
 def _conversion(model_type):
   per_layer = model_type == 'umt5'
-  return base.Conversion(
+  return outputs.Conversion(
     model_type,
     config_from_hf,
     lambda config: config_to_hf(config, model_type),

@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec
 import numpy as np
 
 from mergejax import partition
+from mergejax.checkpoints import fingerprints
 from mergejax.core import errors
 from mergejax.core import registry
 from mergejax.core import statistic_specs
@@ -124,7 +125,7 @@ def collect(
   """
   mesh = mesh or partition.make_mesh(devices=jax.devices()[:1])
   shards = mesh.shape['data']
-  fingerprint = saved.fingerprint(params)
+  fingerprint = fingerprints.fingerprint(params)
   settings = {'kind': statistic.spec.name, **statistic.settings}
   work = {**settings, 'model': fingerprint, **_sources(statistic)}
   journal = progress_lib.Progress(out, work)

@@ -3,7 +3,6 @@
 """Statistics as files, and the fingerprint that ties them to their model."""
 
 from collections.abc import Mapping, Sequence
-import hashlib
 import json
 import os
 import pathlib
@@ -13,10 +12,10 @@ import numpy as np
 
 from mergejax.checkpoints import base as store_base
 from mergejax.checkpoints import checkpoint
+from mergejax.checkpoints import fingerprints
 from mergejax.checkpoints import safetensors
 from mergejax.core import errors
 from mergejax.core import files
-from mergejax.core import numerics
 from mergejax.core import statistic_specs
 from mergejax.core import tree as tree_lib
 from mergejax.core import typing
@@ -25,8 +24,7 @@ _SIDE_CAR = 'statistics.json'
 _WEIGHTS = 'statistics.safetensors'
 # Where the side car keeps the spec.
 _SPEC = 'statistic'
-# A fingerprint looks at this many numbers at each of so many places of a leaf.
-_SAMPLE, _PLACES = 64, 4
+fingerprint = fingerprints.fingerprint
 
 
 class Statistics(dict):
@@ -117,42 +115,6 @@ def _spec_of(settings, names) -> statistic_specs.StatisticSpec | None:
   return known[0] if len(known) == 1 else None
 
 
-def fingerprint(model: typing.Tree | store_base.ParamStore) -> str:
-  """A short name for a model's numbers: other weights, another fingerprint.
-
-  SHA-256 over path, shape and some numbers (as float32, spread over each leaf)
-  of all floating leaves; the format of the file and the order of the leaves do
-  not matter, the dtype does as far as it changes the numbers.
-
-  Args:
-    model: parameters, or a store; of files that lie flat little is read.
-
-  Returns:
-    32 hexadecimal digits.
-
-  Example:
-    >>> fingerprint({'w': np.zeros(3)})
-    '4de625968900d2aca493d874f50d8582'
-  """
-  store = model
-  if not isinstance(model, store_base.ParamStore):
-    store = store_base.MemoryStore(model)
-  specs = store.specs()
-  digest = hashlib.sha256()
-  for path in sorted(specs):
-    spec = specs[path]
-    if not numerics.is_averaged(spec.dtype):
-      continue
-    digest.update(f'{path}{list(spec.shape)}'.encode())
-    take = min(_SAMPLE, spec.size)
-    starts = {(spec.size - take) * i // (_PLACES - 1) for i in range(_PLACES)}
-    for start in sorted(starts):
-      numbers = np.empty(take, spec.dtype)
-      store.read_into(path, start, numbers)
-      digest.update(numbers.astype(np.float32).tobytes())
-  return digest.hexdigest()[:32]
-
-
 def check_fingerprint(
   model_name: str,
   model: typing.Tree | store_base.ParamStore,
@@ -234,4 +196,4 @@ def combine(
     count = sum(np.asarray(part[path]['count']) for part in parts)
     means[path] = {spec.name: total.astype(np.float32), 'count': count}
   settings = {**parts[0].settings, 'combined': len(parts)}
-  return Statistics(means, spec, fingerprint(merged), settings)
+  return Statistics(means, spec, fingerprints.fingerprint(merged), settings)

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from mergejax.training import arrays
 from mergejax.training import callbacks
+from mergejax.training import choices
 from mergejax.training import losses
 from mergejax.training import objective
 from mergejax.training import optim
@@ -10,6 +11,7 @@ from mergejax.training import t5x_state
 from mergejax.training import transforms
 from mergejax.training.arrays import ArrayStream
 from mergejax.training.callbacks import Callback
+from mergejax.training.choices import t_few
 from mergejax.training.objective import cross_entropy
 from mergejax.training.peers import watch_peers
 from mergejax.training.scoring import evaluate
@@ -30,6 +32,7 @@ __all__ = [
   'Trainer',
   'arrays',
   'callbacks',
+  'choices',
   'cross_entropy',
   'ema',
   'evaluate',
@@ -41,6 +44,7 @@ __all__ = [
   'schedules',
   'skip_nonfinite',
   't5x_state',
+  't_few',
   'task_metrics',
   'transforms',
   'watch_peers',

@@ -20,7 +20,8 @@ def paths(
   """The parameters that do not learn.
 
   Args:
-    family: its `collections` are measured, not learned.
+    family: which says what may learn at all: running statistics are measured,
+      the base below an adapter stays as it is.
     params: arrays or shapes.
     freeze: regular expressions, each of the whole path.
 
@@ -28,8 +29,7 @@ def paths(
     ConfigError: an expression that matches nothing, or all of the parameters.
   """
   every = list(tree.flatten(params))
-  measured = [p for p in every if p.split('/')[0] in family.collections]
-  found = set(measured)
+  found = {path for path in every if not family.learns(path)}
   for pattern in freeze:
     wanted = tree.expression(pattern, 'freeze rule')
     matching = [p for p in every if wanted.fullmatch(p)]

@@ -30,6 +30,8 @@ class Objective(Protocol):
   An objective may have a method `normalizer(outputs) -> <float32>[] | None`:
   what its loss is a mean over, None if it is a sum; by default `tokens`. With
   it microbatches add up to the whole batch.
+  It may have a method `check_batch(family, batch, source)` that raises a
+  `DataError` for a batch, in host memory, that it cannot be computed of.
   """
 
   def __call__(

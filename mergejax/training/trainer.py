@@ -281,7 +281,14 @@ class Trainer:
     """A function that checks a batch and puts it on the mesh."""
     check = batches_lib.checker(self.family, source)
     place = batches_lib.placer(self.mesh, self.rules, local_rows=local_rows)
-    return lambda batch: place(check(batch))
+    more = getattr(self._settings['objective'], 'check_batch', None)
+
+    def checked(batch):
+      if more is not None:
+        more(self.family, batch, source)
+      return place(check(batch))
+
+    return checked
 
   def begin(
     self,

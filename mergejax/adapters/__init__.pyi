@@ -1,0 +1,55 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+from mergejax.adapters.adapted import Adapted
+from mergejax.adapters.adapted import adapt
+from mergejax.adapters.adapted import by_group
+from mergejax.adapters.adapted import fold
+from mergejax.adapters.attempts import attempt
+from mergejax.adapters.banks import bank
+from mergejax.adapters.base import Adapter
+from mergejax.adapters.base import Call
+from mergejax.adapters.base import count
+from mergejax.adapters.bottlenecks import HOULSBY
+from mergejax.adapters.bottlenecks import PFEIFFER
+from mergejax.adapters.bottlenecks import bottleneck
+from mergejax.adapters.low_rank import lora
+from mergejax.adapters.prompts import prompt
+from mergejax.adapters.prompts import spot
+from mergejax.adapters.routes import gates
+from mergejax.adapters.routes import poly
+from mergejax.adapters.saved import card
+from mergejax.adapters.saved import has_layout
+from mergejax.adapters.saved import load
+from mergejax.adapters.saved import save
+from mergejax.adapters.scales import ia3
+from mergejax.adapters.sites import LayerAdapter
+from mergejax.adapters.sites import Part
+from mergejax.adapters.sites import Site
+
+__all__ = [
+  'Adapted',
+  'Adapter',
+  'Call',
+  'HOULSBY',
+  'LayerAdapter',
+  'PFEIFFER',
+  'Part',
+  'Site',
+  'adapt',
+  'attempt',
+  'bank',
+  'bottleneck',
+  'by_group',
+  'card',
+  'count',
+  'fold',
+  'gates',
+  'has_layout',
+  'ia3',
+  'load',
+  'lora',
+  'poly',
+  'prompt',
+  'save',
+  'spot',
+]

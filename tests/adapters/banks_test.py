@@ -1,0 +1,128 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""A batch of mixed experts is each expert's own answer."""
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import small_adapted
+
+import mergejax as mj
+from mergejax import partition
+from mergejax.core import errors
+from mergejax.core import tree
+
+EXPERTS = {
+  'lora': mj.adapters.lora(rank=2, targets='.*/(query|wo)/kernel'),
+  'ia3': mj.adapters.ia3(),
+  'bottleneck': mj.adapters.bottleneck(width=2),
+}
+IDS = np.int32([2, 0, 0, 1, 2, 1, 0, 2])
+
+
+def build(name, **changes):
+  """`(bank, adapted family, leaves of three experts, all parameters)`."""
+  family, base = small_adapted.build('t5', head_dim=4, mlp_dim=8, **changes)
+  bank = mj.adapters.bank(EXPERTS[name], experts=3)
+  adapted = mj.adapters.adapt(family, bank)
+  specs = bank.expert.specs(adapted.base_specs)
+  leaves = [small_adapted.leaves(specs, seed) for seed in range(3)]
+  params = adapted.joined(base, bank.stack(adapted.base_specs, leaves))
+  return bank, adapted, leaves, params
+
+
+class BankTest(parameterized.TestCase):
+  @parameterized.parameters(*EXPERTS)
+  def test_mixed_batch_is_each_expert_alone(self, name):
+    scanned = dict(scan_layers=True) if name == 'lora' else {}
+    bank, adapted, leaves, params = build(name, **scanned)
+    batch = small_adapted.batch()
+    mixed = jax.jit(adapted.logits)(params, {**batch, 'expert_ids': IDS})
+    alone = mj.adapters.adapt(adapted.plain, bank.expert)
+    base, stacked = adapted.split(params)
+    answer = jax.jit(alone.logits)
+    for number, own in enumerate(leaves):
+      picked = bank.pick(adapted.base_specs, stacked, number)
+      jax.tree.map(np.testing.assert_array_equal, picked, own)
+      found = answer(alone.joined(base, own), batch)
+      np.testing.assert_allclose(
+        mixed[number == IDS], found[number == IDS], rtol=2e-4, atol=2e-4
+      )
+
+  def test_on_a_mesh_and_trained(self):
+    _, adapted, _, params = build('lora')
+    batch = {**small_adapted.batch(), 'expert_ids': IDS % 2}
+    mesh = partition.make_mesh(data=4, model=2)
+    axes = {path: spec.axes for path, spec in adapted.specs().items()}
+    layout = partition.shardings(mesh, params, axes, partition.standard())
+    path = 'encoder/layers_0/attention/query/lora_b'
+    self.assertEqual(
+      tuple(tree.flatten(layout)[path].spec), (None, None, 'model')
+    )
+    trainer = mj.training.Trainer(adapted, optax.sgd(0.1), mesh=mesh)
+    state = trainer.fit([batch], steps=1, params=params)
+    after, before = tree.flatten(state.params), tree.flatten(params)
+    moved = np.abs(np.asarray(after[path]) - before[path]).max(axis=(1, 2))
+    # The third expert has no row of this batch.
+    np.testing.assert_array_equal(moved > 0, [True, True, False])
+
+  def test_answers_keep_their_expert(self):
+    bank, adapted, leaves, params = build('ia3')
+    batch = small_adapted.batch(2)
+    ids = np.int32([1, 2])
+
+    def steps(family, params, batch):
+      cache = family.init_cache(params, batch, 2)
+      cache = tree.map_paths(
+        lambda path, leaf: (
+          leaf
+          if family.cache_rows(path, leaf) is None
+          else jnp.repeat(leaf, 2, axis=family.cache_rows(path, leaf))
+        ),
+        cache,
+      )
+      tokens, found = jnp.int32([3, 4, 5, 6]), []
+      for _ in range(2):
+        logits, cache = family.decode_step(params, cache, tokens)
+        found.append(logits)
+      return jnp.stack(found, axis=1)
+
+    run = jax.jit(lambda p, b: steps(adapted, p, b))
+    mixed = run(params, {**batch, 'expert_ids': ids})
+    base, _ = adapted.split(params)
+    alone = mj.adapters.adapt(adapted.plain, bank.expert)
+    answer = jax.jit(lambda p: steps(alone, p, batch))
+    for row, number in enumerate(ids):
+      found = answer(alone.joined(base, leaves[number]))
+      rows = slice(2 * row, 2 * row + 2)
+      np.testing.assert_allclose(mixed[rows], found[rows], rtol=5e-4, atol=5e-4)
+
+  def test_ids_outside_of_the_bank(self):
+    bank, adapted, _, params = build('ia3')
+    batch = small_adapted.batch(2)
+    with self.assertRaisesRegex(errors.DataError, "not 'expert_ids'"):
+      adapted.check_batch(batch)
+    for wrong in (3, -1):
+      given = {**batch, 'expert_ids': np.int32([0, wrong])}
+      with self.assertRaisesRegex(
+        errors.DataError, f'the number {wrong},.*0 to 2'
+      ):
+        adapted.check_batch(given)
+      with self.assertRaisesRegex(errors.DataError, 'there are 3 experts'):
+        adapted.logits(params, given)
+    # A compiled program cannot refuse them; it does not take another's.
+    given = {**batch, 'expert_ids': np.int32([-1, 3])}
+    self.assertTrue(np.isnan(jax.jit(adapted.logits)(params, given)).all())
+    with self.assertRaisesRegex(errors.ConfigError, 'fold one of them'):
+      mj.adapters.fold(adapted, params)
+    with self.assertRaisesRegex(errors.ConfigError, 'not 3'):
+      bank.pick(adapted.base_specs, adapted.split(params)[1], 3)
+    with self.assertRaisesRegex(errors.StructureError, '2 are given'):
+      bank.stack(adapted.base_specs, [{}, {}])
+
+
+if __name__ == '__main__':
+  absltest.main()

@@ -1,0 +1,144 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Adapters in PEFT's files: there and back, and as a merge folds them."""
+
+import json
+import pathlib
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import jax
+import numpy as np
+import small_adapted
+
+import mergejax as mj
+from mergejax.checkpoints import safetensors
+from mergejax.checkpoints.peft import fold
+from mergejax.core import errors
+from mergejax.core import tree
+from mergejax.models import t5_hf
+
+ADAPTERS = {
+  'lora': mj.adapters.lora(rank=2, alpha=3),
+  'rslora': mj.adapters.lora(rank=2, alpha=3, rank_stabilised=True),
+  'ranks': mj.adapters.lora(
+    rank=[('decoder/.*', 3), ('.*', 2)], alpha=3, targets='.*/(query|wo)/kernel'
+  ),
+  'ia3': mj.adapters.ia3(),
+  'prompt': mj.adapters.prompt(length=3),
+}
+
+
+class SavedTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.folder = pathlib.Path(self.create_tempdir().full_path)
+
+  def adapted(self, name, **changes):
+    family, base = small_adapted.build('t5', **changes)
+    adapted = mj.adapters.adapt(family, ADAPTERS[name])
+    params = adapted.joined(base, small_adapted.leaves(adapted.adapter_specs))
+    return adapted, base, params
+
+  @parameterized.product(name=list(ADAPTERS), scanned=(False, True))
+  def test_there_and_back(self, name, scanned):
+    adapted, base, params = self.adapted(name, scan_layers=scanned)
+    mj.adapters.save(self.folder / 'a', adapted, params)
+    again, leaves = mj.adapters.load(self.folder / 'a', adapted.plain, base)
+    expected = tree.flatten(adapted.split(params)[1])
+    self.assertCountEqual(tree.flatten(leaves), expected)
+    if name == 'prompt':
+      np.testing.assert_array_equal(
+        leaves['prompts']['target'], params['prompts']['target']
+      )
+      return
+    found = mj.adapters.fold(again, again.joined(base, leaves))
+    folded = mj.adapters.fold(adapted, params)
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6),
+      found, folded,
+    )  # fmt: skip
+    if name in ('lora', 'ia3'):
+      for path, leaf in tree.flatten(leaves).items():
+        np.testing.assert_array_equal(leaf, expected[path], path)
+    # Of layers one by one and scanned, one file.
+    other, _ = small_adapted.build('t5', scan_layers=not scanned)
+    laid = other.arranged(
+      tree.flatten(base), {p: s.axes for p, s in adapted.base_specs.items()}
+    )
+    laid = tree.unflatten(laid)
+    crossed, leaves = mj.adapters.load(self.folder / 'a', other, laid)
+    crossed = mj.adapters.fold(crossed, crossed.joined(laid, leaves))
+    back = adapted.plain.arranged(
+      tree.flatten(crossed), {p: s.axes for p, s in other.specs().items()}
+    )
+    for path, leaf in tree.flatten(folded).items():
+      np.testing.assert_allclose(back[path], leaf, rtol=1e-6, atol=1e-6)
+
+  @parameterized.parameters('lora', 'rslora', 'ranks', 'ia3')
+  def test_a_merge_folds_it_as_we_do(self, name):
+    # The base in Hugging Face's files, the adapter in PEFT's: read by names.
+    adapted, base, params = self.adapted(name)
+    stored = t5_hf.to_hf(
+      {p: np.asarray(x) for p, x in tree.flatten(base).items()}
+    )
+    (self.folder / 'base').mkdir()
+    safetensors.write(self.folder / 'base' / 'model.safetensors', stored)
+    mj.adapters.save(self.folder / 'a', adapted, params)
+    plain = mj.open_checkpoint(self.folder / 'base')
+    store = fold.AdapterStore(plain, str(self.folder / 'a'))
+    found = t5_hf.from_hf(store.leaves(list(store.specs())), tied_head=False)
+    for path, leaf in tree.flatten(mj.adapters.fold(adapted, params)).items():
+      np.testing.assert_allclose(found[path], leaf, rtol=1e-5, atol=1e-6)
+
+  def test_card(self):
+    adapted, base, params = self.adapted('ranks')
+    mj.adapters.save(self.folder / 'a', adapted, params, base_name='t5/base')
+    card = mj.adapters.card(self.folder / 'a')
+    self.assertEqual((card.kind, card.ranks), ('lora', (2, 3)))
+    self.assertEqual(card.base, ('t5/base', mj.stats.fingerprint(base)))
+    self.assertEqual(
+      card.parameters, mj.adapters.count(adapted.adapter, adapted.base_specs)
+    )
+    self.assertEqual(card.targets, 10)
+    self.assertIn('10 modules\nbase: t5/base (fingerprint', str(card))
+
+  def test_mistakes(self):
+    adapted, base, params = self.adapted('lora')
+    path = self.folder / 'a'
+    mj.adapters.save(path, adapted, params)
+    with self.assertRaisesRegex(errors.UserError, 'exists'):
+      mj.adapters.save(path, adapted, params)
+    other = jax.tree.map(lambda x: x + 1, base)
+    with self.assertRaisesRegex(errors.CheckpointError, 'another base'):
+      mj.adapters.load(path, adapted.plain, other)
+    narrow, _ = small_adapted.build('t5', emb_dim=6)
+    with self.assertRaisesRegex(errors.StructureError, 'of another model'):
+      mj.adapters.load(path, narrow)
+    flat, _ = small_adapted.build('lm')
+    with self.assertRaisesRegex(errors.StructureError, 'Unknown module'):
+      mj.adapters.load(path, flat)
+    with self.assertRaisesRegex(errors.CheckpointError, 'no adapter_config'):
+      mj.adapters.load(self.folder, adapted.plain)
+    bank = mj.adapters.adapt(
+      adapted.plain, mj.adapters.bank(ADAPTERS['ia3'], 2)
+    )
+    banked = bank.joined(base, small_adapted.leaves(bank.adapter_specs))
+    with self.assertRaisesRegex(errors.ConfigError, 'save one expert'):
+      mj.adapters.save(self.folder / 'b', bank, banked)
+    self.assertFalse((self.folder / 'b').exists())
+    file = path / 'adapter_config.json'
+    config = json.loads(file.read_text())
+    for changes, message in (
+      (dict(use_dora=True), 'use_dora is set'),
+      (dict(bias='all'), "bias is 'all'"),
+      (dict(init_lora_weights='pissa'), 'changed by it'),
+      (dict(peft_type='VERA'), "kind 'VERA'"),
+    ):
+      file.write_text(json.dumps({**config, **changes}))
+      with self.assertRaisesRegex(errors.CheckpointError, message):
+        mj.adapters.load(path, adapted.plain)
+
+
+if __name__ == '__main__':
+  absltest.main()
