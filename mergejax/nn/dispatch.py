@@ -47,18 +47,20 @@ class Rows:
   """Pairs in the order of experts, of all groups together; see `rows`.
 
   Attributes:
-    pairs: `<int32>[tokens k]` which pair, token k + choice, is in a row; the
-      number of pairs in rows behind the last one.
+    pairs: `<int32>[rows]` which pair, token k + choice, is in a row; the number
+      of pairs in rows behind the last one.
     rows: `<int32>[tokens, k]` in which row a pair is; the number of rows where
       it was dropped.
     weights: `<float32>[tokens, k]`.
     sizes: `<int32>[experts]` rows of each.
+    spare: rows that are behind the last one in any case.
   """
 
   pairs: jax.Array
   rows: jax.Array
   weights: jax.Array
   sizes: jax.Array
+  spare: int
 
   def to_experts(self, tokens):
     """`<float>[groups, tokens, embed] -> <float>[rows, embed]`."""
@@ -67,7 +69,7 @@ class Rows:
     return moved(flat, self.pairs // self.rows.shape[1], self.rows)
 
   def product(self, values, kernels):
-    return grouped.grouped_dot(values, kernels, self.sizes)
+    return grouped.grouped_dot(values, kernels, self.sizes, spare=self.spare)
 
   def to_tokens(self, values):
     # [rows, embed] -> [tokens k, embed] -> [1, tokens, embed]
@@ -77,32 +79,40 @@ class Rows:
 
   def by_expert(self, values):
     ends = jnp.cumsum(self.sizes)
-    at = jnp.arange(len(values))
+    at = jnp.arange(len(values))[None]
     mine = (at < ends[:, None]) & (at >= (ends - self.sizes)[:, None])
     return jnp.where(mine[..., None], values, 0)
 
 
-def rows(choices: routing.Choices, experts: int) -> Rows:
+def rows(
+  choices: routing.Choices, experts: int, capacity: int | None = None
+) -> Rows:
   """Lays the kept pairs of all groups in the order of experts, sorted.
 
   Args:
     choices: of tokens.
     experts: how many there are.
+    capacity: that they were made with; fewer rows do then.
   """
   groups, tokens, k = choices.experts.shape
   counts = kept_counts(choices, experts)
   # Where the queue of a group begins among the rows: behind those of earlier
   # experts, and of earlier groups with the same expert.
   total = jnp.sum(counts, 0)
-  begins = jnp.cumsum(total) - total + jnp.cumsum(counts, 0) - counts
+  begins = (jnp.cumsum(total) - total)[None] + jnp.cumsum(counts, 0) - counts
   begin = jax.vmap(lambda own, at: own[at])(begins, choices.experts)
-  count = groups * tokens * k
-  row = jnp.where(choices.kept, begin + choices.positions, count)
+  count = room = groups * tokens * k
+  if capacity is not None:
+    room = min(count, groups * experts * capacity)
+  row = jnp.where(choices.kept, begin + choices.positions, room)
   row = row.reshape(-1)
-  order = jnp.argsort(row).astype(jnp.int32)
-  pairs = jnp.where(jnp.arange(count) < jnp.sum(total), order, count)
+  order = jnp.argsort(row)[:room].astype(jnp.int32)
+  pairs = jnp.where(jnp.arange(room) < jnp.sum(total), order, count)
+  spare = grouped.spare_rows(room)
+  pairs = jnp.pad(pairs, (0, spare), constant_values=count)
+  row = jnp.where(row < room, row, room + spare)
   return Rows(
-    pairs, row.reshape(-1, k), choices.weights.reshape(-1, k), total
+    pairs, row.reshape(-1, k), choices.weights.reshape(-1, k), total, spare
   )
 
 
@@ -155,9 +165,7 @@ class Padded:
     return values
 
 
-def padded(
-  choices: routing.Choices, experts: int, capacity: int
-) -> Padded:
+def padded(choices: routing.Choices, experts: int, capacity: int) -> Padded:
   """Gives every kept pair its slot.
 
   Args:
@@ -174,7 +182,7 @@ def padded(
   def of_group(own, begin, size):
     row = jnp.where(own.kept, begin[own.experts] + own.positions, count)
     order = jnp.argsort(row.reshape(-1)).astype(jnp.int32)
-    places = jnp.arange(capacity)
+    places = jnp.arange(capacity)[None]
     at = jnp.minimum(begin[:, None] + places, count - 1)
     filled = places < size[:, None]
     return jnp.where(filled, order[at], count).reshape(-1)
@@ -223,9 +231,8 @@ class Chosen:
 
 def kept_counts(choices: routing.Choices, experts: int) -> jax.Array:
   """`<int32>[groups, experts]`: kept pairs of every expert."""
-  hot = choices.experts[..., None] == jnp.arange(experts)
-  hot &= choices.kept[..., None]
-  return jnp.sum(hot.astype(jnp.int32), (1, 2))
+  hot = jax.nn.one_hot(choices.experts, experts, dtype=jnp.int32)
+  return jnp.sum(hot * choices.kept[..., None].astype(jnp.int32), (1, 2))
 
 
 def batched_dot(values: typing.Array, kernels: typing.Array) -> jax.Array:

@@ -97,7 +97,7 @@ class Mlp(nn.Module):
     hidden = None
     for i, activation in enumerate(self.activations):
       name = 'wi' if len(self.activations) == 1 else f'wi_{i}'
-      branch = _activation(activation)(
+      branch = activation_of(activation)(
         dense(self.hidden, self.dtype, mlp_init, name)(inputs)
       )
       hidden = branch if hidden is None else hidden * branch
@@ -108,7 +108,8 @@ class Mlp(nn.Module):
     return dense(inputs.shape[-1], self.dtype, mlp_init, 'wo')(hidden)
 
 
-def _activation(name: str) -> Callable[[typing.Array], typing.Array]:
+def activation_of(name: str) -> Callable[[typing.Array], typing.Array]:
+  """An activation by its name in `jax.nn`, or `'linear'`."""
   if name == 'linear':
     return lambda x: x
   found = getattr(jax.nn, name, None)

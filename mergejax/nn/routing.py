@@ -14,7 +14,6 @@ https://arxiv.org/abs/2112.10684; Zhou et al., "Mixture-of-Experts with Expert
 Choice Routing" (2022), https://arxiv.org/abs/2202.09368.
 """
 
-import math
 from typing import NamedTuple
 
 import jax
@@ -62,113 +61,6 @@ class Slots(NamedTuple):
 
   tokens: jax.Array
   weights: jax.Array
-
-
-def capacity(
-  factor: float, tokens: int, experts: int, minimum: int = 4
-) -> int:
-  """Tokens of a group that one expert has room for.
-
-  `max(round(factor tokens / experts), minimum)`, rounded half to even.
-
-  Args:
-    factor: how much more than a fair share; Switch trains with 1.25.
-    tokens: of a group.
-    experts: how many there are.
-    minimum: flaxformer's 4: of few tokens a share is no more than noise.
-
-  Raises:
-    ConfigError: a factor that is no positive number.
-
-  Example:
-    >>> capacity(1.25, 512, 8), capacity(1.0, 20, 8, minimum=1)
-    (80, 2)
-  """
-  errors.check_number('The capacity factor', factor, 0.0, open_below=True)
-  return max(int(round(factor * tokens / experts)), minimum)
-
-
-def gshard_capacity(
-  tokens: int, experts: int, *, train: bool, eval_fraction: float = 0.25
-) -> int:
-  """Tokens of a group that one expert has room for in fairseq's top-2.
-
-  `2 ceil(tokens / experts)` in training, `ceil(eval_fraction tokens)` else.
-  """
-  if train:
-    return 2 * math.ceil(tokens / experts)
-  return math.ceil(eval_fraction * tokens)
-
-
-def group_count(
-  tokens: int,
-  max_size: int,
-  experts: int,
-  replicas: int = 1,
-  strict: bool = False,
-) -> int:
-  """How many groups some tokens are divided into.
-
-  The smallest number, not below `tokens // max_size` nor `replicas experts`,
-  that divides the tokens and is a multiple of `replicas experts`.
-
-  Args:
-    tokens: of the batch.
-    max_size: tokens that a group should not exceed by much: the count begins at
-      `tokens // max_size`, as in flaxformer.
-    experts: how many there are.
-    replicas: copies of every expert, each with groups of its own; flaxformer
-      takes devices over (expert x model partitions).
-    strict: groups must be of `max_size` exactly.
-
-  Raises:
-    ConfigError: there is no such number.
-
-  Example:
-    >>> group_count(4096, 4096, 8), group_count(96, 16, 6, 2)
-    (8, 12)
-  """
-  unit = replicas * experts
-  count = max(tokens // max_size, unit)
-  while count < tokens and (tokens % count or count % unit):
-    count += 1
-  told = f'{tokens} tokens, {experts} experts, {replicas} replicas'
-  if count > tokens or tokens % count or count % unit:
-    raise errors.ConfigError(
-      f'The tokens of a batch do not divide into groups ({told}; the last '
-      f'count tried: {count}): their number must be a multiple of experts x '
-      'replicas. Choose another batch size or length.'
-    )
-  if strict and tokens // count != max_size:
-    raise errors.ConfigError(
-      f'Groups have {tokens // count} tokens ({told}), but '
-      f'strict_group_size asks for {max_size}.'
-    )
-  return count
-
-
-def padded_shape(
-  batch: int, length: int, experts: int, replicas: int = 1
-) -> tuple[int, int]:
-  """`(batch, length)` that `replicas experts` divides, of the fewest tokens.
-
-  One of the two grows, and the length of two that cost the same.
-
-  Example:
-    >>> padded_shape(2, 7, 4), padded_shape(3, 5, 4)
-    ((2, 8), (4, 5))
-  """
-  unit = replicas * experts
-  if batch * length % unit == 0:
-    return batch, length
-  rows, columns = batch, length
-  while rows * length % unit:
-    rows += 1
-  while batch * columns % unit:
-    columns += 1
-  if (rows - batch) * length < (columns - length) * batch:
-    return rows, length
-  return batch, columns
 
 
 def tokens_choose(
@@ -308,7 +200,7 @@ def gshard_top2(
 
   Args:
     logits: `<float32>[groups, tokens, experts]`.
-    capacity: room of an expert, see `gshard_capacity`; None drops nothing.
+    capacity: room of an expert, see `token_groups.gshard_capacity`; None drops nothing.
     real: see `tokens_choose`.
     second_expert: 'argmax' is the second most probable; 'sampling' draws it in
       proportion to the probabilities of the others (Gumbel noise on the
@@ -399,9 +291,7 @@ def experts_choose(
   real = _queueing(real, legacy_padding)
   if real is not None:
     probabilities = jnp.where(real[..., None], probabilities, 0.0)
-  weights, found = jax.lax.top_k(
-    jnp.swapaxes(probabilities, 1, 2), capacity
-  )
+  weights, found = jax.lax.top_k(jnp.swapaxes(probabilities, 1, 2), capacity)
   if real is not None and legacy_padding is None:
     taken = jax.vmap(lambda own, at: own[at])(real, found)
     found = jnp.where(taken, found, tokens)

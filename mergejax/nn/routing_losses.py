@@ -132,19 +132,16 @@ def metrics(
     Of no tokens they are 0.
   """
   kept = jnp.sum(load)
-  over = lambda value, total: value / jnp.maximum(
-    jnp.asarray(total, jnp.float32), 1.0
-  )
-  some = lambda share, total: jnp.where(
-    jnp.asarray(total, jnp.float32) > 0, 1.0 - share, 0.0
-  )
+  wide = lambda count: jnp.asarray(count, jnp.float32)
+  over = lambda value, total: value / jnp.maximum(wide(total), 1.0)
+  missing = lambda found, total: over(wide(total) - found, total)
   share = over(load, kept)
   even = 1.0 / load.shape[0]
   return {
-    'fraction_tokens_left_behind': some(over(reached, tokens), tokens),
+    'fraction_tokens_left_behind': missing(reached, tokens),
     'expert_usage': over(kept, slots),
     'router_confidence': over(weights, kept),
-    'dropped_pairs': some(over(kept, pairs), pairs),
+    'dropped_pairs': missing(kept, pairs),
     'expert_load': share,
     'load_cv': jnp.std(share) / even,
     'max_load': jnp.max(share),

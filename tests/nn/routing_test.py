@@ -18,6 +18,7 @@ from reference import routing as oracle
 from mergejax.core import errors
 from mergejax.nn import routing
 from mergejax.nn import routing_losses
+from mergejax.nn import token_groups
 
 EXPERTS = 4
 TAGS = [
@@ -141,10 +142,10 @@ class GoldensTest(parameterized.TestCase):
     for tokens, size, experts, replicas, count in self.arrays[
       'num_groups/table'
     ].tolist():
-      found = routing.group_count(tokens, size, experts, replicas)
+      found = token_groups.group_count(tokens, size, experts, replicas)
       self.assertEqual(found, count)
     for *given_, batch, length in self.arrays['maybe_pad/table'].tolist():
-      self.assertEqual(routing.padded_shape(*given_), (batch, length))
+      self.assertEqual(token_groups.padded_shape(*given_), (batch, length))
 
   @parameterized.product(before=(0, 1), evaluating=(0, 1), pad=(0, 1))
   def test_gshard(self, before, evaluating, pad):
@@ -153,7 +154,9 @@ class GoldensTest(parameterized.TestCase):
     real = ~arrays['padding_mask'][None] if pad else None
     tag = f'norm_before{before}/eval{evaluating}/pad{pad}'
     tokens = logits.shape[1]
-    capacity = routing.gshard_capacity(tokens, EXPERTS, train=not evaluating)
+    capacity = token_groups.gshard_capacity(
+      tokens, EXPERTS, train=not evaluating
+    )
     choices = routing.gshard_top2(
       jnp.asarray(logits), capacity, real=real,
       second_expert=routing.ARGMAX, normalize_before_dropping=bool(before),
@@ -292,7 +295,9 @@ class LawsTest(parameterized.TestCase):
     """The third token's second choice finds expert 0 full of first choices."""
     p = jnp.asarray([[[0.9, 0.1], [0.8, 0.2], [0.3, 0.7]]], jnp.float32)
     choices = routing.tokens_choose(p, 2, 1)
-    np.testing.assert_array_equal(choices.positions[0], [[0, 1], [1, 2], [0, 2]])
+    np.testing.assert_array_equal(
+      choices.positions[0], [[0, 1], [1, 2], [0, 2]]
+    )
 
   def test_normalized_weights_sum_to_one(self):
     logits, _ = example(1)
@@ -378,9 +383,9 @@ class ErrorsTest(parameterized.TestCase):
     ('too few tokens', lambda p: routing.experts_choose(p, 10), '10 tokens'),
     ('padding', lambda p: routing.tokens_choose(p, 1, 1, legacy_padding='old'),
      'legacy_padding'),
-    ('factor', lambda p: routing.capacity(0.0, 8, 2), 'capacity factor'),
-    ('groups', lambda p: routing.group_count(9, 4, 2), '9 tokens'),
-    ('strict', lambda p: routing.group_count(8, 3, 2, strict=True), '4 tokens'),
+    ('factor', lambda p: token_groups.capacity(0.0, 8, 2), 'capacity factor'),
+    ('groups', lambda p: token_groups.group_count(9, 4, 2), '9 tokens'),
+    ('strict', lambda p: token_groups.group_count(8, 3, 2, strict=True), '4 tokens'),
   )  # fmt: skip
   def test_message(self, call, words):
     with self.assertRaisesRegex(errors.ConfigError, words):
