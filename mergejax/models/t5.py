@@ -43,9 +43,10 @@ class T5Family(lm.TextFamily):
     return {**batch, 'encoder_input_tokens': batch['decoder_input_tokens']}
 
   def mask(self, path, batch):
-    if _READS_INPUTS.fullmatch(path):
-      return batch['encoder_input_tokens'] > 0
-    return super().mask(path, batch)
+    of_decoder = super().mask(path, batch)
+    if isinstance(of_decoder, str) or not _READS_INPUTS.fullmatch(path):
+      return of_decoder
+    return batch['encoder_input_tokens'] > 0
 
   def features_layer(self, specs):
     # What every cross-attention is given: the encoder's output.

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from mergejax import partition
 from mergejax.core import errors
+from mergejax.core import tree as tree_lib
 from mergejax.core import typing
 from mergejax.nn import dispatch as dispatch_lib
 from mergejax.nn import layers
@@ -90,6 +91,10 @@ class MoeLayer(nn.Module):
     if self.decoder:
       config.check_causal()
     groups = _groups(config, inputs.shape, decode)
+    legacy = config.legacy_padding is not None and not self.decoder
+    if legacy and real is not None:
+      # flaxformer's encoder has zeros there; its decoder has what it has.
+      inputs = jnp.where(real[..., None], inputs, 0)
     # Of the inputs as they came, so that whoever watches the router knows which
     # are real.
     logits = Router(config, name='router')(inputs, deterministic=deterministic)
@@ -335,3 +340,56 @@ def measured(
       tokens=there, pairs=pairs, slots=slots,
     ),
   }  # fmt: skip
+
+
+# What an objective minimises, and the field that has its factor.
+_FACTORS = {'auxiliary_loss': 'balance_loss', 'router_z_loss': 'z_loss'}
+# So many loads of experts a person may still look at one by one.
+_MOST_LOADS = 32
+
+
+def totals(
+  config: moe_config.MoeConfig, left: typing.Tree
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+  """What a model's sparse layers bring: means over them.
+
+  Args:
+    config: of the model.
+    left: its collection `intermediates` after a call.
+
+  Returns:
+    `(losses, metrics)`, `<float32>[]` each: `router_balance_loss` and
+    `router_z_loss` times their factors, those that have one; and `moe/NAME` for
+    what `measured` tells, `moe/expert_load/3` for every expert of few.
+
+  Raises:
+    StructureError: no layer left anything: a lifted one must lift the
+      collection too.
+  """
+  found: dict[str, list[jax.Array]] = {}
+  flat = tree_lib.flatten(left)
+  for path, value in flat.items():
+    parent, _, name = path.rpartition('/')
+    if f'{parent}/router_entropy' in flat and not name.startswith('inputs_of_'):
+      size = 1 if name == 'expert_load' else 0
+      # Scanned layers have their stack in front.
+      value = value.reshape(-1, *value.shape[value.ndim - size :])
+      found.setdefault(name, []).append(value)
+  if not found:
+    raise errors.StructureError(
+      'No sparse layer of the model left its losses in the collection '
+      f'{COLLECTION!r}: a lifted layer must lift it too, '
+      f'`variable_axes={{{COLLECTION!r}: 0}}`.'
+    )
+  means = {n: jnp.mean(jnp.concatenate(own), 0) for n, own in found.items()}
+  losses = {}
+  for name, field in _FACTORS.items():
+    factor = getattr(config, field)
+    if factor:
+      known = name.replace('auxiliary', 'router_balance')
+      losses[known] = factor * means[name]
+  loads = means.pop('expert_load')
+  metrics = {f'moe/{name}': value for name, value in means.items()}
+  if len(loads) <= _MOST_LOADS:
+    metrics |= {f'moe/expert_load/{e}': load for e, load in enumerate(loads)}
+  return losses, metrics

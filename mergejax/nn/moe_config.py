@@ -2,7 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What makes a model sparse: which layers, how many experts, which router."""
 
+from collections.abc import Mapping
 import dataclasses
+from typing import Any
 
 from mergejax.core import errors
 from mergejax.nn import routing
@@ -186,6 +188,21 @@ class MoeConfig:
         f'{stack}={count} layers cannot be sparse: there are {layers}.'
       )
     return layout(self.layout, layers, count)
+
+
+def from_fields(fields: Mapping[str, Any]) -> MoeConfig:
+  """The configuration of fields by name, as a `config.json` has them.
+
+  Raises:
+    ConfigError: a field that there is not, or no number of experts.
+  """
+  known = [field.name for field in dataclasses.fields(MoeConfig)]
+  for name in fields:
+    if name not in known:
+      raise errors.ConfigError(errors.near(name, known, 'setting of moe,'))
+  if 'num_experts' not in fields:
+    raise errors.ConfigError('moe must say how many experts: num_experts.')
+  return MoeConfig(**fields)
 
 
 def layout(kind: str, layers: int, count: int) -> tuple[bool, ...]:
