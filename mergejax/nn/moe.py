@@ -30,6 +30,8 @@ from mergejax.nn import token_groups
 
 # Where a layer leaves its losses and metrics.
 COLLECTION = 'intermediates'
+# Of fresh routers, so that all experts are about as probable.
+ROUTER_DEVIATION = 0.02
 
 
 class MoeLayer(nn.Module):
@@ -161,7 +163,7 @@ class RouterWeights(nn.Module):
       self.experts,
       use_bias=False,
       dtype=jnp.float32,
-      kernel_init=initializers.normal(0.02),
+      kernel_init=initializers.normal(ROUTER_DEVIATION),
       precision=jax.lax.Precision.HIGHEST,
       dot_general=layers.flat_dot_general,
       name='w',
