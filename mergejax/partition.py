@@ -39,6 +39,9 @@ Target = str | tuple[str, ...] | None
 _PARAMS: Mapping[str, Target] = {
   'branch': 'branch',
   'expert': 'expert',
+  'expert_mlp': 'model',
+  'mlp_embed': None,
+  'unmodeled': None,
   'vocab': 'model',
   'mlp': 'model',
   'heads': 'model',
@@ -63,6 +66,8 @@ _PARAMS: Mapping[str, Target] = {
 _ACTIVATIONS: Mapping[str, Target] = {
   **_PARAMS,
   'batch': ('data', 'expert'),
+  # Of what experts were sent: groups, of which every `data` slice has its own.
+  'expert_replicas': 'data',
 }
 
 
@@ -122,7 +127,7 @@ def fsdp() -> ShardingRules:
 
   Source: Zhao et al., "PyTorch FSDP" (2023), https://arxiv.org/abs/2304.11277.
   """
-  return ShardingRules().replace(params={'embed': 'data'})
+  return ShardingRules().replace(params={'embed': 'data', 'mlp_embed': 'data'})
 
 
 def join_processes(
@@ -417,6 +422,12 @@ def by_shard(
     )(*arrays)
 
   return called
+
+
+def device_count() -> int:
+  """How many devices a program that is traced now is divided over."""
+  active = _ACTIVE.get()
+  return 1 if active is None else active[0].size
 
 
 def platform() -> str:

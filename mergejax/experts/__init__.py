@@ -1,6 +1,6 @@
 # Copyright 2026 The mergejax Authors.
 # SPDX-License-Identifier: Apache-2.0
-"""K experts side by side on the mesh axis `branch`, and their ensembles."""
+"""Experts side by side, their ensembles, and models that route between them."""
 
 from mergejax.core import lazy
 

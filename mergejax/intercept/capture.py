@@ -9,6 +9,7 @@ and vmapped layers work if they lift that collection.
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 import dataclasses
+import functools
 import logging
 import re
 from typing import Any
@@ -22,14 +23,14 @@ from mergejax.core import errors
 from mergejax.core import tree as tree_lib
 from mergejax.core import typing
 from mergejax.intercept import linear
+from mergejax.models import base
 
 COLLECTION = 'intermediates'
 _MARK = 'inputs_of_'
 
 # (path, batch) -> weight of every input row, None for all, or NONZERO.
 Mask = Callable[[typing.Path, Mapping[str, Any]], Any]
-# Rows that are not all zero: slots of an expert that hold a token.
-NONZERO = 'nonzero'
+NONZERO = base.NONZERO
 
 
 @dataclasses.dataclass
@@ -125,7 +126,11 @@ def inputs_of(
         if wanted(path):
           met.maps.add(path)
           inputs = inputs() if callable(inputs) else inputs
-          _leave(layer, name, reduce(path, inputs))
+          if isinstance(inputs, linear.Stacked):
+            value = jax.vmap(functools.partial(reduce, path))(inputs.rows)
+          else:
+            value = reduce(path, inputs)
+          _leave(layer, name, value)
     return call(*arguments, **named)
 
   with nn.intercept_methods(interceptor):

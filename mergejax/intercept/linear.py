@@ -9,7 +9,7 @@ input axes, the output is `rows @ kernel.reshape(in, out)`.
 from collections.abc import Callable, Mapping
 import inspect
 import math
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import flax.linen as nn
 from flax.linen import linear as flax_linear
@@ -18,9 +18,21 @@ import jax.numpy as jnp
 
 from mergejax.core import errors
 from mergejax.core import typing
+from mergejax.nn import moe
+
+
+class Stacked(NamedTuple):
+  """What a stack of kernels is given, each rows of its own.
+
+  Attributes:
+    rows: `<float>[stack, ..., in]`; 0 where there is nothing.
+  """
+
+  rows: typing.Array
+
 
 # <float>[..., in]; what costs something may be a function without arguments.
-Inputs = typing.Array | Callable[[], typing.Array]
+Inputs = typing.Array | Callable[[], typing.Array | Stacked]
 
 
 class Describe(Protocol):
@@ -122,7 +134,16 @@ def _embed(module, method, arguments, /) -> list[tuple[str, Inputs]]:
   return [('embedding', arguments[0])] if method == 'attend' else []
 
 
+def _experts(module, method, arguments, /) -> list[tuple[str, Inputs]]:
+  del module
+  if method != '__call__':
+    return []
+  values, dispatch = arguments
+  return [('kernel', lambda: Stacked(dispatch.by_expert(values)))]
+
+
 LINEAR: Mapping[Any, Describe] = {
+  moe.ExpertKernel: _experts,
   nn.Dense: _dense,
   nn.DenseGeneral: _dense_general,
   nn.Conv: _conv,

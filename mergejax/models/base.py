@@ -37,6 +37,9 @@ from mergejax.models import outputs as outputs_lib
 
 Batch = Mapping[str, Any]
 
+# A mask: those rows are real that are not all zero, slots with a token in them.
+NONZERO = 'nonzero'
+
 
 class ModelFamily:
   """One architecture, with one of its modules.
@@ -196,7 +199,7 @@ class ModelFamily:
               f'trained with, or, for a fresh model, a larger {setting}.'
             )
 
-  def mask(self, path: typing.Path, batch: Batch) -> typing.Array | None:
+  def mask(self, path: typing.Path, batch: Batch) -> typing.Array | str | None:
     """Which positions are real in what the layer of a parameter is given.
 
     Args:
@@ -204,8 +207,9 @@ class ModelFamily:
       batch: what the model is given.
 
     Returns:
-      `<bool or float>` of the leading axes of the layer's inputs, or None: all
-      of them.
+      `<bool or float>` of the leading axes of the layer's inputs; None: all of
+      them; `NONZERO`: those that are not all zero, of layers that are given
+      slots, some of them empty.
     """
     del path
     return batch.get('weights')

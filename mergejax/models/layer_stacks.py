@@ -24,6 +24,10 @@ from mergejax.nn import transformer
 
 _STACK = re.compile(r'(encoder|decoder)/\1/(.*)')
 _LAYER = re.compile(r'(encoder|decoder)/layers_(\d+)/(.*)')
+# Stacked axes that are those of layers; experts of a layer are its own.
+_LAYERS = tuple(
+  n for n in stacks.NAMES if not n.startswith(('expert', 'branch'))
+)
 _TABLE = 'relpos_bias/rel_embedding'
 
 
@@ -82,7 +86,7 @@ def in_form(specs: typing.SpecTree, config: transformer.StackConfig) -> bool:
       return False
     if match[match.lastindex] == _TABLE and not config.relative_per_layer:
       return False
-    at = [i for i, name in enumerate(spec.axes or ()) if name in stacks.NAMES]
+    at = [i for i, name in enumerate(spec.axes or ()) if name in _LAYERS]
     if scanned and at and at != [config.param_scan_axis]:
       return False
   return True
@@ -169,7 +173,7 @@ def _axis(name, leaves, axes):
     names.index(each)
     for names in (axes.get(path) or () for path in paths)
     for each in names
-    if each in stacks.NAMES
+    if each in _LAYERS
   }
   fits = [
     axis

@@ -3,6 +3,7 @@
 """Decoder-only language models, and what all models of text share."""
 
 from collections.abc import Mapping, Sequence
+import re
 from typing import Any
 
 import jax
@@ -15,8 +16,10 @@ from mergejax.models import layer_stacks
 from mergejax.models import registry
 from mergejax.names import t5x
 from mergejax.nn import lm
+from mergejax.nn import moe
 from mergejax.nn import transformer
 
+_OF_EXPERTS = re.compile(r'.*/expert/\w+/kernel')
 _WEIGHTS = ('decoder_loss_weights', 'weights')
 
 
@@ -30,6 +33,7 @@ class TextFamily(base.ModelFamily):
   Attributes:
     optional: names that a call takes where a batch has them.
     scanned: whether the layers are stacked in one, see `nn.stack`.
+    moe: of its sparse layers, see `nn.moe_config`; None if it has none.
   """
 
   axes = t5x.AXES
@@ -46,6 +50,9 @@ class TextFamily(base.ModelFamily):
     super().__init__(module)
     # Modules of others have configurations of their own, or none.
     self.scanned = bool(getattr(self.config, 'scan_layers', False))
+    self.moe = getattr(self.config, 'moe', None)
+    if self.moe is not None:
+      self.axes = t5x.SPARSE
     if self.scanned:
       self.axes = t5x.scanned(self.axes, self.config.param_scan_axis)
 
@@ -54,6 +61,27 @@ class TextFamily(base.ModelFamily):
     named = {name: batch[name] for name in self.optional if name in batch}
     named['enable_dropout'] = bool(self.rng_streams(train=train))
     return positional, named
+
+  def rng_streams(self, *, train):
+    # Also where nothing is dropped: routers have a training mode of their own.
+    if train and self.moe is not None:
+      return ('dropout',)
+    return super().rng_streams(train=train)
+
+  def apply(self, variables, batch, *, train=False, rngs=None, mutable=()):
+    if self.moe is None:
+      return super().apply(
+        variables, batch, train=train, rngs=rngs, mutable=mutable
+      )
+    left = moe.COLLECTION
+    found = super().apply(
+      variables, batch, train=train, rngs=rngs, mutable=[*mutable, left]
+    )
+    losses, metrics = moe.totals(self.moe, found.mutable.get(left, {}))
+    asked = {
+      n: x for n, x in found.mutable.items() if n != left or n in mutable
+    }
+    return found._replace(losses=losses, metrics=metrics, mutable=asked)
 
   def call(self, variables, batch, *, train=False, rngs=None, mutable=()):
     # Without a key there is nothing to draw dropout from.
@@ -87,7 +115,8 @@ class TextFamily(base.ModelFamily):
     return {name: jnp.ones((rows, length), jnp.int32) for name in names}
 
   def mask(self, path: typing.Path, batch: Mapping[str, Any]):
-    del path
+    if _OF_EXPERTS.fullmatch(path):
+      return base.NONZERO
     return batch['decoder_target_tokens'] > 0
 
   def in_form(self, specs):

@@ -48,9 +48,10 @@ class T5Family(lm.TextFamily):
     return lm.with_ones(batch, ('encoder_input_tokens',), length)
 
   def mask(self, path, batch):
-    if _READS_INPUTS.fullmatch(path):
-      return batch['encoder_input_tokens'] > 0
-    return super().mask(path, batch)
+    of_decoder = super().mask(path, batch)
+    if isinstance(of_decoder, str) or not _READS_INPUTS.fullmatch(path):
+      return of_decoder
+    return batch['encoder_input_tokens'] > 0
 
   def features_layer(self, specs):
     # What every cross-attention is given: the encoder's output.

@@ -107,6 +107,8 @@ def _rules(config):
     rules = next(
       (naming.axes for naming in NAMINGS if kind in naming.model_types), ()
     )
+  if config.get('moe'):
+    rules = t5x.SPARSE
   if config.get('scan_layers'):
     rules = t5x.scanned(rules, config.get('param_scan_axis', 1))
   return rules

@@ -12,11 +12,23 @@ AXES: axes_lib.Rules = (
   (r'(.*/)?token_embedder/embedding', ('vocab', 'embed')),
   (r'(.*/)?(query|key|value)/kernel', ('embed', 'joined_kv')),
   (r'(.*/)?out/kernel', ('joined_kv', 'embed')),
-  (r'(.*/)?wi(_\d+)?/kernel', ('embed', 'mlp')),
-  (r'(.*/)?wo/kernel', ('mlp', 'embed')),
+  (r'(.*/)?expert/wi(_\d+)?/kernel', ('expert', 'mlp_embed', 'expert_mlp')),
+  (r'(.*/)?expert/wo/kernel', ('expert', 'expert_mlp', 'mlp_embed')),
+  (r'(.*/)?router_weights/w/kernel', ('embed', 'unmodeled')),
+  (r'(?!.*expert/)(.*/)?wi(_\d+)?/kernel', ('embed', 'mlp')),
+  (r'(?!.*expert/)(.*/)?wo/kernel', ('mlp', 'embed')),
   (r'(.*/)?logits_dense/kernel', ('embed', 'vocab')),
   (r'(.*/)?rel_embedding', ('heads', 'relpos_buckets')),
   (r'(.*/)?\w*norm/scale', ('embed',)),
+)
+
+
+# Of models with experts, whose dense layers lie on a mesh as their experts do.
+SPARSE: axes_lib.Rules = tuple(
+  (pattern, tuple('mlp_embed' if name == 'embed' else name for name in axes))
+  if 'mlp' in axes
+  else (pattern, axes)
+  for pattern, axes in AXES
 )
 
 

@@ -161,6 +161,7 @@ class Attention(nn.Module):
     dropout_rate: dropout of attention probabilities. The keep mask has size 1
       along the query axis, as in T5X.
     float32_logits: compute logits and softmax in float32 whatever `dtype` is.
+    init_scale: variance of fresh kernels times their inputs.
     kernel: of whole rows, see `attention_kernels`. One query against a cache is
       always as by 'reference', which no kernel would be faster than.
   """
@@ -171,6 +172,7 @@ class Attention(nn.Module):
   dropout_rate: float = 0.0
   float32_logits: bool = False
   kernel: str = attention_kernels.REFERENCE
+  init_scale: float = 1.0
 
   @nn.compact
   def __call__(
@@ -209,7 +211,7 @@ class Attention(nn.Module):
     joined = self.num_heads * self.head_dim
 
     def project(name, inputs, scale=1.0):
-      init = initializers.variance_scaling(scale, 'fan_in', 'normal')
+      init = layers.attention_init(scale * self.init_scale)
       # [batch, length, embed] -> [batch, length, heads, head_dim]
       return layers.dense(joined, self.dtype, init, name)(inputs).reshape(
         *inputs.shape[:-1], self.num_heads, self.head_dim
@@ -247,9 +249,8 @@ class Attention(nn.Module):
     else:
       mixed = self._mixed(query, key, value, bias, layout, deterministic)
     mixed = mixed.reshape(*queries.shape[:-1], joined)
-    return layers.dense(
-      queries.shape[-1], self.dtype, layers.attention_init, 'out'
-    )(mixed)
+    init = layers.attention_init(self.init_scale)
+    return layers.dense(queries.shape[-1], self.dtype, init, 'out')(mixed)
 
   def _mixed(self, query, key, value, bias, layout, deterministic):
     """`<dtype>[batch, query, heads, head_dim]`: the definition."""

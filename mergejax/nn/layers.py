@@ -22,10 +22,17 @@ from mergejax import partition
 from mergejax.core import errors
 from mergejax.core import typing
 
+
 # Fan-in is that of the stored 2-D kernel. The attention logits carry no
 # 1/sqrt(head_dim); the initial query kernel does (see `Attention`).
-attention_init = initializers.variance_scaling(1.0, 'fan_in', 'normal')
-mlp_init = initializers.variance_scaling(1.0, 'fan_in', 'truncated_normal')
+def attention_init(scale: float = 1.0) -> Callable:
+  """Fresh kernels of attention: variance `scale / in`."""
+  return initializers.variance_scaling(scale, 'fan_in', 'normal')
+
+
+def mlp_init(scale: float = 1.0) -> Callable:
+  """Fresh kernels of everything else, cut off at two deviations."""
+  return initializers.variance_scaling(scale, 'fan_in', 'truncated_normal')
 
 
 def flat_dot_general(
@@ -79,6 +86,7 @@ class Mlp(nn.Module):
     activations: names from `jax.nn`, or `'linear'`.
     dtype: compute dtype.
     dropout_rate: dropout of the hidden layer, one mask along length.
+    init_scale: variance of fresh kernels times their inputs.
 
   Raises:
     ConfigError: an unknown activation.
@@ -88,27 +96,29 @@ class Mlp(nn.Module):
   activations: Sequence[str] = ('relu',)
   dtype: str = 'float32'
   dropout_rate: float = 0.0
+  init_scale: float = 1.0
 
   @nn.compact
   def __call__(
     self, inputs: typing.Array, *, deterministic: bool = True
   ) -> typing.Array:
     """`<dtype>[batch, length, embed] -> <dtype>[batch, length, embed]`."""
-    hidden = None
+    hidden, init = None, mlp_init(self.init_scale)
     for i, activation in enumerate(self.activations):
       name = 'wi' if len(self.activations) == 1 else f'wi_{i}'
-      branch = _activation(activation)(
-        dense(self.hidden, self.dtype, mlp_init, name)(inputs)
+      branch = activation_of(activation)(
+        dense(self.hidden, self.dtype, init, name)(inputs)
       )
       hidden = branch if hidden is None else hidden * branch
     hidden = partition.constrain(hidden, ('batch', 'length', 'mlp'))
     hidden = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))(
       hidden, deterministic=deterministic
     )
-    return dense(inputs.shape[-1], self.dtype, mlp_init, 'wo')(hidden)
+    return dense(inputs.shape[-1], self.dtype, init, 'wo')(hidden)
 
 
-def _activation(name: str) -> Callable[[typing.Array], typing.Array]:
+def activation_of(name: str) -> Callable[[typing.Array], typing.Array]:
+  """An activation by its name in `jax.nn`, or `'linear'`."""
   if name == 'linear':
     return lambda x: x
   found = getattr(jax.nn, name, None)

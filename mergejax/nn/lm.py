@@ -29,6 +29,10 @@ class LMConfig(transformer.StackConfig):
   vocab_size: int = 259
   num_layers: int = 8
 
+  def __post_init__(self):
+    super().__post_init__()
+    self.sparse_layers(self.num_layers, decoder=True)
+
 
 class LanguageModel(nn.Module):
   """Decoder-only model: tokens in, next-token logits out.
@@ -87,7 +91,7 @@ class LanguageModel(nn.Module):
       decoder_segment_ids=decoder_segment_ids,
       decoder_causal_attention=decoder_causal_attention,
     )
-    bias = None
+    bias = real = None
     if not decode:
       real = decoder_target_tokens > 0
       visible = attention.causal_mask(decoder_input_tokens.shape[1])
@@ -107,4 +111,5 @@ class LanguageModel(nn.Module):
       deterministic=not enable_dropout,
       decode=decode,
       max_decode_length=max_decode_length,
+      real=None if self.config.moe is None else real,
     )

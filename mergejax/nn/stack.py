@@ -8,7 +8,8 @@ given one layer whatever their number, so compiling takes as long for 96 as for
 T5X's `examples/scalable_t5`; one by one they are `encoder/layers_3/...`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -38,6 +39,7 @@ def apply(
   name: str,
   x: typing.Array,
   *args: typing.Array | None,
+  each: Sequence[Mapping[str, Any]] | None = None,
   scan_axis: int | None = None,
   remat: str = 'none',
 ) -> typing.Array:
@@ -50,6 +52,8 @@ def apply(
     name: of the stack where it is scanned; else they are `layers_0`, ...
     x: `<float>[batch, length, embed]`, which a layer gives back so.
     *args: what every layer is given besides.
+    each: further settings of every layer, by which it is made; scanned layers
+      must all have the same.
     scan_axis: where a scanned parameter has its axis of layers; None does not
       scan. Caches, and what is watched in a layer (`intermediates`), have it in
       front.
@@ -63,18 +67,25 @@ def apply(
     `<float>[batch, length, embed]`.
 
   Raises:
-    ConfigError: `remat` is no policy.
+    ConfigError: `remat` is no policy; scanned layers that differ.
 
   Source: Chen et al., "Training Deep Nets with Sublinear Memory Cost" (2016),
   https://arxiv.org/abs/1604.06174.
   """
+  each = each or [{}] * count
   body = lambda module, x, *args: module(x, *args)
   if remat != 'none':
     body = nn.remat(body, prevent_cse=scan_axis is None, policy=_policy(remat))
   if scan_axis is None:
     for i in range(count):
-      x = body(layer(name=f'layers_{i}'), x, *args)
+      x = body(layer(name=f'layers_{i}', **each[i]), x, *args)
     return x
+  if any(own != each[0] for own in each):
+    raise errors.ConfigError(
+      f'The layers of the {name} differ, and a scan makes all of them from one: '
+      'set scan_layers=False, or, of a model with experts, make all of its '
+      'layers sparse or none.'
+    )
   scanned = nn.scan(
     lambda module, x, *args: (body(module, x, *args), None),
     variable_axes={
@@ -84,7 +95,7 @@ def apply(
     in_axes=nn.broadcast,
     length=count,
   )  # fmt: skip
-  return scanned(layer(name=name), x, *args)[0]
+  return scanned(layer(name=name, **each[0]), x, *args)[0]
 
 
 def _policy(name: str) -> Callable[..., bool] | None:

@@ -32,6 +32,11 @@ class T5Config(transformer.StackConfig):
   num_encoder_layers: int = 8
   num_decoder_layers: int = 8
 
+  def __post_init__(self):
+    super().__post_init__()
+    self.sparse_layers(self.num_encoder_layers, decoder=False)
+    self.sparse_layers(self.num_decoder_layers, decoder=True)
+
 
 class Transformer(nn.Module):
   """T5 encoder-decoder: tokens in, logits out.
@@ -83,7 +88,10 @@ class Transformer(nn.Module):
       attention.segment_mask(encoder_segment_ids, encoder_segment_ids),
     )
     embedded = self.token_embedder(encoder_input_tokens)
-    return self.encoder(embedded, bias, deterministic=not enable_dropout)
+    return self.encoder(
+      embedded, bias, deterministic=not enable_dropout,
+      real=None if self.config.moe is None else real,
+    )  # fmt: skip
 
   def decode(
     self,
@@ -127,8 +135,9 @@ class Transformer(nn.Module):
     if decode:
       # Of every query: there may be several answers to an input.
       mask_bias, targets_real = None, jnp.ones_like(inputs_real[:, :1])
+      real = None
     else:
-      targets_real = decoder_target_tokens > 0
+      targets_real = real = decoder_target_tokens > 0
       mask_bias = attention.attention_bias(
         attention.pair_mask(targets_real, targets_real),
         attention.causal_mask(decoder_input_tokens.shape[1]),
@@ -146,6 +155,7 @@ class Transformer(nn.Module):
       deterministic=not enable_dropout,
       decode=decode,
       max_decode_length=max_decode_length,
+      real=None if self.config.moe is None else real,
     )
 
   def __call__(

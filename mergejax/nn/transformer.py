@@ -5,6 +5,7 @@
 Source: Raffel et al. (2020), https://arxiv.org/abs/1910.10683.
 """
 
+from collections.abc import Mapping
 import dataclasses
 import functools
 
@@ -19,6 +20,8 @@ from mergejax.core import typing
 from mergejax.nn import attention
 from mergejax.nn import attention_kernels
 from mergejax.nn import layers
+from mergejax.nn import moe as moe_lib
+from mergejax.nn import moe_config
 from mergejax.nn import stack as stack_lib
 
 
@@ -53,10 +56,14 @@ class StackConfig:
     remat_policy: what the backward pass computes anew, see `stack.apply`.
     attention_kernel: 'reference', 'xla', 'cudnn' or 'flash', see
       `attention_kernels`; weights do not know of it.
+    init_scale: variance of fresh kernels times their inputs; 0.1 in Switch,
+      which a large sparse model needs to begin stably.
+    moe: which layers have experts, and how they are routed; None: none. Where
+      it is read from JSON, a mapping of the fields of `moe_config.MoeConfig`.
 
   Raises:
-    ConfigError: an axis of layers that a parameter does not have, or an unknown
-      kernel.
+    ConfigError: an axis of layers that a parameter does not have, an unknown
+      kernel, or sparse layers that cannot be, see `moe_config`.
   """
 
   vocab_size: int
@@ -76,6 +83,8 @@ class StackConfig:
   param_scan_axis: int = _told(1, 'changed')
   remat_policy: str = _told('none', 'never')
   attention_kernel: str = _told(attention_kernels.REFERENCE, 'never')
+  init_scale: float = _told(1.0, 'changed')
+  moe: moe_config.MoeConfig | None = _told(None, 'changed')
 
   def __post_init__(self):
     attention_kernels.check(self.attention_kernel)
@@ -84,6 +93,27 @@ class StackConfig:
         f'param_scan_axis must be 0 or 1, not {self.param_scan_axis!r}: the '
         'scale of a norm has one axis beside that of the layers.'
       )
+    if isinstance(self.moe, Mapping):
+      object.__setattr__(self, 'moe', moe_config.from_fields(self.moe))
+
+  def sparse_layers(self, layers: int, *, decoder: bool) -> tuple[bool, ...]:
+    """Which layers of a stack have experts.
+
+    Raises:
+      ConfigError: see `moe_config`; scanned layers of which only some have.
+    """
+    if self.moe is None:
+      return (False,) * layers
+    if decoder:
+      self.moe.check_causal()
+    sparse = self.moe.sparse_layers(layers, decoder=decoder)
+    if self.scan_layers and len(set(sparse)) > 1:
+      raise errors.ConfigError(
+        f'{sum(sparse)} of {layers} layers are sparse, and scan_layers=True '
+        'makes all layers from one: set it to False, or make all of them sparse '
+        'or none.'
+      )
+    return sparse
 
 
 # The residual stream, where layers meet.
@@ -100,16 +130,18 @@ class DecoderLayer(nn.Module):
     length: positions of a row; while decoding, of the cache.
     deterministic: no dropout.
     decode: see `attention.Attention`.
+    sparse: experts instead of the MLP.
   """
 
   config: StackConfig
   length: int
   deterministic: bool
   decode: bool = False
+  sparse: bool = False
 
   @nn.compact
-  def __call__(self, x, encoded, bias, cross_bias):
-    block = _Block(self.config, self.deterministic)
+  def __call__(self, x, encoded, bias, cross_bias, real=None):
+    block = _Block(self.config, self.deterministic, self.sparse)
     if self.config.relative_per_layer:
       at = _position(self.variables.get('cache', {})) if self.decode else None
       bias = block.bias(self.length, bias, bidirectional=False, at=at)
@@ -125,7 +157,8 @@ class DecoderLayer(nn.Module):
         keep=self.decode,
       )  # fmt: skip
       x = x + block.dropout(y)
-    return partition.constrain(x + block.mlp(x), _STREAM)
+    x = block.feed_forward(x, real, decoder=True, decode=self.decode)
+    return partition.constrain(x, _STREAM)
 
 
 class EncoderLayer(nn.Module):
@@ -133,10 +166,11 @@ class EncoderLayer(nn.Module):
 
   config: StackConfig
   deterministic: bool
+  sparse: bool = False
 
   @nn.compact
-  def __call__(self, x, bias):
-    block = _Block(self.config, self.deterministic)
+  def __call__(self, x, bias, real=None):
+    block = _Block(self.config, self.deterministic, self.sparse)
     if self.config.relative_per_layer:
       bias = block.bias(x.shape[1], bias, bidirectional=True)
     y = block.norm('pre_attention_layer_norm')(x)
@@ -144,7 +178,7 @@ class EncoderLayer(nn.Module):
       y, y, bias, deterministic=self.deterministic
     )
     x = x + block.dropout(y)
-    return partition.constrain(x + block.mlp(x), _STREAM)
+    return partition.constrain(block.feed_forward(x, real), _STREAM)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,6 +187,7 @@ class _Block:
 
   config: StackConfig
   deterministic: bool
+  sparse: bool = False
 
   def norm(self, name):
     return layers.RMSNorm(self.config.dtype, name=name)
@@ -166,6 +201,7 @@ class _Block:
       dropout_rate=config.dropout_rate,
       float32_logits=config.float32_attention_logits,
       kernel=config.attention_kernel,
+      init_scale=config.init_scale,
       name=name,
     )
 
@@ -175,17 +211,31 @@ class _Block:
       x, deterministic=self.deterministic
     )
 
-  def mlp(self, x):
-    config = self.config
+  def feed_forward(self, x, real, *, decoder=False, decode=False):
+    """The residual stream with what the MLP, or the experts, make of it."""
+    if not self.sparse:
+      return x + self._mlp(x, 'mlp')
     y = self.norm('pre_mlp_layer_norm')(x)
-    y = layers.Mlp(
-      config.mlp_dim,
-      config.mlp_activations,
-      config.dtype,
-      config.dropout_rate,
-      name='mlp',
-    )(y, deterministic=self.deterministic)
+    y = moe_lib.MoeLayer(self.config.moe, *self._sizes(), decoder, name='mlp')(
+      y, real, deterministic=self.deterministic, decode=decode
+    )
+    x = x + self.dropout(y)
+    return x + self._mlp(x, 'extra_mlp') if self.config.moe.extra_mlp else x
+
+  def _mlp(self, x, name):
+    y = self.norm(f'pre_{name}_layer_norm')(x)
+    y = layers.Mlp(*self._sizes(), name=name)(
+      y, deterministic=self.deterministic
+    )
     return self.dropout(y)
+
+  def _sizes(self):
+    """Of one block, an expert or none."""
+    config = self.config
+    return (
+      config.mlp_dim, config.mlp_activations, config.dtype, config.dropout_rate,
+      config.init_scale,
+    )  # fmt: skip
 
   def bias(self, length, mask_bias, *, bidirectional, at=None):
     """Relative positions (of one query, `at`), with the mask if there is one."""
@@ -202,8 +252,9 @@ class _Block:
   def stack(self, layer, count, name, x, *args):
     """`x` through a stack of layers; what they share is in `args`."""
     config = self.config
+    sparse = config.sparse_layers(count, decoder=name == 'decoder')
     return stack_lib.apply(
-      layer, count, name, x, *args,
+      layer, count, name, x, *args, each=[{'sparse': each} for each in sparse],
       scan_axis=config.param_scan_axis if config.scan_layers else None,
       remat=config.remat_policy,
     )  # fmt: skip
@@ -236,7 +287,7 @@ class Encoder(nn.Module):
   num_layers: int
 
   @nn.compact
-  def __call__(self, embedded, mask_bias, *, deterministic):
+  def __call__(self, embedded, mask_bias, *, deterministic, real=None):
     config = self.config
     block = _Block(config, deterministic)
     bias = mask_bias
@@ -244,7 +295,7 @@ class Encoder(nn.Module):
       bias = block.bias(embedded.shape[1], mask_bias, bidirectional=True)
     x = partition.constrain(block.dropout(embedded), _STREAM)
     layer = functools.partial(EncoderLayer, config, deterministic)
-    x = block.stack(layer, self.num_layers, 'encoder', x, bias)
+    x = block.stack(layer, self.num_layers, 'encoder', x, bias, real)
     x = block.norm('encoder_norm')(x)
     # Element-wise here, unlike every other residual dropout of T5X.
     return nn.Dropout(config.dropout_rate)(x, deterministic=deterministic)
@@ -276,6 +327,7 @@ class Decoder(nn.Module):
     deterministic,
     decode,
     max_decode_length=None,
+    real=None,
   ):
     config = self.config
     block = _Block(config, deterministic)
@@ -294,13 +346,13 @@ class Decoder(nn.Module):
     layer = functools.partial(
       DecoderLayer, config, length, deterministic, decode
     )
-    shared = encoded, bias, cross_bias
+    shared = encoded, bias, cross_bias, real
     x = block.stack(layer, self.num_layers, 'decoder', x, *shared)
     x = block.dropout(block.norm('decoder_norm')(x))
     if config.logits_via_embedding:
       return embedder.attend(x)
     return layers.dense(
-      config.vocab_size, 'float32', layers.mlp_init, 'logits_dense'
+      config.vocab_size, 'float32', layers.mlp_init(), 'logits_dense'
     )(x)
 
 

@@ -44,9 +44,46 @@ COUNTS = {
   'decoder_only_xxl': (None, 4_762_310_656),
   'lm_tiny': (None, 394_688),
   'lm_small': (None, 3_542_912),
+  'switch_tiny': (None, 2_805_376),
+  'switch_base': (7_400, 7_415_217_408),
+  'switch_large': (26_000, 26_309_291_008),
+  'switch_xxl': (395_000, 394_675_073_024),
+  'switch_c': (1_571_000, 1_571_327_875_360),
+  'moe_lm_tiny': (None, 755_776),
+  'moe_lm_15b': (15_000, 14_593_150_080),
+  'moe_lm_52b': (52_000, 51_798_787_584),
+  'moe_lm_207b': (207_000, 207_079_443_456),
+  'moe_lm_1t': (1_100_000, 1_104_046_461_952),
 }
 FLAN = ('small', 'base', 'large', 'xl', 'xxl')
 SCANNED = ('large', '3b', '11b', 'xl', 'xxl')
+SPARSE = ('switch', 'moe_lm')
+
+
+def size(module, **changes):
+  """Parameters of a module, its configuration changed."""
+  config = dataclasses.replace(module.config, **changes)
+  specs = models.family_of(type(module)(config)).specs()
+  return sum(spec.size for spec in specs.values())
+
+
+def sparse_size(module):
+  """The same of one whose layers come in pairs, traced for few of them."""
+  fields = {f.name for f in dataclasses.fields(module.config)}
+  counts = fields & {'num_layers', 'num_encoder_layers', 'num_decoder_layers'}
+  (layers,) = {getattr(module.config, name) for name in counts}
+  plain = dict(remat_policy='none', scan_layers=False)
+  all_sparse = module.config.moe.decoder_layers == layers
+
+  def of(few):
+    moe = module.config.moe
+    if all_sparse:
+      moe = dataclasses.replace(moe, encoder_layers=few, decoder_layers=few)
+    return size(module, moe=moe, **dict.fromkeys(counts, few), **plain)
+
+  few = 1 if all_sparse else 2
+  one, two = of(few), of(2 * few)
+  return one + (layers // few - 1) * (two - one)
 
 
 def module_of(*files):
@@ -71,15 +108,17 @@ class ModelFilesTest(parameterized.TestCase):
   def test_parameters(self, name, published, expected):
     file = f'models/{name}.gin'
     module = module_of(file)
-    scanned = name.endswith(tuple(f'_{size}' for size in SCANNED))
+    if name.startswith(SPARSE):
+      self._check(sparse_size(module), published, expected)
+      return
+    scanned = name.endswith(tuple(f'_{each}' for each in SCANNED))
     self.assertEqual(module.config.scan_layers, scanned)
     self.assertEqual(module.config.remat_policy != 'none', scanned)
     # Scanned layers are traced in no time, and are as many.
-    config = dataclasses.replace(
-      module.config, scan_layers=True, remat_policy='none'
-    )
-    family = models.family_of(type(module)(config))
-    count = sum(spec.size for spec in family.specs().values())
+    count = size(module, scan_layers=True, remat_policy='none')
+    self._check(count, published, expected)
+
+  def _check(self, count, published, expected):
     self.assertEqual(count, expected)
     if published is not None:
       self.assertLess(abs(count / (published * 1e6) - 1), 0.06)
@@ -89,12 +128,17 @@ class ModelFilesTest(parameterized.TestCase):
       flan = module_of(f'models/flan_t5_{size}.gin')
       self.assertEqual(flan, module_of(f'models/t5_1_1_{size}.gin'))
 
-  @parameterized.parameters('t5_1_0_11b', 'byt5_large')
+  @parameterized.parameters('t5_1_0_11b', 'byt5_large', 'switch_c')
   def test_a_file_given_last_is_that_model(self, first):
-    for last in ('t5_1_1_tiny', 't5_1_0_small', 'mt5_base'):
+    for last in ('t5_1_1_tiny', 't5_1_0_small', 'mt5_base', 'switch_xxl'):
       alone = module_of(f'models/{last}.gin')
       both = module_of(f'models/{first}.gin', f'models/{last}.gin')
       self.assertEqual(both.config, alone.config)
+
+  def test_a_sparse_decoder_given_last_is_that_model(self):
+    for first in ('switch_c', 'lm_tiny'):
+      files = f'models/{first}.gin', 'models/moe_lm_15b.gin'
+      self.assertEqual(module_of(*files).config, module_of(files[1]).config)
 
   def test_a_decoder_given_last_is_that_model(self):
     both = module_of('models/decoder_only_xl.gin', 'models/lm_tiny.gin')

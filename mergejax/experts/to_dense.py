@@ -1,0 +1,118 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Dense models from sparse ones: the experts of every layer become one block."""
+
+from collections.abc import Mapping
+
+import flax.linen as nn
+import numpy as np
+
+from mergejax import models
+from mergejax.core import errors
+from mergejax.core import typing
+from mergejax.experts import sparse_layers
+from mergejax.experts import upcycle
+from mergejax.experts import usage as usage_lib
+from mergejax.nn import moe_config
+
+MEAN, LOAD, ARGMAX = 'mean', 'load', 'argmax'
+HOW = (MEAN, LOAD, ARGMAX)
+
+
+def to_dense(
+  model: nn.Module | models.ModelFamily,
+  params: typing.Tree,
+  *,
+  how: str = MEAN,
+  usage: Mapping[str, usage_lib.Usage] | None = None,
+  align: bool = False,
+) -> tuple[models.ModelFamily, typing.Tree]:
+  """Makes one feed-forward block of the experts of every sparse layer.
+
+  Args:
+    model: sparse, of the family 't5x' or 'lm'.
+    params: its parameters.
+    how: 'mean' averages the experts, which takes `upcycle` back bit for bit;
+      'load' weighs them by their loads; 'argmax' keeps the most used one.
+    usage: from `usage.measure`; 'load' and 'argmax' need it. Where it is given
+      and weights do not sum to 1, as in Switch, `wo` is multiplied by the mean
+      weight of a token's experts: the block is to give what the layer gave.
+    align: experts that were not born from one parent: their hidden units are
+      matched to those of the most used one (the first, without `usage`) before
+      they are averaged.
+
+  Returns:
+    `(family, parameters)` of the dense model, on the host, as a first point for
+    distillation.
+
+  Raises:
+    ConfigError: a model without experts, with an extra dense block behind them,
+      an unknown `how`, or one that needs `usage`.
+    StructureError: a layer whose usage is not given.
+
+  Source: averaging as the inverse of Komatsuzaki et al. (2022),
+  https://arxiv.org/abs/2212.05055.
+  """
+  family = sparse_layers.family_of(model, sparse=True)
+  config = family.config.moe
+  if how not in HOW:
+    raise errors.ConfigError(errors.near(how, HOW, 'how'))
+  if how != MEAN and usage is None:
+    raise errors.ConfigError(
+      f'how={how!r} must know how much experts are used: give usage= of '
+      'experts.usage.measure.'
+    )
+  if config.extra_mlp:
+    raise errors.ConfigError(
+      'A dense model has no place for the extra block behind every sparse layer '
+      '(extra_mlp=True).'
+    )
+  leaves = sparse_layers.unstacked(family, params)
+  found = {
+    path: leaf
+    for path, leaf in leaves.items()
+    if not path.endswith(sparse_layers.ROUTER)
+    and not sparse_layers.KERNEL.fullmatch(path)
+  }
+  for layer, names in sparse_layers.layers(leaves).items():
+    own = None
+    if usage is not None:
+      own = usage_lib.of_layer(usage, layer, config.num_experts)
+    blocks = [
+      usage_lib.expert(leaves, layer, names, e)
+      for e in range(config.num_experts)
+    ]
+    block = _one(blocks, how, own, align)
+    if own is not None:
+      scale = _scale(config, layer, own)
+      block = {
+        n: (k * np.float32(scale) if sparse_layers.is_output(n) else k)
+        for n, k in block.items()
+      }
+    found |= {f'{layer}/{n}/kernel': kernel for n, kernel in block.items()}
+  dense = sparse_layers.with_moe(family, None)
+  return dense, sparse_layers.stacked(dense, found)
+
+
+def _one(blocks, how, usage, align):
+  """The block that stands for all."""
+  first = 0 if usage is None else int(np.argmax(usage.load))
+  if how == ARGMAX:
+    return blocks[first]
+  if align:
+    blocks = [usage_lib.aligned(blocks[first], block) for block in blocks]
+  weights = usage.load if how == LOAD else None
+  return {
+    n: upcycle.mean([block[n] for block in blocks], weights) for n in blocks[0]
+  }
+
+
+def _scale(config, layer, usage):
+  """The mean weight of all experts of a token together."""
+  router = config.router_of(layer.startswith('decoder'))
+  if router == moe_config.GSHARD:
+    return 1.0
+  if router == moe_config.TOKENS_CHOOSE and config.normalize_gates:
+    return 1.0
+  times = config.top_k if router == moe_config.TOKENS_CHOOSE else 1
+  return usage.gate * times

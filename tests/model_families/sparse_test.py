@@ -1,0 +1,276 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Models with experts: flaxformer's numbers, decoding, training, merging."""
+
+import functools
+import json
+import pathlib
+import sys
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import goldens
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import mergejax as mj
+from mergejax import models
+from mergejax import partition
+from mergejax import statistics
+from mergejax import training
+from mergejax.core import errors
+from mergejax.core import tree as tree_lib
+from mergejax.training import objective
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / 'training'))
+import small_runs  # noqa: E402
+
+SIZES = dict(
+  vocab_size=40, emb_dim=8, num_heads=2, head_dim=4, mlp_dim=16
+)  # fmt: skip
+MOE = dict(num_experts=4, group_size=8, min_capacity=1)
+
+
+def t5_family(**moe):
+  return models.family_of(
+    models.build(
+      dict(model_type='t5x', num_encoder_layers=2, num_decoder_layers=2,
+           **SIZES, moe={**MOE, **moe})
+    )
+  )  # fmt: skip
+
+
+def lm_family(moe, layers=2, **settings):
+  return models.family_of(
+    models.build(
+      dict(model_type='lm', num_layers=layers, **SIZES, **settings,
+           moe={**MOE, **moe})
+    )
+  )  # fmt: skip
+
+
+def rows(count, length=8, seed=0):
+  """A batch of a decoder-only model, the ends of some rows padding."""
+  rng = np.random.default_rng(seed)
+  targets = rng.integers(3, 40, (count, length)).astype(np.int32)
+  targets[::2, -2:] = 0
+  return {
+    'decoder_input_tokens': np.pad(targets[:, :-1], [(0, 0), (1, 0)]),
+    'decoder_target_tokens': targets,
+  }
+
+
+class GoldenTest(absltest.TestCase):
+  """flaxformer's encoder-decoder, its loss as T5X computes it."""
+
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    cls.arrays = goldens.load('moe_flaxformer_model')
+    cls.family = t5_family(
+      top_k=2, group_size=64, batch_prioritised=True, z_loss=1e-3,
+      legacy_padding='routed', train_capacity_factor=2.0,
+    )  # fmt: skip
+    cls.params = goldens.subtree(cls.arrays, 'params/')
+    cls.batch = goldens.subtree(cls.arrays, 'batch/')
+
+    @jax.jit
+    def outputs(params, batch):
+      # The golden loss was computed with dropout disabled: in evaluation.
+      loss, outputs = objective.cross_entropy()(cls.family, params, batch, {})
+      _, left = cls.family.call(
+        {'params': params}, batch, mutable=['intermediates']
+      )
+      return loss, outputs.logits, left['intermediates'], outputs.metrics
+
+    cls.loss, cls.logits, cls.left, cls.metrics = outputs(cls.params, cls.batch)
+
+  def test_tree_and_axes(self):
+    specs = self.family.specs()
+    names = self.arrays['axes_names'].tolist()
+    axes = self.arrays['axes_values'].tolist()
+    wanted = {
+      name.removesuffix('_axes'): tuple(own.split(','))
+      for name, own in zip(names, axes)
+    }
+    self.assertEqual({path: spec.axes for path, spec in specs.items()}, wanted)
+    shapes = {p: x.shape for p, x in tree_lib.flatten(self.params).items()}
+    self.assertEqual({p: spec.shape for p, spec in specs.items()}, shapes)
+
+  def test_logits_and_loss(self):
+    np.testing.assert_allclose(
+      self.logits, self.arrays['logits'], rtol=1e-4, atol=1e-5
+    )
+    np.testing.assert_allclose(self.loss, self.arrays['loss'], rtol=1e-5)
+
+  def test_metrics(self):
+    left = tree_lib.flatten(self.left)
+    names = [name for name in self.arrays if name.startswith('metrics/')]
+    self.assertLen(names, 10)
+    for name in names:
+      np.testing.assert_allclose(
+        left[name.removeprefix('metrics/')], self.arrays[name], rtol=1e-4,
+        atol=1e-5, err_msg=name,
+      )  # fmt: skip
+    means = np.mean([self.arrays[n] for n in names if n.endswith('usage')])
+    np.testing.assert_allclose(
+      self.metrics['moe/expert_usage'], means, rtol=1e-5
+    )
+    np.testing.assert_allclose(
+      self.metrics['router_balance_loss'],
+      0.01 * self.metrics['moe/auxiliary_loss'], rtol=1e-6,
+    )  # fmt: skip
+
+  def test_a_config_tells_it_all(self):
+    told = json.loads(json.dumps(models.describe(self.family)))
+    self.assertEqual(models.build(told).config, self.family.config)
+    dense = models.build(dict(model_type='t5x', **SIZES))
+    self.assertNotIn('moe', models.describe(dense))
+
+
+class DecodingTest(parameterized.TestCase):
+  @parameterized.parameters('tokens_choose', 'gshard')
+  def test_with_a_cache_it_says_the_same(self, router):
+    """Where nothing is dropped, position by position is all at once."""
+    family = lm_family(
+      dict(router=router, top_k=2, eval_capacity_factor=None), 2
+    )
+    params = family.init(jax.random.key(0))
+    batch = rows(3, 5)
+    batch['decoder_target_tokens'] = np.maximum(
+      batch['decoder_target_tokens'], 1
+    )
+    whole = jax.jit(family.logits)(params, batch)
+    cache = family.init_cache(params, batch, 5)
+    step = jax.jit(family.decode_step)
+    for i in range(5):
+      tokens = jnp.asarray(batch['decoder_input_tokens'][:, i])
+      found, cache = step(params, cache, tokens)
+      np.testing.assert_allclose(found, whole[:, i], rtol=1e-4, atol=1e-4)
+
+
+class TrainingTest(absltest.TestCase):
+  def test_a_mesh_learns_what_one_device_learns(self):
+    """The ordinary trainer; losses of the router among its own."""
+    moe = dict(top_k=2, z_loss=1e-3, train_capacity_factor=1.0)
+    module = lm_family(moe, layers=2).module
+    data = rows(16)
+    folder = pathlib.Path(self.create_tempdir().full_path)
+    optimizer = training.optim.adafactor(0.03, min_dim_size_to_factor=8)
+    run = lambda **sizes: small_runs.losses_of(
+      module, 3, data, optimizer=optimizer, mesh=partition.make_mesh(**sizes),
+      directory=folder / str(sizes),
+    )  # fmt: skip
+    one, _ = run(data=1, devices=jax.devices()[:1])
+    many, _ = run(data=2, expert=2, model=2)
+    np.testing.assert_allclose(many, one, rtol=2e-4)
+    self.assertLess(one[-1], one[0])
+
+  def test_losses_and_metrics_are_told(self):
+    family = lm_family(dict(z_loss=1e-3, balance_loss=0.5))
+    params = family.init(jax.random.key(0))
+    loss = objective.make_loss(family)
+    value, metrics = jax.jit(loss)(params, rows(4), jax.random.key(1))
+    extra = metrics['router_balance_loss'] + metrics['router_z_loss']
+    self.assertGreater(float(extra), 0.5)
+    self.assertAlmostEqual(
+      float(value), float(metrics['loss'] + metrics['z_loss'] + extra), places=4
+    )
+    for name in ('dropped_pairs', 'router_entropy', 'expert_load/3'):
+      self.assertEqual(metrics[f'moe/{name}'].shape, ())
+
+  def test_experts_are_factored_each_by_itself(self):
+    family = lm_family({})
+    specs = family.specs()
+    path = 'decoder/layers_1/mlp/expert/wi_0/kernel'
+    rules = training.factors.Factors(training.factors.STANDARD)
+    found = training.factors.layouts(specs, rules)[path]
+    self.assertEqual((found.stack, found.rows, found.columns),
+                     ((0,), (1,), (2,)))  # fmt: skip
+
+
+class ScannedTest(absltest.TestCase):
+  def test_all_layers_sparse(self):
+    moe = dict(decoder_layers=2, eval_capacity_factor=1.0)
+    apart, scanned = lm_family(moe), lm_family(moe, scan_layers=True)
+    params = apart.init(jax.random.key(0))
+    batch = rows(4)
+    stacked = tree_lib.unflatten(scanned.arranged(tree_lib.flatten(params)))
+    self.assertEqual(
+      {p: s.shape for p, s in scanned.specs().items()},
+      {p: x.shape for p, x in tree_lib.flatten(stacked).items()},
+    )
+    run = lambda family, params: jax.jit(
+      lambda params: family.apply(family.variables(params), batch)
+    )(params)
+    one, other = run(apart, params), run(scanned, stacked)
+    np.testing.assert_allclose(one.logits, other.logits, rtol=1e-4, atol=1e-5)
+    self.assertEqual(set(one.metrics), set(other.metrics))
+    for name in one.metrics:
+      np.testing.assert_allclose(
+        one.metrics[name], other.metrics[name], rtol=1e-4, atol=1e-6
+      )
+
+
+class MergingTest(absltest.TestCase):
+  """Axes travel with leaves: experts are merged each by itself."""
+
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    cls.family = lm_family({}, layers=2)
+    keys = jax.random.split(jax.random.key(0), 3)
+    cls.base, *cls.trees = [jax.jit(cls.family.init)(key) for key in keys]
+
+  def test_ties_of_a_stack_is_that_of_its_slices(self):
+    path = 'decoder/layers_1/mlp/expert/wi_0/kernel'
+    pick = lambda tree, e=None: {
+      'kernel': tree_lib.flatten(tree)[path][slice(None) if e is None else e]
+    }
+    axes = [('kernel', ('expert', 'mlp_embed', 'expert_mlp'))]
+    merge = functools.partial(
+      mj.merge, method='ties', density=0.3, trim_scope='tensor'
+    )
+    whole = merge(
+      [pick(t) for t in self.trees], base=pick(self.base), axes=axes
+    )
+    for e in range(4):
+      own = merge([pick(t, e) for t in self.trees], base=pick(self.base, e))
+      np.testing.assert_array_equal(whole['kernel'][e], own['kernel'])
+
+  def test_grams_are_of_the_tokens_of_an_expert(self):
+    batch = rows(4)
+    found = statistics.collect(
+      statistics.gram(include=[r'.*/mlp/expert/.*', r'.*/router_weights/.*']),
+      self.family.module, self.base, [batch],
+    )  # fmt: skip
+    at = 'decoder/layers_1/mlp'
+    router = found[f'{at}/router/router_weights/w/kernel']['gram']
+    counts = found[f'{at}/expert/wi_0/kernel']['count']
+    grams = found[f'{at}/expert/wi_0/kernel']['gram']
+    self.assertEqual(grams.shape, (4, 8, 8))
+    real = float(np.sum(batch['decoder_target_tokens'] > 0))
+    self.assertEqual(float(np.sum(counts)), real)
+    # Every token has one expert: together they see what the router sees.
+    np.testing.assert_allclose(
+      np.einsum('eij,e->ij', grams, counts) / real, router, rtol=1e-4, atol=1e-5
+    )
+
+
+class ErrorsTest(parameterized.TestCase):
+  @parameterized.named_parameters(
+    ('field', lambda: t5_family(experts=3), 'num_experts'),
+    ('number', lambda: models.build(dict(model_type='lm', moe={'top_k': 1})),
+     'how many experts'),
+    ('mixed', lambda: lm_family(dict(decoder_layers=2), 3), 'evenly'),
+    ('scanned', lambda: lm_family({}, scan_layers=True), 'scan_layers=True'),
+    ('causal', lambda: t5_family(router='experts_choose'), 'allow_noncausal'),
+  )  # fmt: skip
+  def test_message(self, make, words):
+    with self.assertRaisesRegex(errors.ConfigError, words):
+      make()
+
+
+if __name__ == '__main__':
+  absltest.main()

@@ -1,0 +1,388 @@
+# Copyright 2026 The mergejax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The sparse layer: goldens, its two forms, laws, and a mesh of devices."""
+
+import dataclasses
+import functools
+import re
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import flax.linen as nn
+import goldens
+import jax
+import jax.numpy as jnp
+import numpy as np
+from reference import routing as oracle
+
+from mergejax import partition
+from mergejax.core import errors
+from mergejax.nn import grouped
+from mergejax.nn import layers
+from mergejax.nn import moe
+from mergejax.nn import moe_config
+
+GATED = ('gelu', 'linear')
+ROUTERS = {
+  'top1_mask': dict(top_k=1),
+  'top2_mask': dict(top_k=2, batch_prioritised=True),
+  'top2_scatter': dict(top_k=2, batch_prioritised=True),
+  'experts_choose': dict(router='experts_choose'),
+}
+
+
+def config(**settings):
+  return moe_config.MoeConfig(
+    **{'num_experts': 4, 'group_size': 8, 'min_capacity': 1, **settings}
+  )
+
+
+def layer(hidden=16, activations=GATED, **settings):
+  decoder = settings.pop('decoder', False)
+  return moe.MoeLayer(config(**settings), hidden, activations, decoder=decoder)
+
+
+def called(module, params, *args, **kwargs):
+  """`(outputs, what was left behind)`, compiled."""
+  call = lambda params, *args: module.apply(
+    {'params': params}, *args, mutable=[moe.COLLECTION], **kwargs
+  )
+  found, left = jax.jit(call)(params, *args)
+  return found, left[moe.COLLECTION]
+
+
+def numbers():
+  """Parameters and inputs of the golden layer."""
+  arrays = goldens.load('moe_flaxformer')
+  return goldens.subtree(arrays, 'layer/params/'), arrays['layer/inputs']
+
+
+def expert_outputs(params, inputs):
+  """`[experts, batch, length, embed]` of every expert for every token."""
+  found = []
+  for e in range(4):
+    own = {k: {'kernel': v['kernel'][e]} for k, v in params['expert'].items()}
+    mlp = layers.Mlp(16, GATED)
+    found.append(mlp.apply({'params': own}, inputs))
+  return np.stack(found)
+
+
+class GoldensTest(parameterized.TestCase):
+  @parameterized.product(tag=sorted(ROUTERS), factor=(1.0, 2.0))
+  def test_layer(self, tag, factor):
+    arrays = goldens.load('moe_flaxformer')
+    form = 'rows' if tag.endswith('scatter') else 'padded'
+    module = layer(eval_capacity_factor=factor, dispatch=form, **ROUTERS[tag])
+    found, left = called(module, *numbers())
+    at = f'layer/{tag}/cf{factor}'
+    np.testing.assert_allclose(
+      found, arrays[f'{at}/outputs'], rtol=1e-4, atol=1e-5
+    )
+    names = [n for n in arrays if n.startswith(f'{at}/metric/')]
+    self.assertLen(names, 5)
+    for name in names:
+      np.testing.assert_allclose(
+        left[name.rpartition('/')[2]], arrays[name], rtol=1e-4, atol=1e-5,
+        err_msg=name,
+      )  # fmt: skip
+
+  def test_names(self):
+    made = jax.eval_shape(
+      layer().init, jax.random.key(0), jnp.zeros((2, 4, 8))
+    )['params']
+    params, _ = numbers()
+    self.assertEqual(
+      jax.tree.map(lambda x: x.shape, made),
+      jax.tree.map(lambda x: x.shape, params),
+    )
+
+
+class FormsTest(parameterized.TestCase):
+  """Rows and slots: the same numbers and gradients, and those of the formula."""
+
+  @parameterized.named_parameters(
+    ('room', dict(eval_capacity_factor=1.0)),
+    ('padding', dict(eval_capacity_factor=1.0), True),
+    ('dropless', dict(eval_capacity_factor=None)),
+    ('gshard', dict(router='gshard', second_expert='argmax')),
+  )
+  def test_agree(self, settings, padded=False):
+    params, inputs = numbers()
+    real = None
+    if padded:
+      real = np.random.default_rng(0).random(inputs.shape[:2]) < 0.7
+    found = {}
+    for form in ('rows', 'padded'):
+      module = layer(top_k=2, dispatch=form, **settings)
+
+      def loss(params, inputs, module=module):
+        outputs, left = module.apply(
+          {'params': params}, inputs, real, mutable=[moe.COLLECTION]
+        )
+        left = left[moe.COLLECTION]
+        aux = left['auxiliary_loss'] + left['router_z_loss']
+        return jnp.sum(jnp.square(outputs)) + aux, outputs
+
+      grad = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+      found[form] = jax.jit(grad)(params, inputs)
+    for a, b in zip(*map(jax.tree.leaves, found.values()), strict=True):
+      np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4)
+    if real is not None:
+      outputs = np.asarray(found['rows'][0][1])
+      np.testing.assert_array_equal(outputs[~real], 0)
+
+  def test_without_bound_it_is_the_formula(self):
+    params, inputs = numbers()
+    found, left = called(
+      layer(top_k=2, eval_capacity_factor=None), params, inputs
+    )
+    logits = inputs @ params['router']['router_weights']['w']['kernel']
+    pairs = oracle.tokens_choose(oracle.softmax(logits.reshape(-1, 4)), 2, None)
+    outputs = expert_outputs(params, inputs).reshape(4, -1, 8)
+    wanted = oracle.combined(pairs, len(outputs[0]), outputs)
+    np.testing.assert_allclose(
+      found.reshape(-1, 8), wanted, rtol=1e-4, atol=1e-5
+    )
+    self.assertEqual(float(left['dropped_pairs']), 0)
+    self.assertEqual(float(left['fraction_tokens_left_behind']), 0)
+
+  def test_grouped_products(self):
+    """Groups of no row, of one, of more than a block; rows behind them."""
+    rng = np.random.default_rng(0)
+    sizes = np.array([0, 1, 300, 5], np.int32)
+    rows = rng.normal(size=(320, 3)).astype(np.float32)
+    rows[306:] = 0
+    kernels = rng.normal(size=(4, 3, 2)).astype(np.float32)
+    of_row = np.repeat(np.arange(4), sizes)
+    given = rng.normal(size=(320, 2)).astype(np.float32)
+
+    def blocked(rows, kernels):
+      return grouped.grouped_dot(rows, kernels, jnp.asarray(sizes))
+
+    def plain(rows, kernels):
+      found = jnp.einsum('ri,rio->ro', rows[:306], kernels[of_row])
+      return jnp.pad(found, ((0, 14), (0, 0)))
+
+    def both(fn):
+      outputs, pull = jax.vjp(fn, rows, kernels)
+      return outputs, *pull(given)
+
+    # The products are made in float32 on the CPU, whatever their order.
+    wanted = jax.jit(lambda: both(plain))()
+    for a, b in zip(jax.jit(lambda: both(blocked))(), wanted, strict=True):
+      np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+    stacked = jax.jit(jax.vmap(blocked))(
+      np.stack([rows, 2 * rows]), np.stack([kernels, kernels])
+    )
+    np.testing.assert_allclose(stacked[1], 2 * stacked[0], rtol=1e-5)
+    np.testing.assert_allclose(stacked[0], wanted[0], rtol=1e-4, atol=1e-5)
+
+
+class LawsTest(parameterized.TestCase):
+  def test_equal_experts_make_the_dense_function(self):
+    params, inputs = numbers()
+    same = {
+      name: {'kernel': np.stack([leaf['kernel'][0]] * 4)}
+      for name, leaf in params['expert'].items()
+    }
+    params = {**params, 'expert': same}
+    module = layer(top_k=2, normalize_gates=True, eval_capacity_factor=None)
+    found, _ = called(module, params, inputs)
+    np.testing.assert_allclose(
+      found, expert_outputs(params, inputs)[0], rtol=1e-4, atol=1e-5
+    )
+
+  def test_order_of_experts_does_not_matter(self):
+    params, inputs = numbers()
+    order = np.array([2, 0, 3, 1])
+    other = {
+      'expert': jax.tree.map(lambda x: x[order], params['expert']),
+      'router': jax.tree.map(lambda x: x[:, order], params['router']),
+    }
+    for settings in ({'top_k': 2}, {'router': 'experts_choose'}):
+      module = layer(eval_capacity_factor=1.0, **settings)
+      a, left_a = called(module, params, inputs)
+      b, left_b = called(module, other, inputs)
+      np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+      np.testing.assert_allclose(
+        left_a['expert_load'][order], left_b['expert_load'], rtol=1e-6
+      )
+
+  def test_later_tokens_do_not_change_earlier_ones(self):
+    params, inputs = numbers()
+    other = inputs.copy()
+    other[:, 9:] = 7.0
+    for settings in (dict(eval_capacity_factor=None), dict(min_capacity=8)):
+      module = layer(top_k=2, decoder=True, **settings)
+      a, _ = called(module, params, inputs)
+      b, _ = called(module, params, other)
+      np.testing.assert_allclose(a[:, :8], b[:, :8], rtol=1e-5, atol=1e-6)
+      self.assertGreater(np.abs(a - b)[:, 9:].max(), 0.1)
+
+  def test_decoding_drops_nothing_and_needs_no_groups(self):
+    params, inputs = numbers()
+    module = layer(top_k=2, eval_capacity_factor=None)
+    together, _ = called(module, params, inputs)
+    one, left = called(
+      layer(top_k=2, eval_capacity_factor=1.0), params, inputs[:3, :1],
+      decode=True,
+    )  # fmt: skip
+    np.testing.assert_allclose(one, together[:3, :1], rtol=1e-4, atol=1e-5)
+    self.assertEqual(float(left['dropped_pairs']), 0)
+
+  def test_odd_batches_are_padded(self):
+    params, inputs = numbers()
+    module = layer(top_k=1, eval_capacity_factor=None)
+    whole, _ = called(module, params, inputs[:1, :8])
+    part, left = called(module, params, inputs[:1, :7])
+    np.testing.assert_allclose(part, whole[:, :7], rtol=1e-5, atol=1e-6)
+    self.assertEqual(float(left['fraction_tokens_left_behind']), 0)
+
+  def test_training(self):
+    """Its capacity, jitter and dropout, drawn by key."""
+    params, inputs = numbers()
+    settings = dict(
+      train_capacity_factor=1.0, eval_capacity_factor=None, jitter=0.3,
+      dropout_rate=0.5,
+    )  # fmt: skip
+    module = layer(**settings)
+
+    @jax.jit
+    def train(key):
+      found, left = module.apply(
+        {'params': params}, inputs, deterministic=False,
+        rngs={'dropout': key}, mutable=[moe.COLLECTION],
+      )  # fmt: skip
+      return found, left[moe.COLLECTION]['dropped_pairs']
+
+    keys = jax.random.split(jax.random.key(0), 2)
+    (first, dropped), (again, _) = train(keys[0]), train(keys[0])
+    other, _ = train(keys[1])
+    np.testing.assert_array_equal(first, again)
+    self.assertGreater(np.abs(first - other).max(), 0)
+    self.assertGreater(float(dropped), 0)
+
+  def test_initial_scale(self):
+    module = moe.MoeLayer(config(), 4096, ('relu',), init_scale=0.1)
+    made = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 8, 64)))
+    kernels = made['params']['expert']
+    for name, inputs in (('wi', 64), ('wo', 4096)):
+      np.testing.assert_allclose(
+        np.std(kernels[name]['kernel']), np.sqrt(0.1 / inputs), rtol=0.02
+      )
+    router = made['params']['router']['router_weights']['w']['kernel']
+    self.assertLess(abs(np.std(router) / 0.02 - 1), 0.2)
+
+  def test_bfloat16_experts_have_a_float32_router(self):
+    params, inputs = numbers()
+    wide = layer(top_k=2)
+    narrow = dataclasses.replace(wide, dtype='bfloat16')
+    wide, left = called(wide, params, inputs)
+    found, narrow_left = called(narrow, params, inputs)
+    self.assertEqual(found.dtype, jnp.bfloat16)
+    np.testing.assert_allclose(found.astype(np.float32), wide, atol=0.5)
+    for name in ('router_z_loss', 'auxiliary_loss', 'router_entropy'):
+      self.assertEqual(float(narrow_left[name]), float(left[name]))
+
+
+class MeshTest(parameterized.TestCase):
+  """One device and eight, experts over four and rows over two."""
+
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    params, inputs = numbers()
+    module = layer(top_k=1, eval_capacity_factor=1.0, group_size=8)
+
+    def loss(params, inputs):
+      outputs, left = module.apply(
+        {'params': params}, inputs, mutable=[moe.COLLECTION]
+      )
+      aux = left[moe.COLLECTION]['auxiliary_loss']
+      return jnp.sum(jnp.square(outputs)) + aux, outputs
+
+    mesh = partition.make_mesh(data=2, expert=4)
+    rules = partition.standard()
+    kernel = partition.sharding(
+      mesh, ('expert', 'mlp_embed', 'expert_mlp'), None, rules.params
+    )
+    whole = partition.replicated(mesh)
+    where = {
+      'expert': jax.tree.map(lambda _: kernel, params['expert']),
+      'router': jax.tree.map(lambda _: whole, params['router']),
+    }
+    rows = partition.sharding(mesh, ('batch', None, None))
+    # Four rows do not divide by eight devices; a group is half a row.
+    inputs = np.tile(inputs, (2, 1, 1))
+    # Functions of their own: what was traced for one device is not for eight.
+    graded = lambda: jax.value_and_grad(
+      functools.partial(loss), argnums=(0, 1), has_aux=True
+    )
+    cls.one = jax.jit(graded())(params, inputs)
+    with partition.rules_of(mesh, rules):
+      jitted = jax.jit(
+        graded(),
+        in_shardings=(where, rows),
+        out_shardings=((None, rows), (where, rows)),
+      )
+      compiled = jitted.lower(params, inputs).compile()
+      cls.many = compiled(
+        jax.device_put(params, where), jax.device_put(inputs, rows)
+      )
+    cls.hlo = compiled.as_text()
+
+  def test_same_numbers(self):
+    for a, b in zip(*map(jax.tree.leaves, (self.one, self.many)), strict=True):
+      np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+  def test_tokens_travel_and_kernels_do_not(self):
+    exchanges = re.findall(r'= .*? all-to-all(?:-start)?\(', self.hlo)
+    # There and back, forward and backward.
+    self.assertLen(exchanges, 4)
+    gathers = re.findall(r'= (\S+) all-gather(?:-start)?\(', self.hlo)
+    for shape in gathers:
+      self.assertNotRegex(shape, r'f32\[4,(8,16|16,8)\]')
+    self.assertNotIn('collective-permute', self.hlo)
+
+
+class ErrorsTest(parameterized.TestCase):
+  @parameterized.named_parameters(
+    ('mixed', lambda: moe_config.layout('mixed', 4, 3), 'evenly'),
+    ('many', lambda: config(decoder_layers=5).sparse_layers(4, decoder=True),
+     'there are 4'),
+    ('router', lambda: config(router='token_choose'), 'tokens_choose'),
+    ('k', lambda: config(top_k=5), '5 experts'),
+    ('factor', lambda: config(train_capacity_factor=0), 'train_capacity_factor'),
+    ('no bound', lambda: config(
+      router='experts_choose', eval_capacity_factor=None), 'must be told'),
+    ('activation', lambda: layer(activations=('gleu',)), 'gelu'),
+    ('causal', lambda: layer(router='experts_choose', decoder=True),
+     'allow_noncausal'),
+    ('too few', lambda: layer(router='experts_choose',
+                              eval_capacity_factor=8.0), 'smaller capacity'),
+  )  # fmt: skip
+  def test_message(self, make, words):
+    with self.assertRaisesRegex(errors.ConfigError, words):
+      found = make()
+      if isinstance(found, nn.Module):
+        jax.eval_shape(
+          functools.partial(found.init, jax.random.key(0)), jnp.ones((2, 4, 8))
+        )
+
+  def test_a_decoder_may_be_allowed_to_look_ahead(self):
+    params, inputs = numbers()
+    options = dict(router='experts_choose', allow_noncausal=True, decoder=True)
+    found, _ = called(layer(**options), params, inputs)
+    self.assertTrue(np.all(np.isfinite(found)))
+
+  def test_layouts(self):
+    kinds = 'bottom', 'middle', 'mixed', 'top'
+    for kind, count, sparse, *row in goldens.load('moe_flaxformer')[
+      'layout/table'
+    ].tolist():
+      found = moe_config.layout(kinds[kind], count, sparse)
+      self.assertEqual([int(each) for each in found], row[:count])
+
+
+if __name__ == '__main__':
+  absltest.main()
