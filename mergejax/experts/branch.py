@@ -52,6 +52,26 @@ def branch_state(
   return stacked.replace(key=jax.vmap(fold)(jnp.arange(experts)))
 
 
+def stack_states(
+  states: Sequence[state_lib.TrainState],
+) -> state_lib.TrainState:
+  """States of K models as one with a leading axis, in host memory.
+
+  Each keeps its own key, so that a run does not depend on which experts train
+  beside each other.
+
+  Raises:
+    ConfigError: states of different steps, which cannot run in one program.
+  """
+  steps = [state_lib.step_number(state) for state in states]
+  if len(set(steps)) > 1:
+    raise errors.ConfigError(
+      f'Experts side by side make the same steps, and these have made {steps}: '
+      'train them one after the other.'
+    )
+  return jax.tree.map(lambda *leaves: np.stack(leaves), *states)
+
+
 def check_experts(experts: int, mesh: jax.sharding.Mesh) -> None:
   """Raises if K experts do not divide over the branch axis of a mesh."""
   size = mesh.shape['branch']
@@ -108,7 +128,8 @@ class BranchTrainer(trainer.Trainer):
   """The trainer of one model, mapped over K experts side by side.
 
   `fit` starts every expert from the same seed: from its parameters (`params=`)
-  or its whole state (`state=`), whose moments and step number go on. Batches
+  or its whole state (`state=`), whose moments and step number go on; or each
+  from a state of its own (`state=[...]`, see `stack_states`). Batches
   have a leading axis of this process's experts, see `StackedStream`.
   """
 
@@ -139,6 +160,17 @@ class BranchTrainer(trainer.Trainer):
     self.experts = list(experts)
     self._batched = batched
     check_experts(len(self.experts), self.mesh)
+
+  def init(self, step, layout, key, params=None, state=None):
+    if not isinstance(state, Sequence):
+      return super().init(step, layout, key, params, state)
+    if len(state) != len(self.experts or ()):
+      raise errors.ConfigError(
+        f'{len(self.experts or ())} experts were given {len(state)} states.'
+      )
+    for one in state:
+      self._check_state(step, one)
+    return self._put(stack_states(state), layout, alias=False)
 
   def expand(self, state):
     return branch_state(state, len(self.experts or ()))
