@@ -25,7 +25,6 @@ import fcntl
 import json
 import os
 import pathlib
-import re
 import shutil
 from typing import Any
 import uuid
@@ -251,11 +250,7 @@ class Forest:
         or structure (the first differences are listed), statistics of another
         model, a parent that is not there.
     """
-    if not re.fullmatch(r'\w[\w.-]*', name) or name == records.SEED:
-      raise errors.ConfigError(
-        f'An expert is named by letters, digits, _ . and -, and not '
-        f'{records.SEED!r}: {name!r} will not do.'
-      )
+    records.check_name(name)
     self._check_free(name, about.get('parents', {}))
     if vocabulary is not None:
       self.check_vocabulary(vocabulary)

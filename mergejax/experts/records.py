@@ -4,6 +4,7 @@
 
 from collections.abc import Mapping, Sequence
 import dataclasses
+import re
 from typing import Any
 
 from mergejax.core import errors
@@ -56,6 +57,15 @@ class Expert:
       'data': dict(self.data),
       'statistics': list(self.statistics),
     }
+
+
+def check_name(name: str) -> None:
+  """Raises a `ConfigError` for what cannot be the name of an expert."""
+  if not re.fullmatch(r'\w[\w.-]*', name) or name == SEED:
+    raise errors.ConfigError(
+      f'An expert is named by letters, digits, _ . and -, and not {SEED!r}: '
+      f'{name!r} will not do.'
+    )
 
 
 def descendants(experts: Mapping[str, Expert], name: str) -> list[str]:
