@@ -5,6 +5,7 @@ from mergejax.experts import beginnings
 from mergejax.experts import branch
 from mergejax.experts import ensemble
 from mergejax.experts import forest
+from mergejax.experts import outer
 from mergejax.experts.ensemble import Posterior
 from mergejax.experts.forest import Forest
 from mergejax.experts.mixture import Mixture
@@ -18,4 +19,5 @@ __all__ = [
   'branch',
   'ensemble',
   'forest',
+  'outer',
 ]

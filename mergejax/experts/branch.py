@@ -23,6 +23,7 @@ from mergejax import models
 from mergejax import partition
 from mergejax.core import errors
 from mergejax.core import typing
+from mergejax.experts import outer as outer_lib
 from mergejax.training import batches
 from mergejax.training import loop
 from mergejax.training import state as state_lib
@@ -142,6 +143,7 @@ class BranchTrainer(trainer.Trainer):
     *,
     experts: Sequence[str],
     batched: bool | None = None,
+    outer: outer_lib.Outer | None = None,
     **settings: Any,
   ):
     """Says what is trained, how and where.
@@ -151,13 +153,19 @@ class BranchTrainer(trainer.Trainer):
       optimizer: of one model.
       experts: their names.
       batched: see `map_experts`.
+      outer: merges the experts while they train, see `outer`; by default they
+        never meet.
       **settings: as for `Trainer`; the mesh has an axis `branch`.
 
     Raises:
       ConfigError: the experts do not divide over the branches of the mesh.
     """
+    if outer is not None:
+      others = settings.get('transforms', ())
+      settings['transforms'] = (*others, outer.transform())
     super().__init__(model, optimizer, **settings)
     self.experts = list(experts)
+    self._outer = outer
     self._batched = batched
     check_experts(len(self.experts), self.mesh)
 
@@ -174,6 +182,13 @@ class BranchTrainer(trainer.Trainer):
 
   def expand(self, state):
     return branch_state(state, len(self.experts or ()))
+
+  def compile(self, step, layout):
+    compiled = super().compile(step, layout)
+    if self._outer is None:
+      return compiled
+    merge = outer_lib.merger(self._outer, layout, self.mesh)
+    return outer_lib.MergingStep(compiled, merge, self._outer.every)
 
   def map(self, fn):
     return map_experts(fn, self.mesh, batched=self._batched)
