@@ -29,6 +29,7 @@ from mergejax.evaluation import plots
 from mergejax.evaluation import report
 from mergejax.evaluation import suite as suite_lib
 from mergejax.experts import branch
+from mergejax.experts import outer as outer_lib
 from mergejax.training import checkpoints
 
 
@@ -43,11 +44,22 @@ class Settings(domain_runs.DomainSettings):
     seed_steps: updates of the seed on the mixture.
     branch_steps: updates of every expert, and of the dense model.
     scales: task arithmetic's candidates, chosen on validation.
+    outer: merges the experts while they train, `@outer.diloco()`; by default
+      they never meet.
   """
 
   seed_steps: int
   branch_steps: int
   scales: Sequence[float] = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.6, 1.0)
+  outer: outer_lib.Outer | None = None
+
+
+def describe(settings: Settings) -> dict[str, Any]:
+  """The settings that make two runs the same, as plain data."""
+  fields = domain_runs.describe(settings, 'outer')
+  if settings.outer is not None:
+    fields['outer'] = dict(settings.outer.transform().settings)
+  return fields
 
 
 def run(settings: Callable[[], Settings] | Settings) -> None:
@@ -61,7 +73,7 @@ def run(settings: Callable[[], Settings] | Settings) -> None:
   table_file = settings.directory / 'table.json'
   same_run.check(
     settings.directory / 'settings.json',
-    domain_runs.describe(settings),
+    describe(settings),
     domain_runs.layout(settings),
   )
   if table_file.exists():
@@ -71,9 +83,7 @@ def run(settings: Callable[[], Settings] | Settings) -> None:
       'or name another folder, to train again.'
     )
     return
-  task_of, mixture = domain_runs.prepare_data(
-    settings, domain_runs.describe(settings)
-  )
+  task_of, mixture = domain_runs.prepare_data(settings, describe(settings))
   trained = train_all(settings, task_of, mixture)
   domain_runs.say('evaluating')
   suite = suite_lib.of_corpora(
@@ -129,6 +139,7 @@ def train_all(
     mesh=side_by_side,
     state=seed,
     experts=domains,
+    outer=settings.outer,
   )
   dense = domain_runs.phase(
     settings, 'dense',
@@ -210,7 +221,7 @@ def write_report(
       'table': table.to_json(tasks='domains', value='bits_per_byte'),
       'expected': held,
       'chosen': dict(chosen),
-      'settings': domain_runs.describe(settings),
+      'settings': describe(settings),
       'seconds': seconds,
     },
   )

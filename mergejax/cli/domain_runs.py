@@ -240,8 +240,16 @@ def trainer(
   settings: DomainSettings,
   mesh: jax.sharding.Mesh,
   experts: Sequence[str] | None = None,
+  **side_by_side: Any,
 ) -> trainer_lib.Trainer:
-  """The trainer of one model, or of experts side by side."""
+  """The trainer of one model, or of experts side by side.
+
+  Args:
+    settings: of the run.
+    mesh: where.
+    experts: names of those that train side by side; None: one model.
+    **side_by_side: further arguments of `BranchTrainer`.
+  """
   shared = dict(
     mesh=mesh,
     objective=train.objective_of(settings.objective, settings.loss),
@@ -255,7 +263,7 @@ def trainer(
   model = settings.module, settings.optimizer
   if experts is None:
     return trainer_lib.Trainer(*model, **shared)
-  return branch.BranchTrainer(*model, experts=experts, **shared)
+  return branch.BranchTrainer(*model, experts=experts, **side_by_side, **shared)
 
 
 def phase(
@@ -267,6 +275,7 @@ def phase(
   mesh: jax.sharding.Mesh,
   state: Any = None,
   experts: Sequence[str] | None = None,
+  **side_by_side: Any,
 ) -> state_lib.TrainState:
   """The trained state of a phase, on its mesh; it continues where it stopped.
 
@@ -278,8 +287,9 @@ def phase(
     mesh: where.
     state: see `Trainer.fit`.
     experts: names of those that train side by side; None: one model.
+    **side_by_side: see `trainer`.
   """
-  return trainer(settings, mesh, experts).fit(
+  return trainer(settings, mesh, experts, **side_by_side).fit(
     batches_of,
     steps=steps,
     directory=settings.directory / 'train' / name,

@@ -9,19 +9,24 @@ else, and added.
 import argparse
 from collections.abc import Mapping, Sequence
 import importlib
+import itertools
 import json
+import pathlib
 from typing import Any
 
+import numpy as np
 import yaml
 
 from mergejax.cli import common
 from mergejax.core import errors
 from mergejax.core import files
+from mergejax.data import corpora
 from mergejax.evaluation import expert_table
 from mergejax.evaluation import forest_scores
 from mergejax.experts import averages
 from mergejax.experts import ensemble
 from mergejax.experts import forest as forest_lib
+from mergejax.experts import route
 from mergejax.merging.disk import executor
 from mergejax.merging.disk import planner
 
@@ -46,7 +51,8 @@ def _parser() -> argparse.ArgumentParser:
     one = commands.add_parser(
       name, help=text, description=text, allow_abbrev=False
     )
-    one.add_argument('forest', help='the folder of the forest')
+    if run is not _cluster:
+      one.add_argument('forest', help='the folder of the forest')
     add(one)
     one.set_defaults(run=run)
   return parser
@@ -134,6 +140,38 @@ def _list(options):
         'prior ' + ', '.join(f'{p:.2f} {n}' for n, p in own.items() if p > 0.01)
       )
     print(f'{name}: {"; ".join(parts)}')
+
+
+def _of_cluster(parser):
+  parser.add_argument('text', help='a folder of documents, of any domains')
+  parser.add_argument('out', help='the folder to create: corpora and router')
+  parser.add_argument('--clusters', type=int, required=True)
+  parser.add_argument('--seed', type=int, default=0)
+
+
+def _cluster(options):
+  """Writes `OUT/corpora/cluster_I/SPLIT.jsonl`, and the router of the clusters."""
+  clusters = importlib.import_module('mergejax.experts.clusters')
+  files.check_new(options.out)
+  found = corpora.read_folder(pathlib.Path(options.text))
+  labelled = itertools.chain.from_iterable(found.values())
+  texts = {split: [] for split in corpora.SPLITS}
+  for split, text in corpora.split_documents(labelled, set()):
+    texts[split].append(text)
+  fitted = clusters.fit(texts['train'], options.clusters, seed=options.seed)
+  with files.atomic_path(options.out) as out:
+    for split, own in texts.items():
+      places = fitted.nearest(own) if own else []
+      if split == 'train':
+        places = fitted.assignment
+      for i in range(options.clusters):
+        folder = out / 'corpora' / f'cluster_{i}'
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps({'text': t}) for t, k in zip(own, places) if k == i]
+        (folder / f'{split}.jsonl').write_text('\n'.join(lines))
+    fitted.save(out / 'router')
+  sizes = ', '.join(map(str, np.bincount(fitted.assignment)))
+  print(f'{options.out}: training documents of the clusters: {sizes}')
 
 
 # What needs text --------------------------------------------------------------
@@ -246,7 +284,39 @@ def _of_evaluate(parser):
     '--floor', type=float, default=0.0, help='least weight of an expert'
   )
   parser.add_argument('--json', help='also write the table to this file')
+  parser.add_argument(
+    '--router', help='of `mergejax forest cluster`: experts by context'
+  )
+  parser.add_argument(
+    '--context', type=int, default=32, help='tokens that the router reads'
+  )
   _of_text(parser, 'test')
+
+
+def _router(options, forest, vocabulary):
+  """Weights of the rows of batches, by their first tokens; None without one."""
+  if options.router is None:
+    return None
+  clusters = importlib.import_module('mergejax.experts.clusters')
+  router = route.Router(clusters.load(options.router), top_k=options.top_k)
+  names = list(forest.experts)
+  wanted = [f'cluster_{i}' for i in range(router.clusters.count)]
+  if sorted(names) != sorted(wanted):
+    raise errors.ConfigError(
+      f'The router has {len(wanted)} clusters, cluster_0 and so on, and '
+      f'{forest.path} the experts {errors.some(names)}: grow the forest on the '
+      'corpora beside the router.'
+    )
+  order = [wanted.index(name) for name in names]
+
+  texts = importlib.import_module('mergejax.evaluation.texts')
+
+  def weights(batches):
+    rows = np.concatenate([b['decoder_target_tokens'] for b in batches])
+    told = [texts.decoded(vocabulary, row[: options.context]) for row in rows]
+    return router.weights(told)[:, order]
+
+  return weights
 
 
 def _evaluate(options):
@@ -257,6 +327,8 @@ def _evaluate(options):
       forest, suite.read(options.split),
       ensembles=_words(options.ensembles), weights=_words(options.weights),
       k=options.top_k, batch_size=options.batch_size, posterior=how,
+      router=_router(options, forest, suite.vocabulary),
+      context=options.context,
     )  # fmt: skip
   print('bits per byte, lower is better')
   print(found.to_text())
@@ -314,6 +386,10 @@ _COMMANDS = {
   'average': (
     _average, 'one model of the experts, or what a branch begins as',
     _of_average,
+  ),
+  'cluster': (
+    _cluster, 'text without labels in clusters, to grow a forest on',
+    _of_cluster,
   ),
   'evaluate': (
     _evaluate, 'experts, ensembles and averages, by domain', _of_evaluate,

@@ -35,8 +35,10 @@ from mergejax.evaluation import suite as suite_lib
 from mergejax.experts import averages
 from mergejax.experts import beginnings
 from mergejax.experts import branch
+from mergejax.experts import ensemble
 from mergejax.experts import forest as forest_lib
 from mergejax.experts import records
+from mergejax.methods import named
 from mergejax.training import checkpoints
 
 
@@ -114,13 +116,13 @@ def run(settings: Callable[[], Settings] | Settings) -> None:
     )
     return
   task_of, mixture = domain_runs.prepare_data(settings, described)
+  _check_plan(settings, list(task_of))
   if not settings.reset_schedule:
     given = settings
   forest = _forest(given, mixture)
   _check_domains(settings, forest, list(task_of))
-  size = settings.generation or len(task_of)
-  for first in range(0, len(task_of), size):
-    _grow(settings, forest, task_of, list(task_of)[first : first + size], first)
+  for first, domains in _generations(settings, list(task_of)):
+    _grow(settings, forest, task_of, domains, first)
   _finish(settings, forest, task_of, table_file)
 
 
@@ -181,8 +183,6 @@ def _by_first(function, name):
 
 def _check_domains(settings, forest, domains):
   """Notes what the forest held when the run began; refuses to train it again."""
-  for domain in domains:
-    records.check_name(domain)
   file = settings.directory / 'begun.json'
   if not file.exists():
     there = [domain for domain in domains if domain in forest.experts]
@@ -196,13 +196,49 @@ def _check_domains(settings, forest, domains):
     )
 
 
+def _generations(settings, domains):
+  """`[(number of the first domain, domains)]`."""
+  size = settings.generation or len(domains)
+  starts = range(0, len(domains), size)
+  return [(first, domains[first : first + size]) for first in starts]
+
+
+def _chunks(settings, domains):
+  """`[(number of the first domain in its generation, domains)]`."""
+  size = settings.side_by_side or len(domains)
+  starts = range(0, len(domains), size)
+  return [(start, domains[start : start + size]) for start in starts]
+
+
+def _check_plan(settings, domains):
+  """Raises for what would fail after hours: names, branches, meshes."""
+  for domain in domains:
+    records.check_name(domain)
+  there = ()
+  if (settings.place / forest_lib.MANIFEST).is_file():
+    there = forest_lib.Forest(settings.place).experts
+  kinds = (*ensemble.AVERAGES, records.SEED, *there, *domains)
+  if settings.branch_from not in kinds:
+    raise errors.ConfigError(
+      errors.near(
+        settings.branch_from, kinds, 'expert or average to branch from'
+      )
+    )
+  prior = ensemble.uniform_prior(1)
+  if settings.branch_from in ensemble.AVERAGES:
+    ensemble.average_weights(prior, settings.branch_from, k=settings.top_k)
+  named.resolve(settings.merge, **settings.merge_options)
+  for _, generation in _generations(settings, domains):
+    for _, chunk in _chunks(settings, generation):
+      domain_runs.make_meshes(settings, len(chunk))
+
+
 def _grow(settings, forest, task_of, domains, first):
   """One generation; experts that have finished are left."""
   shares = _plan(settings, forest, task_of, domains, first)
-  size = settings.side_by_side or len(domains)
-  for start in range(0, len(domains), size):
-    chunk = domains[start : start + size]
-    name = f'experts_{first + start}'
+  for start, chunk in _chunks(settings, domains):
+    # Others beside each other have another state.
+    name = f'experts_{first + start}_{len(chunk)}'
     folder = settings.directory / 'train' / name / 'checkpoints'
     if not all(domain in forest.experts for domain in chunk):
       _train(settings, forest, task_of, chunk, shares, name)

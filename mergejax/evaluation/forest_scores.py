@@ -6,7 +6,7 @@ Experts are read one after the other, so that a forest may be larger than the
 memory: of each, only the log-likelihoods of the tokens stay.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -147,6 +147,25 @@ def mixed(
   return np.asarray(ensemble.log_likelihood(lp, mask, prior, **how))
 
 
+def routed(
+  lp: np.ndarray, mask: np.ndarray, weights: np.ndarray, context: int
+) -> np.ndarray:
+  """Log-likelihoods under experts that a router chose by the first tokens.
+
+  Args:
+    lp: `<float32>[K, sequences, length]`.
+    mask: `<bool>[sequences, length]`.
+    weights: `<float>[sequences, K]` of each row, by its first tokens.
+    context: how many these are; they themselves are mixed uniformly.
+
+  Returns:
+    `<float32>[sequences, length]`; 0 at padding.
+  """
+  first = ensemble.log_likelihood(lp, mask, kind='simple_average')
+  then = ensemble.log_likelihood(lp, mask, weights.T, kind='fixed')
+  return np.where(np.arange(lp.shape[-1]) < context, first, then)
+
+
 def table(
   forest: forest_lib.Forest,
   sets: Sets,
@@ -156,6 +175,8 @@ def table(
   k: int | None = None,
   batch_size: int = 32,
   posterior: ensemble.Posterior = ensemble.Posterior(),
+  router: Callable[[Sequence[Mapping[str, Any]]], np.ndarray] | None = None,
+  context: int = 32,
 ) -> base.Table:
   """Bits per byte of the seed, every expert, ensembles and averages.
 
@@ -168,9 +189,13 @@ def table(
     k: for 'topk' of either.
     batch_size: see `mixed`.
     posterior: likewise.
+    router: weights `[sequences, K]` of the rows of some batches, by their first
+      tokens; see `route.Router`.
+    context: how many tokens these are.
 
   Returns:
-    Rows `seed`, `expert NAME`, `ensemble MODE`, `average KIND`.
+    Rows `seed`, `expert NAME`, `ensemble MODE`, `ensemble routed`,
+    `average KIND`.
 
   Raises:
     ConfigError: an unknown mode or kind, or a domain without the prior that one
@@ -210,6 +235,14 @@ def table(
         ),
         sets[domain],
       )  # fmt: skip
+      for domain, lp in lps.items()
+    }
+  if router is not None:
+    rows['ensemble routed'] = {
+      domain: expert_table.score(
+        routed(lp, scorer.mask(sets[domain]), router(sets[domain]), context),
+        sets[domain],
+      )
       for domain, lp in lps.items()
     }
   for kind in weights:

@@ -3,20 +3,24 @@
 from mergejax.experts import averages
 from mergejax.experts import beginnings
 from mergejax.experts import branch
+from mergejax.experts import clusters
 from mergejax.experts import ensemble
 from mergejax.experts import forest
 from mergejax.experts import outer
 from mergejax.experts.ensemble import Posterior
 from mergejax.experts.forest import Forest
 from mergejax.experts.mixture import Mixture
+from mergejax.experts.route import Router
 
 __all__ = [
   'Forest',
   'Mixture',
   'Posterior',
+  'Router',
   'averages',
   'beginnings',
   'branch',
+  'clusters',
   'ensemble',
   'forest',
   'outer',

@@ -171,7 +171,14 @@ class BranchTrainer(trainer.Trainer):
 
   def init(self, step, layout, key, params=None, state=None):
     if not isinstance(state, Sequence):
+      if state is not None and self._outer is not None:
+        state = self._outer.begun(state)
       return super().init(step, layout, key, params, state)
+    if self._outer is not None:
+      raise errors.ConfigError(
+        'Experts that are merged while they train begin as one model: give one '
+        'state, or no outer merge.'
+      )
     if len(state) != len(self.experts or ()):
       raise errors.ConfigError(
         f'{len(self.experts or ())} experts were given {len(state)} states.'

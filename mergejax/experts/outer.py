@@ -98,6 +98,13 @@ class Outer:
       settings=settings,
     )
 
+  def begun(self, state: Any) -> state_lib.TrainState:
+    """A state of one model without outer merges, as their beginning."""
+    if NAME in state.extras:
+      return state
+    extra = self.transform().init(state.params)
+    return state.replace(extras={**state.extras, NAME: extra})
+
 
 def local_sgd(every: int) -> Outer:
   """The mean of the experts, every so many steps.

@@ -7,6 +7,7 @@ import io
 import json
 import pathlib
 import random
+import shutil
 import tempfile
 from unittest import mock
 
@@ -165,6 +166,21 @@ class ForestCommandsTest(absltest.TestCase):
     code, _, err = self.grow('twice', place)
     self.assertEqual(code, 2, err[-2000:])
     self.assertIn('has experts of colours, metals, numbers already', err)
+    # What would fail after the first generation is refused before the seed.
+    for message, *flags in (
+      ("Unknown expert or average to branch from 'posterio'",
+       '--gin.BRANCH_FROM=posterio'),
+      ("'topk', which needs one", '--gin.BRANCH_FROM=topk'),
+      ("Unknown merge method 'liner'",
+       '--gin.grow_forest.Settings.merge=liner'),
+      ('1 experts do not divide over 2 branches',
+       "--gin.MESH={'branch': 2, 'data': 4}"),
+    ):  # fmt: skip
+      code, _, err = self.grow('early', *flags)
+      self.assertEqual(code, 2, err[-2000:])
+      self.assertIn(message, err)
+      self.assertFalse((self.folder / 'early' / 'train').exists())
+      shutil.rmtree(self.folder / 'early')
     code, _, err = self.grow('whole', '--gin.TOP_K=2')
     self.assertEqual(code, 2)
     self.assertIn('top_k: None there, 2 asked for', err)
@@ -231,6 +247,53 @@ class ForestCommandsTest(absltest.TestCase):
     code, out, err = run('forest', 'list', mine, '--json')
     self.assertEqual(list(json.loads(out)['experts']), ['colours'])
     self.refused('the last expert', 'forest', 'remove', mine, 'colours')
+
+  def test_clusters_and_their_router(self):
+    out = self.folder / 'clustered'
+    code, said, err = run(
+      'forest', 'cluster', self.folder / 'text', out, '--clusters', 3
+    )
+    self.assertEqual(code, 0, err)
+    sizes = [int(x) for x in said.rsplit(': ', 1)[1].split(', ')]
+    self.assertLessEqual(max(sizes) - min(sizes), 1)
+    # Words of one domain are in one cluster.
+    words = {'iron': set(), 'two': set(), 'grey': set()}
+    for i in range(3):
+      text = (out / f'corpora/cluster_{i}/train.jsonl').read_text()
+      for word, places in words.items():
+        if word in text:
+          places.add(i)
+    self.assertEqual(sorted(map(sorted, words.values())), [[0], [1], [2]])
+    mine = self.folder / 'of_clusters'
+    run('forest', 'create', mine, self.forest.model('seed'))
+    names = dict(iron='metals', two='numbers', grey='colours')
+    expert = {next(iter(words[w])): name for w, name in names.items()}
+    for i in (2, 0, 1):
+      code, _, err = run(
+        'forest', 'add', mine, f'cluster_{i}', self.forest.model(expert[i]),
+        '--parents', 'seed=1',
+      )  # fmt: skip
+      self.assertEqual(code, 0, err)
+    table = self.folder / 'routed.json'
+    flags = [
+      '--corpora', out / 'corpora', '--length', 24, '--ensembles',
+      'simple_average', '--router', out / 'router', '--top_k', 1,
+      '--context', 12, '--json', table,
+    ]  # fmt: skip
+    code, _, err = run('forest', 'evaluate', mine, *flags)
+    self.assertEqual(code, 0, err)
+    rows = json.loads(table.read_text())
+    value = lambda row, i: rows[row]['domains'][f'cluster_{i}']['bits_per_byte']
+    for i in range(3):
+      # Half of each row is answered by the expert of its words alone.
+      mean = (
+        value('ensemble simple_average', i) + value(f'expert cluster_{i}', i)
+      ) / 2
+      self.assertAlmostEqual(value('ensemble routed', i), mean, delta=0.1)
+    self.refused(
+      'The router has 3 clusters', 'forest', 'evaluate', self.forest.path,
+      *flags,
+    )  # fmt: skip
 
   def test_mistakes(self):
     place, out = self.forest.path, self.folder / 'none'

@@ -20,9 +20,11 @@ from mergejax.experts import outer as outer_lib
 from mergejax.pods import collectives
 from mergejax.pods import hlo
 from mergejax.training import arrays
+from mergejax.training import trainer as trainer_lib
 from mergejax.training import transforms
 
 K = 4
+KEY = jax.random.key(3)
 host = lambda x: jax.tree.map(np.array, x)
 
 
@@ -150,6 +152,16 @@ class OuterTest(parameterized.TestCase):
     self.fit(outer_lib.diloco(2), 3, directory=folder)
     continued = self.fit(outer_lib.diloco(2), 5, directory=folder)
     jax.tree.map(np.testing.assert_array_equal, host(continued), host(whole))
+
+  def test_it_begins_with_a_state_of_one_model(self):
+    """Of a seed, which knew nothing of outer merges."""
+    one = trainer_lib.Trainer(self.module, optax.sgd(0.3))
+    begun = host(one.begin(6, one.family.init(jax.random.key(0)), KEY))
+    found = self.fit(outer_lib.diloco(2), 3, state=begun)
+    same = self.fit(outer_lib.diloco(2), 3, params=begun.params, key=KEY)
+    jax.tree.map(np.testing.assert_array_equal, host(found), host(same))
+    with self.assertRaisesRegex(errors.ConfigError, 'begin as one model'):
+      self.fit(outer_lib.diloco(2), 3, state=[begun] * K)
 
   def test_other_merges(self):
     method = mj.ties(density=0.5)
