@@ -9,7 +9,7 @@ side in one program, or a few at a time; which of them train together changes
 nothing. An expert that has finished is in the forest, whatever happens then.
 
 Source: Li et al., "Branch-Train-Merge" (2022),
-https://arxiv.org/abs/2208.03306, sections 2.2 and 5.
+https://arxiv.org/abs/2208.03306.
 """
 
 from collections.abc import Callable, Mapping

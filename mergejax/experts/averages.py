@@ -7,8 +7,8 @@
     params = averages.average(forest, weights)
 
 Source: Li et al., "Branch-Train-Merge" (2022),
-https://arxiv.org/abs/2208.03306, section 2.2, for averages by the posterior,
-also as what a new expert begins as.
+https://arxiv.org/abs/2208.03306, for averages by the posterior, also as what a
+new expert begins as.
 """
 
 from collections.abc import Mapping, Sequence

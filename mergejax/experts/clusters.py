@@ -12,7 +12,7 @@ of length 1. k-means whose clusters must have equal size gives every expert as
 much text; a new text goes to the nearest centre.
 
 Source: Gururangan et al., "Scaling Expert Language Models with Unsupervised
-Domain Discovery" (c-BTM, 2023), https://arxiv.org/abs/2303.14177, section 2.1.
+Domain Discovery" (c-BTM, 2023), https://arxiv.org/abs/2303.14177.
 It solves the balanced assignment by an auction; here it is greedy, those first
 that would lose most. Vectors of length 1 are ours too: documents differ in
 length, and their contexts are short.

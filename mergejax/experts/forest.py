@@ -16,7 +16,7 @@ not in the forest, and the same call adds it. No call touches a file of another
 expert.
 
 Source: Li et al., "Branch-Train-Merge" (2022),
-https://arxiv.org/abs/2208.03306, section 2.
+https://arxiv.org/abs/2208.03306.
 """
 
 from collections.abc import Iterator, Sequence

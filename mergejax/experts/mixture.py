@@ -40,7 +40,7 @@ class Mixture(base.ModelFamily):
   follow the tokens that came, of a prompt too, see `ensemble.Posterior`.
 
   Source: Li et al., "Branch-Train-Merge" (2022),
-  https://arxiv.org/abs/2208.03306, section 3.
+  https://arxiv.org/abs/2208.03306.
   """
 
   model_type = 'mixture'

@@ -126,7 +126,7 @@ def diloco(
     momentum: likewise 0.9.
 
   Source: Douillard et al., "DiLoCo" (2023), https://arxiv.org/abs/2311.08105,
-  algorithm 1 and table 4.
+  algorithm 1.
   """
   nesterov = optax.sgd(learning_rate, momentum=momentum, nesterov=True)
   made = optim.Optimizer(nesterov.init, nesterov.update)

@@ -6,8 +6,7 @@
     mixture = Mixture(family, experts=K, posterior=Posterior('fixed'))
     params = mixture.join(experts, weights.T)
 
-Source: Gururangan et al., c-BTM (2023), https://arxiv.org/abs/2303.14177,
-section 2.3.
+Source: Gururangan et al., c-BTM (2023), https://arxiv.org/abs/2303.14177.
 """
 
 from collections.abc import Sequence

@@ -95,7 +95,8 @@ def polynomial(
     name: of its state.
 
   Source: Shamir and Zhang, "Stochastic Gradient Descent for Non-smooth
-  Optimization" (2013), https://arxiv.org/abs/1212.1824, section 3.2.
+  Optimization" (2013), https://arxiv.org/abs/1212.1824: polynomial-decay
+  averaging.
   """
   errors.check_number('eta', eta, 0)
   kept = lambda count: 1 - (eta + 1) / (count + 1 + eta)

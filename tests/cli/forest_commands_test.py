@@ -247,6 +247,22 @@ class ForestCommandsTest(absltest.TestCase):
     code, out, err = run('forest', 'list', mine, '--json')
     self.assertEqual(list(json.loads(out)['experts']), ['colours'])
     self.refused('the last expert', 'forest', 'remove', mine, 'colours')
+    # An ensemble of one answers as its expert does.
+    lines = self.folder / 'lines.txt'
+    lines.write_text('red green\niron\n')
+    said = {}
+    for name in (mine, self.forest.model('colours')):
+      out = self.folder / 'said.jsonl'
+      code, _, err = run(
+        'infer', name, '--inputs', lines, '--out', out, '--length', 4,
+        '--batch_size', 2, '--scores',
+      )  # fmt: skip
+      self.assertEqual(code, 0, err)
+      said[name] = [json.loads(line) for line in out.read_text().splitlines()]
+      out.unlink()
+    for one, two in zip(*said.values(), strict=True):
+      self.assertEqual(one['prediction'], two['prediction'])
+      self.assertAlmostEqual(one['score'], two['score'], 4)
 
   def test_clusters_and_their_router(self):
     out = self.folder / 'clustered'
@@ -256,18 +272,18 @@ class ForestCommandsTest(absltest.TestCase):
     self.assertEqual(code, 0, err)
     sizes = [int(x) for x in said.rsplit(': ', 1)[1].split(', ')]
     self.assertLessEqual(max(sizes) - min(sizes), 1)
-    # Words of one domain are in one cluster.
-    words = {'iron': set(), 'two': set(), 'grey': set()}
-    for i in range(3):
-      text = (out / f'corpora/cluster_{i}/train.jsonl').read_text()
-      for word, places in words.items():
-        if word in text:
-          places.add(i)
-    self.assertEqual(sorted(map(sorted, words.values())), [[0], [1], [2]])
+    # A domain is a cluster, but for what equal sizes move.
+    corpora = [
+      (out / f'corpora/cluster_{i}/train.jsonl').read_text() for i in range(3)
+    ]
+    names = dict(iron='metals', two='numbers', grey='colours')
+    expert = {
+      int(np.argmax([text.count(word) for text in corpora])): name
+      for word, name in names.items()
+    }
+    self.assertLen(expert, 3)
     mine = self.folder / 'of_clusters'
     run('forest', 'create', mine, self.forest.model('seed'))
-    names = dict(iron='metals', two='numbers', grey='colours')
-    expert = {next(iter(words[w])): name for w, name in names.items()}
     for i in (2, 0, 1):
       code, _, err = run(
         'forest', 'add', mine, f'cluster_{i}', self.forest.model(expert[i]),
