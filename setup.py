@@ -22,6 +22,7 @@ _DATA = [
 ]
 _PLOTS = ['matplotlib>=3.9']
 _SEARCH = ['cmaes>=0.11']
+_CLUSTERS = ['scikit-learn>=1.5']
 # Newer sentencepiece needs a newer protobuf than Beam takes.
 _BEAM = ['apache-beam[tfrecord]>=2.60', 'sentencepiece<0.2.2']
 # BLEU and ROUGE.
@@ -62,6 +63,7 @@ setuptools.setup(
   ],
   extras_require={
     'beam': [*_DATA, *_BEAM],
+    'clusters': _CLUSTERS,
     'data': _DATA,
     'metrics': _METRICS,
     'plots': _PLOTS,
@@ -71,6 +73,7 @@ setuptools.setup(
       *_DATA,
       *_PLOTS,
       *_SEARCH,
+      *_CLUSTERS,
       *_METRICS,
       'hypothesis>=6.100',
       'pytest>=8.3',

@@ -14,105 +14,52 @@ https://arxiv.org/abs/2208.03306.
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
-import math
-import os
-import pathlib
 import time
 from typing import Any
 
-import flax.linen as nn
 import jax
-from jax.experimental import multihost_utils
 
-from mergejax import models
 from mergejax import partition
+from mergejax.cli import domain_runs
 from mergejax.cli import same_run
 from mergejax.cli import train
-from mergejax.core import files
-from mergejax.data import corpora as corpora_lib
-from mergejax.data import features
-from mergejax.data import machine_text
-from mergejax.data import mixtures
-from mergejax.data import stream as stream_lib
-from mergejax.data import tasks
 from mergejax.evaluation import base as evaluation_base
 from mergejax.evaluation import expert_table
 from mergejax.evaluation import plots
 from mergejax.evaluation import report
 from mergejax.evaluation import suite as suite_lib
 from mergejax.experts import branch
-from mergejax.training import batches
+from mergejax.experts import outer as outer_lib
 from mergejax.training import checkpoints
-from mergejax.training import objective as objective_lib
-from mergejax.training import optim
-from mergejax.training import trainer as trainer_lib
-from mergejax.training import transforms as transforms_lib
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(domain_runs.DomainSettings):
   """What is trained, how long, and on what; bound by gin.
 
-  Numbers that a gin file sets have no default here.
+  Numbers that a gin file sets have no default here. The dense model's batch
+  has K times the rows of an expert's.
 
   Attributes:
-    corpora: folder with one file or folder of text per domain; None takes the
-      text that comes with Python (see `machine_text`).
-    module: the language model.
-    optimizer: for all phases; a function such as `optim.adafactor` is called
-      with `steps=`, so that its learning rate spans seed and branch steps.
-    model_dir: where everything goes.
     seed_steps: updates of the seed on the mixture.
     branch_steps: updates of every expert, and of the dense model.
-    batch_size: rows of the seed's and of each expert's batch; the dense model's
-      is K times larger.
-    length: tokens of a row.
-    vocabulary: `'bytes'` or a SentencePiece file.
-    seed: seeds parameters and data order.
-    mesh: sizes of the mesh axes `branch` and `data`; by default as many
-      branches as divide both experts and devices, and as much `data` as
-      divides the rows and what is left.
-    loss: options of `objective.cross_entropy`.
-    objective: what is minimised, instead.
-    rules: what lies where on a mesh; see `partition.ShardingRules`.
-    transforms: what a step does besides; see `training.transforms`.
-    freeze: see `step.make_step`.
-    accumulate: likewise.
-    clip: likewise.
     scales: task arithmetic's candidates, chosen on validation.
-    max_train_bytes: training text per domain; None keeps all.
-    validation_sequences: rows per domain for choosing scales and priors.
-    test_sequences: rows per domain of the final table.
-    save_every: steps between checkpoints.
+    outer: merges the experts while they train, `@outer.diloco()`; by default
+      they never meet.
   """
 
-  module: nn.Module
-  optimizer: optim.OptimizerLike
-  model_dir: os.PathLike | str
   seed_steps: int
   branch_steps: int
-  batch_size: int
-  length: int
-  max_train_bytes: int | None
-  seed: int
-  corpora: os.PathLike | str | None = None
-  vocabulary: str = 'bytes'
-  mesh: Mapping[str, int] | None = None
-  loss: Mapping[str, Any] | None = None
-  objective: objective_lib.Objective | None = None
-  rules: partition.ShardingRules | None = None
-  transforms: Sequence[transforms_lib.StepTransform] = ()
-  freeze: Sequence[str] = ()
-  accumulate: int = 1
-  clip: float | None = None
   scales: Sequence[float] = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.6, 1.0)
-  validation_sequences: int = 128
-  test_sequences: int = 256
-  save_every: int = 250
+  outer: outer_lib.Outer | None = None
 
-  @property
-  def directory(self) -> pathlib.Path:
-    return pathlib.Path(self.model_dir).expanduser()
+
+def describe(settings: Settings) -> dict[str, Any]:
+  """The settings that make two runs the same, as plain data."""
+  fields = domain_runs.describe(settings, 'outer')
+  if settings.outer is not None:
+    fields['outer'] = dict(settings.outer.transform().settings)
+  return fields
 
 
 def run(settings: Callable[[], Settings] | Settings) -> None:
@@ -127,7 +74,7 @@ def run(settings: Callable[[], Settings] | Settings) -> None:
   same_run.check(
     settings.directory / 'settings.json',
     describe(settings),
-    layout(settings),
+    domain_runs.layout(settings),
   )
   if table_file.exists():
     print((settings.directory / 'report.md').read_text())
@@ -136,9 +83,9 @@ def run(settings: Callable[[], Settings] | Settings) -> None:
       'or name another folder, to train again.'
     )
     return
-  task_of, mixture = prepare_data(settings)
+  task_of, mixture = domain_runs.prepare_data(settings, describe(settings))
   trained = train_all(settings, task_of, mixture)
-  say('evaluating')
+  domain_runs.say('evaluating')
   suite = suite_lib.of_corpora(
     task_of, length=settings.length, batch_size=settings.batch_size
   )
@@ -159,146 +106,31 @@ def run(settings: Callable[[], Settings] | Settings) -> None:
     write_report(settings, table, roles, chosen, time.monotonic() - started)
 
 
-def say(text: str) -> None:
-  """One line about the phase, from the first process."""
-  if jax.process_index() == 0:
-    print(text, flush=True)
-
-
-# What runs of before did not have; said of a run that has it.
-_ADDED = ('objective', 'transforms', 'freeze', 'accumulate', 'clip')
-
-
-def describe(settings: Settings) -> dict[str, Any]:
-  """The settings that make two runs the same, as plain data."""
-  left_out = {
-    'module', 'optimizer', 'model_dir', 'mesh', 'save_every', 'rules',
-    *_ADDED,
-  }  # fmt: skip
-  fields = {
-    field.name: getattr(settings, field.name)
-    for field in dataclasses.fields(settings)
-    if field.name not in left_out
-  }
-  fields['corpora'] = (
-    None if settings.corpora is None else str(settings.corpora)
-  )
-  fields['scales'] = list(settings.scales)
-  fields['model'] = models.describe(settings.module)
-  fields['optimizer'] = optim.describe(settings.optimizer)
-  added = {name: getattr(settings, name) for name in _ADDED}
-  return {**fields, **train.described(**added)}
-
-
-def layout(settings: Settings) -> dict[str, Any]:
-  """Where the run computes: it may go on elsewhere, and is told to."""
-  return {
-    'mesh': None if settings.mesh is None else dict(settings.mesh),
-    'devices': jax.device_count(),
-    'processes': jax.process_count(),
-  }
-
-
-def prepare_data(settings: Settings) -> tuple[dict[str, str], str]:
-  """Splits the text, checks its size, registers a task per domain.
-
-  Returns:
-    `({domain: task name}, the name of the mixture of all)`.
-  """
-  vocabulary = features.vocabulary(settings.vocabulary)
-  train.check_vocabulary(vocabulary, settings.module)
-  folder = settings.directory / 'corpora'
-  settings_file = settings.directory / 'settings.json'
-  # A run that continues keeps its text, whatever became of the sources.
-  if jax.process_index() == 0 and not settings_file.exists():
-    write_corpora(settings, folder)
-    same_run.write(settings_file, describe(settings), layout(settings))
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices('corpora')
-  task_of = tasks.add_corpora(folder, vocabulary)
-  mixture = mixtures.add_mixture(
-    'branch_train_merge', list(task_of.values()), rates='equal', by_content=True
-  )
-  return task_of, mixture.name
-
-
-def write_corpora(settings: Settings, folder: pathlib.Path) -> None:
-  """Writes the split text; all of it is checked before the folder appears."""
-  if settings.corpora is None:
-    domains = machine_text.domains()
-  else:
-    domains = corpora_lib.read_folder(tasks.locate(settings.corpora))
-  least = {
-    'train': settings.batch_size * settings.length,
-    'validation': settings.length,
-    'test': settings.length,
-  }
-  with files.atomic_path(folder, overwrite=True) as temporary:
-    sizes = corpora_lib.write_splits(
-      domains, temporary, max_train_bytes=settings.max_train_bytes
-    )
-    corpora_lib.check_sizes(sizes, least)
-  for domain, size in sizes.items():
-    kilobytes = [f'{split} {size[split] / 1e3:,.0f} kB' for split in size]
-    say(f'  {domain:<24}' + '  '.join(kilobytes))
-
-
-def make_meshes(
-  settings: Settings, experts: int, devices: Sequence[Any] | None = None
-) -> tuple[jax.sharding.Mesh, jax.sharding.Mesh]:
-  """The mesh of the experts, and that of a single model.
-
-  Args:
-    settings: of the run.
-    experts: how many.
-    devices: as of `partition.make_mesh`.
-
-  Raises:
-    UserError: a mesh that experts or rows do not divide over.
-  """
-  count = len(jax.devices() if devices is None else devices)
-  sizes = settings.mesh
-  if sizes is None:
-    branches = math.gcd(experts, count)
-    rest = count // branches
-    # What rows do not divide over repeats them.
-    data = math.gcd(settings.batch_size, rest)
-    sizes = dict(branch=branches, data=data, expert=rest // data)
-  side_by_side = partition.make_mesh(devices=devices, **sizes)
-  branch.check_experts(experts, side_by_side)
-  batches.check_rows(
-    'A batch of an expert', settings.batch_size, side_by_side,
-    settings.rules or partition.standard(),
-  )  # fmt: skip
-  # Rows that do not divide over all devices are repeated on the rest.
-  data = math.gcd(settings.batch_size, count)
-  single = partition.make_mesh(branch=count // data, data=data, devices=devices)
-  return side_by_side, single
-
-
 def train_all(
   settings: Settings, task_of: Mapping[str, str], mixture: str
 ) -> expert_table.Models:
   """Seed, experts and dense model; every phase continues where it stopped."""
   domains = list(task_of)
-  side_by_side, single = make_meshes(settings, len(domains))
+  side_by_side, single = domain_runs.make_meshes(settings, len(domains))
   rows = settings.batch_size
   total = settings.seed_steps + settings.branch_steps
   data_seed = 1000 * settings.seed
   # Streams are not named: shuffle buffers must not outlive their phase.
-  state = _phase(
-    settings, 'seed', _stream(settings, mixture, rows, data_seed),
+  state = domain_runs.phase(
+    settings, 'seed', domain_runs.stream(settings, mixture, rows, data_seed),
     steps=settings.seed_steps, mesh=single,
   )  # fmt: skip
   # Experts and dense model start from the very same host copy.
   seed = partition.to_host(state)
   mine = branch.local_experts(side_by_side, len(domains))
-  experts = _phase(
+  experts = domain_runs.phase(
     settings,
     'experts',
     branch.StackedStream(
       [
-        _stream(settings, task_of[domains[i]], rows, data_seed + 1 + i)
+        domain_runs.stream(
+          settings, task_of[domains[i]], rows, data_seed + 1 + i
+        )
         for i in mine
       ],
       mine,
@@ -307,10 +139,11 @@ def train_all(
     mesh=side_by_side,
     state=seed,
     experts=domains,
+    outer=settings.outer,
   )
-  dense = _phase(
+  dense = domain_runs.phase(
     settings, 'dense',
-    _stream(settings, mixture, len(domains) * rows, data_seed + 999),
+    domain_runs.stream(settings, mixture, len(domains) * rows, data_seed + 999),
     steps=total, mesh=single, state=seed,
   )  # fmt: skip
   trained = expert_table.Models(
@@ -320,45 +153,6 @@ def train_all(
   )
   _export(settings, trained, domains)
   return trained
-
-
-def _stream(settings, name, rows, seed):
-  """Batches of a task or mixture."""
-  return stream_lib.SeqioStream(
-    name,
-    lengths={'targets': settings.length},
-    batch_size=rows,
-    pack=False,  # rows of a text task are full already
-    seed=seed,
-  )
-
-
-def _phase(settings, name, stream, *, steps, mesh, state=None, experts=None):
-  """The trained state of a phase, on its mesh."""
-  shared = dict(
-    mesh=mesh,
-    objective=train.objective_of(settings.objective, settings.loss),
-    rules=settings.rules,
-    transforms=settings.transforms,
-    callbacks=train.trainer_callbacks(),
-    freeze=settings.freeze,
-    accumulate=settings.accumulate,
-    clip=settings.clip,
-  )
-  model = settings.module, settings.optimizer
-  if experts is None:
-    trainer = trainer_lib.Trainer(*model, **shared)
-  else:
-    trainer = branch.BranchTrainer(*model, experts=experts, **shared)
-  return trainer.fit(
-    stream,
-    steps=steps,
-    directory=settings.directory / 'train' / name,
-    key=jax.random.key(settings.seed),
-    state=state,
-    save_every=settings.save_every,
-    phase=name,
-  )
 
 
 def _export(settings, trained, domains):

@@ -19,6 +19,7 @@ import gin
 from mergejax import partition
 from mergejax.cli import branch_train_merge
 from mergejax.cli import common
+from mergejax.cli import domain_runs
 from mergejax.cli import train
 from mergejax.core import errors
 from mergejax.core import typing
@@ -219,9 +220,7 @@ def _branch_train_merge(
   if sizes is not None:
     side_by_side = single = partition.make_mesh(devices=devices, **sizes)
   else:
-    side_by_side, single = branch_train_merge.make_meshes(
-      settings, experts, devices
-    )
+    side_by_side, single = domain_runs.make_meshes(settings, experts, devices)
   total = settings.seed_steps + settings.branch_steps
   shared = {
     'objective': train.objective_of(settings.objective, settings.loss),

@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import pathlib
-import tempfile
 from typing import Any
 
 import flax.linen as nn
@@ -18,12 +17,11 @@ import jax
 
 from mergejax import models
 from mergejax.cli import common
+from mergejax.cli import corpora_suite
 from mergejax.cli import gin_run
 from mergejax.cli import loaded
 from mergejax.core import errors
 from mergejax.data import corpora
-from mergejax.data import features
-from mergejax.data import tasks
 from mergejax.evaluation import base
 from mergejax.evaluation import decode
 from mergejax.evaluation import plots
@@ -157,19 +155,11 @@ def _on_corpora(options):
     loaded[path] = recipes.load(path)
     if not decode.is_decoder_only(models.family_of(loaded[path][0])):
       raise errors.CheckpointError(f'{path} is not a language model.')
-  vocabulary = features.vocabulary(options.vocabulary)
-  with tempfile.TemporaryDirectory() as folder:
-    sizes = corpora.write_splits(
-      corpora.read_folder(tasks.locate(options.corpora)), pathlib.Path(folder)
-    )
-    corpora.check_sizes(sizes, {options.split: 1})
-    suite = suite_lib.of_corpora(
-      tasks.add_corpora(folder, vocabulary),
-      length=options.length,
-      batch_size=options.batch_size,
-      max_sequences=options.max_sequences,
-      vocabulary=vocabulary,
-    )
+  with corpora_suite.opened(
+    options.corpora, options.vocabulary, options.split,
+    length=options.length, batch_size=options.batch_size,
+    max_sequences=options.max_sequences,
+  ) as suite:  # fmt: skip
     table = suite.table(
       ((path, *model) for path, model in loaded.items()), options.split
     )

@@ -16,6 +16,8 @@ from mergejax.cli import start
 from mergejax.core import errors
 from mergejax.core import typing
 from mergejax.evaluation import recipes
+from mergejax.experts import forest as forest_lib
+from mergejax.experts import mixture as mixture_lib
 from mergejax.training import batches
 
 DTYPES = ('float32', 'bfloat16')
@@ -32,7 +34,8 @@ def load(
   """A model and its parameters, on the devices.
 
   Args:
-    path: a checkpoint, a run's folder, or a recipe (`.yaml`).
+    path: a checkpoint, a run's folder, a recipe (`.yaml`), or a forest, whose
+      experts answer together with equal priors.
     module: of a checkpoint that does not say what it is of, such as T5X's; by
       default what its `config.json` says.
     step: of a run's folder; its last by default.
@@ -52,7 +55,9 @@ def load(
       f'{path} is a recipe, whose models say what they are: leave the module '
       'and the step out.'
     )
-  if module is None:
+  if (pathlib.Path(path).expanduser() / forest_lib.MANIFEST).is_file():
+    family, params = _together(path, mesh)
+  elif module is None:
     source = path if recipe else checkpoint.at_step(path, step)
     module, params = recipes.load(source)
     family = models.family_of(module)
@@ -64,9 +69,19 @@ def load(
     params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
   if mesh is None:
     return family, jax.device_put(params)
+  if isinstance(family, mixture_lib.Mixture):
+    return family, jax.device_put(params, family.layout(params))
   axes = {name: spec.axes for name, spec in family.specs().items()}
   layout = partition.shardings(mesh, params, axes, partition.standard())
   return family, jax.tree.map(batches.whole, params, layout)
+
+
+def _together(path, mesh):
+  """The experts of a forest as one model."""
+  forest = forest_lib.Forest(path)
+  names = list(forest.experts)
+  mixture = mixture_lib.Mixture(forest.module, experts=len(names), mesh=mesh)
+  return mixture, mixture.join([forest.params(name) for name in names])
 
 
 def mesh_of(sizes: Mapping[str, int] | None) -> jax.sharding.Mesh | None:

@@ -16,6 +16,7 @@ COMMANDS = {
   'quickstart': 'Branch-Train-Merge on text this machine has, in minutes',
   'train': 'train what a gin file describes',
   'cache': 'tokenise tasks once, by Apache Beam, for data too large to read',
+  'forest': 'experts of one seed: create, add, remove, average, evaluate',
   'merge': 'merge checkpoints as a recipe says: RECIPE OUT',
   'stats': 'Gram matrices, Fishers, or a survey of models, before merging',
   'search': 'coefficients of a merge, chosen on held-out data: RECIPE OUT',
@@ -35,8 +36,8 @@ _READS_TEXT = (
   'quickstart', 'train', 'cache', 'evaluate', 'infer', 'export', 'search',
   'rank', 'compile',
 )  # fmt: skip
-# These read text only if they are given a suite of tasks.
-_MAY_READ_TEXT = ('stats', 'align')
+# These read text only if they are given a suite of tasks, or corpora.
+_MAY_READ_TEXT = ('stats', 'align', 'forest')
 
 
 def _import_tensorflow() -> None:
@@ -132,8 +133,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
   def run():
     modules, options = _split_imports(rest)
-    with_suite = any(one.startswith('--suite') for one in options)
-    if command in _READS_TEXT or (command in _MAY_READ_TEXT and with_suite):
+    given = any(one.startswith(('--suite', '--corpora')) for one in options)
+    if command in _READS_TEXT or (command in _MAY_READ_TEXT and given):
       _import_tensorflow()
     for own in modules:
       _import_module(own)

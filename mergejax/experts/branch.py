@@ -23,6 +23,7 @@ from mergejax import models
 from mergejax import partition
 from mergejax.core import errors
 from mergejax.core import typing
+from mergejax.experts import outer as outer_lib
 from mergejax.training import batches
 from mergejax.training import loop
 from mergejax.training import state as state_lib
@@ -50,6 +51,26 @@ def branch_state(
     jax.random.fold_in(jax.random.wrap_key_data(seed.key), i)
   )
   return stacked.replace(key=jax.vmap(fold)(jnp.arange(experts)))
+
+
+def stack_states(
+  states: Sequence[state_lib.TrainState],
+) -> state_lib.TrainState:
+  """States of K models as one with a leading axis, in host memory.
+
+  Each keeps its own key, so that a run does not depend on which experts train
+  beside each other.
+
+  Raises:
+    ConfigError: states of different steps, which cannot run in one program.
+  """
+  steps = [state_lib.step_number(state) for state in states]
+  if len(set(steps)) > 1:
+    raise errors.ConfigError(
+      f'Experts side by side make the same steps, and these have made {steps}: '
+      'train them one after the other.'
+    )
+  return jax.tree.map(lambda *leaves: np.stack(leaves), *states)
 
 
 def check_experts(experts: int, mesh: jax.sharding.Mesh) -> None:
@@ -108,7 +129,8 @@ class BranchTrainer(trainer.Trainer):
   """The trainer of one model, mapped over K experts side by side.
 
   `fit` starts every expert from the same seed: from its parameters (`params=`)
-  or its whole state (`state=`), whose moments and step number go on. Batches
+  or its whole state (`state=`), whose moments and step number go on; or each
+  from a state of its own (`state=[...]`, see `stack_states`). Batches
   have a leading axis of this process's experts, see `StackedStream`.
   """
 
@@ -121,6 +143,7 @@ class BranchTrainer(trainer.Trainer):
     *,
     experts: Sequence[str],
     batched: bool | None = None,
+    outer: outer_lib.Outer | None = None,
     **settings: Any,
   ):
     """Says what is trained, how and where.
@@ -130,18 +153,49 @@ class BranchTrainer(trainer.Trainer):
       optimizer: of one model.
       experts: their names.
       batched: see `map_experts`.
+      outer: merges the experts while they train, see `outer`; by default they
+        never meet.
       **settings: as for `Trainer`; the mesh has an axis `branch`.
 
     Raises:
       ConfigError: the experts do not divide over the branches of the mesh.
     """
+    if outer is not None:
+      others = settings.get('transforms', ())
+      settings['transforms'] = (*others, outer.transform())
     super().__init__(model, optimizer, **settings)
     self.experts = list(experts)
+    self._outer = outer
     self._batched = batched
     check_experts(len(self.experts), self.mesh)
 
+  def init(self, step, layout, key, params=None, state=None):
+    if not isinstance(state, Sequence):
+      if state is not None and self._outer is not None:
+        state = self._outer.begun(state)
+      return super().init(step, layout, key, params, state)
+    if self._outer is not None:
+      raise errors.ConfigError(
+        'Experts that are merged while they train begin as one model: give one '
+        'state, or no outer merge.'
+      )
+    if len(state) != len(self.experts or ()):
+      raise errors.ConfigError(
+        f'{len(self.experts or ())} experts were given {len(state)} states.'
+      )
+    for one in state:
+      self._check_state(step, one)
+    return self._put(stack_states(state), layout, alias=False)
+
   def expand(self, state):
     return branch_state(state, len(self.experts or ()))
+
+  def compile(self, step, layout):
+    compiled = super().compile(step, layout)
+    if self._outer is None:
+      return compiled
+    merge = outer_lib.merger(self._outer, layout, self.mesh)
+    return outer_lib.MergingStep(compiled, merge, self._outer.every)
 
   def map(self, fn):
     return map_experts(fn, self.mesh, batched=self._batched)

@@ -18,17 +18,19 @@ https://arxiv.org/abs/2208.03306, section 3; Gururangan et al., "DEMix Layers"
 (2021), https://arxiv.org/abs/2108.05036, for the domain posterior.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mergejax.core import errors
+from mergejax.core import numerics
 from mergejax.core import typing
 
-POSTERIORS = ('full_bayes', 'one_step', 'simple_average')
-AVERAGES = ('uniform', 'argmax', 'posterior')
+POSTERIORS = ('full_bayes', 'one_step', 'fixed', 'simple_average')
+AVERAGES = ('uniform', 'argmax', 'posterior', 'topk')
 
 
 def uniform_prior(experts: int) -> np.ndarray:
@@ -39,21 +41,104 @@ def uniform_prior(experts: int) -> np.ndarray:
 def check_prior(prior: typing.Array, experts: int) -> np.ndarray:
   """A prior as float64, checked.
 
+  Args:
+    prior: `[K]`, or `[K, batch]` where every row has its own.
+    experts: K.
+
   Raises:
     UserError: not one non-negative number per expert that sum to 1.
   """
   prior = np.asarray(prior, np.float64)
-  if prior.shape != (experts,):
+  if prior.ndim not in (1, 2) or prior.shape[0] != experts:
     raise errors.ConfigError(
       f'The prior has shape {list(prior.shape)} for {experts} experts: give '
       'one probability each.'
     )
-  if (prior < 0).any() or abs(prior.sum() - 1) > 1e-4:
+  sums = prior.sum(axis=0)
+  if not (prior >= 0).all() or not (abs(sums - 1) <= 1e-4).all():
     raise errors.ConfigError(
       f'The prior {prior.tolist()} is not a distribution: its entries must '
       'be non-negative and sum to 1.'
     )
   return prior
+
+
+@dataclasses.dataclass(frozen=True)
+class Posterior:
+  """How the weights of experts follow from what they said of a text.
+
+  One definition for scoring (`log_posterior`, all positions at once) and for
+  generation (`start`, `advance`, `log_weights`, one token after the other).
+
+      full_bayes:     w_t,j ~ prior_j * prod_{s<t} p_j(x_s | x_<s)^tempering
+      one_step:       w_t,j ~ prior_j * p_j(x_{t-1} | x_<t-1)^tempering
+      fixed:          w_t,j = prior_j
+      simple_average: w_t,j = 1/K
+
+  `full_bayes` is the paper's definition. `one_step` is what the released
+  evaluator computes; its position 0 is uniform even with a prior. `fixed` is
+  for weights that come from elsewhere, such as a router of contexts.
+
+  Attributes:
+    kind: see above.
+    tempering: exponent on the likelihood; less than 1 slows the saturation
+      that long histories bring.
+    floor: least weight of an expert whose prior is not 0: long histories make
+      weights one-hot, and a text may turn.
+
+  Raises:
+    ConfigError: an unknown kind, or a number out of its range.
+
+  Source: Li et al., "Branch-Train-Merge" (2022), section 3.
+  """
+
+  kind: str = 'full_bayes'
+  tempering: float = 1.0
+  floor: float = 0.0
+
+  def __post_init__(self):
+    if self.kind not in POSTERIORS:
+      raise errors.ConfigError(
+        errors.near(str(self.kind), POSTERIORS, 'domain posterior')
+      )
+    errors.check_number('tempering', self.tempering, 0)
+    errors.check_number('floor', self.floor, 0, 1)
+
+  def start(self, log_prior: jax.Array) -> jax.Array:
+    """`<float32>[K, ...]` state before the first token, from the log prior."""
+    if self.kind in ('one_step', 'simple_average'):
+      return jnp.zeros_like(log_prior)
+    return log_prior
+
+  def advance(
+    self,
+    state: jax.Array,
+    log_prior: jax.Array,
+    lp: jax.Array,
+    real: jax.Array,
+  ) -> jax.Array:
+    """The state after one more token.
+
+    Args:
+      state: `<float32>[K, batch]`.
+      log_prior: `<float32>[K, batch]`.
+      lp: `<float32>[K, batch]` log-likelihood of the token under each expert.
+      real: `<bool>[batch]`; padding moves nothing.
+    """
+    if self.kind in ('fixed', 'simple_average'):
+      return state
+    before = state if self.kind == 'full_bayes' else log_prior
+    return jnp.where(real, before + self.tempering * lp, state)
+
+  def log_weights(self, state: jax.Array) -> jax.Array:
+    """`<float32>[K, ...]` log weights of a state, normalised over K."""
+    log_w = jax.nn.log_softmax(state, axis=0)
+    if not self.floor:
+      return log_w
+    raised = jnp.maximum(log_w, float(np.log(self.floor)))
+    # A prior of 0 has removed its expert, and no floor brings it back.
+    raised = jnp.where(state > -jnp.inf, raised, -jnp.inf)
+    return jax.nn.log_softmax(raised, axis=0)
 
 
 def log_posterior(
@@ -63,23 +148,20 @@ def log_posterior(
   *,
   kind: str = 'full_bayes',
   tempering: float = 1.0,
+  floor: float = 0.0,
 ) -> jax.Array:
   """Log-probability of every expert before each token, and after the last.
-
-  `full_bayes`: `w_t,j ~ prior_j * prod_{s<t} p_j(x_s | x_<s)`, the paper's
-  definition. `one_step`: only the previous token counts, and position 0 is
-  uniform even with a prior; what the released evaluator computes.
-  `simple_average`: 1/K always.
 
   Args:
     lp: `<float32>[K, batch, length]` log-likelihood of each token.
     mask: `<bool>[batch, length]`, True on real tokens. The posterior does not
       move at padding, so padding changes nothing. (The released code reads its
       last column, padded or not.)
-    prior: `[K]`, uniform by default. An entry of 0 removes the expert.
-    kind: see above.
-    tempering: exponent on the likelihood; less than 1 slows the saturation
-      that long histories bring.
+    prior: `[K]`, or `[K, batch]` for rows of their own; uniform by default. An
+      entry of 0 removes the expert. Under `jit` it may be traced.
+    kind: see `Posterior`.
+    tempering: likewise.
+    floor: likewise.
 
   Returns:
     `<float32>[K, batch, length + 1]`, normalised over K; column t is used to
@@ -87,28 +169,43 @@ def log_posterior(
 
   Raises:
     UserError: an unknown kind or a prior that is none.
+
+  Example:
+    >>> lp = np.log([[[0.9, 0.9]], [[0.1, 0.1]]])
+    >>> w = np.exp(log_posterior(lp, np.ones((1, 2), bool)))
+    >>> w[0, 0].round(2).tolist()
+    [0.5, 0.8999999761581421, 0.9900000095367432]
   """
-  experts = lp.shape[0]
-  prior = check_prior(
-    uniform_prior(experts) if prior is None else prior, experts
-  )
-  with np.errstate(divide='ignore'):
-    log_prior = jnp.asarray(np.log(prior), jnp.float32)[:, None]
+  posterior = Posterior(kind, tempering, floor)
+  log_prior = log_of_prior(prior, lp.shape[0])
+  lp = jnp.asarray(lp, jnp.float32)
   likelihood = jnp.where(mask, lp, 0.0) * tempering
-  start = jnp.zeros_like(likelihood[:, :, :1])
+  start = posterior.start(jnp.broadcast_to(log_prior, lp.shape[:2]))[..., None]
   if kind == 'full_bayes':
-    history = jnp.cumsum(jnp.concatenate([start, likelihood], axis=-1), axis=-1)
-    return jax.nn.log_softmax(log_prior[..., None] + history, axis=0)
-  if kind == 'one_step':
-    uniform = jnp.full_like(start, -np.log(experts))
+    states = start + jnp.cumsum(likelihood, axis=-1)
+  elif kind == 'one_step':
     # At padding the last real token goes on speaking.
-    last = _hold_last(likelihood, mask)
-    moved = jax.nn.log_softmax(log_prior[..., None] + last, axis=0)
-    return jnp.concatenate([uniform, moved], axis=-1)
-  if kind == 'simple_average':
-    shape = (*likelihood.shape[:-1], likelihood.shape[-1] + 1)
-    return jnp.full(shape, -np.log(experts), jnp.float32)
-  raise errors.ConfigError(errors.near(kind, POSTERIORS, 'domain posterior'))
+    states = log_prior[..., None] + _hold_last(likelihood, mask)
+  else:
+    states = jnp.broadcast_to(start, lp.shape)
+  return posterior.log_weights(jnp.concatenate([start, states], axis=-1))
+
+
+def log_of_prior(prior: typing.Array | None, experts: int) -> jax.Array:
+  """`<float32>[K, 1]` or `[K, batch]`: the logarithm of a prior, checked.
+
+  Raises:
+    ConfigError: see `check_prior`; a prior that JAX traces is not looked at.
+  """
+  if prior is None:
+    prior = uniform_prior(experts)
+  if not numerics.is_traced(prior):
+    prior = check_prior(prior, experts)
+    with np.errstate(divide='ignore'):
+      found = jnp.asarray(np.log(prior), jnp.float32)
+  else:
+    found = jnp.log(prior.astype(jnp.float32))
+  return found[:, None] if found.ndim == 1 else found
 
 
 def _hold_last(values, mask):
@@ -135,7 +232,7 @@ def log_likelihood(
     `<float32>[batch, length]`; 0 at padding.
   """
   weights = log_posterior(lp, mask, prior, **options)[..., :-1]
-  mixed = jax.nn.logsumexp(weights + lp, axis=0)
+  mixed = jax.nn.logsumexp(weights + jnp.asarray(lp, jnp.float32), axis=0)
   return jnp.where(mask, mixed, 0.0)
 
 
@@ -194,13 +291,36 @@ def cached_prior(
   Returns:
     `<float64>[K]`, sums to 1.
   """
+  priors = [prior for prior, _ in updating(batches, kind=kind)]
+  if not priors:
+    raise errors.DataError('A cached prior needs at least one batch.')
+  prior = np.maximum(priors[-1], floor)
+  return prior / prior.sum()
+
+
+def updating(
+  batches: Iterable[tuple[typing.Array, typing.Array]], **options
+) -> Iterator[tuple[np.ndarray, jax.Array]]:
+  """Scores a domain while its prior is learnt from it.
+
+  `q_b` is the mean posterior of batch b; `prior_1 = q_1`, `prior_b = 0.7
+  prior_{b-1} + 0.3 q_b`, without bias adjustment. Batch b is scored with
+  `prior_{b-1}`, the first one with the uniform prior: no batch is scored with
+  what it says itself.
+
+  Args:
+    batches: `(lp [K, batch, length], mask [batch, length])`.
+    **options: see `log_posterior`.
+
+  Yields:
+    `(prior_b <float64>[K], <float32>[batch, length] log-likelihoods)`.
+  """
   prior = None
   for lp, mask in batches:
-    prior = update_prior(prior, batch_posterior(lp, mask, prior, kind=kind))
-  if prior is None:
-    raise errors.DataError('A cached prior needs at least one batch.')
-  prior = np.maximum(prior, floor)
-  return prior / prior.sum()
+    scored = log_likelihood(lp, mask, prior, **options)
+    posterior = batch_posterior(lp, mask, prior, **options)
+    prior = update_prior(prior, posterior)
+    yield prior, scored
 
 
 def keep_top(prior: typing.Array, k: int) -> np.ndarray:
@@ -223,13 +343,35 @@ def keep_top(prior: typing.Array, k: int) -> np.ndarray:
   return result / result.sum()
 
 
-def average_weights(prior: typing.Array, kind: str) -> np.ndarray:
-  """Weights of a parameter average: `uniform`, `argmax` or `posterior`."""
+def average_weights(
+  prior: typing.Array, kind: str, *, k: int | None = None
+) -> np.ndarray:
+  """Weights of a parameter average of K experts.
+
+  Args:
+    prior: `[K]`, from `cached_prior`.
+    kind: `'uniform'`: 1/K; `'argmax'`: the most likely expert alone;
+      `'posterior'`: the prior itself; `'topk'`: its k largest entries, see
+      `keep_top`.
+    k: for `'topk'`.
+
+  Returns:
+    `<float64>[K]`, sums to 1.
+
+  Raises:
+    ConfigError: an unknown kind, a prior that is none, or a k where none is
+      asked for.
+  """
+  if kind not in AVERAGES:
+    raise errors.ConfigError(errors.near(kind, AVERAGES, 'kind of average'))
+  if (k is None) == (kind == 'topk'):
+    raise errors.ConfigError(
+      f"k is for the average 'topk', which needs one: {kind!r} was given "
+      f'{"no k" if k is None else f"k={k}"}.'
+    )
   prior = check_prior(prior, len(prior))
   if kind == 'uniform':
     return uniform_prior(len(prior))
   if kind == 'argmax':
     return np.eye(len(prior))[int(np.argmax(prior))]
-  if kind == 'posterior':
-    return prior
-  raise errors.ConfigError(errors.near(kind, AVERAGES, 'kind of average'))
+  return prior if k is None else keep_top(prior, k)

@@ -20,6 +20,8 @@ from mergejax.training.trainer import Trainer
 from mergejax.training.transforms import StepTransform
 from mergejax.training.transforms import ema
 from mergejax.training.transforms import lawa
+from mergejax.training.transforms import one_minus_sqrt
+from mergejax.training.transforms import polynomial
 from mergejax.training.transforms import running
 from mergejax.training.transforms import skip_nonfinite
 from mergejax.training.transforms import task_metrics
@@ -39,7 +41,9 @@ __all__ = [
   'lawa',
   'losses',
   'objective',
+  'one_minus_sqrt',
   'optim',
+  'polynomial',
   'running',
   'schedules',
   'skip_nonfinite',

@@ -123,7 +123,7 @@ class Trainer:
     directory: os.PathLike | str | None = None,
     key: jax.Array | None = None,
     params: typing.Tree | None = None,
-    state: state_lib.TrainState | None = None,
+    state: state_lib.TrainState | Sequence[state_lib.TrainState] | None = None,
     local_rows: bool = False,
     save_every: int = 1000,
     log_every: int = 10,
@@ -142,7 +142,7 @@ class Trainer:
       key: seeds fresh parameters and everything random; `key(0)` by default.
       params: to start from; fresh ones by default.
       state: to start from, with its moments and step number, instead; of one
-        model, and left as it is.
+        model, and left as it is. Experts side by side may have one each.
       local_rows: see `batches.placer`.
       save_every: steps between checkpoints.
       log_every: steps between logged metrics.
@@ -240,7 +240,7 @@ class Trainer:
     layout: state_lib.TrainState,
     key: jax.Array,
     params: typing.Tree | None = None,
-    state: state_lib.TrainState | None = None,
+    state: Any = None,
   ) -> state_lib.TrainState:
     """A state to start from, every array born in its shards."""
     if state is not None:

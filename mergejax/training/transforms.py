@@ -80,11 +80,65 @@ def lawa(every: int, window: int, *, name: str = 'lawa') -> StepTransform:
   return running(mean.linear(), every=every, window=window, name=name)
 
 
+def polynomial(
+  eta: float = 8.0, *, every: int = 1, name: str = 'polynomial'
+) -> StepTransform:
+  """An average whose old states lose their weight as a power of time.
+
+  `avg_t = (1 - a_t) avg_{t-1} + a_t theta_t`, `a_t = (eta + 1) / (t + eta)`: the
+  weight of state t grows as `t^eta`. It needs no horizon: at any step it looks
+  back over a share of about `1 / (eta + 1)` of the run.
+
+  Args:
+    eta: 0 is the uniform average of all states; 8 is usual for deep networks.
+    every: steps between two states that are averaged.
+    name: of its state.
+
+  Source: Shamir and Zhang, "Stochastic Gradient Descent for Non-smooth
+  Optimization" (2013), https://arxiv.org/abs/1212.1824: polynomial-decay
+  averaging.
+  """
+  errors.check_number('eta', eta, 0)
+  kept = lambda count: 1 - (eta + 1) / (count + 1 + eta)
+  return _told(
+    running(mean.linear(), every=every, decay=kept, name=name), eta=eta
+  )
+
+
+def one_minus_sqrt(
+  *, start: int = 0, every: int = 1, name: str = 'one_minus_sqrt'
+) -> StepTransform:
+  """The model that a learning rate decayed by `1 - sqrt` would have reached.
+
+  To first order a decay `w_1 > w_2 > ...` of the updates `theta_j -
+  theta_{j-1}` is the mean of the states with the weights `w_j - w_{j+1}`. Of
+  `w_j = 1 - sqrt(j / n)` these are `sqrt(j + 1) - sqrt(j)`, over `sqrt(n)`,
+  whatever n is: at any step the average is that of a decay which began at
+  `start` and ends now.
+
+  Args:
+    start: the step from which on states count; the learning rate is best
+      constant from there.
+    every: steps between two states that are averaged.
+    name: of its state.
+
+  Source: Tian et al., "WSM: Decay-Free Learning Rate Schedule via Checkpoint
+  Merging" (2025), https://arxiv.org/abs/2507.17634; the decay is that of Haegele
+  et al. (2024), https://arxiv.org/abs/2405.18392.
+  """
+  kept = lambda count: jnp.sqrt(count / (count + 1))
+  return _told(
+    running(mean.linear(), every=every, start=start, decay=kept, name=name),
+    decay='1 - sqrt',
+  )
+
+
 def running(
   merge: methods.Merge,
   *,
   every: int = 1,
-  decay: float | None = None,
+  start: int = 0,
+  decay: float | Callable[[jax.Array], Any] | None = None,
   window: int | None = None,
   name: str = 'merge',
 ) -> StepTransform:
@@ -94,8 +148,10 @@ def running(
     merge: an additive method without first passes or a base, such as
       `mj.linear()`.
     every: steps between two states that are merged.
+    start: the step from which on states are merged.
     decay: what is there already is multiplied by it, and the new state has the
-      weight `1 - decay`. By default all weigh 1.
+      weight `1 - decay`; a number, or a function of how many states are there
+      (`<float32>[]`). By default all weigh 1.
     window: merge the newest so many alone, which then weigh the same. It keeps
       a state of the method for each, and adds them up where the result is
       asked for.
@@ -111,6 +167,7 @@ def running(
   """
   _check_merge(merge)
   _check_numbers(every, decay, window)
+  errors.check_whole('start', start, least=0)
 
   def init(params):
     zeros = merge.init(tree.specs(_floating(params)))
@@ -129,8 +186,11 @@ def running(
         lambda ring, new: ring.at[slot].set(new), before, fresh
       )
     elif decay is not None:
-      faded = jax.tree.map(lambda x: jnp.asarray(decay, x.dtype) * x, before)
-      after = merge.update(faded, params, weight=1.0 - decay)
+      kept = decay
+      if callable(decay):
+        kept = jnp.asarray(decay(extra['taken'].astype(jnp.float32)))
+      faded = jax.tree.map(lambda x: jnp.asarray(kept, x.dtype) * x, before)
+      after = merge.update(faded, params, weight=1.0 - kept)
     else:
       after = merge.update(before, params, weight=1.0)
     return {'taken': extra['taken'] + 1, 'state': tree.unflatten(after)}
@@ -138,9 +198,9 @@ def running(
   def update(extra, old, new, metrics):
     del old
     params = _wide(_floating(new.params))
-    if every == 1:
+    if every == 1 and not start:
       return take(extra, params), new, metrics
-    due = new.step % every == 0
+    due = (new.step % every == 0) & (new.step >= start)
     extra = jax.lax.cond(due, take, lambda extra, params: extra, extra, params)
     return extra, new, metrics
 
@@ -161,7 +221,11 @@ def running(
       params,
     )
 
-  settings = {'every': every, 'decay': decay, 'window': window}
+  settings: dict[str, Any] = {'every': every, 'decay': decay, 'window': window}
+  if callable(decay):
+    settings['decay'] = getattr(decay, '__qualname__', 'a function')
+  if start:
+    settings['start'] = start
   return StepTransform(name, init, update, None, averaged, settings)
 
 
@@ -265,13 +329,18 @@ def _check_numbers(every, decay, window):
   errors.check_whole('every', every)
   if window is not None:
     errors.check_whole('window', window)
-  if decay is not None:
+  if decay is not None and not callable(decay):
     _check_decay(decay)
   if window is not None and decay is not None:
     raise errors.ConfigError(
       f'decay={decay} and window={window} are two ways to forget: the states '
       'of a window all weigh the same. Leave one of them out.'
     )
+
+
+def _told(transform, **settings):
+  """A transform that says of itself what it was made of."""
+  return transform._replace(settings={**transform.settings, **settings})
 
 
 def _check_decay(decay):

@@ -354,12 +354,13 @@ class GinTest(parameterized.TestCase):
 
   def test_a_mesh_of_all_devices_by_default(self):
     from mergejax.cli import branch_train_merge
+    from mergejax.cli import domain_runs
 
     settings = branch_train_merge.Settings(
         module=None, optimizer=None, model_dir='x', seed_steps=1, branch_steps=1,
         batch_size=12, length=8, max_train_bytes=None, seed=0,
     )  # fmt: skip
-    side_by_side, single = branch_train_merge.make_meshes(settings, 4)
+    side_by_side, single = domain_runs.make_meshes(settings, 4)
     self.assertEqual(partition.AXES, side_by_side.axis_names)
     self.assertEqual(dict(side_by_side.shape)['branch'], 4)
     self.assertEqual(dict(single.shape)['data'], 4)

@@ -16,6 +16,7 @@ from mergejax import models
 from mergejax import partition
 from mergejax.cli import branch_train_merge
 from mergejax.cli import common
+from mergejax.cli import grow_forest
 from mergejax.cli import same_run
 from mergejax.cli import train
 from mergejax.core import errors
@@ -25,12 +26,15 @@ from mergejax.training import objective
 from mergejax.training import optim
 from mergejax.training import schedules
 
-RUNS = ('branch_train_merge', 'branch_train_merge_small', 'text_to_text')
+RUNS = (
+  'branch_train_merge', 'branch_train_merge_small', 'forest', 'text_to_text',
+)  # fmt: skip
 
 
 def parse(run, *files, **bindings):
   macros = {
     'branch_train_merge': ('CORPORA', 'MODEL_DIR'),
+    'forest': ('CORPORA', 'MODEL_DIR'),
     'text_to_text': ('TRAIN_FILE', 'INPUTS', 'TARGETS', 'MODEL_DIR'),
   }[run.removesuffix('_small')]
   named = {name: 'x' for name in macros} | bindings
@@ -264,6 +268,7 @@ class GinTest(parameterized.TestCase):
     parse(run)
     jobs = {
       'branch_train_merge.Settings': branch_train_merge.Settings,
+      'grow_forest.Settings': grow_forest.Settings,
       'train.train_model': train.train_model,
     }
     checked = 0

@@ -10,6 +10,7 @@ from absl.testing import absltest
 
 from mergejax import training
 from mergejax.cli import branch_train_merge
+from mergejax.cli import domain_runs
 from mergejax.cli import train
 from mergejax.core import errors
 
@@ -97,7 +98,7 @@ class MeshesTest(absltest.TestCase):
         module=None, optimizer=None, model_dir='x', seed_steps=1, branch_steps=1,
         batch_size=rows, length=8, max_train_bytes=None, seed=0, mesh=mesh,
     )  # fmt: skip
-    return branch_train_merge.make_meshes(settings, 2)
+    return domain_runs.make_meshes(settings, 2)
 
   def test_rows_of_experts_divide_over_data(self):
     sizes = dict(self.meshes(6)[0].shape)

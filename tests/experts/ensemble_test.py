@@ -67,6 +67,99 @@ class EnsembleTest(parameterized.TestCase):
       )
       np.testing.assert_allclose(prior, expected, rtol=1e-6)
 
+  def test_a_domain_is_scored_while_its_prior_is_learnt(self):
+    logits = self.golden['updating/logits']
+    targets = self.golden['updating/targets']
+    log_p = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+    lps = np.take_along_axis(
+      log_p, targets[:, None, ..., None], axis=-1
+    )[..., 0]  # fmt: skip
+    prior, nats = None, 0.0
+    for b, lp in enumerate(lps):
+      scored = ensemble.log_likelihood(lp, self.mask, prior, kind='one_step')
+      np.testing.assert_allclose(
+        scored, self.golden['updating/token_logprobs'][b], rtol=1e-4, atol=1e-5
+      )
+      nats -= np.asarray(scored, np.float64).sum()
+      # The released scorer reads its last column, before the last token.
+      w = np.exp(ensemble.log_posterior(lp, self.mask, prior, kind='one_step'))
+      posterior = w[..., -2].mean(axis=1)
+      np.testing.assert_allclose(
+        posterior, self.golden['updating/posterior'][b], rtol=1e-4
+      )
+      prior = ensemble.update_prior(prior, posterior)
+    np.testing.assert_allclose(
+      np.exp(nats / lps[:, 0].size), self.golden['updating/ppl'], rtol=1e-4
+    )
+    # Ours counts the last token too, and is one loop.
+    batches = [(lp, self.mask) for lp in lps]
+    found = list(ensemble.updating(batches))
+    first = ensemble.batch_posterior(*batches[0])
+    np.testing.assert_allclose(found[0][0], first)
+    second = ensemble.batch_posterior(*batches[1], first)
+    np.testing.assert_allclose(found[1][0], 0.7 * first + 0.3 * second)
+    np.testing.assert_array_equal(
+      found[1][1], ensemble.log_likelihood(*batches[1], first)
+    )
+
+  @parameterized.parameters(*ensemble.POSTERIORS)
+  def test_one_token_after_the_other(self, kind):
+    """The definition for generation is that for scoring."""
+    mask = self.mask.copy()
+    mask[0, 5:] = mask[1, 2] = False
+    how = ensemble.Posterior(kind, tempering=0.5, floor=0.02)
+    prior = np.array([0.4, 0.3, 0.3, 0.0])
+    at_once = ensemble.log_posterior(
+      self.lp, mask, prior, kind=kind, tempering=0.5, floor=0.02
+    )
+    log_prior = np.broadcast_to(
+      ensemble.log_of_prior(prior, 4), self.lp.shape[:2]
+    )
+    state = how.start(log_prior)
+    for t in range(mask.shape[1]):
+      np.testing.assert_allclose(
+        np.exp(how.log_weights(state)), np.exp(at_once[..., t]), atol=1e-5
+      )
+      state = how.advance(state, log_prior, self.lp[..., t], mask[:, t])
+    np.testing.assert_allclose(
+      np.exp(how.log_weights(state)), np.exp(at_once[..., -1]), atol=1e-5
+    )
+
+  def test_tempering_and_floor(self):
+    plain = np.exp(ensemble.log_posterior(self.lp, self.mask))
+    off = ensemble.log_posterior(self.lp, self.mask, tempering=0.0)
+    np.testing.assert_allclose(np.exp(off), 0.25, rtol=1e-6)
+    floored = np.exp(ensemble.log_posterior(self.lp, self.mask, floor=0.1))
+    raised = np.maximum(plain, 0.1)
+    np.testing.assert_allclose(floored, raised / raised.sum(0), rtol=1e-4)
+    self.assertLess(plain.min(), 0.05)
+    prior = np.array([0.5, 0.5, 0.0, 0.0])
+    kept = np.exp(ensemble.log_posterior(self.lp, self.mask, prior, floor=0.1))
+    np.testing.assert_array_equal(kept[2:], 0)
+
+  def test_rows_have_priors_of_their_own(self):
+    rows = np.array([[0.7, 0.1, 0.1, 0.1], [0.1, 0.7, 0.1, 0.1], [0.25] * 4]).T
+    together = ensemble.log_likelihood(self.lp, self.mask, rows)
+    for i in range(3):
+      alone = ensemble.log_likelihood(
+        self.lp[:, i : i + 1], self.mask[i : i + 1], rows[:, i]
+      )
+      np.testing.assert_allclose(together[i], alone[0], rtol=1e-5)
+    fixed = np.exp(
+      ensemble.log_posterior(self.lp, self.mask, rows, kind='fixed')
+    )
+    np.testing.assert_allclose(fixed[..., 3], rows, rtol=1e-5)
+
+  def test_long_histories_do_not_underflow(self):
+    lp = np.full((2, 1, 4000), -9.0, np.float32)
+    lp[1] -= 0.001
+    found = ensemble.log_posterior(lp, np.ones((1, 4000), bool))
+    # The better expert leads by exp(4).
+    np.testing.assert_allclose(
+      np.exp(found[:, 0, -1]), [1 / (1 + np.exp(-4)), 1 / (1 + np.exp(4))],
+      rtol=0.02,
+    )  # fmt: skip
+
   @parameterized.parameters(1, 2, 3, 4)
   def test_top_k(self, k):
     np.testing.assert_allclose(
@@ -83,6 +176,8 @@ class EnsembleTest(parameterized.TestCase):
     ]
     prior = self.golden['avg/posterior/weights']
     weights = ensemble.average_weights(prior, kind)
+    top = ensemble.average_weights(self.golden['prior'], 'topk', k=2)
+    np.testing.assert_allclose(top, self.golden['topk/2'], rtol=1e-6)
     np.testing.assert_allclose(
       weights, self.golden[f'avg/{kind}/weights'], rtol=1e-6
     )
@@ -156,6 +251,16 @@ class EnsembleTest(parameterized.TestCase):
         ensemble.log_posterior(self.lp, self.mask, prior)
     with self.assertRaisesRegex(errors.UserError, "Did you mean 'full_bayes'"):
       ensemble.log_posterior(self.lp, self.mask, kind='fullbayes')
+    for options, message in (
+      (dict(kind='mean'), "Did you mean|Unknown kind of average 'mean'"),
+      (dict(kind='topk'), "'topk', which needs one"),
+      (dict(kind='uniform', k=2), 'k=2'),
+      (dict(kind='topk', k=0), 'at least 1'),
+    ):
+      with self.assertRaisesRegex(errors.ConfigError, message):
+        ensemble.average_weights(self.golden['prior'], **options)
+    with self.assertRaisesRegex(errors.ConfigError, 'floor must be a number'):
+      ensemble.Posterior(floor=2)
     with self.assertRaisesRegex(errors.UserError, 'at least 1'):
       ensemble.keep_top([1.0], 0)
     with self.assertRaisesRegex(errors.UserError, 'at least one batch'):

@@ -36,8 +36,11 @@ class TransformsTest(parameterized.TestCase):
       def on_step(self, step, state):
         states[step] = jax.tree.map(np.array, state.params)
 
-    transforms = [training.ema(0.5), training.lawa(2, 2), training.running(
-      mj.linear(normalize=False), every=3, name='sum')]  # fmt: skip
+    transforms = [
+      training.ema(0.5), training.lawa(2, 2), training.running(
+        mj.linear(normalize=False), every=3, name='sum'),
+      training.polynomial(2.0), training.one_minus_sqrt(start=3),
+    ]  # fmt: skip
     _, state = losses_of(
       mlp(), 7, pictures(), transforms=transforms, callbacks=[Keep()]
     )
@@ -49,7 +52,18 @@ class TransformsTest(parameterized.TestCase):
       'sum': mj.merge(
         [states[3], states[6]], mj.linear(normalize=False)
       ),
+      # Shamir and Zhang's weights for eta 2 are t (t + 1) / 2.
+      'polynomial': mj.merge(
+        list(states.values()), 'linear', weights=[1, 3, 6, 10, 15, 21, 28]
+      ),
     }  # fmt: skip
+    # What a decay of the updates by 1 - sqrt(j / 5) after step 3 comes to.
+    annealed = tree.flatten(jax.tree.map(np.copy, states[3]))
+    for j in range(1, 5):
+      now, before = tree.flatten(states[3 + j]), tree.flatten(states[2 + j])
+      for path in annealed:
+        annealed[path] += (1 - np.sqrt(j / 5)) * (now[path] - before[path])
+    expected['one_minus_sqrt'] = annealed
     for each in transforms:
       found = each.averaged(state.extras[each.name], state.params)
       for path, leaf in tree.flatten(expected[each.name]).items():
@@ -132,6 +146,15 @@ class TransformsTest(parameterized.TestCase):
   def test_a_window_does_not_decay(self):
     with self.assertRaisesRegex(errors.ConfigError, 'two ways to forget'):
       training.running(mj.linear(), window=2, decay=0.5)
+
+  def test_numbers_that_are_none(self):
+    for make, words in (
+      (lambda: training.polynomial(-1), 'eta must be'),
+      (lambda: training.one_minus_sqrt(start=-1), 'start must be'),
+      (lambda: training.ema(1.0), 'decay must be'),
+    ):
+      with self.assertRaisesRegex(errors.ConfigError, words):
+        make()
 
   def test_two_of_a_name(self):
     with self.assertRaisesRegex(errors.ConfigError, "called 'ema'"):
