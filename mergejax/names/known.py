@@ -102,12 +102,12 @@ def axes(
 
 def _rules(config):
   kind = config.get('model_type')
-  rules = _REGISTERED.get(kind)
+  rules: Any = _REGISTERED.get(kind)
   if rules is None:
     rules = next(
       (naming.axes for naming in NAMINGS if kind in naming.model_types), ()
     )
-  if config.get('moe'):
+  if config.get('moe') and rules is t5x.NAMING.axes:
     rules = t5x.SPARSE
   if config.get('scan_layers'):
     rules = t5x.scanned(rules, config.get('param_scan_axis', 1))

@@ -78,6 +78,11 @@ def features_of(
 ) -> jax.Array:
   """Features of one batch, <float32>[batch, width]; differentiable."""
   mask = models.family_for(module, batch).mask(layer, batch)
+  if isinstance(mask, str):
+    raise errors.ConfigError(
+      f'{layer} is given tokens of many examples at once, so it has no features '
+      'of one: choose a layer outside of the experts.'
+    )
 
   def pool(path, inputs):
     wide = inputs.astype(jnp.float32)
