@@ -78,6 +78,11 @@ def features_of(
 ) -> jax.Array:
   """Features of one batch, <float32>[batch, width]; differentiable."""
   mask = models.family_for(module, batch).mask(layer, batch)
+  if isinstance(mask, str):
+    raise errors.ConfigError(
+      f'{layer} is given slots of experts, not the rows of a batch: choose '
+      'another layer for features.'
+    )
 
   def pool(path, inputs):
     wide = inputs.astype(jnp.float32)
