@@ -101,7 +101,7 @@ def _one(blocks, how, usage, align):
     return blocks[first]
   if align:
     blocks = [usage_lib.aligned(blocks[first], block) for block in blocks]
-  weights = usage.load if usage is not None and how == LOAD else None
+  weights = None if usage is None or how == MEAN else usage.load
   return {
     n: upcycle.mean([block[n] for block in blocks], weights) for n in blocks[0]
   }

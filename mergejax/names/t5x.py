@@ -8,7 +8,7 @@ from mergejax.core import axes as axes_lib
 from mergejax.names import base
 
 # Of encoder-decoders, decoder-only models and whatever reuses their layers.
-AXES: axes_lib.Rules = (
+AXES: Sequence[tuple[str, tuple[str, ...]]] = (
   (r'(.*/)?token_embedder/embedding', ('vocab', 'embed')),
   (r'(.*/)?(query|key|value)/kernel', ('embed', 'joined_kv')),
   (r'(.*/)?out/kernel', ('joined_kv', 'embed')),
@@ -24,7 +24,7 @@ AXES: axes_lib.Rules = (
 
 
 # Of models with experts, whose dense layers lie on a mesh as their experts do.
-SPARSE: axes_lib.Rules = tuple(
+SPARSE: Sequence[tuple[str, tuple[str, ...]]] = tuple(
   (pattern, tuple('mlp_embed' if name == 'embed' else name for name in axes))
   if 'mlp' in axes
   else (pattern, axes)

@@ -80,8 +80,8 @@ def features_of(
   mask = models.family_for(module, batch).mask(layer, batch)
   if isinstance(mask, str):
     raise errors.ConfigError(
-      f'{layer} is given tokens of many examples at once, so it has no features '
-      'of one: choose a layer outside of the experts.'
+      f'{layer} is given slots of experts, not the rows of a batch: choose '
+      'another layer for features.'
     )
 
   def pool(path, inputs):

@@ -146,6 +146,30 @@ class FormsTest(parameterized.TestCase):
     self.assertEqual(float(left['dropped_pairs']), 0)
     self.assertEqual(float(left['fraction_tokens_left_behind']), 0)
 
+  @parameterized.parameters('rows', 'padded')
+  def test_gradients_are_those_of_the_formula(self, form):
+    params, inputs = numbers()
+    module = layer(top_k=2, eval_capacity_factor=None, dispatch=form)
+    given = np.random.default_rng(0).normal(size=inputs.shape)
+    given = given.astype(np.float32)
+
+    def plain(params, inputs):
+      router = params['router']['router_weights']['w']['kernel']
+      p = jax.nn.softmax(inputs @ router)
+      weights = jnp.where(p >= jnp.sort(p)[..., -2:-1], p, 0)
+      kernel = lambda name: params['expert'][name]['kernel']
+      into = lambda name: jnp.einsum('bld,edf->eblf', inputs, kernel(name))
+      hidden = jax.nn.gelu(into('wi_0')) * into('wi_1')
+      found = jnp.einsum('eblf,efd->ebld', hidden, kernel('wo'))
+      return jnp.einsum('ebld,ble->bld', found, weights)
+
+    sparse = lambda params, inputs: module.apply({'params': params}, inputs)
+    pull = lambda fn: jax.jit(
+      lambda *at: jax.vjp(fn, *at)[1](jnp.asarray(given))
+    )(params, inputs)
+    for a, b in zip(*map(jax.tree.leaves, (pull(sparse), pull(plain)))):
+      np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
+
   def test_grouped_products(self):
     """Groups of no row, of one, of more than a block; rows behind them."""
     rng = np.random.default_rng(0)
