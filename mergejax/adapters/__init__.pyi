@@ -25,11 +25,14 @@ from mergejax.adapters.scales import ia3
 from mergejax.adapters.sites import LayerAdapter
 from mergejax.adapters.sites import Part
 from mergejax.adapters.sites import Site
+from mergejax.checkpoints.peft.changes import ChangeStore
+from mergejax.checkpoints.peft.written import write_changes
 
 __all__ = [
   'Adapted',
   'Adapter',
   'Call',
+  'ChangeStore',
   'HOULSBY',
   'LayerAdapter',
   'PFEIFFER',
@@ -52,4 +55,5 @@ __all__ = [
   'prompt',
   'save',
   'spot',
+  'write_changes',
 ]

@@ -26,13 +26,14 @@ from mergejax.adapters import tensors
 from mergejax.checkpoints import checkpoint
 from mergejax.checkpoints import fingerprints
 from mergejax.checkpoints import safetensors
+from mergejax.checkpoints.peft import changes
 from mergejax.core import errors
 from mergejax.core import files
 from mergejax.core import tree
 from mergejax.core import typing
 
 _CONFIG, _WEIGHTS = 'adapter_config.json', 'adapter_model.safetensors'
-_BESIDE = 'mergejax_adapter.json'
+_BESIDE = changes.BESIDE
 _KINDS = {'LORA': 'lora', 'IA3': 'ia3', 'PROMPT_TUNING': 'prompt'}
 
 
