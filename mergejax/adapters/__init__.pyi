@@ -12,6 +12,9 @@ from mergejax.adapters.base import count
 from mergejax.adapters.bottlenecks import HOULSBY
 from mergejax.adapters.bottlenecks import PFEIFFER
 from mergejax.adapters.bottlenecks import bottleneck
+from mergejax.adapters.changes import ChangeStore
+from mergejax.adapters.folded import FoldedStore
+from mergejax.adapters.folded import load_model
 from mergejax.adapters.low_rank import lora
 from mergejax.adapters.prompts import prompt
 from mergejax.adapters.prompts import spot
@@ -25,14 +28,14 @@ from mergejax.adapters.scales import ia3
 from mergejax.adapters.sites import LayerAdapter
 from mergejax.adapters.sites import Part
 from mergejax.adapters.sites import Site
-from mergejax.checkpoints.peft.changes import ChangeStore
-from mergejax.checkpoints.peft.written import write_changes
+from mergejax.adapters.written import write_changes
 
 __all__ = [
   'Adapted',
   'Adapter',
   'Call',
   'ChangeStore',
+  'FoldedStore',
   'HOULSBY',
   'LayerAdapter',
   'PFEIFFER',
@@ -50,6 +53,7 @@ __all__ = [
   'has_layout',
   'ia3',
   'load',
+  'load_model',
   'lora',
   'poly',
   'prompt',

@@ -18,18 +18,7 @@ from mergejax.adapters import base as base_lib
 from mergejax.adapters import saved
 from mergejax.adapters import sites as sites_lib
 from mergejax.checkpoints import base as store_base
-from mergejax.checkpoints import checkpoint
 from mergejax.core import typing
-
-
-def has_our_names(base: os.PathLike | str) -> bool:
-  """Whether a checkpoint is of a family here, under the family's own names."""
-  config = checkpoint.read_config(base)
-  return (
-    config is not None
-    and config.get('model_type') in models.names()
-    and models.conversion(config) is None
-  )
 
 
 class FoldedStore(store_base.ParamStore):

@@ -19,6 +19,7 @@ import numpy as np
 from mergejax import models
 from mergejax.adapters import adapted as adapted_lib
 from mergejax.adapters import base as base_lib
+from mergejax.adapters import changes
 from mergejax.adapters import low_rank
 from mergejax.adapters import prompts
 from mergejax.adapters import scales
@@ -26,7 +27,6 @@ from mergejax.adapters import tensors
 from mergejax.checkpoints import checkpoint
 from mergejax.checkpoints import fingerprints
 from mergejax.checkpoints import safetensors
-from mergejax.checkpoints.peft import changes
 from mergejax.core import errors
 from mergejax.core import files
 from mergejax.core import tree

@@ -5,12 +5,12 @@
 from collections.abc import Mapping, Sequence
 import os
 
+from mergejax import adapters as adapters_lib
 from mergejax import models
-from mergejax.adapters import folded
+from mergejax.adapters import changes
 from mergejax.checkpoints import base as store_base
 from mergejax.checkpoints import checkpoint
 from mergejax.checkpoints import fingerprints
-from mergejax.checkpoints.peft import changes
 from mergejax.checkpoints.peft import fold
 from mergejax.core import errors
 
@@ -96,7 +96,7 @@ def check_fits(adapter: changes.ChangeStore, base: os.PathLike | str) -> None:
   by_module = all('/' not in path for path in store.specs())
   # A prompt has no module; names of T5X are known with a configuration only.
   if adapter.kind != 'PROMPT_TUNING' and (
-    by_module or folded.has_our_names(base)
+    by_module or _has_our_names(base)
   ):
     _fold(store, base, adapter.name)
 
@@ -119,16 +119,26 @@ def fold_into(
 
 
 def _fold(store, base, adapter):
-  if folded.has_our_names(base):
-    return folded.FoldedStore(store, base, adapter)
+  if _has_our_names(base):
+    return adapters_lib.FoldedStore(store, base, adapter)
   return fold.AdapterStore(store, adapter)
+
+
+def _has_our_names(base):
+  """Whether a checkpoint is of a family here, under the family's own names."""
+  config = checkpoint.read_config(base)
+  return (
+    config is not None
+    and config.get('model_type') in models.names()
+    and models.conversion(config) is None
+  )
 
 
 def no_start(name: str, kind: str) -> errors.ConfigError:
   """What to raise where a method needs a base and adapters have no neutral."""
   return errors.ConfigError(
     f'{name} works on differences from a base, and no {kind} changes nothing. '
-    'Say which adapter all were begun from (`adapter: {start: PATH}` in a '
-    'recipe, `base=mj.adapters.ChangeStore(PATH)` in Python), or take a method that '
-    'averages, such as linear.'
+    'Give the adapter that all were begun from as the base (in Python '
+    '`base=mj.adapters.ChangeStore(PATH)`), or take a method that averages, such '
+    'as linear.'
   )

@@ -9,10 +9,10 @@ from typing import Any
 
 import jax
 
+from mergejax.adapters import changes
 from mergejax.checkpoints import base as store_base
 from mergejax.checkpoints import checkpoint
 from mergejax.checkpoints import quantised
-from mergejax.checkpoints.peft import changes
 from mergejax.checkpoints.peft import fold
 from mergejax.core import axes as axes_lib
 from mergejax.core import errors

@@ -4,8 +4,9 @@
 
 import pathlib
 
+from mergejax.adapters import changes
 from mergejax.checkpoints import base as store_base
-from mergejax.checkpoints.peft import changes
+from mergejax.checkpoints.peft import fold
 from mergejax.core import errors
 from mergejax.merging import adapters
 from mergejax.merging.disk import companions
@@ -21,7 +22,7 @@ class AdapterInputs(inputs.Inputs):
 
   def _open_model(self, name):
     recipe = self._recipe
-    if name == recipe.base:
+    if name == recipe.base and not fold.is_adapter(name):
       return self._open_weights(name)
     base, _, adapter = name.partition('+')
     if adapter and base != recipe.base:
@@ -30,36 +31,28 @@ class AdapterInputs(inputs.Inputs):
         '`format: adapter` have one base: give it as `base_model:`, and the '
         'adapters as models.'
       )
-    return self._changes(adapter or base)
-
-  def _changes(self, path):
-    return changes.ChangeStore(path, self._recipe.adapter.space)
+    return changes.ChangeStore(adapter or base, recipe.adapter.space)
 
   def _prepare(self):
     recipe = self._recipe
-    start = recipe.adapter.start
+    base = self.stores.get(recipe.base)
     own = {n: s for n, s in self.stores.items() if n != recipe.base}
-    begun = start and self._inside(start) and self.attempt(self._changes, start)
-    self.raise_problems()
+    begun = isinstance(base, changes.ChangeStore)
     neutral = self.attempt(
-      adapters.gather, [*own.values()], begun or recipe.base, recipe.base
-    )
-    if begun and recipe.base:
-      for one in (*own.values(), begun):
-        self.attempt(adapters.check_fits, one, recipe.base)
+      adapters.gather, [*own.values()], base if begun else recipe.base,
+      recipe.base,
+    )  # fmt: skip
     self.raise_problems()
-    self._replace_base(neutral, next(iter(own.values())))
+    if not begun and recipe.base is not None:
+      self._stand_in(neutral, next(iter(own.values())))
     self.opened = dict(self.stores)
     self.configs = dict.fromkeys(self.stores)
-    if recipe.base not in self.stores:
-      self.reference = next(iter(own))
     self.tokenizer = companions.Tokenizer(pathlib.Path(self.reference))
     self._note(own)
 
-  def _replace_base(self, neutral: store_base.ParamStore | None, first):
+  def _stand_in(self, neutral: store_base.ParamStore | None, first):
+    """Puts what stands for the base in its place."""
     recipe = self._recipe
-    if recipe.base is None:
-      return
     del self.stores[recipe.base]
     if neutral is not None:
       self.stores = {recipe.base: neutral, **self.stores}

@@ -26,12 +26,12 @@ import jax
 import numpy as np
 
 import mergejax
+from mergejax.adapters import changes
+from mergejax.adapters import written
 from mergejax.checkpoints import checkpoint
 from mergejax.checkpoints import chunked
 from mergejax.checkpoints import safetensors
-from mergejax.checkpoints.peft import changes
 from mergejax.checkpoints.peft import extract
-from mergejax.checkpoints.peft import written
 from mergejax.core import checksums
 from mergejax.core import errors
 from mergejax.core import files as files_lib

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 import dataclasses
 import pathlib
 
+from mergejax.adapters import written
 from mergejax.checkpoints.peft import extract
-from mergejax.checkpoints.peft import written
 from mergejax.merging.disk import plans
 
 

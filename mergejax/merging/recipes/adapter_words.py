@@ -11,21 +11,21 @@ format: adapter
 adapter:
   rank: 16                     # or largest (the default), or exact
   space: delta                 # of LoRA: products, or the factors themselves
-  start: path/to/adapter-0     # what all were begun from, if not from nothing
+
+The base may be an adapter too: the one that all were begun from.
 """
 
 from collections.abc import Mapping
 import dataclasses
 from typing import Any
 
-from mergejax.checkpoints.peft import changes
-from mergejax.checkpoints.peft import written
+from mergejax.adapters import changes
+from mergejax.adapters import written
 from mergejax.core import errors
-from mergejax.merging.recipes import model_names
 from mergejax.merging.recipes import parameters
 
 FORMAT = 'adapter'
-_WORDS = ('rank', 'space', 'start')
+_WORDS = ('rank', 'space')
 # What is of whole models.
 _FOREIGN = (
   'slices', 'modules', 'tokenizer', 'tokenizer_source', 'chat_template',
@@ -40,12 +40,10 @@ class AdapterWords:
   Attributes:
     rank: of LoRA; see `written.write_changes`.
     space: 'delta', 'factors' or 'vectors'; None for that of the kind.
-    start: the adapter that all were begun from, or None.
   """
 
   rank: int | str = written.LARGEST
   space: str | None = None
-  start: str | None = None
 
 
 def read(data: Mapping[str, Any], report: parameters.Report) -> AdapterWords:
@@ -81,5 +79,4 @@ def read(data: Mapping[str, Any], report: parameters.Report) -> AdapterWords:
   known = list(dict.fromkeys(s for all in changes.SPACES.values() for s in all))
   if space is not None and space not in known:
     report.problems.append(errors.near(str(space), known, 'space of adapters'))
-  start = model_names.read(own.get('start'), 'start', report)
-  return AdapterWords(rank, space, start)
+  return AdapterWords(rank, space)

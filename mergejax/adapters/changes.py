@@ -69,7 +69,7 @@ class ChangeStore(base.ParamStore):
 
   Example:
     >>> import tempfile
-    >>> from mergejax.checkpoints.peft import written
+    >>> from mergejax.adapters import written
     >>> path = pathlib.Path(tempfile.mkdtemp()) / 'a'
     >>> _ = written.write_lora(path, {'q.weight': np.eye(3)}, {}, rank=1)
     >>> ChangeStore(path).specs()['q.weight'].shape

@@ -12,9 +12,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from mergejax.adapters import changes
 from mergejax.checkpoints import base
 from mergejax.checkpoints import safetensors
-from mergejax.checkpoints.peft import changes
 from mergejax.checkpoints.peft import extract
 from mergejax.checkpoints.peft import fold
 from mergejax.core import errors
