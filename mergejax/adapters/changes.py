@@ -51,6 +51,19 @@ def base_of(path: os.PathLike | str) -> str | None:
   return checkpoint.read_json(file).get('base') if file.is_file() else None
 
 
+def parts(path: os.PathLike | str) -> tuple[str, str | None]:
+  """`(base, adapter)` of `BASE+ADAPTER`; no adapter where it is one path.
+
+  Example:
+    >>> parts('t5+books'), parts('t5')
+    (('t5', 'books'), ('t5', None))
+  """
+  base, plus, adapter = str(path).partition('+')
+  if not plus or pathlib.Path(path).exists():
+    return str(path), None
+  return base, adapter
+
+
 class ChangeStore(base.ParamStore):
   """What an adapter changes, as leaves to merge, all float32.
 

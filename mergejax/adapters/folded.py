@@ -15,9 +15,11 @@ import numpy as np
 
 from mergejax import models
 from mergejax.adapters import base as base_lib
+from mergejax.adapters import changes
 from mergejax.adapters import saved
 from mergejax.adapters import sites as sites_lib
 from mergejax.checkpoints import base as store_base
+from mergejax.core import tree
 from mergejax.core import typing
 
 
@@ -43,8 +45,7 @@ class FoldedStore(store_base.ParamStore):
     family = models.family_of(models.load_module(base))
     models.check_not_converted(base)
     adapted, leaves = saved.load(path, family)
-    if not isinstance(adapted.adapter, sites_lib.LayerAdapter):
-      raise base_lib.not_folded(adapted.adapter).at(path)
+    _check_folds(adapted.adapter, path)
     self._store, self._adapter = store, adapted.adapter
     self._own = base_lib.own_leaves(leaves, adapted.adapter_specs)
     self._path = pathlib.Path(path)
@@ -93,20 +94,27 @@ def load_model(path: os.PathLike | str) -> tuple[Any, typing.Tree]:
     path: of a checkpoint with a `config.json`, or two joined by a plus.
 
   Returns:
-    `(module, params)`, of the base's names and dtypes.
+    `(module, params)`, of the base's names. What the adapter changes is float32,
+    so that small changes are not rounded away before they are merged.
 
   Raises:
-    UserError: see `models.load_model` and `adapters.load`.
+    UserError: see `models.load_model` and `adapters.load`; a prompt.
   """
-  base, plus, adapter = str(path).partition('+')
-  if not plus or pathlib.Path(path).exists():
-    return models.load_model(path)
+  base, adapter = changes.parts(path)
   module, params = models.load_model(base)
+  if adapter is None:
+    return module, params
   family, leaves = saved.load(adapter, module, params)
-  return module, family.adapter.fold(family.base_specs, params, leaves)
+  _check_folds(family.adapter, adapter)
+  changed = set()
+  for site in family.adapter.sites(family.base_specs):
+    changed |= {*family.adapter.leaves_of(site, family.base_specs).values()}
+  wide = tree.map_paths(
+    lambda p, leaf: leaf.astype(np.float32) if p in changed else leaf, params
+  )
+  return module, family.adapter.fold(family.base_specs, wide, leaves)
 
 
-def module_path(path: os.PathLike | str) -> str:
-  """The path of what says the architecture: the base of `BASE+ADAPTER`."""
-  whole = pathlib.Path(path).exists()
-  return str(path) if whole else str(path).partition('+')[0]
+def _check_folds(adapter, path):
+  if not isinstance(adapter, sites_lib.LayerAdapter):
+    raise base_lib.not_folded(adapter).at(path)

@@ -154,9 +154,10 @@ def _check_configs(models):
 
 
 def _opened(model):
-  if isinstance(model, str) and '+' in model and not os.path.exists(model):
-    path, _, adapter = model.partition('+')
-    return adapters.fold_into(_opened(path), path, adapter)
+  if isinstance(model, str):
+    path, adapter = changes.parts(model)
+    if adapter is not None:
+      return adapters.fold_into(_opened(path), path, adapter)
   fold.check_model(model)
   if isinstance(model, (str, os.PathLike)):
     return checkpoint.open_weights(model)
