@@ -15,6 +15,8 @@ from mergejax.adapters.bottlenecks import bottleneck
 from mergejax.adapters.changes import ChangeStore
 from mergejax.adapters.folded import FoldedStore
 from mergejax.adapters.folded import load_model
+from mergejax.adapters.library import Library
+from mergejax.adapters.library import is_library
 from mergejax.adapters.low_rank import lora
 from mergejax.adapters.prompts import prompt
 from mergejax.adapters.prompts import spot
@@ -38,6 +40,7 @@ __all__ = [
   'FoldedStore',
   'HOULSBY',
   'LayerAdapter',
+  'Library',
   'PFEIFFER',
   'Part',
   'Site',
@@ -52,6 +55,7 @@ __all__ = [
   'gates',
   'has_layout',
   'ia3',
+  'is_library',
   'load',
   'load_model',
   'lora',

@@ -27,7 +27,17 @@ def main(arguments: Sequence[str]) -> None:
   parser.add_argument('--split', default='train')
   parser.add_argument('--max_examples', type=int, default=512, help='of a task')
   parser.add_argument('--json', help='also write the table to this file')
+  parser.add_argument(
+    '--adapters', metavar='FOLDER',
+    help='a library: also the first checkpoint with each of its adapters',
+  )  # fmt: skip
   options = parser.parse_args(arguments)
+  if options.adapters:
+    library = adapters.Library(options.adapters)
+    options.checkpoints += [
+      f'{options.checkpoints[0]}+{library.path / name}'
+      for name in library.cards
+    ]
   suite = suite_lib.load(options.suite)
   first, *others = (
     models.load_module(changes.parts(path)[0]) for path in options.checkpoints
