@@ -95,9 +95,7 @@ def check_fits(adapter: changes.ChangeStore, base: os.PathLike | str) -> None:
   store = checkpoint.open_weights(base)
   by_module = all('/' not in path for path in store.specs())
   # A prompt has no module; names of T5X are known with a configuration only.
-  if adapter.kind != 'PROMPT_TUNING' and (
-    by_module or _has_our_names(base)
-  ):
+  if adapter.kind != 'PROMPT_TUNING' and (by_module or _has_our_names(base)):
     _fold(store, base, adapter.name)
 
 

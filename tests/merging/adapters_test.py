@@ -216,6 +216,12 @@ class LoraTest(Case):
     out, _ = self.run_recipe('linear', [path], dtype='bfloat16')
     specs = mj.open_checkpoint(out / 'adapter_model.safetensors').specs()
     self.assertEqual({s.dtype.name for s in specs.values()}, {'bfloat16'})
+    # The factors are, and not the products before them.
+    store = changes.ChangeStore(path)
+    again = self.disk.path / 'again'
+    mj.adapters.write_changes(again, store.read(), [store], dtype='bfloat16')
+    name = 'adapter_model.safetensors'
+    self.assertEqual((out / name).read_bytes(), (again / name).read_bytes())
 
   def test_the_same_command_finds_it_done(self):
     path, _ = self.lora('a')
