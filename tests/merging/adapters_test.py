@@ -32,7 +32,7 @@ class Case(parameterized.TestCase):
     }
     self.base = self.disk.model(self.base_leaves)
 
-  def lora(self, name, modules=(Q, V), rank=2, alpha=3, **config):
+  def lora(self, name, modules=(Q, V), rank=2, alpha=3.0, **config):
     """`(path, {leaf: product in float64})` of an adapter."""
     leaves, products = {}, {}
     for module in modules:
