@@ -12,6 +12,11 @@ from mergejax.adapters.base import count
 from mergejax.adapters.bottlenecks import HOULSBY
 from mergejax.adapters.bottlenecks import PFEIFFER
 from mergejax.adapters.bottlenecks import bottleneck
+from mergejax.adapters.changes import ChangeStore
+from mergejax.adapters.folded import FoldedStore
+from mergejax.adapters.folded import load_model
+from mergejax.adapters.library import Library
+from mergejax.adapters.library import is_library
 from mergejax.adapters.low_rank import lora
 from mergejax.adapters.prompts import prompt
 from mergejax.adapters.prompts import spot
@@ -25,13 +30,17 @@ from mergejax.adapters.scales import ia3
 from mergejax.adapters.sites import LayerAdapter
 from mergejax.adapters.sites import Part
 from mergejax.adapters.sites import Site
+from mergejax.adapters.written import write_changes
 
 __all__ = [
   'Adapted',
   'Adapter',
   'Call',
+  'ChangeStore',
+  'FoldedStore',
   'HOULSBY',
   'LayerAdapter',
+  'Library',
   'PFEIFFER',
   'Part',
   'Site',
@@ -46,10 +55,13 @@ __all__ = [
   'gates',
   'has_layout',
   'ia3',
+  'is_library',
   'load',
+  'load_model',
   'lora',
   'poly',
   'prompt',
   'save',
   'spot',
+  'write_changes',
 ]

@@ -19,6 +19,7 @@ import numpy as np
 from mergejax import models
 from mergejax.adapters import adapted as adapted_lib
 from mergejax.adapters import base as base_lib
+from mergejax.adapters import changes
 from mergejax.adapters import low_rank
 from mergejax.adapters import prompts
 from mergejax.adapters import scales
@@ -31,7 +32,7 @@ from mergejax.core import tree
 from mergejax.core import typing
 
 _CONFIG, _WEIGHTS = 'adapter_config.json', 'adapter_model.safetensors'
-_BESIDE = 'mergejax_adapter.json'
+_BESIDE = changes.BESIDE
 _KINDS = {'LORA': 'lora', 'IA3': 'ia3', 'PROMPT_TUNING': 'prompt'}
 
 

@@ -313,21 +313,42 @@ class LayerAdapter(base_lib.Adapter):
     leaves = dict(tree.flatten(params))
     mine = base_lib.own_leaves(adapter, self.specs(base))
     for site in self.sites(base):
-      names = {site.path.rpartition('/')[2]: site.path}
-      bias = f'{site.module}/bias'.lstrip('/')
-      if 'kernel' in names and bias in leaves:
-        names['bias'] = bias
-      wide = lambda leaf: jnp.asarray(leaf, jnp.float32)
-      own = {n: site.by_layer(wide(leaves[p])) for n, p in names.items()}
-      parts = {
-        name: site.by_layer(wide(mine[site.leaf(name)]))
-        for name in self.parts(site)
-      }
-      changed = jax.vmap(functools.partial(self.folded, site))(own, parts)
-      for name, leaf in changed.items():
-        path = names[name]
-        leaves[path] = site.of_layers(leaf).astype(leaves[path].dtype)
+      for path, leaf in self.fold_site(site, leaves, mine).items():
+        leaves[path] = leaf.astype(leaves[path].dtype)
     return tree.unflatten(leaves)
+
+  def leaves_of(
+    self, site: Site, base: Mapping[typing.Path, Any]
+  ) -> dict[str, typing.Path]:
+    """`{name: path}` of what `folded` is given of a module, and may change."""
+    names = {site.path.rpartition('/')[2]: site.path}
+    bias = f'{site.module}/bias'.lstrip('/')
+    if 'kernel' in names and bias in base:
+      names['bias'] = bias
+    return names
+
+  def fold_site(
+    self,
+    site: Site,
+    leaves: Mapping[typing.Path, typing.Array],
+    mine: Mapping[typing.Path, typing.Array],
+  ) -> dict[typing.Path, jax.Array]:
+    """`{path: <float32> changed leaf}` of one module, all its layers.
+
+    Args:
+      site: of the map.
+      leaves: of the base, those of the module at least.
+      mine: of the adapter, likewise.
+    """
+    names = self.leaves_of(site, leaves)
+    wide = lambda leaf: jnp.asarray(leaf, jnp.float32)
+    own = {n: site.by_layer(wide(leaves[p])) for n, p in names.items()}
+    parts = {
+      name: site.by_layer(wide(mine[site.leaf(name)]))
+      for name in self.parts(site)
+    }
+    changed = jax.vmap(functools.partial(self.folded, site))(own, parts)
+    return {names[n]: site.of_layers(leaf) for n, leaf in changed.items()}
 
 
 def of_path(key: jax.Array, path: typing.Path) -> jax.Array:

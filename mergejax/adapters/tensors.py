@@ -194,14 +194,7 @@ def to_lora(
       alone.
     StructureError: modules that the model has not.
   """
-  reason = peft_lora.refuse(config)
-  if config.get('use_dora'):
-    reason = 'use_dora is set: DoRA also scales what is there'
-  if config.get('bias') not in (None, 'none'):
-    reason = f'bias is {config["bias"]!r}: biases of the base were trained too'
-  start = str(config.get('init_lora_weights')).lower()
-  if start in ('pissa', 'olora') or config.get('kasa_config'):
-    reason = f'init_lora_weights is {start!r}: the base was changed by it'
+  reason = peft_lora.refuse(config) or peft_lora.beyond_products(config)
   if reason is not None:
     raise errors.CheckpointError(f'{reason}. {_FOLD}')
   leaves, factors = {}, {}

@@ -1,15 +1,20 @@
 # Copyright 2026 The mergejax Authors.
 # SPDX-License-Identifier: Apache-2.0
-"""`mergejax inspect CKPT`: what a checkpoint holds, from its headers."""
+"""`mergejax inspect CKPT`: what a checkpoint holds, from its headers.
+
+Of an adapter also its base, targets and ranks; of a folder of them, of each.
+"""
 
 from collections.abc import Sequence
 import dataclasses
 import json
+import pathlib
 
 from mergejax import adapters
 from mergejax.checkpoints import checkpoint
 from mergejax.checkpoints.peft import fold
 from mergejax.cli import common
+from mergejax.core import errors
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -18,13 +23,17 @@ def main(arguments: Sequence[str]) -> None:
   parser.add_argument('checkpoint')
   parser.add_argument('--json', action='store_true', help='for programs')
   options = parser.parse_args(arguments)
-  if fold.is_adapter(options.checkpoint):
-    _tell_adapter(options.checkpoint, options.json)
+  path, about = pathlib.Path(options.checkpoint).expanduser(), {}
+  if adapters.is_library(path) and not options.json:
+    print(adapters.Library(path))
     return
-  store = checkpoint.open_checkpoint(options.checkpoint)
+  if fold.is_adapter(path):
+    about = {'adapter': _adapter(path)}
+    path /= fold.WEIGHTS
+  store = checkpoint.open_checkpoint(path)
   specs = store.specs()
   left_out = store.provenance.get('left_out', [])
-  about = {
+  about |= {
     'format': store.provenance['format'],
     'quantised': store.quantised,
     'left_out': list(left_out),
@@ -45,6 +54,8 @@ def main(arguments: Sequence[str]) -> None:
     f'{store.provenance["format"]}: {len(specs)} arrays, {total:,} numbers, '
     f'{size / 1e6:,.1f} MB'
   )
+  if 'adapter' in about:
+    print(about['adapter']['text'])
   if store.quantised:
     print(
       f'quantised ({store.quantised}): these are codes and scales, which are '
@@ -54,7 +65,11 @@ def main(arguments: Sequence[str]) -> None:
     print(f'not taken, but there too: {", ".join(left_out)}')
 
 
-def _tell_adapter(path, as_json):
-  """Says of an adapter its kind, base, rank, and how many numbers it has."""
-  card = adapters.card(path)
-  print(json.dumps(dataclasses.asdict(card)) if as_json else card)
+def _adapter(path):
+  """What an adapter is, in words, and in numbers for programs."""
+  try:
+    card = adapters.card(path)
+  except errors.CheckpointError as error:
+    # A kind that folds into a base, or none that is known.
+    return {'text': error.message}
+  return {'text': str(card), **dataclasses.asdict(card)}

@@ -25,7 +25,9 @@ def main(arguments: Sequence[str]) -> None:
     '--dry_run', action='store_true', help='check and print, merge nothing'
   )
   parser.add_argument(
-    '--format', help='of the result: safetensors, orbax, t5x or npz'
+    '--format',
+    help='of the result: safetensors, orbax, t5x or npz; or adapter, where the '
+    'models are adapters',
   )
   parser.add_argument(
     '--max_shard_size', type=float, default=5.0, metavar='GB',
@@ -89,6 +91,10 @@ def _merge(options, group):
   recipe = recipe_lib.load_recipe(
     options.recipe, imports=options.sandbox is None
   )
+  if options.format == recipe_lib.ADAPTER != recipe.format:
+    # What is read depends on it.
+    data = {**recipe.data, 'format': options.format}
+    recipe = recipe_lib.parse_recipe(data, imports=options.sandbox is None)
   plan = planner.plan(recipe, sandbox=options.sandbox)
   talks = group.index == 0
   count = group.count

@@ -31,6 +31,8 @@ and, by strategy:
                learning_rate: 0.05
     greedy     accept: ge              # or gt
 
+Models may be adapters of the base, by their folders: each is folded into it.
+
 OUT gets `recipe.yaml`, which `mergejax merge` takes, every candidate in
 `candidates.jsonl`, and a plot.
 """
@@ -45,7 +47,9 @@ import numpy as np
 import optax
 import yaml
 
+from mergejax import adapters
 from mergejax import models as models_lib
+from mergejax.adapters import changes
 from mergejax.checkpoints import checkpoint
 from mergejax.checkpoints import fingerprints
 from mergejax.cli import common
@@ -114,7 +118,7 @@ class _Search:
 
   def _load(self):
     request = self._request
-    loaded = [models_lib.load_model(path) for path in request.paths]
+    loaded = [adapters.load_model(request.loaded(p)) for p in request.paths]
     base = None
     if request.recipe.base:
       _, base = models_lib.load_model(request.recipe.base)
@@ -146,7 +150,7 @@ class _Search:
     """All that scores depend on: files by what they hold, not by name."""
     request = self._request
     source = request.recipe.entry.source
-    axes = models_lib.axes(request.paths[0])
+    axes = self._axes()
     return {
       'recipe': request.data,
       # Of a method from outside the package; its name stays as it changes.
@@ -163,6 +167,11 @@ class _Search:
       ],
     }
 
+  def _axes(self):
+    """Logical axes of the parameters, where they are known."""
+    first = self._request.loaded(self._request.paths[0])
+    return models_lib.axes(changes.parts(first)[0])
+
   def _log(self):
     return base_lib.Log(self._out / 'candidates.jsonl', self._settings())
 
@@ -173,7 +182,7 @@ class _Search:
       space = request.space(base_lib.blocks_of(list(tree_lib.flatten(base or params[0]))))  # fmt: skip
     recipe = request.recipe
     stats = [dict(saved.load(path)) for path in recipe.stats] or None
-    axes = models_lib.axes(request.paths[0])
+    axes = self._axes()
 
     def merge(models, point):
       return space.merge(

@@ -12,6 +12,7 @@ import numpy as np
 import yaml
 
 from mergejax import models as models_lib
+from mergejax.adapters import changes
 from mergejax.checkpoints import checkpoint
 from mergejax.checkpoints import fingerprints
 from mergejax.checkpoints.peft import fold
@@ -73,6 +74,12 @@ class Request:
   def paths(self) -> list[str]:
     """Paths of the models."""
     return [one.model for one in self.inputs]
+
+  def loaded(self, path: str) -> str:
+    """What is loaded for a model: of an adapter, `BASE+ADAPTER`."""
+    if self.recipe.base and fold.is_adapter(path):
+      return f'{self.recipe.base}+{path}'
+    return path
 
   @property
   def seed(self) -> int:
@@ -338,12 +345,12 @@ def _check_only(request, method):
 def _check_models(request):
   """Plans the merge of the starting point; returns fingerprints."""
   recipe = request.recipe
-  for path in recipe.models():
-    if '+' in path or fold.is_adapter(path):
-      raise errors.ConfigError(
-        f'{path}: a search loads whole models. Fold the adapter in first: '
-        'merge it with passthrough.'
-      )
+  if recipe.of_adapters:
+    raise errors.ConfigError(
+      'A search folds adapters into their base to evaluate them: leave `format: '
+      'adapter` out. `mergejax merge OUT/recipe.yaml ADAPTER --format adapter` '
+      'makes an adapter of what it finds.'
+    )
   if request.strategy in _OWN_MERGES:
     space = base_lib.Space(recipe.method, len(request.inputs))
   else:
@@ -351,18 +358,25 @@ def _check_models(request):
   start = request.to_recipe(space, [space.start] * len(space.names))
   planner.plan(recipe_lib.parse_recipe(start))
   paths = list(dict.fromkeys([*([recipe.base] if recipe.base else []), *request.paths]))  # fmt: skip
-  modules = {path: models_lib.load_module(path) for path in paths}
+  bases = {path: changes.parts(request.loaded(path))[0] for path in paths}
+  modules = {path: models_lib.load_module(bases[path]) for path in paths}
   if request.data.get('granularity', 'model') != 'model':
     for path in paths:
-      _check_layers(path)
+      _check_layers(bases[path])
   architectures.check(
     {path: models_lib.describe(module) for path, module in modules.items()},
     'A search evaluates all of its models as one architecture.',
   )
-  return {
-    path: fingerprints.fingerprint(checkpoint.open_checkpoint(path))
-    for path in paths
-  }
+  return {path: _fingerprint(request.loaded(path)) for path in paths}
+
+
+def _fingerprint(path):
+  """Of a model; of one with an adapter, those of both."""
+  base, adapter = changes.parts(path)
+  found = fingerprints.fingerprint(checkpoint.open_checkpoint(base))
+  if adapter is None:
+    return found
+  return f'{found}+{fingerprints.fingerprint(changes.ChangeStore(adapter))}'
 
 
 def _check_layers(path):

@@ -9,6 +9,7 @@ from typing import Any
 
 import flax.linen as nn
 
+from mergejax import adapters
 from mergejax import models
 from mergejax.core import typing
 from mergejax.merging.disk import executor
@@ -41,7 +42,7 @@ def load_merged(
 
 
 def load(path: os.PathLike | str) -> tuple[nn.Module, typing.Tree]:
-  """Module and parameters of a checkpoint, or of a recipe (`.yaml`, `.yml`)."""
+  """Module and parameters of a checkpoint, a recipe (`.yaml`), or BASE+ADAPTER."""
   if pathlib.Path(path).suffix in ('.yaml', '.yml'):
     return load_merged(path)
-  return models.load_model(path)
+  return adapters.load_model(path)

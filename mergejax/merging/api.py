@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from mergejax.adapters import changes
 from mergejax.checkpoints import base as store_base
 from mergejax.checkpoints import checkpoint
 from mergejax.checkpoints import quantised
@@ -17,6 +18,7 @@ from mergejax.core import axes as axes_lib
 from mergejax.core import errors
 from mergejax.core import numerics
 from mergejax.core import typing
+from mergejax.merging import adapters
 from mergejax.merging import in_memory
 from mergejax.methods import base as merge_base
 from mergejax.methods import named
@@ -40,10 +42,16 @@ def merge(
   """Merges models given as trees, stores or paths.
 
   Args:
-    models: pytrees of arrays, stores from `open_checkpoint`, or paths.
+    models: pytrees of arrays, stores from `open_checkpoint`, or paths;
+      `BASE+ADAPTER` is a base with an adapter of PEFT's format folded in.
+      Adapters themselves, from `mj.adapters.ChangeStore`, are merged by what they
+      change: the result is for `mj.adapters.write_changes`.
     method: a name of the menu (`'linear'`, `'task_arithmetic'`, ...) or a
       `Merge` built from one: `mj.task_arithmetic(scale=0.4)`.
-    base: the common ancestor, where the method needs one.
+    base: the common ancestor, where the method needs one. Of adapters, the
+      model they were trained on (a path, to be compared with what they tell of
+      it) or the adapter they were begun from; by default one that changes
+      nothing.
     weights: one coefficient a model; see the method for the default.
     stats: statistics of each model for `fisher` and `regmean`: what
       `mj.stats.collect` returns, a path where it was saved, or
@@ -69,7 +77,11 @@ def merge(
     {'w': Array([0.5, 0.5], dtype=float32)}
   """
   models = [_opened(model) for model in models]
-  _check_configs([_opened(base), *models])
+  resolved = named.resolve(method, **options)
+  if any(isinstance(model, changes.ChangeStore) for model in models):
+    base = _start(resolved, models, base)
+  base = _opened(base)
+  _check_configs([base, *models])
   if stats is not None:
     stats = [
       saved.load(found) if isinstance(found, (str, os.PathLike)) else found
@@ -82,11 +94,10 @@ def merge(
           getattr(model, 'name', f'model {i}'), model,
           f'statistics {i}', getattr(found, 'fingerprint', None),
         )  # fmt: skip
-  resolved = named.resolve(method, **options)
   return in_memory.merge(
     models,
     resolved,
-    base=_opened(base),
+    base=base,
     weights=weights,
     stats=stats,
     axes=axes,
@@ -94,6 +105,14 @@ def merge(
     dtype=dtype,
     seed=seed,
   )
+
+
+def _start(method, stores, base):
+  """What adapters are merged against."""
+  start = adapters.gather(stores, base)
+  if start is None and method.base == 'required':
+    raise adapters.no_start('This method', stores[0].kind)
+  return start
 
 
 def _with_methods(rules, name, resolved):
@@ -135,6 +154,10 @@ def _check_configs(models):
 
 
 def _opened(model):
+  if isinstance(model, str):
+    path, adapter = changes.parts(model)
+    if adapter is not None:
+      return adapters.fold_into(_opened(path), path, adapter)
   fold.check_model(model)
   if isinstance(model, (str, os.PathLike)):
     return checkpoint.open_weights(model)

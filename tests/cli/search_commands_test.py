@@ -267,7 +267,7 @@ class SearchTest(small_images.Case):
       ('number of models', dict(vary='scale', rank={'pick': 5})),
       ('nowhere', dict(vary='scale', merge=self.merge(
           models=[str(self.path('a')), 'nowhere']))),
-      ('Fold the adapter', dict(vary='scale', merge=self.merge(
+      ('has no adapter_model.safetensors', dict(vary='scale', merge=self.merge(
           models=[str(self.path('a')), str(adapter)]))),
     ):  # fmt: skip
       self.assertIn(message, self.search('wrong', code=2, **fields))

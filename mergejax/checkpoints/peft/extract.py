@@ -7,7 +7,7 @@ import json
 import os
 import pathlib
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -116,7 +116,7 @@ def extract_lora(
     module = path.removesuffix('.weight')
     if turned and stored_transposed.is_one(module):
       delta = delta.T  # PEFT's factors are of [outputs, inputs]
-    a, b, share = _factors(delta, rank, kind)
+    a, b, share = factors(delta, rank, kind)
     leaves[f'base_model.model.{module}.lora_A.weight'] = a
     leaves[f'base_model.model.{module}.lora_B.weight'] = b
     residuals.append(Residual(path, len(a), share))
@@ -134,9 +134,24 @@ def extract_lora(
   return residuals, missed
 
 
-def _factors(delta, rank, dtype):
-  """A, B and the share of `delta` [outputs, inputs] that `B A` misses."""
+def factors(
+  delta: np.ndarray, rank: int | None, dtype: Any
+) -> tuple[np.ndarray, np.ndarray, float]:
+  """The nearest product of a rank, by singular values.
+
+  Args:
+    delta: `<float32>[outputs, inputs]`.
+    rank: at most; None for as many as are more than rounding.
+    dtype: of the factors.
+
+  Returns:
+    `A [rank, inputs]`, `B [outputs, rank]`, and the share of `delta` that `B A`
+    misses, by Frobenius norms.
+  """
   u, s, v = np.linalg.svd(delta, full_matrices=False)
+  if rank is None:
+    least = s[0] * max(delta.shape) * np.finfo(np.float32).eps
+    rank = max(1, int(np.sum(s > least)))
   own = min(rank, len(s))
   root = np.sqrt(s[:own])
   b, a = (

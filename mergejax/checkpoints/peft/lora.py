@@ -68,6 +68,22 @@ def refuse(config) -> str | None:
   return None
 
 
+def beyond_products(config) -> str | None:
+  """Why an adapter does more than add `s B A` to kernels; None if it does not.
+
+  Args:
+    config: `adapter_config.json`, which `refuse` accepts.
+  """
+  if config.get('use_dora'):
+    return 'use_dora is set: DoRA also scales what is there'
+  if config.get('bias') not in (None, 'none'):
+    return f'bias is {config["bias"]!r}: biases of the base were trained too'
+  start = str(config.get('init_lora_weights')).lower()
+  if start in ('pissa', 'olora') or config.get('kasa_config'):
+    return f'init_lora_weights is {start!r}: the base was changed by it'
+  return None
+
+
 _CONVERT = (
   'Where it was trained, save it with `path_initial_model_for_weight_'
   'conversion`, which makes a plain LoRA of it, or merge it there'

@@ -13,9 +13,8 @@ share, in a journal of its own, into the same files; the first one lays them out
 and gives them their name when all have done theirs.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 import contextlib
-import dataclasses
 import json
 import os
 import pathlib
@@ -27,9 +26,12 @@ import jax
 import numpy as np
 
 import mergejax
+from mergejax.adapters import changes
+from mergejax.adapters import written
 from mergejax.checkpoints import checkpoint
 from mergejax.checkpoints import chunked
 from mergejax.checkpoints import safetensors
+from mergejax.checkpoints.peft import extract
 from mergejax.core import checksums
 from mergejax.core import errors
 from mergejax.core import files as files_lib
@@ -37,57 +39,16 @@ from mergejax.core import identity as identity_lib
 from mergejax.merging.disk import pieces
 from mergejax.merging.disk import plans
 from mergejax.merging.disk import processes
+from mergejax.merging.disk import reports
 from mergejax.merging.disk import side_cars
 from mergejax.merging.disk import work_folder
 from mergejax.merging.disk import workers
+from mergejax.merging.recipes import adapter_words
 
 # Beside the weights: every setting, the seed, and the sums of all sources.
 MANIFEST = 'manifest.json'
 # What the first process says if the result was there before.
 _FINISHED = b'finished'
-
-
-@dataclasses.dataclass(frozen=True)
-class Report:
-  """What a merge did.
-
-  Attributes:
-    out: where the result is.
-    computed: how many parameters were merged in this call; the others were
-      done before it.
-    seconds: wall time of this call.
-    phases: seconds reading, computing and writing, over all threads.
-    read_bytes: of the sources.
-    written_bytes: of the result.
-    read_by: bytes that each process asked of the sources, which is more than
-      they hold where a method reads them several times.
-  """
-
-  out: pathlib.Path
-  computed: int
-  seconds: float
-  phases: Mapping[str, float]
-  read_bytes: int
-  written_bytes: int
-  read_by: Sequence[int] = ()
-
-  def describe(self) -> str:
-    """The report in words."""
-    if not self.computed:
-      return f'{self.out} is complete; nothing was computed.'
-    moved = (self.read_bytes + self.written_bytes) / 1e6
-    phases = ', '.join(f'{n} {s:.2f} s' for n, s in self.phases.items())
-    return (
-      f'{self.out}: {self.computed} parameters in {self.seconds:.2f} s, '
-      f'{moved / self.seconds:,.0f} MB/s read and written ({phases} over '
-      f'{plans.WORKERS} threads)'
-    ) + self._describe_processes()
-
-  def _describe_processes(self):
-    if len(self.read_by) < 2:
-      return ''
-    read = ', '.join(f'{nbytes / 1e6:,.1f}' for nbytes in self.read_by)
-    return f'\nby {len(self.read_by)} processes, which read {read} MB'
 
 
 def execute(
@@ -99,7 +60,7 @@ def execute(
   max_shard_bytes: int = 5 * 10**9,
   progress: Callable[[int, int], None] | None = None,
   group: processes.Group | None = None,
-) -> Report:
+) -> reports.Report:
   """Runs a plan.
 
   Args:
@@ -143,9 +104,10 @@ def check_divisible(plan: plans.Plan, format: str) -> None:  # pylint: disable=r
     UserError: the format is one file that one process writes; or the processes
       cannot know that they have the same method.
   """
-  if format == 'npz':
+  if format in ('npz', adapter_words.FORMAT):
+    what = 'one .npz archive' if format == 'npz' else 'one adapter'
     raise errors.CheckpointError(
-      'Several processes cannot write one .npz archive together: choose '
+      f'Several processes cannot write {what} together: choose '
       '`--format` safetensors, orbax or t5x, or merge without --multiprocess.'
     )
   if plan.anonymous:
@@ -167,6 +129,14 @@ def result_format(
     found = plan.stores[plan.reference].provenance['format']
     chosen = found if found in checkpoint.FORMATS else 'safetensors'
     chosen = 'safetensors' if chosen == 'npz' else chosen
+  if plan.recipe.of_adapters:
+    if chosen != adapter_words.FORMAT or by_suffix:
+      raise errors.RecipeError(
+        f'This plan makes an adapter, which is a directory in its own format, '
+        f'not {by_suffix or chosen}. To fold the adapters into their base, leave '
+        '`format: adapter` out of the recipe.'
+      )
+    return chosen
   if chosen not in checkpoint.FORMATS:
     raise errors.CheckpointError(
       errors.near(chosen, checkpoint.FORMATS, 'checkpoint format')
@@ -191,11 +161,12 @@ class _Execution:
     self._shards = safetensors.lay_out(specs, limit, with_axes=self._single)
     self._specs = specs
     self._timers = pieces.Timers()
+    self._residuals: list[extract.Residual] = []
     self._workers = workers.Workers(
       plan, self._work, self._shards, group, self._timers
     )
 
-  def run(self, resume, progress) -> Report:
+  def run(self, resume, progress) -> reports.Report:
     started = time.perf_counter()
     identity = self._identity()
     self._group.check_same(identity)
@@ -238,7 +209,7 @@ class _Execution:
         f'and what is done is kept in {self._work.path}: free some space and '
         'run the same command again to continue.'
       ) from error
-    return Report(
+    return reports.Report(
       self._out,
       max(len(pending), 1),
       time.perf_counter() - started,
@@ -246,6 +217,7 @@ class _Execution:
       self._plan.read_bytes,
       self._plan.write_bytes,
       read_by,
+      self._residuals,
     )
 
   # Before --------------------------------------------------------------------
@@ -292,7 +264,7 @@ class _Execution:
       'beside': side_cars.digests(self._plan),
     })  # fmt: skip
 
-  def _finished_before(self, identity) -> Report | None:
+  def _finished_before(self, identity) -> reports.Report | None:
     """A report if the result is there already, None if nothing is."""
     if not self._out.exists():
       return None
@@ -318,7 +290,7 @@ class _Execution:
     return self._nothing_to_do()
 
   def _nothing_to_do(self):
-    return Report(self._out, 0, 0.0, {}, 0, 0)
+    return reports.Report(self._out, 0, 0.0, {}, 0, 0)
 
   def _check_repeated(self):
     """Parameters that should repeat another one do; each process looks at some."""
@@ -392,6 +364,8 @@ class _Execution:
       ],
       'remarks': list(self._plan.remarks),
     }
+    if self._residuals:
+      manifest['residuals'] = {r.path: r.share for r in self._residuals}
     text = json.dumps(identity_lib.canonical(manifest), indent=2) + '\n'
     if self._single:
       side_cars.write_text(self._manifest_file(self._out), text)
@@ -419,10 +393,26 @@ class _Execution:
   def _convert(self):
     """Writes the result in another format, from memory."""
     store = safetensors.SafetensorsStore(self._work.result)
+    if self._plan.recipe.of_adapters:
+      self._write_adapter(store)
+      return
     leaves = store.leaves(list(self._specs))
     checkpoint.save_checkpoint(
       self._target, leaves, format=self._format, overwrite=True
     )
+
+  def _write_adapter(self, store):
+    """Writes merged changes as an adapter; of products one is held at a time."""
+    recipe = self._plan.recipe
+    like = [
+      one
+      for one in self._plan.stores.values()
+      if isinstance(one, changes.ChangeStore)
+    ]
+    self._residuals = written.write_changes(
+      self._target, store, like, rank=recipe.adapter.rank, dtype=recipe.dtype,
+      overwrite=True,
+    )  # fmt: skip
 
   def _convert_together(self):
     """Writes the result in another format: of its chunks, this process's."""

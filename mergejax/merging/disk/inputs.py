@@ -19,6 +19,7 @@ from mergejax.checkpoints import ties
 from mergejax.checkpoints import vocabulary
 from mergejax.checkpoints.peft import fold
 from mergejax.core import errors
+from mergejax.merging import adapters
 from mergejax.merging.disk import companions
 from mergejax.merging.disk import vocabularies
 from mergejax.merging.recipes import recipe as recipe_lib
@@ -58,9 +59,15 @@ class Inputs:
     self.tied: dict = {}
     self.repeated: dict = {}
     self.config: dict[str, Any] = {}
+    self.configs: dict[str, Any] = {}
+    self.opened: dict[str, store_base.ParamStore] = {}
     self._open()
     self.raise_problems()
     self.reference = recipe.base or recipe.slices[0].inputs[0].model
+    self._prepare()
+
+  def _prepare(self):
+    """Brings the models to a common form."""
     self.configs = {
       name: self.attempt(checkpoint.read_config, self.folder(name))
       for name in self.stores
@@ -69,7 +76,7 @@ class Inputs:
     self.opened = dict(self.stores)
     # Heads first: whoever lacks one has no rows to give.
     self._tie()
-    self.tokenizer = vocabularies.align(self, recipe)
+    self.tokenizer = vocabularies.align(self, self._recipe)
     self._leave_out_buffers()
     self.raise_problems()
     self._note_companions()
@@ -169,7 +176,7 @@ class Inputs:
   def _open_model(self, name):
     model, _, adapter = name.partition('+')
     if adapter:
-      return fold.AdapterStore(self._open_weights(model), adapter)
+      return adapters.fold_into(self._open_weights(model), model, adapter)
     if fold.is_adapter(model):
       if not self._recipe.base:
         raise errors.RecipeError(
@@ -177,7 +184,7 @@ class Inputs:
           f'`base_model:`, or write `model: BASE+{model}`.'
         )
       base = self._open_weights(self._recipe.base)
-      return fold.AdapterStore(base, model)
+      return adapters.fold_into(base, self._recipe.base, model)
     return self._open_weights(model)
 
   def _open_weights(self, path):

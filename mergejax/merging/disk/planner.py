@@ -24,6 +24,7 @@ from mergejax.core import numerics
 from mergejax.core import stacks
 from mergejax.core import statistic_specs
 from mergejax.core import typing
+from mergejax.merging.disk import adapter_inputs
 from mergejax.merging.disk import choices
 from mergejax.merging.disk import inputs as inputs_lib
 from mergejax.merging.disk import layouts
@@ -71,7 +72,8 @@ def plan(
       'a recipe in a sandbox runs nothing: it cannot name a method by '
       '`package.module:function`.'
     )
-  inputs = inputs_lib.Inputs(recipe, sandbox)
+  of = adapter_inputs.AdapterInputs if recipe.of_adapters else inputs_lib.Inputs
+  inputs = of(recipe, sandbox)
   return _Planner(recipe, inputs).plan(identity)
 
 
@@ -181,9 +183,11 @@ class _Planner:
     used_rules.add(number)
     spec = self._with_axes(path, refs, base)
     stored = spec
-    if recipe.dtype and numerics.is_averaged(spec.dtype):
+    # Changes are rounded once, when they are factors.
+    dtype = None if recipe.of_adapters else recipe.dtype
+    if dtype and numerics.is_averaged(spec.dtype):
       stored = typing.LeafSpec(
-        spec.shape, np.dtype(jnp.dtype(recipe.dtype)), spec.axes
+        spec.shape, np.dtype(jnp.dtype(dtype)), spec.axes
       )
     elif spec.dtype != (lead := self._lead_dtype(refs, base)):
       stored = typing.LeafSpec(spec.shape, lead, spec.axes)

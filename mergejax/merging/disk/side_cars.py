@@ -33,6 +33,16 @@ def write(plan: plans.Plan, result: pathlib.Path) -> None:
     plan: what was merged.
     result: the directory of the weights.
   """
+  if not plan.recipe.of_adapters:
+    _write_companions(plan, result)
+  write_text(
+    result / RECIPE, yaml.safe_dump(dict(plan.recipe.data), sort_keys=False)
+  )
+  write_text(result / CARD, _card(plan))
+
+
+def _write_companions(plan, result):
+  """What a whole model needs: its configuration and tokenizer."""
   reference = companions.folder_of(plan.reference, plan.recipe.base)
   config = checkpoint.read_config(reference) if reference.is_dir() else None
   if config is not None:
@@ -54,10 +64,6 @@ def write(plan: plans.Plan, result: pathlib.Path) -> None:
     write_text(result / vocabulary.TOKENIZER, plan.tokenizer.text)
     _note_added_tokens(result)
   _chat_template(plan, result)
-  write_text(
-    result / RECIPE, yaml.safe_dump(dict(plan.recipe.data), sort_keys=False)
-  )
-  write_text(result / CARD, _card(plan))
 
 
 def digests(plan: plans.Plan) -> dict[str, str]:
@@ -70,6 +76,8 @@ def digests(plan: plans.Plan) -> dict[str, str]:
     `{file: sha256}` of the configuration, of all that is copied, and of every
     tokenizer, where rows are matched by token.
   """
+  if plan.recipe.of_adapters:
+    return {}
   reference = companions.folder_of(plan.reference, plan.recipe.base)
   copied = companions.find(reference, plan.tokenizer.folder).copied
   files = {reference / checkpoint.CONFIG, *(file for file, _ in copied)}

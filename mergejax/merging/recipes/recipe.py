@@ -4,8 +4,8 @@
 
 A mergekit YAML file is a recipe, unchanged (`models:` and `slices:` are read by
 `recipes.sources`, `modules:` by `recipes.modules`). A recipe may further hold
-`rules`, `stats`, `axes`, `seed`, `format`, `untie`, `vocab` and
-`ignore_config`:
+`rules`, `stats`, `axes`, `seed`, `format`, `untie`, `vocab`, `adapter` (see
+`adapter_words`) and `ignore_config`:
 
     merge_method: ties
     base_model: path/to/base
@@ -38,6 +38,7 @@ import yaml
 
 from mergejax.core import errors
 from mergejax.core import registry
+from mergejax.merging.recipes import adapter_words
 from mergejax.merging.recipes import mergekit_words
 from mergejax.merging.recipes import model_names
 from mergejax.merging.recipes import modules as recipe_modules
@@ -53,9 +54,10 @@ _TOP = (
   'merge_method', 'models', 'slices', 'modules', 'base_model', 'parameters', 'dtype',
   'out_dtype', 'tokenizer_source', 'tokenizer', 'chat_template',
   'rules', 'stats', 'axes', 'seed', 'format', 'untie', 'vocab', 'name',
-  'ignore_config',
+  'ignore_config', 'adapter',
 )  # fmt: skip
-FORMATS = ('safetensors', 'orbax', 't5x', 'npz')
+ADAPTER = adapter_words.FORMAT
+FORMATS = ('safetensors', 'orbax', 't5x', 'npz', ADAPTER)
 VOCAB_POLICIES = ('base', 'union', 'pad')
 
 
@@ -94,7 +96,9 @@ class Recipe:
     axes: logical axes by path, see `axes`.
     dtype: dtype of the result, or None to keep that of the base or first model.
     seed: seed of random methods.
-    format: format of the result, or None for what the name of OUT says.
+    format: format of the result, or None for what the name of OUT says. Of
+      'adapter' the models are adapters, merged by what they change.
+    adapter: of such a result.
     untie: give tied models a head of their own.
     vocab: what to do where vocabularies differ, or None: an error.
     ignore_config: fields of `config.json` that may differ between the models
@@ -121,6 +125,7 @@ class Recipe:
   dtype: str | None = None
   seed: int = 0
   format: str | None = None
+  adapter: adapter_words.AdapterWords = adapter_words.AdapterWords()
   untie: bool = False
   vocab: str | None = None
   ignore_config: tuple[str, ...] = ()
@@ -132,6 +137,11 @@ class Recipe:
   chat_template: str | None = None
   notes: tuple[str, ...] = ()
   data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+  @property
+  def of_adapters(self) -> bool:
+    """True if adapters are merged into an adapter."""
+    return self.format == ADAPTER
 
   @property
   def entry(self) -> methods_lib.MethodEntry:
@@ -254,6 +264,7 @@ class _Reader:
       dtype=values.dtype(data.get('dtype'), data.get('out_dtype'), report),
       seed=values.whole_number(data.get('seed', 0), 'seed', report),
       format=values.choice(data.get('format'), FORMATS, 'format', report),
+      adapter=adapter_words.read(data, report),
       untie=values.flag(data.get('untie', False), 'untie', report),
       vocab=values.choice(
         data.get('vocab'), VOCAB_POLICIES, 'vocab policy', report
