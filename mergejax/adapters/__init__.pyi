@@ -12,6 +12,10 @@ from mergejax.adapters.base import count
 from mergejax.adapters.bottlenecks import HOULSBY
 from mergejax.adapters.bottlenecks import PFEIFFER
 from mergejax.adapters.bottlenecks import bottleneck
+from mergejax.adapters.ladder_files import collect as collect_ladders
+from mergejax.adapters.ladder_files import load_ladders
+from mergejax.adapters.ladder_files import save_ladders
+from mergejax.adapters.ladders import ladder
 from mergejax.adapters.low_rank import lora
 from mergejax.adapters.prompts import prompt
 from mergejax.adapters.prompts import spot
@@ -41,15 +45,19 @@ __all__ = [
   'bottleneck',
   'by_group',
   'card',
+  'collect_ladders',
   'count',
   'fold',
   'gates',
   'has_layout',
   'ia3',
+  'ladder',
   'load',
+  'load_ladders',
   'lora',
   'poly',
   'prompt',
   'save',
+  'save_ladders',
   'spot',
 ]
