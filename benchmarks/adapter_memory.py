@@ -16,7 +16,6 @@ import argparse
 import json
 import os
 import pathlib
-import time
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
@@ -58,7 +57,6 @@ def measured(module, adapter, batch) -> dict:
     for path, spec in specs.items()
   })  # fmt: skip
   state = jax.eval_shape(step.init, params, jax.random.key(0))
-  started = time.perf_counter()
   update = jax.jit(step.update, donate_argnums=(0,))
   found = update.lower(state, batch).compile().memory_analysis()
   learned = sum(s.size for p, s in specs.items() if family.learns(p))
@@ -72,7 +70,6 @@ def measured(module, adapter, batch) -> dict:
     'trained': learned,
     'temporaries_mb': round(found.temp_size_in_bytes / 1e6, 1),
     'needed_mb': round(needed / 1e6, 1),
-    'compile_s': round(time.perf_counter() - started, 1),
   }
 
 
