@@ -375,6 +375,23 @@ def rules_of(mesh: jax.sharding.Mesh, rules: ShardingRules) -> Iterator[None]:
     _ACTIVE.reset(token)
 
 
+@contextlib.contextmanager
+def rows_alone() -> Iterator[None]:
+  """While traced inside, `constrain` spreads activations over rows only.
+
+  For small networks with whole parameters on every device: nothing of theirs is
+  worth sending over the axis `model`.
+  """
+  active = _ACTIVE.get()
+  if active is None:
+    yield
+    return
+  mesh, rules = active
+  whole = {name: None for name in rules.activations if name != 'batch'}
+  with rules_of(mesh, rules.replace(activations=whole)):
+    yield
+
+
 def constrain(x: typing.Tree, axes: Sequence[str | None]) -> typing.Tree:
   """Tells the compiler how activations lie; the numbers stay as they are.
 

@@ -15,6 +15,10 @@ from mergejax.adapters.bottlenecks import bottleneck
 from mergejax.adapters.changes import ChangeStore
 from mergejax.adapters.folded import FoldedStore
 from mergejax.adapters.folded import load_model
+from mergejax.adapters.ladder_files import collect as collect_ladders
+from mergejax.adapters.ladder_files import load_ladders
+from mergejax.adapters.ladder_files import save_ladders
+from mergejax.adapters.ladders import ladder
 from mergejax.adapters.library import Library
 from mergejax.adapters.library import is_library
 from mergejax.adapters.low_rank import lora
@@ -50,6 +54,7 @@ __all__ = [
   'bottleneck',
   'by_group',
   'card',
+  'collect_ladders',
   'count',
   'fold',
   'gates',
@@ -58,10 +63,14 @@ __all__ = [
   'is_library',
   'load',
   'load_model',
+  'ladder',
+  'load',
+  'load_ladders',
   'lora',
   'poly',
   'prompt',
   'save',
+  'save_ladders',
   'spot',
   'write_changes',
 ]

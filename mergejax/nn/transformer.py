@@ -143,7 +143,7 @@ class DecoderLayer(nn.Module):
   def __call__(self, x, encoded, bias, cross_bias, real=None):
     block = _Block(self.config, self.deterministic, self.sparse)
     if self.config.relative_per_layer:
-      at = _position(self.variables.get('cache', {})) if self.decode else None
+      at = position(self.variables.get('cache', {})) if self.decode else None
       bias = block.bias(self.length, bias, bidirectional=False, at=at)
     y = block.norm('pre_self_attention_layer_norm')(x)
     y = block.attention('self_attention')(
@@ -335,7 +335,7 @@ class Decoder(nn.Module):
     length, at = tokens.shape[1], None
     if decode:
       cache = self.variables.get('cache', {})
-      cached, at = _cached_length(cache), _position(cache)
+      cached, at = cached_length(cache), position(cache)
       length = _check_length(cached or length, max_decode_length)
       if cached is None:
         mask_bias = attention.attention_bias(attention.causal_mask(length))
@@ -356,7 +356,7 @@ class Decoder(nn.Module):
     )(x)
 
 
-def _cached_length(cache: typing.Tree) -> int | None:
+def cached_length(cache: typing.Tree) -> int | None:
   """Positions that a decoder's `cache` has; None before it is made."""
   for path, leaf in tree.flatten(cache).items():
     if path.endswith('cached_key'):
@@ -364,7 +364,7 @@ def _cached_length(cache: typing.Tree) -> int | None:
   return None
 
 
-def _position(cache: typing.Tree) -> typing.Array | None:
+def position(cache: typing.Tree) -> typing.Array | None:
   """The next position of a decoder's `cache`; None before it is made."""
   for path, leaf in tree.flatten(cache).items():
     if path.endswith('cache_index'):

@@ -89,7 +89,7 @@ class TrainTest(absltest.TestCase):
     self.assertIn('lora: 576 numbers in 6 modules', told)
     self.assertIn('rank: 3', told)
     code, told, _ = run('inspect', '--json', out / 'adapter')
-    self.assertEqual(json.loads(told)['parameters'], 576)
+    self.assertEqual(json.loads(told)['adapter']['parameters'], 576)
     # Another adapter is another run.
     code, _, err = self.train(flags[0], '--gin.adapters.lora.rank=2')
     self.assertEqual(code, 2)
