@@ -109,12 +109,13 @@ class Calls:
 
   # Of the backbone -------------------------------------------------------------
 
-  def _encoder(self, run, module, embedded, bias, *, deterministic):
+  def _encoder(self, run, module, embedded, bias, *, deterministic, **named):
     def finish(ladders):
       return self._side(module, 'encoder', deterministic, ladders, None, bias)
 
     reading = self._begun('encoder', ENCODER, finish)
-    found = run(embedded, bias, deterministic=self._still(deterministic))
+    still = self._still(deterministic)
+    found = run(embedded, bias, deterministic=still, **named)
     state = self._finished(reading, ENCODER)
     if state is None:
       return found

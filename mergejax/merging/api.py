@@ -157,7 +157,8 @@ def _opened(model):
   if isinstance(model, str):
     path, adapter = changes.parts(model)
     if adapter is not None:
-      return adapters.fold_into(_opened(path), path, adapter)
+      fold.check_model(path)
+      return adapters.fold_into(checkpoint.open_weights(path), path, adapter)
   fold.check_model(model)
   if isinstance(model, (str, os.PathLike)):
     return checkpoint.open_weights(model)
