@@ -211,7 +211,7 @@ class _Execution:
       ) from error
     return reports.Report(
       self._out,
-      max(len(pending), 1),
+      len(pending),
       time.perf_counter() - started,
       dict(self._timers.seconds),
       self._plan.read_bytes,

@@ -105,6 +105,26 @@ class WholeOrNothingTest(parameterized.TestCase):
       self.assertLess(report.computed, len(mj.plan(self.recipe).tasks))
       self.assertEqual(self.files(out), whole)
 
+  def test_interrupted_after_the_last_leaf_computes_nothing_again(self):
+    tasks = len(mj.plan(self.recipe).tasks)
+    calls = []
+
+    def kill(done, total):
+      calls.append(done)
+      if done == total:
+        raise KeyboardInterrupt
+
+    with self.assertRaises(KeyboardInterrupt):
+      mj.execute(mj.plan(self.recipe), self.folder / 'out', progress=kill)
+    self.assertLen(calls, tasks)
+    report = mj.execute(mj.plan(self.recipe), self.folder / 'out')
+    self.assertEqual(report.computed, 0)
+    self.assertIn('complete; nothing was computed', report.describe())
+    mj.execute(mj.plan(self.recipe), self.folder / 'whole')
+    self.assertEqual(
+      self.files(self.folder / 'out'), self.files(self.folder / 'whole')
+    )
+
   def test_a_file_that_lost_its_size_is_written_again(self):
     def stop(done, total):
       if done > total // 2:
