@@ -52,7 +52,7 @@ from mergejax.methods.ties import della
 from mergejax.methods.ties import della_linear
 from mergejax.methods.ties import ties
 from mergejax.models import load_model
-from mergejax.partition import make_mesh
+from mergejax.partition.meshes import make_mesh
 
 __version__: str
 
