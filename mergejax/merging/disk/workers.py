@@ -26,6 +26,7 @@ from mergejax.merging.disk import programs
 from mergejax.merging.disk import ranks
 from mergejax.merging.disk import shares as shares_lib
 from mergejax.merging.disk import together
+from mergejax.merging.disk import whole
 from mergejax.merging.disk import work_folder
 
 
@@ -130,7 +131,7 @@ class Workers:
     task = share.task
     if not task.in_pieces:
       numbers = share.numbers if share.divided else None
-      pieces.merge_whole(self._plan, task, write, self._timers, numbers)
+      whole.merge(self._plan, task, write, self._timers, numbers)
       return
     leaf = pieces.Leaf(self._plan, task, buffers, self._timers, share.numbers)
     if task.path in self._known:
