@@ -89,7 +89,8 @@ class WholeOrNothingTest(parameterized.TestCase):
     class Killed(BaseException):
       pass
 
-    for stop_after in (1, 3, 7):
+    tasks = len(mj.plan(self.recipe).tasks)
+    for stop_after in (1, 3, 7, tasks):
       out = self.folder / f'out{stop_after}'
       calls = []
 
@@ -102,28 +103,10 @@ class WholeOrNothingTest(parameterized.TestCase):
         mj.execute(mj.plan(self.recipe), out, progress=kill)
       self.assertFalse(out.exists())
       report = mj.execute(mj.plan(self.recipe), out)
-      self.assertLess(report.computed, len(mj.plan(self.recipe).tasks))
+      # Threads may have merged a few more before they heard of it.
+      self.assertLessEqual(report.computed, tasks - stop_after)
+      self.assertEqual('nothing' in report.describe(), not report.computed)
       self.assertEqual(self.files(out), whole)
-
-  def test_interrupted_after_the_last_leaf_computes_nothing_again(self):
-    tasks = len(mj.plan(self.recipe).tasks)
-    calls = []
-
-    def kill(done, total):
-      calls.append(done)
-      if done == total:
-        raise KeyboardInterrupt
-
-    with self.assertRaises(KeyboardInterrupt):
-      mj.execute(mj.plan(self.recipe), self.folder / 'out', progress=kill)
-    self.assertLen(calls, tasks)
-    report = mj.execute(mj.plan(self.recipe), self.folder / 'out')
-    self.assertEqual(report.computed, 0)
-    self.assertIn('complete; nothing was computed', report.describe())
-    mj.execute(mj.plan(self.recipe), self.folder / 'whole')
-    self.assertEqual(
-      self.files(self.folder / 'out'), self.files(self.folder / 'whole')
-    )
 
   def test_a_file_that_lost_its_size_is_written_again(self):
     def stop(done, total):
