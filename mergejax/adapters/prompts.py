@@ -7,6 +7,7 @@ Where the embedded inputs of a model are met its family says
 positions, which are then filled.
 """
 
+import abc
 from collections.abc import Sequence
 import contextlib
 import dataclasses
@@ -51,6 +52,7 @@ class Prompted(base_lib.Adapter):
   def reads(self) -> tuple[str, ...]:
     return () if self.tasks is None else (TASK_IDS,)
 
+  @abc.abstractmethod
   def vectors(
     self, call: base_lib.Call, embedded: jax.Array, real: jax.Array
   ) -> jax.Array:
@@ -64,7 +66,6 @@ class Prompted(base_lib.Adapter):
     Returns:
       `<float32>[batch, m, embed]`.
     """
-    raise NotImplementedError
 
   def of_task(self, call: base_lib.Call, rows: int) -> jax.Array:
     """`<float32>[batch, m, embed]`: the target prompt of every row."""

@@ -23,6 +23,7 @@ from mergejax.adapters import changes
 from mergejax.adapters import low_rank
 from mergejax.adapters import prompts
 from mergejax.adapters import scales
+from mergejax.adapters import sites as sites_lib
 from mergejax.adapters import tensors
 from mergejax.checkpoints import checkpoint
 from mergejax.checkpoints import safetensors
@@ -62,7 +63,8 @@ def save(
 
   Raises:
     ConfigError: another kind of adapter; of a `bank` or a `poly` one expert is
-      saved, adapted by itself (`pick`, `of_task`).
+      saved, adapted by itself (`pick`, `of_task`); one that adapts parameters
+      that are not called `kernel`.
     CheckpointError: the directory is there already.
   """
   base, own = family.split(params)
@@ -73,6 +75,8 @@ def save(
       'or a single prompt(). Of a bank or an inventory save one expert, taken out '
       'with `pick` or `of_task`, on the base adapted with `.expert`.'
     )
+  if isinstance(adapter, sites_lib.LayerAdapter):
+    _check_kernels(adapter.sites(family.base_specs))
   if isinstance(adapter, low_rank.Lora):
     leaves, config = tensors.of_lora(family, adapter, own)
   elif isinstance(adapter, scales.Ia3):
@@ -87,6 +91,16 @@ def save(
     safetensors.write(temporary / _WEIGHTS, leaves)
     for name, content in ((_CONFIG, config), (_BESIDE, beside)):
       (temporary / name).write_text(json.dumps(content, indent=2) + '\n')
+
+
+def _check_kernels(sites):
+  for site in sites:
+    if site.path.rpartition('/')[2] != 'kernel':
+      raise errors.ConfigError(
+        f'{site.path!r} is no `kernel` of a module, and PEFT names modules: leave '
+        'it out of the targets, or keep the leaves of `family.split(params)` '
+        'with `mj.save_checkpoint`.'
+      )
 
 
 def load(

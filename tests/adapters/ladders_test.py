@@ -468,6 +468,9 @@ class MistakesTest(parameterized.TestCase):
       mj.adapters.adapt(
         decoder, mj.adapters.ladder(reduction=2, encoder_layers=[0])
       )
+    sparse, _ = small_adapted.build('t5', moe=dict(num_experts=2))
+    with self.assertRaisesRegex(errors.ConfigError, 'layers_1/mlp/expert'):
+      mj.adapters.adapt(sparse, ladder)
     adapted, params = built(remat_policy='full')
     with self.assertRaisesRegex(errors.ConfigError, 'remat_policy'):
       adapted.logits(params, small_adapted.batch())

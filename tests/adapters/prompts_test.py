@@ -182,6 +182,11 @@ class MixtureTest(parameterized.TestCase):
     np.testing.assert_allclose(
       found.prompt, np.tile(2 * self.target, (4, 1, 1)), rtol=1e-5
     )
+    alone = mixture(
+      np.zeros((0, *self.target.shape), np.float32), self.target,
+      self.embedded, self.real,
+    )  # fmt: skip
+    np.testing.assert_allclose(alone.prompt, found.prompt, rtol=1e-5)
 
 
 class AdaptedTest(parameterized.TestCase):
