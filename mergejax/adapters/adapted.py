@@ -112,25 +112,15 @@ class Adapted(models.ModelFamily):
         variables, self.adapter.widened(at), choices, train=train, rngs=rngs
       )
 
-  def __getattribute__(self, name):
-    # Of encoder-decoders only; its function is traced later than it is made.
-    found = super().__getattribute__(name)
-    return self._adapted(found) if name == 'answer_logits' else found
+  def answer_logits(self, answers):
+    plain = super().answer_logits(answers)
 
-  def _adapted(self, answer_logits):
-    """`answer_logits` of the family, whose function runs with the adapter."""
+    def fn(params, batch):
+      at = self._at(params, batch)
+      with self.adapter.at_work(at):
+        return plain(params, self.adapter.widened(at))
 
-    def made(answers):
-      plain = answer_logits(answers)
-
-      def fn(params, batch):
-        at = self._at(params, batch)
-        with self.adapter.at_work(at):
-          return plain(params, self.adapter.widened(at))
-
-      return fn
-
-    return made
+    return fn
 
   def init_cache(self, params, batch, length):
     at = self._at(params, batch, whole=False)

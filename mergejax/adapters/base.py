@@ -114,6 +114,7 @@ class Adapter(abc.ABC):
 
   def check_batch(self, batch: Mapping[str, Any], source: str) -> None:
     """Raises a `DataError` for a batch, in host memory, that it cannot use."""
+    del batch, source
 
   def fold(
     self,

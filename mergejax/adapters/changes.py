@@ -54,14 +54,21 @@ def base_of(path: os.PathLike | str) -> str | None:
 def parts(path: os.PathLike | str) -> tuple[str, str | None]:
   """`(base, adapter)` of `BASE+ADAPTER`; no adapter where it is one path.
 
+  Of several pluses, which names of folders may have, the first counts that has
+  folders on both sides, or else on one.
+
   Example:
     >>> parts('t5+books'), parts('t5')
     (('t5', 'books'), ('t5', None))
   """
-  base, plus, adapter = str(path).partition('+')
-  if not plus or pathlib.Path(path).exists():
-    return str(path), None
-  return base, adapter
+  name = str(path)
+  there = lambda part: part and pathlib.Path(part).expanduser().exists()
+  splits = [
+    (name[:at], name[at + 1 :]) for at, sign in enumerate(name) if sign == '+'
+  ]
+  if not splits or there(name):
+    return name, None
+  return max(splits, key=lambda split: sum(bool(there(x)) for x in split))
 
 
 class ChangeStore(base.ParamStore):

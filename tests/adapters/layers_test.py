@@ -402,6 +402,11 @@ class MistakesTest(parameterized.TestCase):
     with self.assertRaisesRegex(errors.UserError, message):
       mj.adapters.adapt(family, mj.adapters.lora(**settings))
 
+  def test_lists_of_answers_need_an_encoder(self):
+    family, _ = small_adapted.build('lm')
+    with self.assertRaisesRegex(errors.ConfigError, 'encoder-decoder'):
+      family.answer_logits(np.int32([[1]]))
+
   @parameterized.parameters('ia3', 'bottleneck')
   def test_experts(self, name):
     family, base = small_adapted.build(
