@@ -17,6 +17,7 @@ import optax
 from mergejax import models
 from mergejax.adapters import base as base_lib
 from mergejax.core import errors
+from mergejax.core import numerics
 from mergejax.core import tree
 from mergejax.core import typing
 
@@ -150,6 +151,10 @@ class Adapted(models.ModelFamily):
         f'({errors.some(missing)}): begin with `family.start(params, key)`, or '
         'put a stored adapter beside them with `family.joined(params, adapter)`.'
       )
+    reads = self.adapter.reads
+    # A compiled program cannot refuse what it is given.
+    if reads and not any(numerics.is_traced(batch.get(n)) for n in reads):
+      self.adapter.check_batch(batch, 'the batch')
     own = {path: leaves[path] for path in self.adapter_specs}
     return base_lib.Call(
       self.plain, self.base_specs, own, batch, train=train, whole=whole

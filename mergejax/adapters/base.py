@@ -190,6 +190,14 @@ def check_ids(
       )
 
 
+def check_number(what: str, number: int, size: int) -> None:
+  """Raises a `ConfigError` unless a number is one of `size`, from 0."""
+  if not 0 <= number < size:
+    raise errors.ConfigError(
+      f'There are the {what}s 0 to {size - 1}, not {number}.'
+    )
+
+
 def own_leaves(
   params: typing.Tree, specs: typing.SpecTree
 ) -> dict[typing.Path, typing.Array]:

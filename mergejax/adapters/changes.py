@@ -51,6 +51,16 @@ def base_of(path: os.PathLike | str) -> str | None:
   return checkpoint.read_json(file).get('base') if file.is_file() else None
 
 
+def check_files(path: os.PathLike | str) -> None:
+  """Raises a `CheckpointError` unless a directory has PEFT's two files."""
+  for name in (fold.CONFIG, fold.WEIGHTS):
+    if not (pathlib.Path(path).expanduser() / name).is_file():
+      raise errors.CheckpointError(
+        f'{path} has no {name}: an adapter is a directory with {fold.CONFIG} '
+        f'and {fold.WEIGHTS}, as PEFT saves it.'
+      )
+
+
 def parts(path: os.PathLike | str) -> tuple[str, str | None]:
   """`(base, adapter)` of `BASE+ADAPTER`; no adapter where it is one path.
 
@@ -111,12 +121,7 @@ class ChangeStore(base.ParamStore):
     """
     self._folder = pathlib.Path(path).expanduser()
     self.provenance = {'format': 'adapter', 'path': str(path)}
-    for name in (fold.CONFIG, fold.WEIGHTS):
-      if not (self._folder / name).is_file():
-        raise errors.CheckpointError(
-          f'{path} has no {name}: an adapter is a directory with {fold.CONFIG} '
-          f'and {fold.WEIGHTS}, as PEFT saves it.'
-        )
+    check_files(path)
     self.config = checkpoint.read_json(self._folder / fold.CONFIG)
     self.kind = str(self.config.get('peft_type') or '').upper()
     if self.kind not in SPACES:

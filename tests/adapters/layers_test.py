@@ -141,31 +141,15 @@ class LawsTest(parameterized.TestCase):
     params = adapted.joined(base, small_adapted.leaves(adapted.adapter_specs))
     folded = mj.adapters.fold(adapted, params)
     batch = small_adapted.batch(4)
-    decode = lambda family, params: _decoded(family, params, batch, 3)
+    tokens = jnp.arange(8, dtype=jnp.int32)
+    decode = lambda family, params: small_adapted.decoded(
+      family, params, batch, tokens, 3
+    )
     np.testing.assert_allclose(
       jax.jit(lambda p: decode(adapted, p))(params),
       jax.jit(lambda p: decode(adapted.plain, p))(folded),
       rtol=5e-4, atol=5e-4,
     )  # fmt: skip
-
-
-def _decoded(family, params, batch, length):
-  """Logits of a few steps, with two answers to every row."""
-  cache = family.init_cache(params, batch, length)
-  cache = tree.map_paths(
-    lambda path, leaf: (
-      leaf
-      if family.cache_rows(path, leaf) is None
-      else jnp.repeat(leaf, 2, axis=family.cache_rows(path, leaf))
-    ),
-    cache,
-  )
-  rows = 2 * len(batch['encoder_input_tokens'])
-  tokens, found = jnp.arange(rows, dtype=jnp.int32) % 24, []
-  for _ in range(length):
-    logits, cache = family.decode_step(params, cache, tokens)
-    found.append(logits)
-  return jnp.stack(found)
 
 
 # A product that is as large as a kernel of the feed-forward blocks.
