@@ -4,6 +4,7 @@
 
 import re
 
+import jax.numpy as jnp
 import numpy as np
 import small_batches
 
@@ -37,6 +38,29 @@ def build(kind, **changes):
 def batch(rows=8, seed=0):
   """Inputs and targets with padding; decoders ignore the inputs."""
   return small_batches.text_batches(1, rows, seed)[0]
+
+
+def decoded(family, params, given, tokens, steps):
+  """Logits `[answers, steps, vocab]` with two answers to every row of a batch.
+
+  Args:
+    family: of the model.
+    params: of the model.
+    given: the batch.
+    tokens: `<int32>[2 * rows]`, which every step is told.
+    steps: how many.
+  """
+
+  def doubled(path, leaf):
+    axis = family.cache_rows(path, leaf)
+    return leaf if axis is None else jnp.repeat(leaf, 2, axis=axis)
+
+  cache = tree.map_paths(doubled, family.init_cache(params, given, steps))
+  found = []
+  for _ in range(steps):
+    logits, cache = family.decode_step(params, cache, tokens)
+    found.append(logits)
+  return jnp.stack(found, axis=1)
 
 
 def leaves(specs, seed=0):

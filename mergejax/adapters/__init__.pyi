@@ -24,7 +24,6 @@ from mergejax.adapters.library import is_library
 from mergejax.adapters.low_rank import lora
 from mergejax.adapters.prompts import prompt
 from mergejax.adapters.prompts import spot
-from mergejax.adapters.routes import gates
 from mergejax.adapters.routes import poly
 from mergejax.adapters.saved import card
 from mergejax.adapters.saved import has_layout
@@ -34,6 +33,7 @@ from mergejax.adapters.scales import ia3
 from mergejax.adapters.sites import LayerAdapter
 from mergejax.adapters.sites import Part
 from mergejax.adapters.sites import Site
+from mergejax.adapters.skill_gates import gates
 from mergejax.adapters.written import write_changes
 
 __all__ = [

@@ -17,6 +17,7 @@ import optax
 from mergejax import models
 from mergejax.adapters import base as base_lib
 from mergejax.core import errors
+from mergejax.core import numerics
 from mergejax.core import tree
 from mergejax.core import typing
 
@@ -112,25 +113,15 @@ class Adapted(models.ModelFamily):
         variables, self.adapter.widened(at), choices, train=train, rngs=rngs
       )
 
-  def __getattribute__(self, name):
-    # Of encoder-decoders only; its function is traced later than it is made.
-    found = super().__getattribute__(name)
-    return self._adapted(found) if name == 'answer_logits' else found
+  def answer_logits(self, answers):
+    plain = super().answer_logits(answers)
 
-  def _adapted(self, answer_logits):
-    """`answer_logits` of the family, whose function runs with the adapter."""
+    def fn(params, batch):
+      at = self._at(params, batch)
+      with self.adapter.at_work(at):
+        return plain(params, self.adapter.widened(at))
 
-    def made(answers):
-      plain = answer_logits(answers)
-
-      def fn(params, batch):
-        at = self._at(params, batch)
-        with self.adapter.at_work(at):
-          return plain(params, self.adapter.widened(at))
-
-      return fn
-
-    return made
+    return fn
 
   def init_cache(self, params, batch, length):
     at = self._at(params, batch, whole=False)
@@ -160,6 +151,10 @@ class Adapted(models.ModelFamily):
         f'({errors.some(missing)}): begin with `family.start(params, key)`, or '
         'put a stored adapter beside them with `family.joined(params, adapter)`.'
       )
+    reads = self.adapter.reads
+    # A compiled program cannot refuse what it is given.
+    if reads and not any(numerics.is_traced(batch.get(n)) for n in reads):
+      self.adapter.check_batch(batch, 'the batch')
     own = {path: leaves[path] for path in self.adapter_specs}
     return base_lib.Call(
       self.plain, self.base_specs, own, batch, train=train, whole=whole

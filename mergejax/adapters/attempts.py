@@ -171,7 +171,8 @@ class Attempt(prompts.Prompted):
       scores = jnp.einsum('bjd,bd->bj', keys, query, precision='highest') / tau
       attention = jax.nn.softmax(scores)
     of_sources = attention[:, : self.sources]
-    mixed = jnp.dot(of_sources, source.reshape(self.sources, -1))
+    flat = source.reshape(self.sources, math.prod(source.shape[1:]))
+    mixed = jnp.dot(of_sources, flat)
     mixed = mixed.reshape(-1, *source.shape[1:])
     if not self.ignore_target:
       mixed = mixed + (1 + attention[:, -1, None, None]) * target

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from mergejax.adapters import base as base_lib
 from mergejax.adapters import sites as sites_lib
 from mergejax.core import errors
-from mergejax.core import numerics
 from mergejax.core import tree
 from mergejax.core import typing
 from mergejax.intercept import replace
@@ -110,12 +109,6 @@ class Bank(sites_lib.LayerAdapter):
 
     return replace.Edit(before if self.scales_inputs else None, after)
 
-  def at_work(self, call):
-    ids = call.batch.get(EXPERT_IDS)
-    if ids is None or not numerics.is_traced(ids):
-      self.check_batch(call.batch, 'the batch')
-    return super().at_work(call)
-
   def check_batch(self, batch, source):
     base_lib.check_ids(batch, EXPERT_IDS, self.experts, 'expert', source)
 
@@ -152,10 +145,7 @@ class Bank(sites_lib.LayerAdapter):
     Raises:
       ConfigError: there is no such expert.
     """
-    if not 0 <= expert < self.experts:
-      raise errors.ConfigError(
-        f'The bank has the experts 0 to {self.experts - 1}, not {expert}.'
-      )
+    base_lib.check_number('expert', expert, self.experts)
     own = base_lib.own_leaves(adapter, self.specs(base))
     return self._by_site(
       base, lambda site, path: site.by_layer(own[path])[:, expert]

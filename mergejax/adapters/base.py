@@ -8,6 +8,7 @@ the path of the module that they change, so that scanned layers slice them as
 they slice the kernel.
 """
 
+import abc
 from collections.abc import Mapping
 import contextlib
 from typing import Any, ClassVar, NamedTuple
@@ -44,7 +45,7 @@ class Call(NamedTuple):
   whole: bool = True
 
 
-class Adapter:
+class Adapter(abc.ABC):
   """A description of what is added to a frozen base.
 
   Attributes:
@@ -53,6 +54,7 @@ class Adapter:
 
   reads: ClassVar[tuple[str, ...]] = ()
 
+  @abc.abstractmethod
   def specs(self, base: typing.SpecTree) -> typing.SpecTree:
     """`{path: LeafSpec}` of the adapter's leaves, from shapes alone.
 
@@ -62,8 +64,8 @@ class Adapter:
     Raises:
       UserError: the adapter does not fit the base.
     """
-    raise NotImplementedError
 
+  @abc.abstractmethod
   def init(
     self,
     base: typing.SpecTree,
@@ -80,7 +82,6 @@ class Adapter:
       params: of the base, for adapters that begin from them; None where they
         are not at hand.
     """
-    raise NotImplementedError
 
   def learns(self, path: typing.Path) -> bool:
     """Whether a leaf of the adapter is trained."""
@@ -113,6 +114,7 @@ class Adapter:
 
   def check_batch(self, batch: Mapping[str, Any], source: str) -> None:
     """Raises a `DataError` for a batch, in host memory, that it cannot use."""
+    del batch, source
 
   def fold(
     self,
@@ -186,6 +188,14 @@ def check_ids(
         f'{name} of {source} hold the number {value}, but there are {size} '
         f'{what}s, 0 to {size - 1}.'
       )
+
+
+def check_number(what: str, number: int, size: int) -> None:
+  """Raises a `ConfigError` unless a number is one of `size`, from 0."""
+  if not 0 <= number < size:
+    raise errors.ConfigError(
+      f'There are the {what}s 0 to {size - 1}, not {number}.'
+    )
 
 
 def own_leaves(

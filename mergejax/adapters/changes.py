@@ -51,17 +51,34 @@ def base_of(path: os.PathLike | str) -> str | None:
   return checkpoint.read_json(file).get('base') if file.is_file() else None
 
 
+def check_files(path: os.PathLike | str) -> None:
+  """Raises a `CheckpointError` unless a directory has PEFT's two files."""
+  for name in (fold.CONFIG, fold.WEIGHTS):
+    if not (pathlib.Path(path).expanduser() / name).is_file():
+      raise errors.CheckpointError(
+        f'{path} has no {name}: an adapter is a directory with {fold.CONFIG} '
+        f'and {fold.WEIGHTS}, as PEFT saves it.'
+      )
+
+
 def parts(path: os.PathLike | str) -> tuple[str, str | None]:
   """`(base, adapter)` of `BASE+ADAPTER`; no adapter where it is one path.
+
+  Of several pluses, which names of folders may have, the first counts that has
+  folders on both sides, or else on one.
 
   Example:
     >>> parts('t5+books'), parts('t5')
     (('t5', 'books'), ('t5', None))
   """
-  base, plus, adapter = str(path).partition('+')
-  if not plus or pathlib.Path(path).exists():
-    return str(path), None
-  return base, adapter
+  name = str(path)
+  there = lambda part: part and pathlib.Path(part).expanduser().exists()
+  splits = [
+    (name[:at], name[at + 1 :]) for at, sign in enumerate(name) if sign == '+'
+  ]
+  if not splits or there(name):
+    return name, None
+  return max(splits, key=lambda split: sum(bool(there(x)) for x in split))
 
 
 class ChangeStore(base.ParamStore):
@@ -104,12 +121,7 @@ class ChangeStore(base.ParamStore):
     """
     self._folder = pathlib.Path(path).expanduser()
     self.provenance = {'format': 'adapter', 'path': str(path)}
-    for name in (fold.CONFIG, fold.WEIGHTS):
-      if not (self._folder / name).is_file():
-        raise errors.CheckpointError(
-          f'{path} has no {name}: an adapter is a directory with {fold.CONFIG} '
-          f'and {fold.WEIGHTS}, as PEFT saves it.'
-        )
+    check_files(path)
     self.config = checkpoint.read_json(self._folder / fold.CONFIG)
     self.kind = str(self.config.get('peft_type') or '').upper()
     if self.kind not in SPACES:

@@ -7,6 +7,7 @@ adapters' files, of more kinds, and knows no model.
 """
 
 from collections.abc import Mapping
+import dataclasses
 import os
 import pathlib
 from typing import Any
@@ -56,9 +57,8 @@ class FoldedStore(store_base.ParamStore):
     for site in adapted.adapter.sites(adapted.base_specs):
       for leaf in self._adapter.leaves_of(site, self._specs).values():
         self._site_of[leaf] = site
-        spec = self._specs[leaf]
-        self._specs[leaf] = typing.LeafSpec(
-          spec.shape, np.dtype(np.float32), spec.axes
+        self._specs[leaf] = dataclasses.replace(
+          self._specs[leaf], dtype=np.dtype(np.float32)
         )
 
   def specs(self) -> typing.SpecTree:

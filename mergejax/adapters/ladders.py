@@ -86,6 +86,7 @@ class Ladder(base_lib.Adapter):
 
   def specs(self, base):
     _check_base(base)
+    _check_dense(base)
     width = _check_sizes(base, self.reduction)
     narrow = width // self.reduction
     found = {}
@@ -217,6 +218,17 @@ def _check_base(base: typing.SpecTree) -> None:
     )
 
 
+def _check_dense(base: typing.SpecTree) -> None:
+  """Raises for a model with experts, whose blocks have no narrow form."""
+  sparse = [p for p, spec in base.items() if 'expert' in (spec.axes or ())]
+  if sparse:
+    raise errors.ConfigError(
+      "The side network of a ladder has blocks like the backbone's, and none "
+      f'with experts, as this model has ({errors.some(sparse, 1)}): take a dense '
+      'backbone, or another adapter, such as lora().'
+    )
+
+
 def _check_sizes(base: typing.SpecTree, reduction: int) -> int:
   """The width of the backbone, when r divides that and the other sizes."""
   sizes: dict[str, int] = {}
@@ -333,7 +345,7 @@ def ladder(
   Raises:
     ConfigError: an empty list of layers, one named twice, unknown words. With
       `adapt`: a layer that the stack does not have, an r that does not divide,
-      scanned layers. While tracing: remat in the backbone.
+      scanned layers, layers with experts. While tracing: remat in the backbone.
 
   Example:
     >>> ladder(reduction=8, encoder_layers=[1, 3], decoder_layers=[1, 3]).reduction

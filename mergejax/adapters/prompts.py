@@ -7,6 +7,7 @@ Where the embedded inputs of a model are met its family says
 positions, which are then filled.
 """
 
+import abc
 from collections.abc import Sequence
 import contextlib
 import dataclasses
@@ -27,6 +28,8 @@ from mergejax.core import typing
 TASK_IDS = 'task_ids'
 TARGET = 'prompts/target'
 _INITS = ('vocabulary', 'uniform')
+# Axes of a table of embedded tokens.
+_TABLE = ('vocab', 'embed')
 # Rows of the vocabulary that prompts begin from: frequent pieces come first.
 _FREQUENT = 5000
 
@@ -51,6 +54,7 @@ class Prompted(base_lib.Adapter):
   def reads(self) -> tuple[str, ...]:
     return () if self.tasks is None else (TASK_IDS,)
 
+  @abc.abstractmethod
   def vectors(
     self, call: base_lib.Call, embedded: jax.Array, real: jax.Array
   ) -> jax.Array:
@@ -64,7 +68,6 @@ class Prompted(base_lib.Adapter):
     Returns:
       `<float32>[batch, m, embed]`.
     """
-    raise NotImplementedError
 
   def of_task(self, call: base_lib.Call, rows: int) -> jax.Array:
     """`<float32>[batch, m, embed]`: the target prompt of every row."""
@@ -104,9 +107,6 @@ class Prompted(base_lib.Adapter):
         f'{family.model_type} models do not decode behind a prompt: score whole '
         'rows, or take an adapter that folds, such as lora().'
       )
-    ids = call.batch.get(TASK_IDS)
-    if self.tasks is not None and not numerics.is_traced(ids):
-      self.check_batch(call.batch, 'the batch')
     with nn.intercept_methods(self._interceptor(call)):
       yield
 
@@ -136,9 +136,7 @@ def width(base: typing.SpecTree) -> int:
   Raises:
     ConfigError: no parameter, or several sizes, have the axes of a table.
   """
-  sizes = {
-    spec.shape[1] for spec in base.values() if spec.axes == ('vocab', 'embed')
-  }
+  sizes = {spec.shape[1] for spec in base.values() if spec.axes == _TABLE}
   if len(sizes) != 1:
     raise errors.ConfigError(
       'A prompt is as wide as an embedded token, but '
@@ -174,7 +172,13 @@ class Prompt(Prompted):
       key, shape[-2:], minval=-0.5, maxval=0.5
     )
     if self.start == 'vocabulary' and params is not None:
-      (path,) = (p for p, s in base.items() if s.axes == ('vocab', 'embed'))
+      path, *others = (p for p, s in base.items() if s.axes == _TABLE)
+      if others:
+        raise errors.ConfigError(
+          f'The model has several tables of tokens ({path}, '
+          f"{errors.some(others)}), and it is not known which one's rows a prompt "
+          "should begin from: set start='uniform'."
+        )
       table = jnp.asarray(tree.flatten(params)[path], jnp.float32)
       draw = lambda key: from_vocabulary(key, table, self.length)
     return tree.unflatten({TARGET: jax.vmap(draw)(keys).reshape(shape)})
@@ -264,7 +268,8 @@ def spot(
     similarities nearly cancel.
 
   Raises:
-    DataError: prompts of several shapes; several sources and no target.
+    DataError: prompts of several shapes; several sources and no target;
+      similarities that sum to 0.
 
   Example:
     >>> spot([np.ones((2, 3))]).tolist()
@@ -286,9 +291,16 @@ def spot(
         '`target=`, or one source.'
       )
     return given[0]
-  unit = lambda x: x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+  # A row of zeros is like no other.
+  size = lambda x: jnp.linalg.norm(x, axis=-1, keepdims=True)
+  unit = lambda x: x / jnp.maximum(size(x), jnp.finfo(x.dtype).tiny)
   stacked = jnp.stack(given)
   similar = jnp.sum(unit(stacked) * unit(every[-1])[None], axis=(1, 2))
+  if not numerics.is_traced(similar) and not jnp.sum(similar):
+    raise errors.DataError(
+      'The similarities of the source prompts to the target sum to 0, so that '
+      'no weights follow from them: train the target prompt a little first.'
+    )
   return jnp.einsum('j,jmd->md', similar / jnp.sum(similar), stacked)
 
 

@@ -15,8 +15,8 @@ from mergejax.adapters import banks
 from mergejax.adapters import base as base_lib
 from mergejax.adapters import low_rank
 from mergejax.adapters import sites as sites_lib
+from mergejax.adapters import skill_gates
 from mergejax.core import errors
-from mergejax.core import numerics
 from mergejax.core import tree
 from mergejax.core import typing
 from mergejax.intercept import linear
@@ -25,53 +25,9 @@ from mergejax.intercept import replace
 TASK_IDS = 'task_ids'
 _A, _B, _LOGITS = 'poly_a', 'poly_b', 'poly_logits'
 _FOLDER = 'routes'
-_SELECTORS = ('sigmoid', 'straight_through', 'l2', 'average', 'uniform')
 _LEARN = ('all', 'routing', 'inventory')
 _SHARED = ('map', 'stack', 'model')
-_EPSILON = 1e-12
 _SMALL = 1e-3
-
-
-def gates(
-  logits: jax.Array,
-  selector: str = 'sigmoid',
-  *,
-  shared_skill: bool = False,
-  key: jax.Array | None = None,
-) -> jax.Array:
-  """How much of every skill, `w = g(Z) / (sum_s g(Z) + 1e-12)`.
-
-  Args:
-    logits: `<float32>[..., heads, skills]`, Z.
-    selector: 'sigmoid', `g = sigmoid`; 'straight_through', it is rounded, and
-      its gradient is the sigmoid's; 'l2', `w = Z / |Z|` by head, which may be
-      negative; 'average', `sigmoid(Z) sqrt(heads / skills)`, not normalised;
-      'uniform', 1 / skills.
-    shared_skill: the last skill's gate is 1, before they are normalised.
-    key: of 'sigmoid': relaxed Bernoulli of temperature 1, `sigmoid(Z + log u -
-      log(1 - u))` with u uniform; None draws nothing.
-
-  Returns:
-    `<float32>` of the same shape.
-  """
-  heads, skills = logits.shape[-2:]
-  if selector == 'uniform':
-    return jnp.full(logits.shape, 1 / skills, jnp.float32)
-  if selector == 'l2':
-    size = jnp.sqrt(jnp.sum(jnp.square(logits), axis=-1, keepdims=True))
-    return logits / jnp.maximum(size, _EPSILON)
-  if key is not None:
-    small = jnp.finfo(jnp.float32).tiny
-    u = jax.random.uniform(key, logits.shape, minval=small)
-    logits = logits + jnp.log(u) - jnp.log1p(-u)
-  found = jax.nn.sigmoid(logits)
-  if selector == 'straight_through':
-    found = found + jax.lax.stop_gradient(jnp.round(found) - found)
-  if shared_skill:
-    found = found.at[..., -1].set(1.0)
-  if selector == 'average':
-    return found * math.sqrt(heads / skills)
-  return found / (jnp.sum(found, axis=-1, keepdims=True) + _EPSILON)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,7 +57,7 @@ class Poly(sites_lib.LayerAdapter):
       errors.check_whole(name, getattr(self, name))
     errors.check_number('alpha', self.alpha, 0, open_below=True)
     for name, known in (
-      ('selector', _SELECTORS), ('mix', ('factors', 'outputs')),
+      ('selector', skill_gates.SELECTORS), ('mix', ('factors', 'outputs')),
       ('selectors', _SHARED), ('start', ('original', 'peft')), ('learn', _LEARN),
     ):  # fmt: skip
       if getattr(self, name) not in known:
@@ -131,8 +87,7 @@ class Poly(sites_lib.LayerAdapter):
     return sites_lib.find(base, self.targets)
 
   def learns(self, path):
-    routing = path.endswith(_LOGITS) or path.startswith(f'{_FOLDER}/')
-    if routing:
+    if self.group(path) == base_lib.ROUTER:
       return self.learn != 'inventory' and self.selector != 'uniform'
     return self.learn != 'routing'
 
@@ -204,12 +159,6 @@ class Poly(sites_lib.LayerAdapter):
   def check_batch(self, batch, source):
     base_lib.check_ids(batch, TASK_IDS, self.tasks, 'task', source)
 
-  def at_work(self, call):
-    ids = call.batch.get(TASK_IDS)
-    if ids is None or not numerics.is_traced(ids):
-      self.check_batch(call.batch, 'the batch')
-    return super().at_work(call)
-
   def edit(self, site, call):
     def after(module, inputs, outputs):
       parts = self.read(site, module)
@@ -219,7 +168,7 @@ class Poly(sites_lib.LayerAdapter):
       logits = banks.taken(parts[_LOGITS], call.batch[TASK_IDS])
       drawn = call.train and self.noise and module.has_rng('dropout')
       key = module.make_rng('dropout') if drawn else None
-      weights = gates(
+      weights = skill_gates.gates(
         logits.reshape(-1, self.heads, self.skills), self.selector,
         shared_skill=self.shared_skill, key=key,
       )  # fmt: skip
@@ -273,11 +222,8 @@ class Poly(sites_lib.LayerAdapter):
     Raises:
       ConfigError: there is no such task.
     """
-    if not 0 <= task < self.tasks:
-      raise errors.ConfigError(
-        f'There are the tasks 0 to {self.tasks - 1}, not {task}.'
-      )
-    chosen = lambda logits: gates(
+    base_lib.check_number('task', task, self.tasks)
+    chosen = lambda logits: skill_gates.gates(
       logits[task].reshape(1, self.heads, self.skills), self.selector,
       shared_skill=self.shared_skill,
     )  # fmt: skip

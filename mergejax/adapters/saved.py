@@ -23,15 +23,16 @@ from mergejax.adapters import changes
 from mergejax.adapters import low_rank
 from mergejax.adapters import prompts
 from mergejax.adapters import scales
+from mergejax.adapters import sites as sites_lib
 from mergejax.adapters import tensors
 from mergejax.checkpoints import checkpoint
 from mergejax.checkpoints import safetensors
+from mergejax.checkpoints.peft import fold
 from mergejax.core import errors
 from mergejax.core import files
 from mergejax.core import tree
 from mergejax.core import typing
 
-_CONFIG, _WEIGHTS = 'adapter_config.json', 'adapter_model.safetensors'
 _BESIDE = changes.BESIDE
 _KINDS = {'LORA': 'lora', 'IA3': 'ia3', 'PROMPT_TUNING': 'prompt'}
 
@@ -62,7 +63,8 @@ def save(
 
   Raises:
     ConfigError: another kind of adapter; of a `bank` or a `poly` one expert is
-      saved, adapted by itself (`pick`, `of_task`).
+      saved, adapted by itself (`pick`, `of_task`); one that adapts parameters
+      that are not called `kernel`.
     CheckpointError: the directory is there already.
   """
   base, own = family.split(params)
@@ -73,6 +75,8 @@ def save(
       'or a single prompt(). Of a bank or an inventory save one expert, taken out '
       'with `pick` or `of_task`, on the base adapted with `.expert`.'
     )
+  if isinstance(adapter, sites_lib.LayerAdapter):
+    _check_kernels(adapter.sites(family.base_specs))
   if isinstance(adapter, low_rank.Lora):
     leaves, config = tensors.of_lora(family, adapter, own)
   elif isinstance(adapter, scales.Ia3):
@@ -84,9 +88,19 @@ def save(
   config = {**config, 'base_model_name_or_path': base_name}
   with files.atomic_path(pathlib.Path(path), overwrite=overwrite) as temporary:
     temporary.mkdir()
-    safetensors.write(temporary / _WEIGHTS, leaves)
-    for name, content in ((_CONFIG, config), (_BESIDE, beside)):
+    safetensors.write(temporary / fold.WEIGHTS, leaves)
+    for name, content in ((fold.CONFIG, config), (_BESIDE, beside)):
       (temporary / name).write_text(json.dumps(content, indent=2) + '\n')
+
+
+def _check_kernels(sites):
+  for site in sites:
+    if site.path.rpartition('/')[2] != 'kernel':
+      raise errors.ConfigError(
+        f'{site.path!r} is no `kernel` of a module, and PEFT names modules: leave '
+        'it out of the targets, or keep the leaves of `family.split(params)` '
+        'with `mj.save_checkpoint`.'
+      )
 
 
 def load(
@@ -111,7 +125,7 @@ def load(
       is not computed here as it is: it can still be folded, by a merge.
     StructureError: it adapts what the model has not.
   """
-  folder = pathlib.Path(path)
+  folder = pathlib.Path(path).expanduser()
   config, beside = about(folder)
   family = models.family_of(model)
   expected = beside.get('base')
@@ -123,7 +137,7 @@ def load(
         f'the given parameters is {found}): its numbers mean nothing here. Take '
         'the base it was trained on; without `params` nothing is compared.'
       )
-  store = checkpoint.open_checkpoint(folder / _WEIGHTS)
+  store = checkpoint.open_checkpoint(folder / fold.WEIGHTS)
   leaves = {
     name: np.asarray(leaf, np.float32)
     for name, leaf in store.leaves(list(store.specs())).items()
@@ -149,14 +163,9 @@ def about(
   Raises:
     CheckpointError: it is no adapter, or of a kind that is not read.
   """
-  folder = pathlib.Path(path)
-  for name in (_CONFIG, _WEIGHTS):
-    if not (folder / name).exists():
-      raise errors.CheckpointError(
-        f'{path} has no {name}: an adapter is a directory with {_CONFIG} and '
-        f'{_WEIGHTS}, as PEFT saves it.'
-      )
-  config = checkpoint.read_json(folder / _CONFIG)
+  folder = pathlib.Path(path).expanduser()
+  changes.check_files(folder)
+  config = checkpoint.read_json(folder / fold.CONFIG)
   if config.get('peft_type') not in _KINDS:
     raise errors.CheckpointError(
       f'{path} is an adapter of the kind {config.get("peft_type")!r}; those of '
@@ -204,7 +213,9 @@ def card(path: os.PathLike | str) -> Card:
     CheckpointError: see `about`.
   """
   config, beside = about(path)
-  specs = checkpoint.open_checkpoint(pathlib.Path(path) / _WEIGHTS).specs()
+  specs = checkpoint.open_checkpoint(
+    pathlib.Path(path).expanduser() / fold.WEIGHTS
+  ).specs()
   modules = {tensors.module_of(name) for name in specs}
   ranks = {s.shape[0] for n, s in specs.items() if '.lora_A' in n}
   return Card(

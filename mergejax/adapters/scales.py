@@ -26,7 +26,6 @@ SCALE = 'ia3_scale'
 class Ia3(sites_lib.LayerAdapter):
   """See `ia3`; two with the same rules are the same adapter."""
 
-  scales_inputs = True
   rules: tuple[tuple[str, str], ...] = T5_RULES
   kernels: Mapping[type, linear.Describe] = dataclasses.field(
     default_factory=dict, hash=False

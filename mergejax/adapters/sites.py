@@ -7,6 +7,7 @@ axes of the kernel's own inputs or outputs, so that they lie on a mesh as it
 does, and axes of stacked layers where the kernel has them.
 """
 
+import abc
 from collections.abc import Callable, Mapping, Sequence
 import contextlib
 import dataclasses
@@ -182,21 +183,24 @@ class LayerAdapter(base_lib.Adapter):
   Attributes:
     kernels: further modules with linear maps, `{class: describe}`; see
       `intercept.linear.Describe`.
-    scales_inputs: there is a `before`.
     dropout: share of what it is given that is dropped in training.
   """
 
   kernels: ClassVar[Mapping[type, linear.Describe]] = {}
-  scales_inputs: ClassVar[bool] = False
   dropout: float = 0.0
 
+  @abc.abstractmethod
   def sites(self, base: typing.SpecTree) -> list[Site]:
     """The kernels that are adapted."""
-    raise NotImplementedError
 
+  @abc.abstractmethod
   def parts(self, site: Site) -> dict[str, Part]:
     """The leaves of one layer."""
-    raise NotImplementedError
+
+  @property
+  def scales_inputs(self) -> bool:
+    """Whether there is a `before`, which not every layer has a place for."""
+    return type(self).before is not LayerAdapter.before
 
   def before(self, site: Site, parts: Parts, inputs: jax.Array) -> jax.Array:
     """`<float>[..., in] -> <float>[..., in]`, of the same dtype."""

@@ -3,6 +3,7 @@
 """Leaves of adapters as tensors of PEFT's files, and back."""
 
 from collections.abc import Mapping
+import contextlib
 import dataclasses
 import re
 from typing import Any
@@ -27,6 +28,13 @@ from mergejax.core import typing
 
 _PREFIX = 'base_model.model.'
 _SCALE = 'lora_scale'
+# Whether inputs are scaled; travels with the leaves of its layer.
+_BY_INPUTS = 'ia3_by_inputs'
+_NOT_ALIKE = (
+  'The layers of the model are scanned, and those of the adapter are not alike: '
+  'scanned layers have one rank, scale the same side, and all of them are '
+  'adapted. Build the model with scan_layers=False.'
+)
 Tensors = Mapping[str, np.ndarray]
 # A number of a layer, which lies in a scanned stack as its leaves do.
 _ONE = sites_lib.Part((1, 1), ('one', 'one'), jax.random.normal)
@@ -54,7 +62,7 @@ def _modules(
 ) -> dict[str, str]:
   """`{path of a kernel: what the module is called at Hugging Face}`.
 
-  By its own path, with dots, where the family has no names there.
+  By its own path, with dots, where it has no name there.
   """
   conversion = next(iter(apart.conversions.values()), None)
   found = {}
@@ -64,7 +72,9 @@ def _modules(
     name = path.replace('/', '.').removesuffix('.kernel')
     if conversion is not None:
       ones = np.ones((1,) * len(spec.shape), np.float32)
-      (name,) = conversion.write({path: ones})
+      # A sparse model has kernels, of its experts, without a name there.
+      with contextlib.suppress(errors.UserError):
+        (name,) = conversion.write({path: ones})
     found[path] = name.removesuffix('.weight')
   return found
 
@@ -122,18 +132,16 @@ def of_ia3(
   """`(tensors, adapter_config.json)` of (IA)^3."""
   axes = {path: spec.axes for path, spec in family.adapter_specs.items()}
   leaves = dict(tree.flatten(own))
-  # A leaf that is there where inputs are scaled travels with the others.
-  mark = 'ia3_by_inputs'
   for site in adapter.sites(family.base_specs):
     if adapter.place_at(site.path) == 'inputs':
       spec = site.stacked(_ONE)
-      leaves[site.leaf(mark)] = np.ones(spec.shape, np.float32)
-      axes[site.leaf(mark)] = spec.axes
+      leaves[site.leaf(_BY_INPUTS)] = np.ones(spec.shape, np.float32)
+      axes[site.leaf(_BY_INPUTS)] = spec.axes
   found, inputs = {}, []
   modules = _by_module(family, leaves, axes)
   for module, parts in modules.items():
     scale = parts[scales.SCALE].reshape(-1)
-    by_inputs = mark in parts
+    by_inputs = _BY_INPUTS in parts
     inputs += [module] if by_inputs else []
     shape = (1, -1) if by_inputs else (-1, 1)
     found[f'{_PREFIX}{module}.ia3_l'] = scale.reshape(shape)
@@ -164,8 +172,11 @@ def of_prompt(
 
 
 def _config(family, modules):
+  task = None  # of PEFT's plain models, which are no language models
+  if family.decodes:
+    task = 'SEQ_2_SEQ_LM' if family.answers else 'CAUSAL_LM'
   return {
-    'task_type': 'SEQ_2_SEQ_LM' if family.answers else 'CAUSAL_LM',
+    'task_type': task,
     'inference_mode': True,
     'target_modules': sorted(modules),
   }
@@ -239,44 +250,33 @@ def to_ia3(
   family: models.ModelFamily, config: Mapping[str, Any], given: Tensors
 ) -> tuple[scales.Ia3, dict[typing.Path, Any]]:
   """`(adapter, leaves)` of a file; see `to_lora`."""
-  leaves, inputs = {}, set()
+  leaves = {}
   for folder, parts, _ in _layers(family, config, given, 'IA3'):
     vector = parts['ia3_l']
-    if vector.shape[0] == 1:
-      inputs.add(folder)
     leaves[folder] = {
       scales.SCALE: vector.reshape(-1),
-      'by_inputs': np.float32(vector.shape[0] == 1),
+      _BY_INPUTS: np.full(1, vector.shape[0] == 1),
     }
-  own = _arranged(family, leaves, (scales.SCALE,))
-  rules = []
+  own = _arranged(family, leaves, (scales.SCALE, _BY_INPUTS))
+  sides = {path: own.pop(path) for path in [*own] if path.endswith(_BY_INPUTS)}
+  rules, specs = [], family.specs()
   for path, leaf in own.items():
     folder = path.rpartition('/')[0]
-    spec = family.specs()[f'{folder}/kernel']
-    site = sites_lib.find({f'{folder}/kernel': spec}, ['.*'])[0]
-    fits = [
-      place
-      for place, (shape, names) in (
-        ('inputs', site.inputs), ('outputs', site.outputs),
-      )
-      if site.stacked(sites_lib.Part(shape, names, _ONE.init)).shape == leaf.shape
-    ]  # fmt: skip
-    if len(fits) > 1:
-      fits = ['inputs' if _is_input(folder, inputs) else 'outputs']
-    if not fits:
+    by_inputs = sides[f'{folder}/{_BY_INPUTS}']
+    if by_inputs.any() != by_inputs.all():
+      raise errors.StructureError(_NOT_ALIKE)
+    place = 'inputs' if by_inputs.all() else 'outputs'
+    spec = specs[f'{folder}/kernel']
+    (site,) = sites_lib.find({f'{folder}/kernel': spec}, ['.*'])
+    shape, names = getattr(site, place)
+    part = sites_lib.Part(shape, names, _ONE.init)
+    if site.stacked(part).shape != leaf.shape:
       raise errors.StructureError(
-        f'{folder} has a kernel {list(spec.shape)}, which a scale of '
+        f'{folder} has a kernel {list(spec.shape)}, whose {place} a scale of '
         f'{list(leaf.shape)} does not fit: it is of another model.'
       )
-    rules.append((f'{re.escape(folder)}/kernel', fits[0]))
+    rules.append((f'{re.escape(folder)}/kernel', place))
   return scales.ia3(rules=rules), own
-
-
-def _is_input(folder, inputs):
-  """Whether a layer, or the layers of its stack, scale what they are given."""
-  return any(
-    each.rpartition('/')[2] == folder.rpartition('/')[2] for each in inputs
-  )
 
 
 def to_prompt(
@@ -355,11 +355,7 @@ def _arranged(
   except ValueError as error:
     if isinstance(error, errors.UserError):
       raise
-    raise errors.StructureError(
-      'The layers of the model are scanned, and those of the adapter are not '
-      'alike: scanned layers have one rank, and all of them are adapted. Build '
-      'the model with scan_layers=False.'
-    ) from error
+    raise errors.StructureError(_NOT_ALIKE) from error
 
 
 def _targets(

@@ -24,8 +24,10 @@ def main(arguments: Sequence[str]) -> None:
   parser.add_argument('--json', action='store_true', help='for programs')
   options = parser.parse_args(arguments)
   path, about = pathlib.Path(options.checkpoint).expanduser(), {}
-  if adapters.is_library(path) and not options.json:
-    print(adapters.Library(path))
+  if adapters.is_library(path):
+    library = adapters.Library(path)
+    cards = {n: dataclasses.asdict(card) for n, card in library.cards.items()}
+    print(json.dumps(cards) if options.json else library)
     return
   if fold.is_adapter(path):
     about = {'adapter': _adapter(path)}

@@ -28,7 +28,8 @@ def rank_evaluator(
   Args:
     model: an encoder-decoder, or its family, adapted or not.
     tasks: `{task: batches}`, each as `training.choices.batch_of` makes them;
-      all batches of a task have one shape. Rows without a choice do not count.
+      those of a task are padded to one shape, which changes no score. Rows
+      without a choice do not count.
     length_norm: as in training, see `training.t_few`.
     parts: see `training.choices.rank`.
 
@@ -36,7 +37,8 @@ def rank_evaluator(
     An evaluator; its scores are `<float32>[]` shares of the rows.
 
   Raises:
-    DataError: a batch whose choices are not choices, or a task without one.
+    DataError: a batch whose choices are not choices, or that has other names
+      than the others of its task; a task without a row to be ranked.
   """
   family = models.family_of(model)
   data = {}
@@ -48,7 +50,7 @@ def rank_evaluator(
       choices_lib.check(
         batch, f'the task {task}', getattr(family.config, 'vocab_size', None)
       )
-    data[task] = jax.tree.map(lambda *x: np.stack(x), *map(dict, batches))
+    data[task] = _stacked(task, batches)
 
   def score(params, data):
     def of_batch(batch):
@@ -66,3 +68,28 @@ def rank_evaluator(
     return scores
 
   return base.Evaluator(score, data)
+
+
+def _stacked(task, batches):
+  """Batches as one, `[batches, rows, ...]`, padded with zeros: with no choice."""
+  every = lambda batch: np.ones(batch[choices_lib.TOKENS].shape[:2], np.bool_)
+  given = [{choices_lib.MASK: every(batch), **batch} for batch in batches]
+  names = [{*batch} for batch in given]
+  odd = set.union(*names) - set.intersection(*names)
+  if odd:
+    raise errors.DataError(
+      f'Some batches of the task {task} have {errors.some(sorted(odd))}, and '
+      'others do not: give all of them the same arrays.'
+    )
+  found = {}
+  for name in given[0]:
+    arrays = [np.asarray(batch[name]) for batch in given]
+    shape = np.max([x.shape for x in arrays], axis=0)
+    found[name] = np.stack([
+      np.pad(x, [(0, more) for more in shape - x.shape]) for x in arrays
+    ])  # fmt: skip
+  if not found[choices_lib.MASK].any():
+    raise errors.DataError(
+      f'The task {task} has no row with choices: nothing can be ranked.'
+    )
+  return found

@@ -202,7 +202,7 @@ class BranchTrainer(trainer.Trainer):
 
   def placer(self, source='the data', local_rows=False):
     del local_rows  # every process reads its experts whole
-    check = batches.checker(self.family, source, stacked=True)
+    check = self._checker(source)
     return lambda batch: place_batch(self.mesh, self.rules, check(batch))
 
 

@@ -25,7 +25,7 @@ def gather(
   Args:
     stores: adapters, as `ChangeStore`; they get each other's leaves.
     base: the path of the base model; or an adapter that all of them were begun
-      from, which is then what they differ from.
+      from, which is then what they differ from; None compares nothing.
     base_name: how messages call the base.
 
   Returns:
@@ -33,7 +33,8 @@ def gather(
     was given.
 
   Raises:
-    StructureError: something among them is no adapter, or they do not fit.
+    StructureError: something among them is no adapter, they do not fit, or
+      the base is neither path nor adapter.
     CheckpointError: an adapter of another base.
   """
   own = []
@@ -48,8 +49,13 @@ def gather(
   if isinstance(base, changes.ChangeStore):
     changes.together([base, *own], base_name)
     return base
+  if not (base is None or isinstance(base, (str, os.PathLike))):
+    raise errors.StructureError(
+      'The base that adapters were trained on is compared with what they tell of '
+      f'it: give its path, not a {type(base).__name__}, or leave it out.'
+    )
   neutral = changes.together(own, base_name)
-  if isinstance(base, (str, os.PathLike)):
+  if base is not None:
     for one in own:
       check_fits(one, base)
   return neutral

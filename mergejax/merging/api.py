@@ -154,7 +154,7 @@ def _check_configs(models):
 
 
 def _opened(model):
-  if isinstance(model, str):
+  if isinstance(model, (str, os.PathLike)):
     path, adapter = changes.parts(model)
     if adapter is not None:
       fold.check_model(path)

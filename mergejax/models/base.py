@@ -20,7 +20,7 @@ A family for your own module, in your own file:
         return [batch['features']], {}
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -293,7 +293,29 @@ class ModelFamily:
     Raises:
       ConfigError: the family has no inputs apart from its targets.
     """
-    raise errors.ConfigError(
+    raise self._reads_answers_only()
+
+  def answer_logits(
+    self, answers: typing.Array
+  ) -> Callable[[typing.Tree, Batch], jax.Array]:
+    """The model as a classifier over a list of answers.
+
+    `logits[b, c] = sum_t log p(answer_c[t] | input_b, answer_c[<t])`.
+
+    Args:
+      answers: `<int32>[classes, length]` tokens, ended by the end token and
+        padded with 0.
+
+    Returns:
+      `(params, batch) -> <float32>[batch, classes]`.
+
+    Raises:
+      ConfigError: the family has no inputs apart from its targets.
+    """
+    raise self._reads_answers_only()
+
+  def _reads_answers_only(self):
+    return errors.ConfigError(
       f'{self.model_type or type(self).__name__} models do not read inputs apart '
       'from their answers: choices among answers need an encoder-decoder.'
     )

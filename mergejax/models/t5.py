@@ -2,14 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """T5: encoder-decoders with T5X's parameter names and call signature."""
 
-from collections.abc import Callable, Mapping
 import re
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from mergejax.core import typing
 from mergejax.models import lm
 from mergejax.models import registry
 from mergejax.models import t5_hf
@@ -103,20 +100,7 @@ class T5Family(lm.TextFamily):
     )  # fmt: skip
     return found.reshape(*choices.shape, found.shape[-1])
 
-  def answer_logits(
-    self, answers: typing.Array
-  ) -> Callable[[typing.Tree, Mapping[str, Any]], jax.Array]:
-    """The model as a classifier over a list of answers.
-
-    `logits[b, c] = sum_t log p(answer_c[t] | input_b, answer_c[<t])`.
-
-    Args:
-      answers: `<int32>[classes, length]` tokens, ended by the end token and
-        padded with 0.
-
-    Returns:
-      `(params, batch) -> <float32>[batch, classes]`.
-    """
+  def answer_logits(self, answers):
     answers = jnp.asarray(answers, jnp.int32)
     module = self.module
 

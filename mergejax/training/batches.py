@@ -25,6 +25,7 @@ def checker(
   source: str = 'the data',
   *,
   stacked: bool = False,
+  objective: Any = None,
   stream: TextIO | None = None,
 ) -> Callable[[Mapping[str, Any]], Mapping[str, Any]]:
   """A function that checks a batch and gives it back.
@@ -33,6 +34,8 @@ def checker(
     module: the model, for its `vocab_size`, or its `classes`.
     source: where the batches come from, for the messages.
     stacked: batches have a leading axis of experts.
+    objective: what is learned; its `check_batch(family, batch, source)`, if it
+      has one, is asked too.
     stream: where to say that a batch held nothing to learn from, once; standard
       error by default.
 
@@ -48,11 +51,18 @@ def checker(
     True
   """
   family = models.family_of(module)
+  more = getattr(objective, 'check_batch', None)
   told = False
 
   def check(batch):
     nonlocal told
     family.check_batch(batch, source)
+    if more is not None and not stacked:
+      more(family, batch, source)
+    elif more is not None:
+      for i in range(len(next(iter(batch.values())))):
+        own = {name: leaf[i] for name, leaf in batch.items()}
+        more(family, own, f'{source} (expert {i} of this process)')
     if not told and _empty(family, batch, stacked):
       told = True
       print(

@@ -78,11 +78,13 @@ def batch_of(
     for k, each in enumerate(row):
       tokens[i, k, : len(each)] = each
       mask[i, k] = True
-  found = {TOKENS: tokens, MASK: mask, LABELS: np.asarray(labels, np.int32)}
+  found = {
+    'encoder_input_tokens': np.asarray(inputs, np.int32),
+    TOKENS: tokens, MASK: mask, LABELS: np.asarray(labels, np.int32),
+  }  # fmt: skip
   check(found, 'the choices')
   gold = tokens[np.arange(len(tokens)), found[LABELS]]
   return {
-    'encoder_input_tokens': np.asarray(inputs, np.int32),
     'decoder_input_tokens': np.pad(gold, ((0, 0), (1, 0)))[:, :-1],
     'decoder_target_tokens': gold,
     **found,
@@ -102,8 +104,8 @@ def check(
     vocab_size: tokens are below it.
 
   Raises:
-    DataError: a name that is missing, a choice without a token, a label that is
-      no choice of its row, an unknown token.
+    DataError: a name that is missing, arrays of different rows, a choice
+      without a token, a label that is no choice of its row, an unknown token.
   """
   missing = [name for name in (TOKENS, LABELS) if name not in batch]
   if missing:
@@ -111,7 +113,21 @@ def check(
       f'A batch of {source} has {errors.some(sorted(batch), 10)}, but not '
       f'{" and ".join(missing)}: `training.choices.batch_of` makes one.'
     )
+  rows = {name: len(x) for name, x in batch.items() if np.ndim(x)}
+  if len({*rows.values()}) > 1:
+    told = ', '.join(f'{name} {count}' for name, count in rows.items())
+    raise errors.DataError(
+      f'The arrays of a batch of {source} have different numbers of rows '
+      f'({told}), but each row has inputs, choices and one label.'
+    )
   tokens, labels = np.asarray(batch[TOKENS]), np.asarray(batch[LABELS])
+  for token in (tokens.min(), tokens.max()) if tokens.size else ():
+    if token < 0 or (vocab_size is not None and token >= vocab_size):
+      raise errors.DataError(
+        f'{TOKENS} of {source} hold the number {token}, but '
+        + ('no token is below 0.' if vocab_size is None
+           else f'the model knows 0 to {vocab_size - 1} only.')
+      )  # fmt: skip
   mask = np.asarray(batch.get(MASK, np.ones(tokens.shape[:2], np.bool_)))
   bad = np.argwhere(mask & ~(tokens > 0).any(-1))
   if len(bad):
@@ -128,11 +144,6 @@ def check(
     raise errors.DataError(
       f'The label of row {row} of {source} is {labels[row]}, but the row has '
       f'{mask[row].sum()} choices, numbered from 0.'
-    )
-  if vocab_size is not None and tokens.size and tokens.max() >= vocab_size:
-    raise errors.DataError(
-      f'{TOKENS} of {source} hold the number {tokens.max()}, but the model knows '
-      f'0 to {vocab_size - 1} only.'
     )
 
 

@@ -279,16 +279,9 @@ class Trainer:
     self, source: str = 'the data', local_rows: bool = False
   ) -> Callable[[Mapping[str, Any]], dict[str, jax.Array]]:
     """A function that checks a batch and puts it on the mesh."""
-    check = batches_lib.checker(self.family, source)
+    check = self._checker(source)
     place = batches_lib.placer(self.mesh, self.rules, local_rows=local_rows)
-    more = getattr(self._settings['objective'], 'check_batch', None)
-
-    def checked(batch):
-      if more is not None:
-        more(self.family, batch, source)
-      return place(check(batch))
-
-    return checked
+    return lambda batch: place(check(batch))
 
   def begin(
     self,
@@ -349,6 +342,12 @@ class Trainer:
   def map(self, fn: Callable[..., Any]) -> Callable[..., Any]:
     """A step of this run from that of one model."""
     return fn
+
+  def _checker(self, source):
+    return batches_lib.checker(
+      self.family, source, stacked=bool(self.lead),
+      objective=self._settings['objective'],
+    )  # fmt: skip
 
   def _program(self, name, step, layout, fn, **settings):
     """A compiled function of a step, results in their layout; made once.

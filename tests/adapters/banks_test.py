@@ -74,22 +74,10 @@ class BankTest(parameterized.TestCase):
     batch = small_adapted.batch(2)
     ids = np.int32([1, 2])
 
-    def steps(family, params, batch):
-      cache = family.init_cache(params, batch, 2)
-      cache = tree.map_paths(
-        lambda path, leaf: (
-          leaf
-          if family.cache_rows(path, leaf) is None
-          else jnp.repeat(leaf, 2, axis=family.cache_rows(path, leaf))
-        ),
-        cache,
-      )
-      tokens, found = jnp.int32([3, 4, 5, 6]), []
-      for _ in range(2):
-        logits, cache = family.decode_step(params, cache, tokens)
-        found.append(logits)
-      return jnp.stack(found, axis=1)
-
+    tokens = jnp.int32([3, 4, 5, 6])
+    steps = lambda family, params, batch: small_adapted.decoded(
+      family, params, batch, tokens, 2
+    )
     run = jax.jit(lambda p, b: steps(adapted, p, b))
     mixed = run(params, {**batch, 'expert_ids': ids})
     base, _ = adapted.split(params)

@@ -17,6 +17,7 @@ import small_adapted
 import mergejax as mj
 from mergejax import models
 from mergejax import partition
+from mergejax.adapters import sites
 from mergejax.core import errors
 from mergejax.core import tree
 from mergejax.models import layer_stacks
@@ -140,31 +141,15 @@ class LawsTest(parameterized.TestCase):
     params = adapted.joined(base, small_adapted.leaves(adapted.adapter_specs))
     folded = mj.adapters.fold(adapted, params)
     batch = small_adapted.batch(4)
-    decode = lambda family, params: _decoded(family, params, batch, 3)
+    tokens = jnp.arange(8, dtype=jnp.int32)
+    decode = lambda family, params: small_adapted.decoded(
+      family, params, batch, tokens, 3
+    )
     np.testing.assert_allclose(
       jax.jit(lambda p: decode(adapted, p))(params),
       jax.jit(lambda p: decode(adapted.plain, p))(folded),
       rtol=5e-4, atol=5e-4,
     )  # fmt: skip
-
-
-def _decoded(family, params, batch, length):
-  """Logits of a few steps, with two answers to every row."""
-  cache = family.init_cache(params, batch, length)
-  cache = tree.map_paths(
-    lambda path, leaf: (
-      leaf
-      if family.cache_rows(path, leaf) is None
-      else jnp.repeat(leaf, 2, axis=family.cache_rows(path, leaf))
-    ),
-    cache,
-  )
-  rows = 2 * len(batch['encoder_input_tokens'])
-  tokens, found = jnp.arange(rows, dtype=jnp.int32) % 24, []
-  for _ in range(length):
-    logits, cache = family.decode_step(params, cache, tokens)
-    found.append(logits)
-  return jnp.stack(found)
 
 
 # A product that is as large as a kernel of the feed-forward blocks.
@@ -315,6 +300,9 @@ class OwnModuleTest(parameterized.TestCase):
     ):
       family, base = self.adapted(adapter)
       fresh = family.start(base, jax.random.key(1))
+      folder = self.create_tempdir().full_path
+      with self.assertRaisesRegex(errors.ConfigError, "'scaled/weight'"):
+        mj.adapters.save(f'{folder}/a', family, fresh)
       before = family.plain.logits(base, self.batch)
       np.testing.assert_array_equal(family.logits(fresh, self.batch), before)
       params = family.joined(base, small_adapted.leaves(family.adapter_specs))
@@ -325,6 +313,31 @@ class OwnModuleTest(parameterized.TestCase):
         np.testing.assert_allclose(
           family.plain.logits(folded, self.batch), found, rtol=1e-4, atol=1e-4
         )
+
+  def test_an_adapter_of_your_own(self):
+    class Doubled(mj.adapters.LayerAdapter):
+      def sites(self, base):
+        return sites.find(base, 'head/kernel')
+
+      def parts(self, site):
+        return {
+          'by': mj.adapters.Part((), (), lambda key, shape: jnp.ones(shape))
+        }
+
+      def before(self, site, parts, inputs):
+        return 2 * parts['by'] * inputs
+
+    family, base = self.adapted(Doubled())
+    params = family.start(base, jax.random.key(1))
+    twice = {
+      **base,
+      'head': {**base['head'], 'kernel': 2 * base['head']['kernel']},
+    }
+    np.testing.assert_allclose(
+      family.logits(params, self.batch),
+      family.plain.logits(twice, self.batch),
+      rtol=1e-5,
+    )  # fmt: skip
 
   def test_lora_by_hand(self):
     x = self.batch['inputs']
@@ -372,6 +385,26 @@ class MistakesTest(parameterized.TestCase):
     family, _ = small_adapted.build('lm')
     with self.assertRaisesRegex(errors.UserError, message):
       mj.adapters.adapt(family, mj.adapters.lora(**settings))
+
+  def test_lists_of_answers_need_an_encoder(self):
+    family, _ = small_adapted.build('lm')
+    with self.assertRaisesRegex(errors.ConfigError, 'encoder-decoder'):
+      family.answer_logits(np.int32([[1]]))
+
+  @parameterized.parameters('ia3', 'bottleneck')
+  def test_experts(self, name):
+    family, base = small_adapted.build(
+      'lm', moe=dict(num_experts=2, group_size=8)
+    )
+    adapted = mj.adapters.adapt(family, ADAPTERS[name])
+    params = adapted.start(base, jax.random.key(0))
+    with self.assertRaisesRegex(errors.StructureError, 'mlp/expert/wo/kernel'):
+      adapted.logits(params, small_adapted.batch(2))
+
+  def test_a_method_that_is_not_given(self):
+    for kind in (mj.adapters.Adapter, mj.adapters.LayerAdapter):
+      with self.assertRaisesRegex(TypeError, 'abstract .*(specs|parts)'):
+        type('Mine', (kind,), {})()
 
   def test_others(self):
     family, base = small_adapted.build('lm')

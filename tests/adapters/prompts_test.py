@@ -114,6 +114,11 @@ class GoldenTest(parameterized.TestCase):
       mj.adapters.spot(sources)
     with self.assertRaisesRegex(errors.DataError, 'of one shape'):
       mj.adapters.spot([sources[0], sources[1][:2]], targets[0])
+    with self.assertRaisesRegex(errors.DataError, 'sum to 0'):
+      mj.adapters.spot(sources, np.zeros_like(targets[0]))
+    target = np.array(targets[0])
+    target[0] = 0
+    self.assertTrue(np.isfinite(mj.adapters.spot(sources, target)).all())
 
 
 def mixture(sources, target, embedded, real, **settings):
@@ -182,6 +187,11 @@ class MixtureTest(parameterized.TestCase):
     np.testing.assert_allclose(
       found.prompt, np.tile(2 * self.target, (4, 1, 1)), rtol=1e-5
     )
+    alone = mixture(
+      np.zeros((0, *self.target.shape), np.float32), self.target,
+      self.embedded, self.real,
+    )  # fmt: skip
+    np.testing.assert_allclose(alone.prompt, found.prompt, rtol=1e-5)
 
 
 class AdaptedTest(parameterized.TestCase):
@@ -300,6 +310,15 @@ class AdaptedTest(parameterized.TestCase):
       count(mj.adapters.attempt(sources=6, tasks=8), base), 8 * 76_800 + 155_136
     )
     self.assertEqual(count(mj.adapters.prompt(), base), 76_800)
+
+  def test_several_tables(self):
+    base = {name: small_adapted.table(4) for name in 'ab'}
+    params = {name: np.zeros((100, 4), np.float32) for name in 'ab'}
+    key = jax.random.key(0)
+    with self.assertRaisesRegex(errors.ConfigError, "start='uniform'"):
+      mj.adapters.prompt(length=2).init(base, key, params)
+    drawn = mj.adapters.prompt(length=2, start='uniform')
+    self.assertLen(tree.flatten(drawn.init(base, key, params)), 1)
 
   def test_mistakes(self):
     family, base = small_adapted.build('lm')

@@ -91,6 +91,66 @@ class SavedTest(parameterized.TestCase):
     for path, leaf in tree.flatten(mj.adapters.fold(adapted, params)).items():
       np.testing.assert_allclose(found[path], leaf, rtol=1e-5, atol=1e-6)
 
+  @parameterized.parameters(False, True)
+  def test_scales_of_square_kernels_keep_their_side(self, scanned):
+    # By its shape such a vector is one of inputs as well as of outputs.
+    family, base = small_adapted.build('t5', mlp_dim=8, scan_layers=scanned)
+    adapter = mj.adapters.ia3(
+      rules=[('encoder/.*wo/kernel', 'inputs'),
+             ('decoder/.*wo/kernel', 'outputs')]
+    )  # fmt: skip
+    adapted = mj.adapters.adapt(family, adapter)
+    params = adapted.joined(base, small_adapted.leaves(adapted.adapter_specs))
+    mj.adapters.save(self.folder / 'a', adapted, params)
+    again, leaves = mj.adapters.load(self.folder / 'a', family, base)
+    for site in adapter.sites(adapted.base_specs):
+      self.assertEqual(
+        again.adapter.place_at(site.path), adapter.place_at(site.path)
+      )
+    jax.tree.map(
+      np.testing.assert_array_equal, leaves, adapted.split(params)[1]
+    )
+
+  def test_layers_that_differ_are_not_one_stack(self):
+    family, base = small_adapted.build('t5', mlp_dim=8)
+    adapter = mj.adapters.ia3(
+      rules=[('(.*)layers_0/mlp/wo/kernel', 'inputs'),
+             ('.*/mlp/wo/kernel', 'outputs')]
+    )  # fmt: skip
+    adapted = mj.adapters.adapt(family, adapter)
+    params = adapted.joined(base, small_adapted.leaves(adapted.adapter_specs))
+    mj.adapters.save(self.folder / 'a', adapted, params)
+    scanned, _ = small_adapted.build('t5', mlp_dim=8, scan_layers=True)
+    with self.assertRaisesRegex(errors.StructureError, 'scan_layers=False'):
+      mj.adapters.load(self.folder / 'a', scanned)
+
+  def test_dense_kernels_of_a_sparse_model(self):
+    # T5 has no names for experts elsewhere, but those are not adapted.
+    moe = dict(num_experts=2, group_size=8)
+    family, base = small_adapted.build('t5', moe=moe)
+    adapted = mj.adapters.adapt(family, mj.adapters.lora(rank=2))
+    params = adapted.joined(base, small_adapted.leaves(adapted.adapter_specs))
+    mj.adapters.save(self.folder / 'a', adapted, params)
+    _, leaves = mj.adapters.load(self.folder / 'a', family, base)
+    jax.tree.map(
+      np.testing.assert_array_equal, leaves, adapted.split(params)[1]
+    )
+
+  def test_task_in_the_file(self):
+    for kind, task in (('t5', 'SEQ_2_SEQ_LM'), ('lm', 'CAUSAL_LM')):
+      self.assertEqual(self.config(small_adapted.build(kind)[0]), task)
+    classifier = mj.models.build({'model_type': 'mlp', 'hidden': (4,)})
+    family = mj.models.family_of(classifier)
+    self.assertIsNone(self.config(family, targets='dense_0/kernel'))
+
+  def config(self, family, **settings):
+    """The task that a fresh LoRA's file names."""
+    adapted = mj.adapters.adapt(family, mj.adapters.lora(rank=1, **settings))
+    params = small_adapted.leaves(adapted.specs())
+    mj.adapters.save(self.folder / 'task', adapted, params, overwrite=True)
+    file = self.folder / 'task' / 'adapter_config.json'
+    return json.loads(file.read_text())['task_type']
+
   def test_card(self):
     adapted, base, params = self.adapted('ranks')
     mj.adapters.save(self.folder / 'a', adapted, params, base_name='t5/base')

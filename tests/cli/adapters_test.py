@@ -12,6 +12,7 @@ from absl.testing import absltest
 import jax
 import numpy as np
 import small_adapted
+import small_suite
 import yaml
 
 import mergejax as mj
@@ -35,22 +36,7 @@ class AdaptersTest(absltest.TestCase):
     folder = tempfile.TemporaryDirectory()
     cls.addClassCleanup(folder.cleanup)
     cls.folder = pathlib.Path(folder.name)
-    for split in ('train', 'validation', 'test'):
-      answers = ('yes', 'no') * 6
-      lines = [f'{split} {i}\t{said}' for i, said in enumerate(answers)]
-      file = cls.folder / 'task' / f'{split}.tsv'
-      file.parent.mkdir(exist_ok=True)
-      file.write_text('\n'.join(['text\tlabel', *lines]) + '\n')
-    task = {
-      'files': str(cls.folder / 'task'),
-      'inputs': 'q {text}',
-      'targets': '{label}',
-    }
-    cls.suite = cls.folder / 'suite.yaml'
-    cls.suite.write_text(json.dumps({
-      'lengths': {'inputs': 16, 'targets': 8}, 'batch_size': 12,
-      'tasks': {'task': task},
-    }))  # fmt: skip
+    cls.suite = small_suite.write(cls.folder, batch_size=12)
     cls.module = models.build({'model_type': 't5x', **CONFIG})
     plain = models.family_of(cls.module)
     # Drawn by NumPy, so nothing compiles.
@@ -205,6 +191,8 @@ class AdaptersTest(absltest.TestCase):
     self.assertIn(mj.stats.fingerprint(self.base), text)
     told = json.loads(self.run_command('inspect', self.library / 'a', '--json'))
     self.assertEqual(told['adapter']['ranks'], [1])
+    told = json.loads(self.run_command('inspect', self.library, '--json'))
+    self.assertEqual([told[name]['ranks'] for name in 'ab'], [[1], [2]])
     library.check(mj.stats.fingerprint(self.base))
     with self.assertRaisesRegex(mj.CheckpointError, 'another base'):
       library.check('0')

@@ -1,6 +1,9 @@
 # Copyright 2026 The mergejax Authors.
 # SPDX-License-Identifier: Apache-2.0
-"""`mergejax train` with an adapter, and `mergejax inspect` of what it writes."""
+"""`mergejax train` with an adapter, and `mergejax inspect` of what it writes.
+
+Also with the run of `gin/runs/ladder.gin`, at small sizes.
+"""
 
 import contextlib
 import io
@@ -8,6 +11,7 @@ import json
 import pathlib
 
 from absl.testing import absltest
+import jax
 import numpy as np
 
 import gin
@@ -18,7 +22,7 @@ from mergejax.core import tree
 
 SIZES = dict(
   vocab_size=384, emb_dim=16, num_heads=2, head_dim=8, mlp_dim=32,
-  num_encoder_layers=1, num_decoder_layers=1,
+  num_decoder_layers=1,
 )  # fmt: skip
 
 
@@ -31,21 +35,27 @@ def run(*arguments):
   return code, out.getvalue(), err.getvalue()
 
 
-class TrainTest(absltest.TestCase):
+class Case(absltest.TestCase):
+  """A base on disk, a task, and a run that is included."""
+
+  included = 'runs/text_to_text.gin'
+  encoder_layers = 1
+
   def setUp(self):
     super().setUp()
     self.addCleanup(gin.clear_config)
     self.folder = pathlib.Path(self.create_tempdir().full_path)
     rows = [f'{i} plus one\t{i + 1}' for i in range(40)]
     (self.folder / 'train.tsv').write_text('\n'.join(['sum\tresult', *rows]))
+    sizes = {**SIZES, 'num_encoder_layers': self.encoder_layers}
     (self.folder / 'tiny.gin').write_text(
       'from __gin__ import dynamic_registration\n'
       'from mergejax.nn import t5\n'
-      "include 'runs/text_to_text.gin'\n"
+      f"include '{self.included}'\n"
       't5.T5Config:\n'
-      + ''.join(f'  {name} = {value}\n' for name, value in SIZES.items())
+      + ''.join(f'  {name} = {value}\n' for name, value in sizes.items())
     )
-    module = models.build({'model_type': 't5x', **SIZES})
+    module = models.build({'model_type': 't5x', **sizes})
     rng = np.random.default_rng(0)
     self.family = models.family_of(module)
     self.base = tree.unflatten({
@@ -68,13 +78,23 @@ class TrainTest(absltest.TestCase):
       '--gin.TRAIN_STEPS=2',
       '--gin.BATCH_SIZE=8',
       "--gin.LENGTHS={'inputs': 32, 'targets': 16}",
-      '--gin.LEARNING_RATE=0.1',
       *flags,
     )
 
+  def refuses(self, cases):
+    """Every run of `(flags, message)` ends with 2 and writes nothing."""
+    for flags, message in cases:
+      code, _, err = self.train(*flags)
+      self.assertEqual(code, 2, err)
+      self.assertIn(message, err)
+      self.assertNotIn('Traceback', err)
+    self.assertFalse((self.folder / 'out').exists())
+
+
+class TrainTest(Case):
   def test_lora(self):
     flags = '--gin.ADAPTER=@adapters.lora()', '--gin.adapters.lora.rank=3'
-    code, _, err = self.train(*flags)
+    code, _, err = self.train(*flags, '--gin.LEARNING_RATE=0.1')
     self.assertEqual(code, 0, err)
     out = self.folder / 'out'
     self.assertFalse((out / 'model').exists())
@@ -91,22 +111,48 @@ class TrainTest(absltest.TestCase):
     code, told, _ = run('inspect', '--json', out / 'adapter')
     self.assertEqual(json.loads(told)['adapter']['parameters'], 576)
     # Another adapter is another run.
-    code, _, err = self.train(flags[0], '--gin.adapters.lora.rank=2')
+    code, _, err = self.train(
+      flags[0], '--gin.adapters.lora.rank=2', '--gin.LEARNING_RATE=0.1'
+    )
     self.assertEqual(code, 2)
     self.assertIn('adapter:', err)
     self.assertNotIn('Traceback', err)
 
   def test_mistakes(self):
-    for flags, message in (
-      (["--gin.adapters.lora.targets='.*nothing'"], 'matches no parameter'),
-      (['--gin.adapters.lora.rank=0'], 'rank must be'),
-      (["--gin.train.train_model.restore='state'"], 'an adapter is trained'),
-    ):
-      code, _, err = self.train('--gin.ADAPTER=@adapters.lora()', *flags)
-      self.assertEqual(code, 2, err)
-      self.assertIn(message, err)
-      self.assertNotIn('Traceback', err)
-    self.assertFalse((self.folder / 'out').exists())
+    lora = '--gin.ADAPTER=@adapters.lora()'
+    self.refuses((
+      ([lora, "--gin.adapters.lora.targets='.*nothing'"], 'matches no parameter'),
+      ([lora, '--gin.adapters.lora.rank=0'], 'rank must be'),
+      ([lora, "--gin.train.train_model.restore='state'"], 'an adapter is trained'),
+    ))  # fmt: skip
+
+
+class LadderTest(Case):
+  included = 'runs/ladder.gin'
+  encoder_layers = 2
+
+  def test_side_network_is_trained_and_written(self):
+    # optax's AdamW mixes dtypes.
+    with jax.numpy_dtype_promotion('standard'):
+      code, _, err = self.train('--gin.ENCODER_LAYERS=[1]')
+    self.assertEqual(code, 0, err)
+    adapted = mj.adapters.adapt(
+      self.family, mj.adapters.ladder(encoder_layers=[1])
+    )
+    store = mj.open_checkpoint(self.folder / 'out' / 'adapter')
+    found = tree.flatten(store.read())
+    self.assertEqual({*found}, {*adapted.adapter_specs})
+    adapted.joined(self.base, tree.unflatten(found))
+    # What begins as zeros has moved.
+    self.assertGreater(np.abs(found['side/up/bias']).max(), 0)
+
+  def test_mistakes(self):
+    self.refuses((
+      (['--gin.ENCODER_LAYERS=[2]'], 'has 2 layers, numbered from 0 to 1'),
+      (['--gin.DECODER_LAYERS=[]'], 'at least one layer'),
+      (['--gin.adapters.ladder.reduction=3'], 'does not divide the width'),
+      (['--gin.t5.T5Config.scan_layers=True'], 'scan_layers=False'),
+    ))  # fmt: skip
 
 
 if __name__ == '__main__':

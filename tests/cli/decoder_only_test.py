@@ -12,6 +12,7 @@ import pathlib
 from absl.testing import absltest
 import jax
 import numpy as np
+import small_suite
 
 import mergejax as mj
 from mergejax import models
@@ -28,22 +29,7 @@ class DecoderOnlyTest(absltest.TestCase):
   def setUp(self):
     super().setUp()
     self.folder = pathlib.Path(self.create_tempdir().full_path)
-    for split in ('train', 'validation', 'test'):
-      answers = ('yes', 'no') * 6
-      lines = [f'{split} {i}\t{said}' for i, said in enumerate(answers)]
-      file = self.folder / 'task' / f'{split}.tsv'
-      file.parent.mkdir(exist_ok=True)
-      file.write_text('\n'.join(['text\tlabel', *lines]) + '\n')
-    task = {
-      'files': str(self.folder / 'task'),
-      'inputs': 'q {text}',
-      'targets': '{label}',
-    }
-    self.suite = self.folder / 'suite.yaml'
-    self.suite.write_text(json.dumps({
-      'lengths': {'inputs': 16, 'targets': 8}, 'batch_size': 8,
-      'tasks': {'task': task},
-    }))  # fmt: skip
+    self.suite = small_suite.write(self.folder, batch_size=8)
     self.module = models.build({'model_type': 'lm', **CONFIG})
     family = models.family_of(self.module)
     self.params = family.init(jax.random.key(0))

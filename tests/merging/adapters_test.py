@@ -188,6 +188,23 @@ class LoraTest(Case):
     memory = mj.merge(pairs, 'ties', base=self.base, density=0.6, weights=[0.7] * 2)  # fmt: skip
     self.assertCountEqual(memory, whole)
 
+  def test_a_plus_in_the_name_of_a_base(self):
+    one, products = self.lora('a')
+    base = self.disk.model(self.base_leaves, name='base+more')
+    expected = {
+      path: leaf + products[path] for path, leaf in self.base_leaves.items()
+    }
+    pair = f'{base}+{one}'
+    for name in (pair, pathlib.Path(pair)):
+      self.close(mj.merge([name], 'linear'), expected)
+    self.assertEqual(changes.parts(base), (base, None))
+    recipe = {'merge_method': 'linear', 'models': [pair]}
+    mj.execute(mj.plan(recipe), self.disk.path / 'whole')
+    whole = mj.open_checkpoint(self.disk.path / 'whole').read()
+    self.close(tree_lib.flatten(whole), expected)
+    out, _ = self.run_recipe('linear', [pair], base_model=base)
+    self.close(self.products_of(out), products)
+
   def test_factors_only_by_name(self):
     one, two = self.lora('a')[0], self.lora('b')[0]
     out, report = self.run_recipe(
@@ -336,6 +353,12 @@ class MistakesTest(Case):
       mj.merge([changes.ChangeStore(one)], 'linear', base=self.base)
     with self.assertRaisesRegex(mj.CheckpointError, 'another base'):
       mj.merge([f'{self.base}+{one}'], 'linear')
+
+  def test_a_base_that_is_no_path(self):
+    one, _ = self.lora('a')
+    for base in (self.base_leaves, mj.open_checkpoint(self.base)):
+      with self.assertRaisesRegex(mj.StructureError, 'give its path'):
+        mj.merge([changes.ChangeStore(one)], 'linear', base=base)
 
   def test_what_does_not_fit(self):
     one, _ = self.lora('a')

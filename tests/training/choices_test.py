@@ -13,6 +13,7 @@ import small_adapted
 import mergejax as mj
 from mergejax.core import errors
 from mergejax.core import tree
+from mergejax.experts import branch
 from mergejax.training import choices
 
 CLOSE = dict(rtol=1e-4, atol=2e-5)
@@ -155,6 +156,35 @@ class GoldenTest(parameterized.TestCase):
     right = np.mean(self.arrays['rank/prediction'] == self.arrays['labels'])
     self.assertAlmostEqual(score(self.params)['t'], right)
 
+  def test_batches_of_several_sizes_are_ranked_together(self):
+    parts = []
+    for rows, more in ((slice(0, 3), 2), (slice(3, 4), 0)):
+      part = {name: x[rows] for name, x in self.batch.items()}
+      tokens = np.pad(part['choice_tokens'], ((0, 0), (0, 0), (0, more)))
+      parts.append({**part, 'choice_tokens': tokens})
+    del parts[1]['choice_mask']
+    score = mj.evaluation.rank_evaluator(self.family, {'t': parts}).compiled()
+    right = np.mean(self.arrays['rank/prediction'] == self.arrays['labels'])
+    self.assertAlmostEqual(score(self.params)['t'], right)
+    for wrong, message in (
+      ([{**self.batch, 'choice_mask': self.batch['choice_mask'] & False}],
+       'no row with choices'),
+      ([self.batch, {**self.batch, 'more': self.batch['labels']}], 'more'),
+    ):  # fmt: skip
+      with self.assertRaisesRegex(errors.DataError, message):
+        mj.evaluation.rank_evaluator(self.family, {'t': wrong})
+
+  def test_batches_of_experts_are_checked(self):
+    trainer = branch.BranchTrainer(
+      self.family, optax.sgd(0.1), experts=['a', 'b'], objective=choices.t_few(),
+      mesh=mj.make_mesh(branch=2, devices=jax.devices()[:2]),
+    )  # fmt: skip
+    both = {n: np.stack([x, x]) for n, x in self.batch.items()}
+    trainer.placer()(both)
+    both['labels'][1, 2] = 3
+    with self.assertRaisesRegex(errors.DataError, 'row 2 of .*expert 1.* is 3'):
+      trainer.placer()(both)
+
   def test_trains_and_evaluates(self):
     trainer = mj.training.Trainer(
       self.family, optax.sgd(0.05), objective=mj.training.t_few(),
@@ -170,6 +200,8 @@ class GoldenTest(parameterized.TestCase):
     (dict(choice_mask=None, choice_tokens=None), 'not choice_tokens'),
     (dict(choice_tokens='empty'), 'Choice 1 of row 2 .* no token'),
     (dict(choice_tokens='large'), 'the number 99, but the model knows 0 to 39'),
+    (dict(choice_tokens='negative'), 'the number -5'),
+    (dict(labels=np.int32([0, 1])), 'labels 2'),
     (dict(choice_mask='gold'), 'has 2 choices'),
   )
   def test_mistakes_of_data(self, changes, message):
@@ -180,7 +212,7 @@ class GoldenTest(parameterized.TestCase):
         if value == 'gold':
           array[1, batch['labels'][1]] = False
         else:
-          array[2, 1] = {'empty': 0, 'large': 99}[value]
+          array[2, 1] = {'empty': 0, 'large': 99, 'negative': -5}[value]
         value = array
       batch[name] = value
       if value is None:
@@ -190,6 +222,11 @@ class GoldenTest(parameterized.TestCase):
     )
     with self.assertRaisesRegex(errors.DataError, message):
       trainer.placer()(batch)
+
+  def test_mistakes_of_rows(self):
+    for inputs, labels in ((2, [0]), (3, [0, 0])):
+      with self.assertRaisesRegex(errors.DataError, 'choice_tokens 2'):
+        choices.batch_of(np.ones((inputs, 3), np.int32), [[[5, 1]]] * 2, labels)
 
   def test_mistakes_of_settings(self):
     with self.assertRaisesRegex(errors.ConfigError, 'mc_loss must be'):

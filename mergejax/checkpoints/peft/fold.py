@@ -3,6 +3,7 @@
 """Adapters in PEFT's format as models: folded into their base leaf by leaf."""
 
 from collections.abc import Callable, Mapping
+import dataclasses
 import functools
 import os
 import pathlib
@@ -135,9 +136,8 @@ class AdapterStore(base.ParamStore):
       self._fold_tokens(module, name)
     self._check_complete(names)
     for leaf in self._edits:
-      spec = self._specs[leaf]
-      self._specs[leaf] = typing.LeafSpec(
-        spec.shape, np.dtype(np.float32), spec.axes
+      self._specs[leaf] = dataclasses.replace(
+        self._specs[leaf], dtype=np.dtype(np.float32)
       )
 
   def specs(self) -> typing.SpecTree:

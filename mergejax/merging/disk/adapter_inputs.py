@@ -24,7 +24,7 @@ class AdapterInputs(inputs.Inputs):
     recipe = self._recipe
     if name == recipe.base and not fold.is_adapter(name):
       return self._open_weights(name)
-    base, _, adapter = name.partition('+')
+    base, adapter = changes.parts(name)
     if adapter and base != recipe.base:
       raise errors.RecipeError(
         f'{name} names a base of its own, and the adapters of a result in '

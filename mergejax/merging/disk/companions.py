@@ -10,6 +10,7 @@ import pathlib
 import shutil
 from typing import NamedTuple
 
+from mergejax.adapters import changes
 from mergejax.checkpoints import base as store_base
 from mergejax.checkpoints.peft import fold
 
@@ -83,9 +84,9 @@ class Companions(NamedTuple):
 
 def folder_of(model: str, base: str | None) -> pathlib.Path:
   """Where the side files of a model lie; an adapter's are those of its base."""
-  folder = model.split('+')[0]
+  folder = changes.parts(model)[0]
   if base and fold.is_adapter(folder):
-    folder = base.split('+')[0]
+    folder = changes.parts(base)[0]
   return pathlib.Path(folder).expanduser()
 
 

@@ -12,6 +12,7 @@ import pathlib
 import re
 from typing import Any
 
+from mergejax.adapters import changes
 from mergejax.checkpoints import base as store_base
 from mergejax.checkpoints import buffers
 from mergejax.checkpoints import checkpoint
@@ -129,7 +130,7 @@ class Inputs:
   def _inside(self, name):
     if self._sandbox is None:
       return True
-    for part in name.split('+'):
+    for part in filter(None, changes.parts(name)):
       place = pathlib.Path(part).expanduser().resolve()
       if not place.is_relative_to(self._sandbox):
         self.problems.append(
@@ -174,7 +175,7 @@ class Inputs:
         )  # fmt: skip
 
   def _open_model(self, name):
-    model, _, adapter = name.partition('+')
+    model, adapter = changes.parts(name)
     if adapter:
       return adapters.fold_into(self._open_weights(model), model, adapter)
     if fold.is_adapter(model):

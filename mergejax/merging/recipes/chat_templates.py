@@ -10,6 +10,7 @@ import collections
 from collections.abc import Sequence
 import pathlib
 
+from mergejax.adapters import changes
 from mergejax.checkpoints import checkpoint
 from mergejax.core import errors
 
@@ -140,7 +141,7 @@ def chosen(
   """
   if value != AUTO:
     return value, []
-  folders = [pathlib.Path(n.split('+')[0]).expanduser() for n in models]
+  folders = [pathlib.Path(changes.parts(n)[0]).expanduser() for n in models]
   found = [own for folder in folders if (own := of_model(folder))]
   if not found:
     return None, ['chat_template auto: no model has one']

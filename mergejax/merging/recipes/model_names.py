@@ -5,6 +5,7 @@
 import pathlib
 from typing import Any
 
+from mergejax.adapters import changes
 from mergejax.merging.recipes import parameters
 
 _WORDS = ('model', 'lora', 'path', 'revision', 'override_architecture')
@@ -28,7 +29,8 @@ def read(value: Any, what: str, report: parameters.Report) -> str | None:
   if not isinstance(value, str):
     report.problems.append(f'{what!r} must be a path or a word, not {value!r}.')
     return None
-  return '+'.join(_folder(part, report) for part in value.split('+'))
+  parts = filter(None, changes.parts(value))
+  return '+'.join(_folder(part, report) for part in parts)
 
 
 def _short(value, what, report):
