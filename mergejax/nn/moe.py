@@ -328,9 +328,12 @@ def measured(
     pairs = jnp.sum(load)
   else:
     balance = routing_losses.load_balance(probabilities, routed.chosen, **style)
-    load = jnp.sum(dispatch_lib.kept_counts(routed, experts), 0)
-    met = jnp.any(routed.kept, -1)
-    pairs = there * routed.kept.shape[-1]
+    # flaxformer's scatter router keeps padding too.
+    kept = routed.kept if real is None else routed.kept & real[..., None]
+    counts = dispatch_lib.kept_counts(routed._replace(kept=kept), experts)
+    load = jnp.sum(counts, 0)
+    met = jnp.any(kept, -1)
+    pairs = there * kept.shape[-1]
   load = load.astype(jnp.float32)
   slots = groups * experts * (tokens if room is None else room)
   return {

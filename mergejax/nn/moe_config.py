@@ -194,8 +194,12 @@ def from_fields(fields: Mapping[str, Any]) -> MoeConfig:
   """The configuration of fields by name, as a `config.json` has them.
 
   Raises:
-    ConfigError: a field that there is not, or no number of experts.
+    ConfigError: no fields, one that there is not, or no number of experts.
   """
+  if not isinstance(fields, Mapping):
+    raise errors.ConfigError(
+      f'moe must be settings by name, {{"num_experts": 8}}, not {fields!r}.'
+    )
   known = [field.name for field in dataclasses.fields(MoeConfig)]
   for name in fields:
     if name not in known:
