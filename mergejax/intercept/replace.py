@@ -49,8 +49,8 @@ def replacing(
     seen: filled with the paths that were met.
 
   Raises:
-    StructureError: while tracing: two edited maps in one call, or inputs that
-      cannot be put back as the module takes them.
+    StructureError: while tracing: two edited maps in one call, kernels of
+      experts, or inputs that cannot be put back as the module takes them.
   """
   kernels = kernels or {}
 
@@ -76,6 +76,12 @@ def replacing(
     if edit.before is None and edit.after is None:
       return call(*arguments, **named)
     laid: Any = inputs() if callable(inputs) else inputs
+    if isinstance(laid, linear.Stacked):
+      raise errors.StructureError(
+        f'{path} is a stack of the kernels of experts, each with rows of its '
+        'own, and cannot be edited as one map: leave it out, for example by '
+        "(?!.*/expert/) at the beginning of an adapter's target."
+      )
     if edit.before is not None:
       if named:
         bound = inspect.signature(context.orig_method).bind(*arguments, **named)

@@ -330,6 +330,18 @@ class ErrorsTest(parameterized.TestCase):
     with self.assertRaisesRegex(errors.ConfigError, words):
       make()
 
+  def test_adapters_leave_experts_alone(self):
+    family = lm_family({})
+    call = lambda targets: jax.eval_shape(
+      lambda key: (lambda adapted: adapted.logits(adapted.init(key), rows(4)))(
+        mj.adapters.adapt(family, mj.adapters.lora(targets=targets))
+      ),
+      jax.random.key(0),
+    )
+    with self.assertRaisesRegex(errors.StructureError, 'kernels of experts'):
+      call('.*/wo/kernel')
+    self.assertEqual(call('(?!.*/expert/).*/wo/kernel').shape, (4, 8, 40))
+
   def test_hugging_face_has_no_experts(self):
     fields = dataclasses.asdict(t5_family().config)
     for name, conversion in models.family_class('t5x').conversions.items():
