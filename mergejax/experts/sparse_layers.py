@@ -18,7 +18,7 @@ from mergejax.nn import transformer
 
 KERNEL = re.compile(r'(?P<layer>.*/mlp)/expert/(?P<name>\w+)/kernel')
 ROUTER = 'router/router_weights/w/kernel'
-# Numbers of sparse layers by their paths, 'decoder/layers_1/mlp'.
+# Parameters by their paths, 'decoder/layers_1/mlp/expert/wo/kernel'.
 Leaves = dict[typing.Path, np.ndarray]
 
 
@@ -60,6 +60,20 @@ def unstacked(family: models.ModelFamily, params: typing.Tree) -> Leaves:
   axes = {path: spec.axes for path, spec in specs.items() if spec.axes}
   leaves = one_by_one(family).arranged(tree_lib.flatten(params), axes)
   return {path: np.asarray(leaf) for path, leaf in leaves.items()}
+
+
+def of_sparse(family: models.ModelFamily, params: typing.Tree) -> Leaves:
+  """`unstacked`, of a sparse model's parameters.
+
+  Raises:
+    StructureError: they are those of another model.
+  """
+  leaves = unstacked(family, params)
+  tree_lib.check_same(
+    one_by_one(family).specs(), tree_lib.specs(leaves),
+    expected_name='the sparse model', given_name='The tree given',
+  )  # fmt: skip
+  return leaves
 
 
 def one_by_one(family: models.ModelFamily) -> models.ModelFamily:

@@ -48,7 +48,8 @@ def to_dense(
   Raises:
     ConfigError: a model without experts, with an extra dense block behind them,
       an unknown `how`, or one that needs `usage`.
-    StructureError: a layer whose usage is not given.
+    StructureError: a layer whose usage is not given, or parameters of another
+      model.
 
   Source: averaging as the inverse of Komatsuzaki et al. (2022),
   https://arxiv.org/abs/2212.05055.
@@ -67,7 +68,7 @@ def to_dense(
       'A dense model has no place for the extra block behind every sparse layer '
       '(extra_mlp=True).'
     )
-  leaves = sparse_layers.unstacked(family, params)
+  leaves = sparse_layers.of_sparse(family, params)
   found = {
     path: leaf
     for path, leaf in leaves.items()
@@ -114,5 +115,5 @@ def _scale(config, layer, usage):
     return 1.0
   if router == moe_config.TOKENS_CHOOSE and config.normalize_gates:
     return 1.0
-  times = config.top_k if router == moe_config.TOKENS_CHOOSE else 1
-  return usage.gate * times
+  chosen = router == moe_config.TOKENS_CHOOSE
+  return usage.gate * (config.top_k if chosen else usage.experts)

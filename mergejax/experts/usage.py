@@ -33,10 +33,12 @@ class Usage(NamedTuple):
   Attributes:
     load: `<float64>[experts]`, shares of the kept pairs; they sum to 1.
     gate: mean weight that a kept pair's output is multiplied by.
+    experts: how many a token has on average, those without room left out.
   """
 
   load: np.ndarray
   gate: float
+  experts: float
 
 
 def measure(
@@ -61,18 +63,24 @@ def measure(
   family = sparse_layers.family_of(model, sparse=True)
   variables = family.variables(params)
   call = jax.jit(
-    lambda batch: family.call(variables, batch, mutable=[moe.COLLECTION])[1]
+    lambda variables, batch: family.call(
+      variables, batch, mutable=[moe.COLLECTION]
+    )[1]
   )
   sums: dict[str, np.ndarray] = {}
   total = 0.0
   for batch in batches:
     weight = float(np.sum(family.target_weights(batch)))
-    left = tree_lib.flatten(jax.device_get(call(dict(batch)))[moe.COLLECTION])
+    left = jax.device_get(call(variables, dict(batch)))[moe.COLLECTION]
+    left = tree_lib.flatten(left)
     for path, load in left.items():
       layer, _, name = path.rpartition('/')
       if name == 'expert_load':
-        gate = np.asarray(left[f'{layer}/router_confidence'])
-        told = np.concatenate([load, gate[..., None]], -1).astype(np.float64)
+        more = [
+          np.asarray(left[f'{layer}/{name}'])[..., None]
+          for name in ('router_confidence', 'experts_per_token')
+        ]
+        told = np.concatenate([load, *more], -1).astype(np.float64)
         sums[layer] = sums.get(layer, 0.0) + weight * told
     total += weight
   if not total:
@@ -83,9 +91,9 @@ def measure(
   for layer, told in sums.items():
     one_by_one = told.reshape(-1, told.shape[-1]) / total
     for i, row in enumerate(one_by_one):
-      own = row[:-1]
-      usage = Usage(own / max(own.sum(), 1e-12), float(row[-1]))
-      found[_layer(layer, i, told.ndim)] = usage
+      *own, gate, of_token = row.tolist()
+      load = np.array(own) / max(sum(own), 1e-12)
+      found[_layer(layer, i, told.ndim)] = Usage(load, gate, of_token)
   return found
 
 
@@ -120,8 +128,10 @@ def fewer(
     `(family, parameters)`, on the host.
 
   Raises:
-    ConfigError: more experts than there are, or an unknown `how`.
-    StructureError: a layer whose usage is not given.
+    ConfigError: more experts than there are, fewer than a token chooses where
+      that is fixed, or an unknown `how`.
+    StructureError: a layer whose usage is not given, or parameters of another
+      model.
   """
   family = sparse_layers.family_of(model, sparse=True)
   experts = family.config.moe.num_experts
@@ -132,7 +142,11 @@ def fewer(
     )
   if how not in HOW:
     raise errors.ConfigError(errors.near(how, HOW, 'how'))
-  leaves = sparse_layers.unstacked(family, params)
+  config = family.config.moe
+  smaller = dataclasses.replace(
+    config, num_experts=count, top_k=min(config.top_k, count)
+  )
+  leaves = sparse_layers.of_sparse(family, params)
   found = dict(leaves)
   for layer, names in sparse_layers.layers(leaves).items():
     load = of_layer(usage, layer, experts).load
@@ -148,10 +162,6 @@ def fewer(
       )
     router = f'{layer}/{sparse_layers.ROUTER}'
     found[router] = leaves[router][:, kept]
-  config = family.config.moe
-  smaller = dataclasses.replace(
-    config, num_experts=count, top_k=min(config.top_k, count)
-  )
   target = sparse_layers.with_moe(family, smaller)
   return target, sparse_layers.stacked(target, found)
 
@@ -252,10 +262,14 @@ def matched(
 
   Returns:
     Parameters, on the host.
+
+  Raises:
+    ConfigError: a model without experts.
+    StructureError: parameters of another model.
   """
   family = sparse_layers.family_of(model, sparse=True)
-  wanted = sparse_layers.unstacked(family, reference)
-  leaves = sparse_layers.unstacked(family, params)
+  wanted = sparse_layers.of_sparse(family, reference)
+  leaves = sparse_layers.of_sparse(family, params)
   found = dict(leaves)
   experts = range(family.config.moe.num_experts)
   for layer, names in sparse_layers.layers(leaves).items():

@@ -78,9 +78,9 @@ def replacing(
     laid: Any = inputs() if callable(inputs) else inputs
     if isinstance(laid, linear.Stacked):
       raise errors.StructureError(
-        f'{path} is a stack of kernels, of experts that are each given rows of '
-        'their own, and its layer mixes their outputs: there is no one output to '
-        'change. Leave it out.'
+        f'{path} is a stack of the kernels of experts, each with rows of its '
+        'own, and cannot be edited as one map: leave it out, for example by '
+        "(?!.*/expert/) at the beginning of an adapter's target."
       )
     if edit.before is not None:
       if named:

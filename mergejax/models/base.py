@@ -33,6 +33,7 @@ from mergejax.core import errors
 from mergejax.core import tree
 from mergejax.core import typing
 from mergejax.models import batch_norm
+from mergejax.models import decoding
 from mergejax.models import outputs as outputs_lib
 
 Batch = Mapping[str, Any]
@@ -41,11 +42,12 @@ Batch = Mapping[str, Any]
 NONZERO = 'nonzero'
 
 
-class ModelFamily:
+class ModelFamily(decoding.Decoding):
   """One architecture, with one of its modules.
 
   A subclass states facts as class attributes and overrides what is not as it
-  is here, which suits a classifier that is given `inputs` and `labels`.
+  is here, which suits a classifier that is given `inputs` and `labels`; how it
+  decodes is in `Decoding`.
 
   Attributes:
     model_type: its name in `config.json`.
@@ -61,16 +63,12 @@ class ModelFamily:
     conversions: to and from other libraries' names, by what the command line
       calls those names.
     features: the kernel whose inputs are the features of an example.
-    decodes: whether `init_cache` and `decode_step` are there.
-    answers: whether the targets are an answer to inputs apart from them, to be
-      drawn token by token, as in encoder-decoders.
     embedded: where the inputs are met as vectors `[batch, length, embed]`, so
       that a prompt can be put before them: `(path of a module, 'argument' or
       'result')` of its call; None if that is not told. See `with_room`.
     module: the module at hand.
   """
 
-  model_type: ClassVar[str] = ''
   config_class: ClassVar[type | None] = None
   module_class: ClassVar[type[nn.Module]] = nn.Module
   axes: ClassVar[axes_lib.Rules] = ()
@@ -78,8 +76,6 @@ class ModelFamily:
   sizes: ClassVar[Mapping[str, Sequence[str]]] = {'classes': ('labels',)}
   conversions: ClassVar[Mapping[str, outputs_lib.Conversion]] = {}
   features: str | None = None
-  decodes: ClassVar[bool] = False
-  answers: ClassVar[bool] = False
   embedded: ClassVar[tuple[str, str] | None] = None
 
   def __init__(self, module: nn.Module):
@@ -445,44 +441,3 @@ class ModelFamily:
       path: of the parameter. What `collections` hold is measured, not trained.
     """
     return path.split('/')[0] not in self.collections
-
-  # Decoding ------------------------------------------------------------------
-
-  def init_cache(
-    self, params: typing.Tree, batch: Batch, length: int
-  ) -> typing.Tree:
-    """What decoding keeps: the inputs read, and room for `length` tokens."""
-    raise errors.ConfigError(f'{self.model_type} models do not decode.')
-
-  def decode_step(
-    self, params: typing.Tree, cache: typing.Tree, tokens: jax.Array
-  ) -> tuple[jax.Array, typing.Tree]:
-    """One position further.
-
-    Args:
-      params: of the model.
-      cache: from `init_cache` or the step before.
-      tokens: `<int32>[batch]`, the last ones; 0 begins.
-
-    Returns:
-      `(<float32>[batch, vocab] logits of the next token, cache)`.
-    """
-    raise errors.ConfigError(f'{self.model_type} models do not decode.')
-
-  def cache_rows(self, path: typing.Path, leaf: jax.Array) -> int | None:
-    """The axis along which a leaf of the cache has the rows of the batch.
-
-    Several answers to a row (beams, samples) have a row of their own in what is
-    told here, side by side, and beams are moved along it. What all answers to a
-    row share is kept once: `decode_step` gets more tokens than it has rows.
-
-    Args:
-      path: of the leaf in the cache.
-      leaf: of the cache.
-
-    Returns:
-      The axis, or None: nothing to repeat. By default 0, of all arrays that
-      have axes.
-    """
-    del path
-    return 0 if leaf.ndim else None

@@ -93,11 +93,9 @@ class T5Family(lm.TextFamily):
     each = lambda x: jnp.repeat(x, count, axis=0)
     rows = choices.reshape(-1, choices.shape[-1])
     shifted = jnp.pad(rows, ((0, 0), (1, 0)))[:, :-1]
-    # Padding comes behind an answer, where causality alone hides it.
     found = run(
-      self.module_class.decode,
-      each(encoded), each(inputs), shifted, jnp.ones_like(rows),
-    )  # fmt: skip
+      self.module_class.decode, each(encoded), each(inputs), shifted, rows
+    )
     return found.reshape(*choices.shape, found.shape[-1])
 
   def answer_logits(self, answers):

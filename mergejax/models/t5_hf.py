@@ -269,8 +269,13 @@ def config_to_hf(
 
   Raises:
     UserError: feed-forward activations that Hugging Face's T5 does not have,
-      or a head that is the embedding, for mT5.
+      layers with experts, or a head that is the embedding, for mT5.
   """
+  if config.get('moe') is not None:
+    raise errors.CheckpointError(
+      "Hugging Face's T5 has no layers with experts (moe): keep the model in "
+      'the names of T5X, or make it dense first (experts.to_dense).'
+    )
   if model_type == 'mt5' and config['logits_via_embedding']:
     raise errors.CheckpointError(
       'logits_via_embedding=True: mT5 has a head of its own, and transformers '

@@ -328,9 +328,12 @@ def measured(
     pairs = jnp.sum(load)
   else:
     balance = routing_losses.load_balance(probabilities, routed.chosen, **style)
-    load = jnp.sum(dispatch_lib.kept_counts(routed, experts), 0)
-    met = jnp.any(routed.kept, -1)
-    pairs = there * routed.kept.shape[-1]
+    # flaxformer's scatter router keeps padding too.
+    kept = routed.kept if real is None else routed.kept & real[..., None]
+    counts = dispatch_lib.kept_counts(routed._replace(kept=kept), experts)
+    load = jnp.sum(counts, 0)
+    met = jnp.any(kept, -1)
+    pairs = there * kept.shape[-1]
   load = load.astype(jnp.float32)
   slots = groups * experts * (tokens if room is None else room)
   return {
@@ -344,8 +347,11 @@ def measured(
   }  # fmt: skip
 
 
-# What an objective minimises, and the field that has its factor.
-_FACTORS = {'auxiliary_loss': 'balance_loss', 'router_z_loss': 'z_loss'}
+# What an objective minimises: its name there, the field that has its factor.
+_LOSSES = {
+  'auxiliary_loss': ('router_balance_loss', 'balance_loss'),
+  'router_z_loss': ('router_z_loss', 'z_loss'),
+}
 # So many loads of experts a person may still look at one by one.
 _MOST_LOADS = 32
 
@@ -385,10 +391,9 @@ def totals(
     )
   means = {n: jnp.mean(jnp.concatenate(own), 0) for n, own in found.items()}
   losses = {}
-  for name, field in _FACTORS.items():
+  for name, (known, field) in _LOSSES.items():
     factor = getattr(config, field)
     if factor:
-      known = name.replace('auxiliary', 'router_balance')
       losses[known] = factor * means[name]
   loads = means.pop('expert_load')
   metrics = {f'moe/{name}': value for name, value in means.items()}

@@ -38,7 +38,8 @@ class MoeConfig:
       which is refused in decoders: it looks at later tokens.
     decoder_router: of the decoder if it is another one: with experts choosing
       in the encoder, 'tokens_choose' or 'gshard'.
-    top_k: experts that a token chooses; 1 in Switch, 2 in ST-MoE.
+    top_k: experts that a token chooses; 1 in Switch, 2 in ST-MoE. Of 'gshard' it
+      is 2 always.
     train_capacity_factor: room of an expert, as times a fair share of a group's
       tokens; None drops nothing. Of 'gshard' in training it is 2, unless None.
     eval_capacity_factor: the same in evaluation; of 'gshard' a quarter of all
@@ -194,8 +195,12 @@ def from_fields(fields: Mapping[str, Any]) -> MoeConfig:
   """The configuration of fields by name, as a `config.json` has them.
 
   Raises:
-    ConfigError: a field that there is not, or no number of experts.
+    ConfigError: no fields, one that there is not, or no number of experts.
   """
+  if not isinstance(fields, Mapping):
+    raise errors.ConfigError(
+      f'moe must be settings by name, {{"num_experts": 8}}, not {fields!r}.'
+    )
   known = [field.name for field in dataclasses.fields(MoeConfig)]
   for name in fields:
     if name not in known:

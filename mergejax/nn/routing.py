@@ -38,7 +38,8 @@ class Choices(NamedTuple):
       at or beyond the capacity it is dropped.
     weights: `<float32>[groups, tokens, k]` what the expert's output is
       multiplied by; 0 where dropped.
-    kept: `<bool>[groups, tokens, k]`: not dropped, and no padding.
+    kept: `<bool>[groups, tokens, k]`: not dropped, and no padding but what the
+      `legacy_padding` 'scatter' lets queue.
     chosen: `<float32>[groups, tokens, experts]` 1 for the chosen experts, before
       anything is dropped: what the balance loss looks at.
   """
@@ -200,7 +201,8 @@ def gshard_top2(
 
   Args:
     logits: `<float32>[groups, tokens, experts]`.
-    capacity: room of an expert, see `token_groups.gshard_capacity`; None drops nothing.
+    capacity: room of an expert, see `token_groups.gshard_capacity`; None drops
+      nothing.
     real: see `tokens_choose`.
     second_expert: 'argmax' is the second most probable; 'sampling' draws it in
       proportion to the probabilities of the others (Gumbel noise on the

@@ -40,8 +40,8 @@ def load_balance(
     >>> float(load_balance(even, jnp.tile(jnp.eye(2), (2, 1))[None]))
     1.0
 
-  Source: Fedus et al. (2021), https://arxiv.org/abs/2101.03961, equation 4,
-  with flaxformer's scale; experts who are many count as in the paper.
+  Source: Fedus et al. (2021), https://arxiv.org/abs/2101.03961, equation 4
+  without its factor (`MoeConfig.balance_loss`), the mean over groups.
   """
   experts = probabilities.shape[-1]
   chosen = jax.lax.stop_gradient(chosen)
@@ -125,11 +125,12 @@ def metrics(
   Returns:
     `<float32>[]` each, and `expert_load <float32>[experts]`:
     `fraction_tokens_left_behind` (seen by no expert), `expert_usage` (full
-    slots), `router_confidence` (mean weight of a kept pair), `dropped_pairs`
-    (the share that found no room), `expert_load` (each expert's share of kept
-    pairs), `load_cv` (its standard deviation over its mean), `max_load` (its
-    largest, 1 / experts if balanced) and `dead_experts` (how many have none).
-    Of no tokens they are 0.
+    slots), `experts_per_token` (kept pairs over tokens), `router_confidence`
+    (mean weight of a kept pair), `dropped_pairs` (the share that found no
+    room), `expert_load` (each expert's share of kept pairs), `load_cv` (its
+    standard deviation over its mean), `max_load` (its largest, 1 / experts if
+    balanced) and `dead_experts` (how many have none). Of no tokens they are 0,
+    and all experts dead.
   """
   kept = jnp.sum(load)
   wide = lambda count: jnp.asarray(count, jnp.float32)
@@ -140,6 +141,7 @@ def metrics(
   return {
     'fraction_tokens_left_behind': missing(reached, tokens),
     'expert_usage': over(kept, slots),
+    'experts_per_token': over(kept, tokens),
     'router_confidence': over(weights, kept),
     'dropped_pairs': missing(kept, pairs),
     'expert_load': share,

@@ -37,16 +37,12 @@ def capacity(factor: float, tokens: int, experts: int, minimum: int = 4) -> int:
   return max(int(round(factor * tokens / experts)), minimum)
 
 
-def gshard_capacity(
-  tokens: int, experts: int, *, train: bool, eval_fraction: float = 0.25
-) -> int:
+def gshard_capacity(tokens: int, experts: int, *, train: bool) -> int:
   """Tokens of a group that one expert has room for in fairseq's top-2.
 
-  `2 ceil(tokens / experts)` in training, `ceil(eval_fraction tokens)` else.
+  `2 ceil(tokens / experts)` in training, `ceil(tokens / 4)` else.
   """
-  if train:
-    return 2 * math.ceil(tokens / experts)
-  return math.ceil(eval_fraction * tokens)
+  return 2 * math.ceil(tokens / experts) if train else math.ceil(tokens / 4)
 
 
 def group_count(

@@ -5,7 +5,6 @@
 Source: Raffel et al. (2020), https://arxiv.org/abs/1910.10683.
 """
 
-from collections.abc import Mapping
 import dataclasses
 import functools
 
@@ -93,7 +92,7 @@ class StackConfig:
         f'param_scan_axis must be 0 or 1, not {self.param_scan_axis!r}: the '
         'scale of a norm has one axis beside that of the layers.'
       )
-    if isinstance(self.moe, Mapping):
+    if not isinstance(self.moe, moe_config.MoeConfig | None):
       object.__setattr__(self, 'moe', moe_config.from_fields(self.moe))
 
   def sparse_layers(self, layers: int, *, decoder: bool) -> tuple[bool, ...]:

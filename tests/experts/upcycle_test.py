@@ -19,6 +19,7 @@ from mergejax.nn import moe_config
 
 SIZES = dict(vocab_size=20, emb_dim=8, num_heads=2, head_dim=4, mlp_dim=12)
 AT = 'decoder/layers_1/mlp'
+NAMES = ('wi_0', 'wi_1', 'wo')
 
 
 def build(**settings):
@@ -50,6 +51,12 @@ def fresh(family, seed):
 
 def logits(family, params):
   return jax.jit(family.logits)(params, batch())
+
+
+def shuffled(block, seed):
+  """An expert with its hidden units in another order."""
+  order = np.random.default_rng(seed).permutation(12)
+  return {n: k[order] if n == 'wo' else k[:, order] for n, k in block.items()}
 
 
 def same(a, b):
@@ -134,6 +141,31 @@ class UpcycleTest(parameterized.TestCase):
       call(self.dense, self.params)
 
 
+class ExpertsChooseTest(absltest.TestCase):
+  def test_a_dense_block_gives_what_all_experts_of_a_token_give(self):
+    """Of an even router each has the weight 1/4, and a token meets two."""
+    config = moe(
+      num_experts=4, router='experts_choose', allow_noncausal=True,
+      eval_capacity_factor=2.0,
+    )  # fmt: skip
+    dense = build()
+    params = fresh(dense, 0)
+    family, sparse = upcycle.upcycle(
+      dense, params, config, key=jax.random.key(1)
+    )
+    router = sparse['decoder']['layers_1']['mlp']['router']['router_weights']
+    router['w']['kernel'] = np.zeros_like(router['w']['kernel'])
+    told = usage.measure(family, sparse, [batch()])
+    # Four of nine tokens in each of four groups, 32 of the 36 real.
+    np.testing.assert_allclose(told[AT].experts, 4 * 4 * 4 / 32, rtol=1e-6)
+    _, found = to_dense.to_dense(family, sparse, usage=told)
+    path = f'{AT}/wo/kernel'
+    np.testing.assert_allclose(
+      tree_lib.flatten(found)[path], 0.5 * tree_lib.flatten(params)[path],
+      rtol=1e-5,
+    )  # fmt: skip
+
+
 class SparseTest(parameterized.TestCase):
   """What is measured of a sparse model, and what follows from it."""
 
@@ -174,7 +206,8 @@ class SparseTest(parameterized.TestCase):
     make = functools.partial(
       to_dense.to_dense, self.family, self.params, usage=self.usage
     )
-    load, gate = self.usage[AT]
+    load, gate, experts = self.usage[AT]
+    self.assertEqual(experts, 1)
     for how, weights in (
       ('mean', np.ones(4) / 4), ('load', load), ('argmax', load == load.max())
     ):  # fmt: skip
@@ -186,14 +219,40 @@ class SparseTest(parameterized.TestCase):
         )
 
   def test_experts_with_shuffled_units_are_aligned(self):
-    block = {n: self.kernels(self.params, n)[0] for n in ('wi_0', 'wi_1', 'wo')}
-    order = np.random.default_rng(1).permutation(12)
-    shuffled = {
-      n: k[order] if n == 'wo' else k[:, order] for n, k in block.items()
-    }
-    found = usage.aligned(block, shuffled)
+    block = {n: self.kernels(self.params, n)[0] for n in NAMES}
+    found = usage.aligned(block, shuffled(block, 1))
     for name in block:
       np.testing.assert_array_equal(found[name], block[name])
+
+  def replaced(self, blocks):
+    """The parameters with these experts."""
+    leaves = dict(tree_lib.flatten(self.params))
+    for n in NAMES:
+      leaves[f'{AT}/expert/{n}/kernel'] = np.stack([b[n] for b in blocks])
+    return tree_lib.unflatten(leaves)
+
+  def test_shuffled_copies_become_one_block(self):
+    own = {n: self.kernels(self.params, n)[0] for n in NAMES}
+    params = self.replaced([own, *(shuffled(own, s) for s in (1, 2, 3))])
+    _, found = to_dense.to_dense(self.family, params, align=True)
+    found = tree_lib.flatten(found)
+    for name in NAMES:
+      np.testing.assert_allclose(
+        found[f'{AT}/{name}/kernel'], own[name], rtol=1e-6
+      )
+
+  def test_experts_are_merged_into_their_nearest(self):
+    a, b = ({n: self.kernels(self.params, n)[e] for n in NAMES} for e in (0, 1))
+    near_a, near_b = ({n: k + 0.01 for n, k in x.items()} for x in (a, b))
+    params = self.replaced([a, b, shuffled(near_b, 1), shuffled(near_a, 2)])
+    load = np.array([0.4, 0.3, 0.1, 0.2])
+    told = {AT: usage.Usage(load, 0.5, 1.0)}
+    _, found = usage.fewer(self.family, params, 2, told)
+    for name in NAMES:
+      kernels = self.kernels(found, name)
+      for e, (one, other, w) in enumerate(((a, near_a, 0.2), (b, near_b, 0.1))):
+        mean = (load[e] * one[name] + w * other[name]) / (load[e] + w)
+        np.testing.assert_allclose(kernels[e], mean, rtol=1e-5, atol=1e-6)
 
   @parameterized.parameters('prune', 'merge')
   def test_fewer(self, how):
@@ -241,6 +300,19 @@ class SparseTest(parameterized.TestCase):
     settings = {'usage': self.usage, **settings}
     with self.assertRaisesRegex(errors.UserError, words):
       usage.fewer(self.family, self.params, **settings)
+
+  @parameterized.named_parameters(
+    ('reference', lambda f, own, other: usage.matched(f, other, own)),
+    ('params', lambda f, own, other: usage.matched(f, own, other)),
+    ('fewer', lambda f, own, other: usage.fewer(f, other, 2, {})),
+    ('dense', lambda f, own, other: to_dense.to_dense(f, other)),
+  )
+  def test_parameters_of_another_model(self, call):
+    leaves = dict(tree_lib.flatten(self.params))
+    del leaves[f'{AT}/router/router_weights/w/kernel']
+    words = f'(?s)of the sparse model .*- {AT}/router'
+    with self.assertRaisesRegex(errors.StructureError, words):
+      call(self.family, self.params, tree_lib.unflatten(leaves))
 
 
 if __name__ == '__main__':

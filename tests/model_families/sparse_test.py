@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models with experts: flaxformer's numbers, decoding, training, merging."""
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -9,6 +10,7 @@ import sys
 
 from absl.testing import absltest
 from absl.testing import parameterized
+import flax.serialization
 import goldens
 import jax
 import jax.numpy as jnp
@@ -122,11 +124,66 @@ class GoldenTest(absltest.TestCase):
       0.01 * self.metrics['moe/auxiliary_loss'], rtol=1e-6,
     )  # fmt: skip
 
+  def test_a_checkpoint_of_t5x(self):
+    """Written as T5X does, it opens with its axes."""
+    path = pathlib.Path(self.create_tempdir().full_path) / 'checkpoint_1'
+    mj.save_checkpoint(path, self.params, 't5x')
+    file = path / 'checkpoint'
+    data = flax.serialization.msgpack_restore(file.read_bytes())
+    axes = {
+      name: {'names': {str(i): n for i, n in enumerate(own.split(','))}}
+      for name, own in zip(
+        self.arrays['axes_names'].tolist(), self.arrays['axes_values'].tolist()
+      )
+    }
+    data['optimizer']['flax_mutables'] = {
+      'params_axes': tree_lib.unflatten(axes)
+    }
+    file.write_bytes(flax.serialization.msgpack_serialize(data))
+    store = mj.open_checkpoint(path)
+    wanted = {p: (s.shape, s.axes) for p, s in self.family.specs().items()}
+    found = {p: (s.shape, s.axes) for p, s in store.specs().items()}
+    self.assertEqual(found, wanted)
+    leaf = 'encoder/layers_1/mlp/expert/wo/kernel'
+    np.testing.assert_array_equal(
+      tree_lib.flatten(store.read([leaf]))[leaf],
+      tree_lib.flatten(self.params)[leaf],
+    )
+
   def test_a_config_tells_it_all(self):
     told = json.loads(json.dumps(models.describe(self.family)))
     self.assertEqual(models.build(told).config, self.family.config)
     dense = models.build(dict(model_type='t5x', **SIZES))
     self.assertNotIn('moe', models.describe(dense))
+
+
+class ChoicesTest(absltest.TestCase):
+  def test_padding_behind_an_answer_takes_no_room(self):
+    family = t5_family(
+      encoder_layers=0, eval_capacity_factor=1.0, group_size=64
+    )
+    params = jax.jit(family.init)(jax.random.key(0))
+    rng = np.random.default_rng(0)
+    choices = rng.integers(3, 40, (2, 4, 4)).astype(np.int32)
+    choices[:, ::2, 2:] = 0
+    inputs = rng.integers(3, 40, (2, 4)).astype(np.int32)
+    answers = choices.reshape(-1, 4)
+
+    @jax.jit
+    def both(params):
+      found = family.choice_logits(
+        family.variables(params), {'encoder_input_tokens': inputs}, choices
+      )
+      batch = {
+        'encoder_input_tokens': np.repeat(inputs, 4, 0),
+        'decoder_input_tokens': np.pad(answers[:, :-1], [(0, 0), (1, 0)]),
+        'decoder_target_tokens': answers,
+      }
+      return found.reshape(*answers.shape, -1), family.logits(params, batch)
+
+    found, wanted = both(params)
+    real = answers > 0
+    np.testing.assert_allclose(found[real], wanted[real], rtol=1e-4, atol=1e-4)
 
 
 class DecodingTest(parameterized.TestCase):
@@ -263,6 +320,8 @@ class ErrorsTest(parameterized.TestCase):
     ('field', lambda: t5_family(experts=3), 'num_experts'),
     ('number', lambda: models.build(dict(model_type='lm', moe={'top_k': 1})),
      'how many experts'),
+    ('no settings', lambda: models.build(dict(model_type='lm', moe=8)),
+     'settings by name'),
     ('mixed', lambda: lm_family(dict(decoder_layers=2), 3), 'evenly'),
     ('scanned', lambda: lm_family({}, scan_layers=True), 'scan_layers=True'),
     ('causal', lambda: t5_family(router='experts_choose'), 'allow_noncausal'),
@@ -270,6 +329,25 @@ class ErrorsTest(parameterized.TestCase):
   def test_message(self, make, words):
     with self.assertRaisesRegex(errors.ConfigError, words):
       make()
+
+  def test_adapters_leave_experts_alone(self):
+    family = lm_family({})
+    call = lambda targets: jax.eval_shape(
+      lambda key: (lambda adapted: adapted.logits(adapted.init(key), rows(4)))(
+        mj.adapters.adapt(family, mj.adapters.lora(targets=targets))
+      ),
+      jax.random.key(0),
+    )
+    with self.assertRaisesRegex(errors.StructureError, 'kernels of experts'):
+      call('.*/wo/kernel')
+    self.assertEqual(call('(?!.*/expert/).*/wo/kernel').shape, (4, 8, 40))
+
+  def test_hugging_face_has_no_experts(self):
+    fields = dataclasses.asdict(t5_family().config)
+    for name, conversion in models.family_class('t5x').conversions.items():
+      with self.subTest(name):
+        with self.assertRaisesRegex(errors.UserError, 'to_dense'):
+          conversion.write_config(fields)
 
 
 if __name__ == '__main__':

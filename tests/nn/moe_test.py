@@ -262,14 +262,13 @@ class LawsTest(parameterized.TestCase):
     np.testing.assert_allclose(part, whole[:, :7], rtol=1e-5, atol=1e-6)
     self.assertEqual(float(left['fraction_tokens_left_behind']), 0)
 
-  def test_training(self):
-    """Its capacity, jitter and dropout, drawn by key."""
+  @parameterized.parameters(dict(jitter=0.3), dict(dropout_rate=0.5))
+  def test_training(self, **settings):
+    """Its capacity; jitter and dropout, each drawn by key."""
     params, inputs = numbers()
-    settings = dict(
-      train_capacity_factor=1.0, eval_capacity_factor=None, jitter=0.3,
-      dropout_rate=0.5,
-    )  # fmt: skip
-    module = layer(**settings)
+    module = layer(
+      train_capacity_factor=1.0, eval_capacity_factor=None, **settings
+    )
 
     @jax.jit
     def train(key):
@@ -285,6 +284,18 @@ class LawsTest(parameterized.TestCase):
     np.testing.assert_array_equal(first, again)
     self.assertGreater(np.abs(first - other).max(), 0)
     self.assertGreater(float(dropped), 0)
+
+  @parameterized.parameters('mask', 'scatter')
+  def test_metrics_are_of_real_tokens(self, style):
+    """Also where the padding of others takes room."""
+    params, inputs = numbers()
+    real = np.ones(inputs.shape[:2], bool)
+    real[:, 3:] = False
+    module = layer(legacy_padding=style, eval_capacity_factor=None)
+    _, left = called(module, params, inputs, real)
+    self.assertEqual(float(left['fraction_tokens_left_behind']), 0)
+    self.assertEqual(float(left['dropped_pairs']), 0)
+    self.assertEqual(float(left['experts_per_token']), 1)
 
   def test_initial_scale(self):
     module = moe.MoeLayer(config(), 4096, ('relu',), init_scale=0.1)
