@@ -4,6 +4,7 @@
 
     FOREST/
       forest.json               what it holds, and the priors of domains
+      vocabulary.model          of SentencePiece, if it has one
       seed/model  seed/state    a checkpoint; moments and step, if kept
       experts/NAME/model        a checkpoint
       experts/NAME/state        moments and step, if kept
@@ -148,6 +149,19 @@ class Forest:
     found = self._manifest()['experts']
     return {name: records.Expert(**record) for name, record in found.items()}
 
+  def names(self) -> list[str]:
+    """The names of its experts, for what needs one at least.
+
+    Raises:
+      ConfigError: there is none.
+    """
+    names = list(self.experts)
+    if not names:
+      raise errors.ConfigError(
+        f'{self.path} has no expert yet: add one (`mergejax forest add`).'
+      )
+    return names
+
   @property
   def ancestry(self) -> dict[str, records.Expert]:
     """Its experts, and before them those that were removed and have children."""
@@ -205,11 +219,16 @@ class Forest:
     An expert that came after it was estimated has 0: `set_prior` is for that.
     None if no prior of the domain was set.
     """
+    return self.priors.get(domain)
+
+  @property
+  def priors(self) -> dict[str, np.ndarray]:
+    """`{domain: <float64>[K]}` cached, over the experts in their order."""
     manifest = self._manifest()
-    known = manifest['priors'].get(domain)
-    if known is None:
-      return None
-    return np.array([known.get(name, 0.0) for name in manifest['experts']])
+    return {
+      domain: np.array([known.get(name, 0.0) for name in manifest['experts']])
+      for domain, known in manifest['priors'].items()
+    }
 
   def check_vocabulary(self, vocabulary: os.PathLike | str) -> None:
     """Raises if text is to be read by another vocabulary than the forest's."""
@@ -252,6 +271,12 @@ class Forest:
     """
     records.check_name(name)
     self._check_free(name, about.get('parents', {}))
+    beside = [pathlib.Path(one).name for one in statistics]
+    if len(set(beside)) < len(beside):
+      raise errors.ConfigError(
+        f'Statistics lie beside an expert by the names of their folders, and '
+        f'{", ".join(beside)} are not all different: rename one.'
+      )
     if vocabulary is not None:
       self.check_vocabulary(vocabulary)
     family, params = _loaded(model, self.module)
@@ -259,7 +284,7 @@ class Forest:
     record = records.Expert(
       domain=domain or name,
       fingerprint=saved.fingerprint(params),
-      statistics=[pathlib.Path(one).name for one in statistics],
+      statistics=beside,
       **about,
     )
     for one in statistics:
@@ -273,8 +298,8 @@ class Forest:
         self.path / 'experts' / name, overwrite=True
       ) as folder:
         _write_model(folder, family, params, state)
-        for one in statistics:
-          shutil.copytree(one, folder / 'statistics' / pathlib.Path(one).name)
+        for one, own in zip(statistics, beside):
+          shutil.copytree(one, folder / 'statistics' / own)
         card = records.card(name, record, models.describe(family))
         (folder / 'README.md').write_text(card)
       manifest['experts'][name] = record.to_json()
