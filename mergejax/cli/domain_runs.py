@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What runs over domains of text share: settings, data, meshes, phases."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import math
 import os
@@ -141,13 +141,17 @@ def layout(settings: DomainSettings) -> dict[str, Any]:
 
 
 def prepare_data(
-  settings: DomainSettings, described: Mapping[str, Any]
+  settings: DomainSettings,
+  described: Mapping[str, Any],
+  check: Callable[[Sequence[str]], None] = lambda domains: None,
 ) -> tuple[dict[str, str], str]:
   """Splits the text, checks its size, registers a task per domain.
 
   Args:
     settings: of the run.
-    described: them as plain data, noted once the text is there.
+    described: them as plain data, noted once the text is there and checked: a
+      run that is refused may be asked for otherwise in the same folder.
+    check: called with the domains; it may raise.
 
   Returns:
     `({domain: task name}, the name of the mixture of all)`.
@@ -159,10 +163,11 @@ def prepare_data(
   # A run that continues keeps its text, whatever became of the sources.
   if jax.process_index() == 0 and not settings_file.exists():
     write_corpora(settings, folder)
-    same_run.write(settings_file, described, layout(settings))
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices('corpora')
   task_of = tasks.add_corpora(folder, vocabulary)
+  check(list(task_of))
+  same_run.write(settings_file, described, layout(settings))
   mixture = mixtures.add_mixture(
     'branch_train_merge', list(task_of.values()), rates='equal', by_content=True
   )

@@ -106,6 +106,11 @@ def _add(options):
   )  # fmt: skip
   count = len(forest.experts)
   print(f'{options.name} is one of {count} expert(s) of {forest.path}')
+  if forest.priors:
+    print(
+      f'the priors of {errors.some(list(forest.priors))} give it 0 until they '
+      'are estimated anew: `mergejax forest update`'
+    )
 
 
 def _remove(options):
@@ -122,7 +127,9 @@ def _list(options):
   forest = forest_lib.Forest(options.forest)
   if options.json:
     experts = {n: one.to_json() for n, one in forest.experts.items()}
-    print(json.dumps({'seed': forest.seed, 'experts': experts}, indent=2))
+    priors = {domain: own.tolist() for domain, own in forest.priors.items()}
+    found = {'seed': forest.seed, 'experts': experts, 'priors': priors}
+    print(json.dumps(found, indent=2))
     return
   print(f'seed, {forest.seed["steps"]} steps, {forest.seed["fingerprint"]}')
   for name, one in forest.experts.items():
@@ -133,13 +140,14 @@ def _list(options):
       *([f'{one.steps} steps'] if one.steps is not None else []),
       *(f'{value} {what}' for what, value in one.data.items()),
     ]
-    prior = forest.prior(one.domain)
-    if prior is not None:
-      own = dict(zip(forest.experts, prior))
-      parts.append(
-        'prior ' + ', '.join(f'{p:.2f} {n}' for n, p in own.items() if p > 0.01)
-      )
     print(f'{name}: {"; ".join(parts)}')
+  for domain, prior in forest.priors.items():
+    print(f'prior of {domain}: {_shares(forest, prior)}')
+
+
+def _shares(forest, prior):
+  """A prior as people read it."""
+  return ', '.join(f'{p:.3f} {n}' for n, p in zip(forest.experts, prior))
 
 
 def _of_cluster(parser):
@@ -212,10 +220,8 @@ def _update(options):
   found = _priors(options, forest)
   for domain, prior in found.items():
     forest.set_prior(domain, prior)
-  names = list(forest.experts)
   for domain, prior in found.items():
-    own = ', '.join(f'{p:.3f} {n}' for n, p in zip(names, prior))
-    print(f'{domain}: {own}')
+    print(f'{domain}: {_shares(forest, prior)}')
 
 
 def _of_average(parser):
@@ -251,16 +257,22 @@ def _average(options):
 
 def _prior_of(options, forest):
   """The prior of the domain that an average is for; None if there is none."""
-  if options.corpora is None:
-    return None if options.domain is None else forest.prior(options.domain)
-  found = _priors(options, forest)
   domain = options.domain
+  if options.corpora is None:
+    if domain is None:
+      return None
+    found, place = forest.priors, f'with a prior in {forest.path}'
+  else:
+    found, place = _priors(options, forest), f'of {options.corpora}'
   if domain is None and len(found) == 1:
     domain = next(iter(found))
-  if domain not in found:
+  if domain is None:
     raise errors.ConfigError(
-      errors.near(str(domain), found, f'--domain of {options.corpora}')
+      f'{options.corpora} has the domains {errors.some(list(found))}, and an '
+      'average is for one: name it by --domain.'
     )
+  if domain not in found:
+    raise errors.ConfigError(errors.near(domain, found, f'domain {place}'))
   return found[domain]
 
 
@@ -322,6 +334,7 @@ def _router(options, forest, vocabulary):
 def _evaluate(options):
   forest = forest_lib.Forest(options.forest)
   how = ensemble.Posterior(options.posterior, options.tempering, options.floor)
+  errors.check_whole('--context', options.context)
   with _suite(options, forest) as suite:
     found = forest_scores.table(
       forest, suite.read(options.split),

@@ -25,6 +25,7 @@ from jax.experimental import multihost_utils
 from mergejax import partition
 from mergejax.checkpoints import checkpoint
 from mergejax.cli import domain_runs
+from mergejax.cli import loaded
 from mergejax.cli import same_run
 from mergejax.cli import train
 from mergejax.core import errors
@@ -115,12 +116,13 @@ def run(settings: Callable[[], Settings] | Settings) -> None:
       'or name another folder, to grow again.'
     )
     return
-  task_of, mixture = domain_runs.prepare_data(settings, described)
-  _check_plan(settings, list(task_of))
+  begun = (settings.directory / 'settings.json').exists()
+  task_of, mixture = domain_runs.prepare_data(
+    settings, described, lambda domains: _check_plan(settings, domains, begun)
+  )
   if not settings.reset_schedule:
     given = settings
   forest = _forest(given, mixture)
-  _check_domains(settings, forest, list(task_of))
   for first, domains in _generations(settings, list(task_of)):
     _grow(settings, forest, task_of, domains, first)
   _finish(settings, forest, task_of, table_file)
@@ -130,22 +132,15 @@ def _position(settings):
   """The step number at which branches begin."""
   if settings.reset_schedule:
     return 0
-  if (settings.place / forest_lib.MANIFEST).is_file():
-    return int(forest_lib.Forest(settings.place).seed['steps'])
-  return settings.seed_steps
+  forest = loaded.forest_at(settings.place)
+  return int(forest.seed['steps']) if forest else settings.seed_steps
 
 
 def _forest(settings, mixture) -> forest_lib.Forest:
-  """The forest that is there, checked, or a new one of a seed that is trained."""
-  if (settings.place / forest_lib.MANIFEST).is_file():
-    forest = forest_lib.Forest(settings.place)
-    if forest.module != settings.module:
-      raise errors.ConfigError(
-        f'The experts of {forest.path} are another model than the configured '
-        'module: configure it as its seed/model/config.json says.'
-      )
-    forest.check_vocabulary(settings.vocabulary)
-    return forest
+  """The forest that is there, or a new one of a seed that is trained."""
+  there = loaded.forest_at(settings.place)
+  if there:
+    return there
   # One schedule spans seed and branch, or the seed has one of its own.
   settings = (
     dataclasses.replace(
@@ -181,21 +176,6 @@ def _by_first(function, name):
     multihost_utils.sync_global_devices(name)
 
 
-def _check_domains(settings, forest, domains):
-  """Notes what the forest held when the run began; refuses to train it again."""
-  file = settings.directory / 'begun.json'
-  if not file.exists():
-    there = [domain for domain in domains if domain in forest.experts]
-    if there:
-      raise errors.ConfigError(
-        f'{forest.path} has experts of {", ".join(there)} already: leave these '
-        'domains out of the corpora, or remove the experts first.'
-      )
-    _by_first(
-      lambda: train.save_json(file, {'experts': list(forest.experts)}), 'begun'
-    )
-
-
 def _generations(settings, domains):
   """`[(number of the first domain, domains)]`."""
   size = settings.generation or len(domains)
@@ -210,14 +190,17 @@ def _chunks(settings, domains):
   return [(start, domains[start : start + size]) for start in starts]
 
 
-def _check_plan(settings, domains):
+def _check_plan(settings, domains, begun):
   """Raises for what would fail after hours: names, branches, meshes."""
   for domain in domains:
     records.check_name(domain)
-  there = ()
-  if (settings.place / forest_lib.MANIFEST).is_file():
-    there = forest_lib.Forest(settings.place).experts
-  kinds = (*ensemble.AVERAGES, records.SEED, *there, *domains)
+  # An expert of a later generation is not there when the second one begins.
+  _, there = _generations(settings, domains)[0]
+  forest = loaded.forest_at(settings.place)
+  if forest:
+    _check_forest(settings, forest, () if begun else domains)
+    there = (*forest.experts, *there)
+  kinds = (*ensemble.AVERAGES, records.SEED, *dict.fromkeys(there))
   if settings.branch_from not in kinds:
     raise errors.ConfigError(
       errors.near(
@@ -231,6 +214,22 @@ def _check_plan(settings, domains):
   for _, generation in _generations(settings, domains):
     for _, chunk in _chunks(settings, generation):
       domain_runs.make_meshes(settings, len(chunk))
+
+
+def _check_forest(settings, forest, new):
+  """Raises for a forest of another model, or that knows new domains already."""
+  if forest.module != settings.module:
+    raise errors.ConfigError(
+      f'The experts of {forest.path} are another model than the configured '
+      'module: configure it as its seed/model/config.json says.'
+    )
+  forest.check_vocabulary(settings.vocabulary)
+  known = [domain for domain in new if domain in forest.experts]
+  if known:
+    raise errors.ConfigError(
+      f'{forest.path} has experts of {", ".join(known)} already: leave these '
+      'domains out of the corpora, or remove the experts first.'
+    )
 
 
 def _grow(settings, forest, task_of, domains, first):
@@ -332,15 +331,23 @@ def _add(settings, forest, chunk, shares, state):
       continue
     own = jax.tree.map(lambda leaf, i=i: leaf[i], state)
     parents = shares[domain]
-    alone = list(parents) == [records.SEED]
     forest.add(
       domain, own.params, domain=domain, parents=parents,
-      branched_by=records.SEED if alone else settings.branch_from,
+      branched_by=_how(settings, parents),
       steps=settings.branch_steps, data=_data(settings, domain),
       vocabulary=settings.vocabulary,
       state=beginnings.kept(own) if settings.keep_state else None,
     )  # fmt: skip
     domain_runs.say(f'  {domain} is in {forest.path}')
+
+
+def _how(settings, parents):
+  """How parents were chosen, and made one."""
+  if list(parents) == [records.SEED]:
+    return records.SEED
+  if settings.merge == 'linear':
+    return settings.branch_from
+  return f'{settings.branch_from}, {settings.merge}'
 
 
 def _data(settings, domain):

@@ -54,7 +54,8 @@ def _parser():
     'files: --gin_file=gin/runs/infer.gin --gin.NAME=VALUE.',
   )
   parser.add_argument(
-    'checkpoint', help='a checkpoint with its config.json, or a recipe (.yaml)'
+    'checkpoint',
+    help='a checkpoint with its config.json, a recipe (.yaml) or a forest',
   )
   parser.add_argument(
     '--inputs', required=True,
@@ -102,6 +103,9 @@ def main(arguments: Sequence[str]) -> None:
   method = decoding_flags.method_of(options)
   files.check_new(options.out)
   vocabulary = features.vocabulary(options.vocabulary)
+  forest = loaded.forest_at(options.checkpoint)
+  if forest:
+    forest.check_vocabulary(options.vocabulary)
   rows = _read(options.inputs)
   mesh = None
   if options.data * options.model_parallel > 1:

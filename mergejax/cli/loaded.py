@@ -45,19 +45,20 @@ def load(
 
   Raises:
     UserError: the checkpoint is missing, or of another model; a module for a
-      recipe.
+      recipe or a forest.
   """
   if dtype not in DTYPES:
     raise errors.ConfigError(errors.near(str(dtype), DTYPES, 'dtype'))
   recipe = pathlib.Path(path).suffix in ('.yaml', '.yml')
-  if recipe and (module is not None or step is not None):
+  forest = forest_at(path)
+  if (recipe or forest) and (module is not None or step is not None):
     raise errors.ConfigError(
-      f'{path} is a recipe, whose models say what they are: leave the module '
-      'and the step out.'
+      f'{path} is a {"recipe" if recipe else "forest"}, whose models say what '
+      'they are: leave the module and the step out.'
     )
-  if (pathlib.Path(path).expanduser() / forest_lib.MANIFEST).is_file():
-    family, params = _together(path, mesh)
-  elif module is None:
+  if forest:
+    return _together(forest, mesh, dtype)
+  if module is None:
     source = path if recipe else checkpoint.at_step(path, step)
     module, params = recipes.load(source)
     family = models.family_of(module)
@@ -65,23 +66,32 @@ def load(
     family = models.family_of(module)
     read = start.Start(path, step=step).check(family.module).read
     params = read(None)
-  if dtype != 'float32':
-    params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+  params = _rounded(params, dtype)
   if mesh is None:
     return family, jax.device_put(params)
-  if isinstance(family, mixture_lib.Mixture):
-    return family, jax.device_put(params, family.layout(params))
   axes = {name: spec.axes for name, spec in family.specs().items()}
   layout = partition.shardings(mesh, params, axes, partition.standard())
   return family, jax.tree.map(batches.whole, params, layout)
 
 
-def _together(path, mesh):
-  """The experts of a forest as one model."""
-  forest = forest_lib.Forest(path)
-  names = list(forest.experts)
+def forest_at(path: os.PathLike | str) -> forest_lib.Forest | None:
+  """The forest at a path; None if something else is there, or nothing."""
+  manifest = pathlib.Path(path).expanduser() / forest_lib.MANIFEST
+  return forest_lib.Forest(path) if manifest.is_file() else None
+
+
+def _rounded(params, dtype):
+  if dtype == 'float32':
+    return params
+  return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+
+
+def _together(forest, mesh, dtype):
+  """The experts of a forest as one model; the prior is not rounded."""
+  names = forest.names()
   mixture = mixture_lib.Mixture(forest.module, experts=len(names), mesh=mesh)
-  return mixture, mixture.join([forest.params(name) for name in names])
+  experts = [_rounded(forest.params(name), dtype) for name in names]
+  return mixture, mixture.join(experts)
 
 
 def mesh_of(sizes: Mapping[str, int] | None) -> jax.sharding.Mesh | None:

@@ -46,11 +46,7 @@ def likelihoods(
   Raises:
     ConfigError: there is no expert.
   """
-  names = list(forest.experts) if names is None else list(names)
-  if not names:
-    raise errors.ConfigError(
-      f'{forest.path} has no expert yet: add one (`mergejax forest add`).'
-    )
+  names = forest.names() if names is None else list(names)
   found: dict[str, list[np.ndarray]] = {domain: [] for domain in sets}
   for name in names:
     params = forest.params(name)

@@ -4,16 +4,18 @@
 
     FOREST/
       forest.json               what it holds, and the priors of domains
+      vocabulary.model          of SentencePiece, if it has one
       seed/model  seed/state    a checkpoint; moments and step, if kept
       experts/NAME/model        a checkpoint
       experts/NAME/state        moments and step, if kept
       experts/NAME/README.md    its model card
       experts/NAME/statistics/  such as a Fisher
 
-All paths are relative: a forest can be moved. Every change is one rename: an
-expert's folder first, `forest.json` after it. Killed in between, an expert is
-not in the forest, and the same call adds it. No call touches a file of another
-expert.
+All paths are relative: a forest can be moved. An expert is in it if
+`forest.json` says so, which is written in one rename: after the folder of one
+that is added, before that of one that is removed goes. Killed in between, it is
+not in the forest, and the same call ends what it began. Processes change a
+forest one after the other. No call touches a file of another expert.
 
 Source: Li et al., "Branch-Train-Merge" (2022),
 https://arxiv.org/abs/2208.03306.
@@ -27,7 +29,6 @@ import os
 import pathlib
 import shutil
 from typing import Any
-import uuid
 
 import flax.linen as nn
 import numpy as np
@@ -148,6 +149,19 @@ class Forest:
     found = self._manifest()['experts']
     return {name: records.Expert(**record) for name, record in found.items()}
 
+  def names(self) -> list[str]:
+    """The names of its experts, for what needs one at least.
+
+    Raises:
+      ConfigError: there is none.
+    """
+    names = list(self.experts)
+    if not names:
+      raise errors.ConfigError(
+        f'{self.path} has no expert yet: add one (`mergejax forest add`).'
+      )
+    return names
+
   @property
   def ancestry(self) -> dict[str, records.Expert]:
     """Its experts, and before them those that were removed and have children."""
@@ -205,11 +219,16 @@ class Forest:
     An expert that came after it was estimated has 0: `set_prior` is for that.
     None if no prior of the domain was set.
     """
+    return self.priors.get(domain)
+
+  @property
+  def priors(self) -> dict[str, np.ndarray]:
+    """`{domain: <float64>[K]}` cached, over the experts in their order."""
     manifest = self._manifest()
-    known = manifest['priors'].get(domain)
-    if known is None:
-      return None
-    return np.array([known.get(name, 0.0) for name in manifest['experts']])
+    return {
+      domain: np.array([known.get(name, 0.0) for name in manifest['experts']])
+      for domain, known in manifest['priors'].items()
+    }
 
   def check_vocabulary(self, vocabulary: os.PathLike | str) -> None:
     """Raises if text is to be read by another vocabulary than the forest's."""
@@ -252,6 +271,12 @@ class Forest:
     """
     records.check_name(name)
     self._check_free(name, about.get('parents', {}))
+    beside = [pathlib.Path(one).name for one in statistics]
+    if len(set(beside)) < len(beside):
+      raise errors.ConfigError(
+        f'Statistics lie beside an expert by the names of their folders, and '
+        f'{", ".join(beside)} are not all different: rename one.'
+      )
     if vocabulary is not None:
       self.check_vocabulary(vocabulary)
     family, params = _loaded(model, self.module)
@@ -259,28 +284,31 @@ class Forest:
     record = records.Expert(
       domain=domain or name,
       fingerprint=saved.fingerprint(params),
-      statistics=[pathlib.Path(one).name for one in statistics],
+      statistics=beside,
       **about,
     )
     for one in statistics:
       saved.check_fingerprint(
         name, params, str(one), saved.load(one).fingerprint
       )
-    # A folder without an entry is of an `add` that was killed.
-    with files.atomic_path(
-      self.path / 'experts' / name, overwrite=True
-    ) as folder:
-      _write_model(folder, family, params, state)
-      for one in statistics:
-        shutil.copytree(one, folder / 'statistics' / pathlib.Path(one).name)
-      card = records.card(name, record, models.describe(family))
-      (folder / 'README.md').write_text(card)
-    with self._changing() as manifest:
+    with self._locked() as manifest:
       self._check_free(name, record.parents)
+      # A folder without an entry is of an `add` that was killed.
+      with files.atomic_path(
+        self.path / 'experts' / name, overwrite=True
+      ) as folder:
+        _write_model(folder, family, params, state)
+        for one, own in zip(statistics, beside):
+          shutil.copytree(one, folder / 'statistics' / own)
+        card = records.card(name, record, models.describe(family))
+        (folder / 'README.md').write_text(card)
       manifest['experts'][name] = record.to_json()
+      self._write(manifest)
 
   def remove(self, name: str) -> list[str]:
     """Takes an expert out, with its files; priors of domains are renormalised.
+
+    A domain whose prior was all on it has none then.
 
     Returns:
       The experts that branched from it, however far: its influence stays in
@@ -289,34 +317,34 @@ class Forest:
     Raises:
       ConfigError: there is no such expert, or no other one.
     """
-    folder = self.folder(name)
     if name == records.SEED:
       raise errors.ConfigError(
         'The seed stays: it is what experts have in common. Remove the forest.'
       )
-    with self._changing() as manifest:
-      if len(manifest['experts']) == 1:
-        raise errors.ConfigError(
-          f'{name} is the last expert of {self.path}, and a forest of none says '
-          'nothing: add another one first, or remove the folder.'
-        )
-      every = self.ancestry
-      gone = manifest['experts'].pop(name)
-      if any(name in expert.parents for expert in every.values()):
-        manifest['removed'][name] = gone
-      for domain, prior in list(manifest['priors'].items()):
-        left = {one: p for one, p in prior.items() if one != name}
-        total = sum(left.values())
-        if total <= 0:
-          del manifest['priors'][domain]
-        elif len(left) < len(prior):
-          manifest['priors'][domain] = {n: p / total for n, p in left.items()}
-    remain = self.experts
-    children = [n for n in records.descendants(every, name) if n in remain]
-    gone = folder.with_name(f'.{name}.removed-{uuid.uuid4().hex[:8]}')
-    os.rename(folder, gone)
-    shutil.rmtree(gone)
-    return children
+    records.check_name(name)
+    with self._locked() as manifest:
+      every, left = self.ancestry, manifest['experts']
+      folder = self.path / 'experts' / name
+      if name in left or not folder.is_dir():
+        self._forget(name, manifest)
+      # Killed from here on, the same call takes the files away.
+      shutil.rmtree(folder)
+    return [one for one in records.descendants(every, name) if one in left]
+
+  def _forget(self, name, manifest):
+    """Takes an expert out of the manifest; its files stay."""
+    self.folder(name)
+    if len(manifest['experts']) == 1:
+      raise errors.ConfigError(
+        f'{name} is the last expert of {self.path}, and a forest of none says '
+        'nothing: add another one first, or remove the folder.'
+      )
+    has_children = any(name in one.parents for one in self.ancestry.values())
+    record = manifest['experts'].pop(name)
+    if has_children:
+      manifest['removed'][name] = record
+    manifest['priors'] = _without(name, manifest['priors'])
+    self._write(manifest)
 
   def set_prior(self, domain: str, prior: typing.Array) -> None:
     """Notes the prior of a domain over the experts, `[K]` in their order.
@@ -324,11 +352,12 @@ class Forest:
     Raises:
       ConfigError: not one probability an expert.
     """
-    with self._changing() as manifest:
+    with self._locked() as manifest:
       prior = ensemble.check_prior(prior, len(manifest['experts']))
       manifest['priors'][domain] = dict(
         zip(manifest['experts'], prior.tolist())
       )
+      self._write(manifest)
 
   def _check_free(self, name, parents):
     manifest = self._manifest()
@@ -362,14 +391,28 @@ class Forest:
     return checkpoint.read_json(self.path / MANIFEST)
 
   @contextlib.contextmanager
-  def _changing(self) -> Iterator[dict[str, Any]]:
-    """The manifest, to be changed by one process at a time."""
+  def _locked(self) -> Iterator[dict[str, Any]]:
+    """The manifest, which one process at a time may change and `_write`."""
     with open(self.path / '.lock', 'w', encoding='utf-8') as lock:
       fcntl.flock(lock, fcntl.LOCK_EX)
-      manifest = self._manifest()
-      yield manifest
-      with files.atomic_path(self.path / MANIFEST, overwrite=True) as temporary:
-        _write_json(temporary, manifest)
+      yield self._manifest()
+
+  def _write(self, manifest):
+    with files.atomic_path(self.path / MANIFEST, overwrite=True) as temporary:
+      _write_json(temporary, manifest)
+
+
+def _without(name, priors):
+  """Priors of domains without an expert; a domain that was its alone has none."""
+  found = {}
+  for domain, prior in priors.items():
+    left = {one: p for one, p in prior.items() if one != name}
+    total = sum(left.values())
+    if left == prior:
+      found[domain] = prior
+    elif total > 0:
+      found[domain] = {one: p / total for one, p in left.items()}
+  return found
 
 
 def _loaded(model, module):

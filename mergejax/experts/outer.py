@@ -91,6 +91,11 @@ class Outer:
       'optimizer': optim.describe(self.optimizer),
       'mean': self.method is None and self.importance is None,
     }
+    # Of a method only what it is made by is known, not its numbers.
+    given = {'method': self.method and self.method.update}
+    for what, one in {**given, 'importance': self.importance}.items():
+      if one is not None:
+        settings[what] = getattr(one, '__qualname__', 'a function')
     return transforms.StepTransform(
       NAME,
       init,

@@ -8,6 +8,7 @@ import re
 from typing import Any
 
 from mergejax.core import errors
+from mergejax.experts import ensemble
 
 # The parent of an expert that branched from the seed.
 SEED = 'seed'
@@ -21,8 +22,8 @@ class Expert:
     domain: what it was trained on.
     parents: `{expert or 'seed': weight}` of the average that it began as; empty
       if that is not known.
-    branched_by: how the weights came about: 'seed', 'uniform', 'posterior', ...
-      or the name of a merge method.
+    branched_by: how the weights came about: 'seed', 'uniform', 'posterior',
+      ...; and the merge method, if it was another than the mean.
     steps: updates of its own.
     data: of its training text, as plain data: bytes, tokens, epochs.
     fingerprint: of its weights, see `statistics.saved.fingerprint`.
@@ -61,10 +62,12 @@ class Expert:
 
 def check_name(name: str) -> None:
   """Raises a `ConfigError` for what cannot be the name of an expert."""
-  if not re.fullmatch(r'\w[\w.-]*', name) or name == SEED:
+  # These say of what an average is, where the name of an expert may stand too.
+  taken = (SEED, *ensemble.AVERAGES)
+  if not re.fullmatch(r'\w[\w.-]*', name) or name in taken:
     raise errors.ConfigError(
-      f'An expert is named by letters, digits, _ . and -, and not {SEED!r}: '
-      f'{name!r} will not do.'
+      'An expert is named by letters, digits, _ . and -, and not '
+      f'{", ".join(taken)}: {name!r} will not do.'
     )
 
 

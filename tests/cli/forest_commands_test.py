@@ -7,16 +7,18 @@ import io
 import json
 import pathlib
 import random
-import shutil
 import tempfile
 from unittest import mock
 
 from absl.testing import absltest
 import jax
+import jax.numpy as jnp
 import numpy as np
+import small_vocabularies
 
 import mergejax as mj
 from mergejax.cli import grow_forest
+from mergejax.cli import loaded
 from mergejax.cli import main
 from mergejax.core import tree
 from mergejax.evaluation import forest_scores
@@ -168,10 +170,13 @@ class ForestCommandsTest(absltest.TestCase):
     code, _, err = self.grow('twice', place)
     self.assertEqual(code, 2, err[-2000:])
     self.assertIn('has experts of colours, metals, numbers already', err)
+    # What was refused may be asked for otherwise, in the same folder.
+    self.assertFalse((self.folder / 'twice' / 'settings.json').exists())
     # What would fail after the first generation is refused before the seed.
     for message, *flags in (
       ("Unknown expert or average to branch from 'posterio'",
        '--gin.BRANCH_FROM=posterio'),
+      ("branch from 'numbers'", '--gin.BRANCH_FROM=numbers'),
       ("'topk', which needs one", '--gin.BRANCH_FROM=topk'),
       ("Unknown merge method 'liner'",
        '--gin.grow_forest.Settings.merge=liner'),
@@ -182,7 +187,6 @@ class ForestCommandsTest(absltest.TestCase):
       self.assertEqual(code, 2, err[-2000:])
       self.assertIn(message, err)
       self.assertFalse((self.folder / 'early' / 'train').exists())
-      shutil.rmtree(self.folder / 'early')
     code, _, err = self.grow('whole', '--gin.TOP_K=2')
     self.assertEqual(code, 2)
     self.assertIn('top_k: None there, 2 asked for', err)
@@ -212,6 +216,14 @@ class ForestCommandsTest(absltest.TestCase):
     self.assertEqual(code, 0, err)
     self.assertRegex(out, r'numbers: \d\.\d+ colours, \d\.\d+ metals')
     prior = forest_lib.Forest(mine).prior('numbers')
+    # Also of a domain that no expert is of.
+    code, out, err = run('forest', 'list', mine)
+    shares = ', '.join(
+      f'{p:.3f} {n}' for p, n in zip(prior, ('colours', 'metals'))
+    )
+    self.assertIn(f'prior of numbers: {shares}\n', out)
+    code, out, err = run('forest', 'list', mine, '--json')
+    self.assertEqual(json.loads(out)['priors']['numbers'], prior.tolist())
     code, out, err = run(
       'forest', 'average', mine, self.folder / 'branch', '--weights',
       'posterior', '--domain', 'numbers',
@@ -328,6 +340,40 @@ class ForestCommandsTest(absltest.TestCase):
       *flags,
     )  # fmt: skip
 
+  def test_a_forest_as_a_model(self):
+    family, params = loaded.load(self.forest.path, dtype='bfloat16')
+    batch = family.example_batch(1, length=2)
+    # Of thirds in bfloat16 the sum is not 1.
+    np.testing.assert_array_equal(params['prior'], np.float32([1 / 3] * 3))
+    self.assertEqual(jax.tree.leaves(params['experts'])[0].dtype, jnp.bfloat16)
+    said = np.exp(family.logits(params, batch).astype(np.float32))
+    np.testing.assert_allclose(said.sum(axis=-1), 1, rtol=1e-2)
+    for named in ({'step': 3}, {'module': self.forest.module}):
+      with self.assertRaisesRegex(mj.ConfigError, 'is a forest, whose models'):
+        loaded.load(self.forest.path, **named)
+    seed = self.folder / 'a_seed'
+    forest_lib.create(seed, self.forest.model('seed'))
+    with self.assertRaisesRegex(mj.ConfigError, 'has no expert yet: add one'):
+      loaded.load(seed)
+
+  def test_an_expert_that_priors_do_not_know_is_told_of(self):
+    mine = self.folder / 'told'
+    forest = forest_lib.create(mine, self.forest.model('seed'))
+    add = lambda name: run('forest', 'add', mine, name, forest.model('seed'))[1]
+    self.assertNotIn('priors', add('one'))
+    forest.set_prior('metals', [1.0])
+    self.assertIn('the priors of metals give it 0 until', add('two'))
+    self.assertEqual(forest.prior('metals').tolist(), [1, 0])
+
+  def test_what_is_said_of_a_beginning(self):
+    how = lambda parents, **named: grow_forest._how(
+      mock.Mock(**{'branch_from': 'posterior', 'merge': 'linear', **named}),
+      parents,
+    )
+    self.assertEqual(how({'seed': 1.0}, merge='ties'), 'seed')
+    self.assertEqual(how({'a': 0.5, 'b': 0.5}), 'posterior')
+    self.assertEqual(how({'a': 0.5, 'b': 0.5}, merge='ties'), 'posterior, ties')
+
   def test_mistakes(self):
     place, out = self.forest.path, self.folder / 'none'
     for message, *arguments in (
@@ -336,7 +382,12 @@ class ForestCommandsTest(absltest.TestCase):
       ('is no forest', 'list', self.folder),
       ('Unknown kind of average', 'average', place, out, '--weights', 'mean'),
       ("goes by the prior of a domain", 'average', place, out, '--weights',
-       'posterior', '--domain', 'x'),
+       'posterior'),
+      ("Unknown domain with a prior in .* 'metal'. Did you mean 'metals'",
+       'average', place, out, '--weights', 'posterior', '--domain', 'metal'),
+      ('the domains colours, metals, numbers, and an average is for one',
+       'average', place, out, '--weights', 'posterior', '--corpora',
+       self.folder / 'text', '--length', '8'),
       ('at least 1', 'average', place, out, '--weights', 'topk', '--top_k', '0',
        '--domain', 'metals'),
       ("Unknown merge method 'liner'", 'average', place, out, '--method',
@@ -346,9 +397,15 @@ class ForestCommandsTest(absltest.TestCase):
       ('another vocabulary', 'add', place, 'x', self.forest.model('seed'),
        '--vocabulary', self.folder / 'small.gin'),
       ('invalid choice', 'grow', place),
+      ('--context must be a whole number', 'evaluate', place, '--corpora',
+       self.folder / 'text', '--context', '-1'),
     ):  # fmt: skip
       self.refused(message, 'forest', *arguments)
     self.assertFalse(out.exists())
+    self.refused(
+      'another vocabulary', 'infer', place, '--inputs', 'x.txt', '--out', out,
+      '--vocabulary', small_vocabularies.pieces(self.folder),
+    )  # fmt: skip
     lp = np.zeros((2, 1, 3))
     mask = np.ones((1, 3), bool)
     for message, mode, named in (

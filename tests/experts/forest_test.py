@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A forest on disk: what it keeps, and what it leaves alone."""
 
+import fcntl
 import json
 import os
 import pathlib
@@ -138,15 +139,67 @@ class ForestTest(parameterized.TestCase):
   def test_killed_in_between_it_is_as_before(self):
     """After the folder of an expert, before the manifest names it."""
     before = (self.folder / 'forest.json').read_bytes()
-    with mock.patch.object(
-      forest_lib.Forest, '_changing', side_effect=KeyboardInterrupt
-    ):
-      with self.assertRaises(KeyboardInterrupt):
-        self.forest.add('d', self.params(3))
+    killed = mock.patch.object(
+      forest_lib.Forest, '_write', side_effect=KeyboardInterrupt
+    )
+    with killed, self.assertRaises(KeyboardInterrupt):
+      self.forest.add('d', self.params(3))
+    self.assertTrue((self.folder / 'experts' / 'd').exists())
     self.assertEqual((self.folder / 'forest.json').read_bytes(), before)
     self.assertEqual(list(self.forest.experts), ['a', 'b', 'c'])
     self.forest.add('d', self.params(4))
     self.same(self.forest.params('d'), self.params(4))
+
+  def test_a_removal_that_was_killed_is_ended_by_the_same_call(self):
+    folder, remove = self.folder / 'experts' / 'a', shutil.rmtree
+
+    def killed(path, **named):
+      if path == folder:
+        raise KeyboardInterrupt()
+      remove(path, **named)
+
+    with mock.patch.object(forest_lib.shutil, 'rmtree', killed):
+      with self.assertRaises(KeyboardInterrupt):
+        self.forest.remove('a')
+    self.assertEqual(list(self.forest.experts), ['b', 'c'])
+    self.assertTrue(folder.exists())
+    # No other name and no path takes a folder away.
+    for name in ('x', '../seed', '../experts'):
+      with self.assertRaises(errors.ConfigError):
+        self.forest.remove(name)
+    self.assertEqual(self.forest.remove('a'), ['c'])
+    self.assertFalse(folder.exists())
+    self.assertTrue(records.from_seed(self.forest.ancestry, 'c'))
+    self.same(self.forest.params('seed'), self.seed)
+
+  def test_of_two_that_add_one_name_the_first_is_kept(self):
+    """The second had looked before the first was there."""
+    other = forest_lib.Forest(self.folder)
+    look = self.forest._check_like_seed
+
+    def meanwhile(*given):
+      look(*given)
+      other.add('d', self.params(3))
+
+    with mock.patch.object(self.forest, '_check_like_seed', meanwhile):
+      with self.assertRaisesRegex(errors.ConfigError, 'an expert d already'):
+        self.forest.add('d', self.params(4))
+    self.same(self.forest.params('d'), self.params(3))
+
+  def test_files_go_while_nobody_else_changes_the_forest(self):
+    remove, locked = shutil.rmtree, []
+
+    def looked(folder, **named):
+      with open(self.folder / '.lock', encoding='utf-8') as lock:
+        try:
+          fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+          locked.append(pathlib.Path(folder).name)
+      remove(folder, **named)
+
+    with mock.patch.object(forest_lib.shutil, 'rmtree', looked):
+      self.forest.remove('a')
+    self.assertIn('a', locked)
 
   @parameterized.parameters('uniform', 'argmax', 'posterior', 'topk')
   def test_averages(self, kind):
@@ -215,6 +268,9 @@ class ForestTest(parameterized.TestCase):
       (lambda: forest.add('a', mine), 'has an expert a already'),
       (lambda: forest.add('seed', mine), "'seed' will not do"),
       (lambda: forest.add('../x', mine), 'will not do'),
+      (lambda: forest.add('topk', mine), "'topk' will not do"),
+      (lambda: forest.add('d', mine, statistics=['x/fisher', 'y/fisher']),
+       'fisher, fisher are not all different'),
       (lambda: forest.add('d', mine, parents={'bb': 1.0}), 'a parent'),
       (lambda: forest.add('d', mine, parents={'a': 0.7}), 'sum to 0.7'),
       (lambda: forest.add('d', stranger), r'wi_0/kernel|mlp_dim'),

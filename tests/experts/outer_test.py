@@ -20,6 +20,7 @@ from mergejax.experts import outer as outer_lib
 from mergejax.pods import collectives
 from mergejax.pods import hlo
 from mergejax.training import arrays
+from mergejax.training import streams
 from mergejax.training import trainer as trainer_lib
 from mergejax.training import transforms
 
@@ -141,10 +142,18 @@ class OuterTest(parameterized.TestCase):
     plain = outer_lib.diloco(1, learning_rate=1.0, momentum=0.0)
     one, two = self.fit(plain, 3), self.fit(outer_lib.local_sgd(1), 3)
     # And of one SGD step each, the mean is synchronous training.
+    together = streams.PartsStream(
+      {i: arrays.ArrayStream(pictures(i), 8, seed=i) for i in range(K)},
+      join=np.concatenate,
+    )
+    model = trainer_lib.Trainer(self.module, optax.sgd(0.3))
+    synchronous = tree.flatten(host(model.fit(together, steps=3).params))
     for path, leaf in tree.flatten(host(one.params)).items():
       np.testing.assert_allclose(
         leaf, tree.flatten(host(two.params))[path], rtol=1e-5, atol=1e-6
       )
+      for own in leaf:
+        np.testing.assert_allclose(own, synchronous[path], rtol=1e-4, atol=1e-5)
 
   def test_it_goes_on_with_the_same_bits(self):
     folder = pathlib.Path(self.create_tempdir().full_path)
@@ -165,8 +174,19 @@ class OuterTest(parameterized.TestCase):
 
   def test_other_merges(self):
     method = mj.ties(density=0.5)
-    step, state = self.begun(self.trainer(outer_lib.Outer(
-      every=1, method=method)))  # fmt: skip
+    outer = outer_lib.Outer(every=1, method=method)
+    # Two runs of which one merges otherwise are not taken for the same.
+    told = [
+      dict(one.transform().settings)
+      for one in (
+        outer,
+        outer_lib.Outer(every=1, method=mj.linear()),
+        outer_lib.Outer(every=1, importance=outer_lib.adam_fisher),
+        outer_lib.local_sgd(1),
+      )
+    ]
+    self.assertLen({str(one) for one in told}, len(told))
+    step, state = self.begun(self.trainer(outer))
     base = host(branch.unstack(state.params, 0))
     state = self.shaken(state)
     before = host(state.params)
