@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from mergejax.core import errors
 from mergejax.pods import chips
 from mergejax.pods import collectives
 from mergejax.pods import hlo
@@ -43,6 +44,10 @@ def report(
   Returns:
     A report. Where the compiler refuses a program because it does not fit, it
     says how much that would have used.
+
+  Raises:
+    ConfigError: the compiler is of another version than JAX, which cannot read
+      what it made.
   """
   chip = chips.chip_of(topology) if topology else None
   held = {
@@ -155,10 +160,26 @@ def _add(program, mesh, figures):
   cost = compiled.cost_analysis() or {}
   for name in ('flops', 'bytes accessed'):
     figures[name] += times * cost.get(name, 0.0)
-  text = hlo.Program(compiled.as_text())
+  text = hlo.Program(_text(compiled))
   figures['traffic'] += times * traffic.found(text)
   sent = collectives.found(text, mesh)
   figures['collectives'] += [each.repeated(times) for each in sent]
+
+
+def _text(compiled):
+  """What was compiled; a newer compiler's is not always readable.
+
+  Raises:
+    ConfigError: it is not.
+  """
+  try:
+    return compiled.as_text()
+  except jax.errors.JaxRuntimeError as error:
+    raise errors.ConfigError(
+      'This JAX compiled the program and cannot read the result: '
+      f'{errors.first_line(error)}. Its compiler is of another version: '
+      "install the libtpu that JAX names, pip install 'mergejax[tpu]'."
+    ) from error
 
 
 def _refusal(message, given):

@@ -42,6 +42,12 @@ def tiny(**changes):
   return lm.LanguageModel(lm.LMConfig(**{**sizes, **changes}))
 
 
+def sine():
+  """Work of one program."""
+  program = work_lib.Program(jax.jit(jnp.sin), (jnp.ones(8),))
+  return work_lib.Work('step', partition.make_mesh(), (program,), {})
+
+
 @functools.cache
 def compiled_step():
   """`(work, report, compiled)` of a tiny model on data 4, model 2."""
@@ -216,10 +222,7 @@ class FitsTest(parameterized.TestCase):
   )
   def test_a_refusal_is_read(self, message, used):
     """What the TPU compiler says when a program does not fit."""
-    work = work_lib.Work(
-      'step', partition.make_mesh(),
-      (work_lib.Program(jax.jit(jnp.sin), (jnp.ones(8),)),), {},
-    )  # fmt: skip
+    work = sine()
     refuse = lambda text: mock.patch.object(
       jax.stages.Lowered, 'compile',
       side_effect=jax.errors.JaxRuntimeError(text),
@@ -232,6 +235,15 @@ class FitsTest(parameterized.TestCase):
     with refuse('INTERNAL: a fault'):
       with self.assertRaises(jax.errors.JaxRuntimeError):
         compiler.report(work)
+
+  def test_a_compiler_of_another_version(self):
+    """Newer ones make programs that an older JAX cannot write down."""
+    with mock.patch.object(
+      jax.stages.Compiled, 'as_text',
+      side_effect=jax.errors.JaxRuntimeError('INTERNAL: RET_CHECK failure'),
+    ):  # fmt: skip
+      with self.assertRaisesRegex(errors.ConfigError, r'libtpu .*\[tpu\]'):
+        compiler.report(sine())
 
 
 class MergeTest(absltest.TestCase):
