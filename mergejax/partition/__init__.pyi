@@ -1,5 +1,6 @@
 # Copyright 2026 The mergejax Authors.
 # SPDX-License-Identifier: Apache-2.0
+from mergejax.partition.activations import active_mesh
 from mergejax.partition.activations import by_shard
 from mergejax.partition.activations import constrain
 from mergejax.partition.activations import device_count
@@ -24,6 +25,7 @@ __all__ = [
   'AXES',
   'ShardingRules',
   'Target',
+  'active_mesh',
   'by_shard',
   'constrain',
   'device_count',

@@ -101,6 +101,12 @@ def by_shard(
   return called
 
 
+def active_mesh() -> jax.sharding.Mesh | None:
+  """The mesh of `rules_of` around; None outside, and for one device."""
+  active = _ACTIVE.get()
+  return None if active is None or active[0].size == 1 else active[0]
+
+
 def device_count() -> int:
   """How many devices a program that is traced now is divided over."""
   active = _ACTIVE.get()
