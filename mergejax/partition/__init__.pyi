@@ -14,6 +14,8 @@ from mergejax.partition.layouts import shardings
 from mergejax.partition.layouts import spec_for
 from mergejax.partition.layouts import to_host
 from mergejax.partition.meshes import AXES
+from mergejax.partition.meshes import AnyMesh
+from mergejax.partition.meshes import abstract_mesh
 from mergejax.partition.meshes import join_processes
 from mergejax.partition.meshes import make_mesh
 from mergejax.partition.rules import ShardingRules
@@ -23,8 +25,10 @@ from mergejax.partition.rules import standard
 
 __all__ = [
   'AXES',
+  'AnyMesh',
   'ShardingRules',
   'Target',
+  'abstract_mesh',
   'active_mesh',
   'by_shard',
   'constrain',
