@@ -25,16 +25,8 @@ parameters in safetensors, and a manifest that says how to call it:
     found = jax.jit(program.call)(params, inputs)
     found['tokens'], found['scores']  # [8, answers, length], [8, answers]
 
-Of a program for several devices the manifest tells their mesh, and the program
-how its arguments lie on it:
-
-    sizes = manifest['mesh']
-    devices = numpy.array(jax.devices()[: manifest['devices']])
-    mesh = jax.sharding.Mesh(devices.reshape([*sizes.values()]), [*sizes])
-    laid, _ = jax.tree.unflatten(
-      program.in_tree, program.in_shardings_jax(mesh)
-    )
-    params, inputs = jax.device_put((params, inputs), laid[:2])
+A program for several devices says how its arguments lie on them, and the
+manifest which mesh they are: docs/serving.md.
 
 Nothing in it is pickled, and nothing is executed but the program. jax promises
 to run it for six months of its own versions after the one that wrote it.

@@ -9,7 +9,6 @@ import json
 import pathlib
 import shutil
 import tempfile
-import textwrap
 from unittest import mock
 
 from absl.testing import absltest
@@ -25,6 +24,7 @@ from mergejax.core import errors
 from mergejax.evaluation import served as served_lib
 from mergejax.evaluation import serving
 
+ROOT = pathlib.Path(__file__).parents[2]
 WIDTH = 8
 SEED = 3
 
@@ -167,15 +167,15 @@ class ServedTest(absltest.TestCase):
 
 
 def load_as_documented(folder):
-  """Runs what the module tells a server, up to the call."""
-  parts = (serving.__doc__ or '').split('\n\n')
-  code = [textwrap.dedent(part) for part in parts if part.startswith('    ')]
+  """Runs what docs/serving.md tells a server of several devices."""
+  parts = (ROOT / 'docs' / 'serving.md').read_text().split('```python\n')[1:]
+  one, several, *_ = [part.partition('```')[0] for part in parts]
+  one = one.partition('inputs = ')[0].replace("'served'", repr(str(folder)))
   names = {}
-  first = '\n'.join(code).partition('inputs = ')[0]
-  first = first.replace("'served'", repr(str(folder)))
-  exec(first, names)  # pylint: disable=exec-used
+  exec(one, names)  # pylint: disable=exec-used
   names['inputs'] = inputs()
-  exec(code[-1], names)  # pylint: disable=exec-used
+  several = several.partition('found = ')[0]
+  exec(several, names)  # pylint: disable=exec-used
   return names['manifest'], names
 
 
