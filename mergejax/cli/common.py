@@ -14,6 +14,7 @@ import re
 import signal
 import sys
 
+from mergejax import partition
 from mergejax.core import errors
 from mergejax.core import files
 from mergejax.core import stop as stop_lib
@@ -222,6 +223,28 @@ def parse_gin(
       f'--gin.{missing[0]}=VALUE.'
     )
   gin.finalize()
+
+
+def mesh_sizes(text: str | None) -> dict[str, int] | None:
+  """`--mesh data=32,model=8` as sizes of mesh axes; None without it.
+
+  Raises:
+    ConfigError: an axis of another name, or a size that is no whole number.
+  """
+  if text is None:
+    return None
+  sizes = {}
+  for part in text.split(','):
+    name, _, size = part.partition('=')
+    if name not in partition.AXES:
+      raise errors.ConfigError(errors.near(name, partition.AXES, 'mesh axis'))
+    try:
+      sizes[name] = int(size)
+    except ValueError as error:
+      raise errors.ConfigError(
+        f'--mesh gives each axis a whole number, data=32,model=8, not {part!r}.'
+      ) from error
+  return sizes
 
 
 def _explain(message: str) -> str:

@@ -72,7 +72,7 @@ def main(arguments: Sequence[str]) -> None:
   if topology:
     jax.config.update('jax_platforms', 'cpu')
     devices = chips.devices(topology, options.slices)
-  sizes = _sizes(options.mesh)
+  sizes = common.mesh_sizes(options.mesh)
   where = {'topology': topology, 'slices': options.slices}
   if options.recipe:
     mesh = partition.make_mesh(devices=devices, **(sizes or {}))
@@ -269,24 +269,6 @@ def _bound(job) -> dict[str, Any]:
 def _resolved(value):
   """A bound value; gin evaluates its references when they are copied."""
   return copy.deepcopy(value)
-
-
-def _sizes(text: str | None) -> dict[str, int] | None:
-  """`data=32,model=8` as sizes of mesh axes."""
-  if text is None:
-    return None
-  sizes = {}
-  for part in text.split(','):
-    name, _, size = part.partition('=')
-    if name not in partition.AXES:
-      raise errors.ConfigError(errors.near(name, partition.AXES, 'mesh axis'))
-    try:
-      sizes[name] = int(size)
-    except ValueError as error:
-      raise errors.ConfigError(
-        f'--mesh gives each axis a whole number, data=32,model=8, not {part!r}.'
-      ) from error
-  return sizes
 
 
 def recipe_work(recipe: str, mesh: jax.sharding.Mesh) -> list[work_lib.Work]:

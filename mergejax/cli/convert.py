@@ -12,6 +12,7 @@ from mergejax.cli import common
 from mergejax.core import errors
 from mergejax.core import files
 from mergejax.core import tree
+from mergejax.training import stored_states
 
 
 def _axes(options, destination, store, config):
@@ -86,6 +87,44 @@ def _renamed(names, leaves, config, axes):
   return way.write(leaves), config
 
 
+def _config_of_run(source):
+  """The `config.json` of a run: beside its steps, or in what it exported."""
+  path = pathlib.Path(source).expanduser()
+  for folder in (path, *path.parents[:2]):
+    for place in (folder, folder / 'model'):
+      found = checkpoint.read_config(place)
+      if found is not None and models.conversion(found) is None:
+        return found
+  raise errors.ConfigError(
+    f'--state needs a {checkpoint.CONFIG} of our own beside {source}: add one, '
+    '{"model_type": "t5x", ...sizes}.'
+  )
+
+
+def _state(options, destination):
+  """Copies a training state, and says what of it stayed behind."""
+  format_ = options.format or 'orbax'
+  if format_ not in stored_states.FORMATS or options.names is not None:
+    raise errors.ConfigError(
+      f'--state is for --format {" or ".join(stored_states.FORMATS)}, by our '
+      'names: other formats hold parameters alone.'
+    )
+  config = _config_of_run(options.source)
+  stored = stored_states.read(options.source, models.build(config))
+  if options.scan_layers is not None:
+    _, wanted = _scanned(
+      options, tree.flatten(stored.state.params),
+      dict(models.describe(stored.family)), None,
+    )  # fmt: skip
+    stored = stored_states.restacked(stored, models.build(wanted))
+  made = stored_states.write(destination, stored, format_)
+  kind = stored.settings['maker'].__name__
+  told = [f'{made}: step {stored.state.step}, with the state of {kind}']
+  if stored.left_out:
+    told.append(f'not copied: {", ".join(stored.left_out)}')
+  print('\n'.join(told))
+
+
 def main(arguments: Sequence[str]) -> None:
   """Copies all parameters, bit for bit, and `config.json` where it fits."""
   parser = common.parser('convert', 'Copy a checkpoint into another format.')
@@ -111,6 +150,11 @@ def main(arguments: Sequence[str]) -> None:
     type=int,
     help="with --scan_layers true: the axis of layers; by default 1, T5X's",
   )
+  parser.add_argument(
+    '--state', action='store_true',
+    help="a run's training state: the optimizer's too, and the step; --format "
+    't5x writes what T5X restores, orbax (the default) what a run of ours does',
+  )  # fmt: skip
   options = parser.parse_args(arguments)
   if options.param_scan_axis is not None and options.scan_layers != 'true':
     raise errors.ConfigError(
@@ -122,6 +166,9 @@ def main(arguments: Sequence[str]) -> None:
     )
   destination = pathlib.Path(options.destination)
   files.check_new(destination)
+  if options.state:
+    _state(options, destination)
+    return
   store = checkpoint.open_checkpoint(options.source)
   leaves = tree.flatten(store.read())
   config = checkpoint.read_config(options.source)

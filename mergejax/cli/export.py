@@ -4,6 +4,7 @@
 
 from collections.abc import Sequence
 
+from mergejax import partition
 from mergejax.cli import common
 from mergejax.cli import decoding_flags
 from mergejax.cli import loaded
@@ -37,6 +38,11 @@ def _parser():
     help=f'what it can run on: {", ".join(serving.PLATFORMS)}',
   )  # fmt: skip
   parser.add_argument(
+    '--mesh',
+    help='the devices it runs on, none of which need be here: data=2,model=4 '
+    'spreads rows over 2 and parameters over 4; one device by default',
+  )
+  parser.add_argument(
     '--dtype', default='float32', choices=loaded.DTYPES, help='of parameters'
   )
   parser.add_argument(
@@ -54,6 +60,8 @@ def main(arguments: Sequence[str]) -> None:
   """Writes the folder, and says how it is called."""
   options = _parser().parse_args(arguments)
   method = decoding_flags.method_of(options)
+  sizes = common.mesh_sizes(options.mesh)
+  mesh = None if sizes is None else partition.abstract_mesh(**sizes)
   files.check_new(options.out)
   family, params = loaded.load(options.checkpoint, dtype=options.dtype)
   decoding_flags.check(family, options)
@@ -68,14 +76,16 @@ def main(arguments: Sequence[str]) -> None:
     prefix=options.prefix,
     platforms=options.platforms.split(','),
     vocabulary=options.vocabulary,
+    mesh=mesh,
   )
   shapes = ', '.join(
     f'{name} {manifest["outputs"][name]["shape"]}'
     for name in manifest['outputs']
   )
+  on = f', on {manifest["devices"]} devices' if manifest['devices'] > 1 else ''
   print(
     f'{options.out}: {manifest["program"]} for '
-    f'{", ".join(manifest["platforms"])}, called with '
+    f'{", ".join(manifest["platforms"])}{on}, called with '
     f'({", ".join(manifest["call"])}), inputs {manifest["inputs"]["shape"]}: '
     f'{shapes}'
   )

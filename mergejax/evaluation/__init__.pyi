@@ -15,6 +15,7 @@ from mergejax.evaluation.ranked import rank_evaluator
 from mergejax.evaluation.sampling import Sample
 from mergejax.evaluation.scoring import Suite
 from mergejax.evaluation.scoring import Task
+from mergejax.evaluation.served import open_exported
 from mergejax.evaluation.serving import export_decoder
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
   'export_decoder',
   'make_decoder',
   'metrics',
+  'open_exported',
   'plots',
   'rank_evaluator',
   'report',

@@ -25,6 +25,9 @@ parameters in safetensors, and a manifest that says how to call it:
     found = jax.jit(program.call)(params, inputs)
     found['tokens'], found['scores']  # [8, answers, length], [8, answers]
 
+A program for several devices says how its arguments lie on them, and the
+manifest which mesh they are: docs/serving.md.
+
 Nothing in it is pickled, and nothing is executed but the program. jax promises
 to run it for six months of its own versions after the one that wrote it.
 """
@@ -43,6 +46,7 @@ from jax import export as jax_export
 import jax.numpy as jnp
 
 from mergejax import models
+from mergejax import partition
 from mergejax.checkpoints import checkpoint
 from mergejax.core import checksums
 from mergejax.core import errors
@@ -60,7 +64,7 @@ PROGRAM, PARAMS, MANIFEST = (
   'manifest.json',
 )
 # Of the manifest; another number means other names in it.
-_VERSION = 1
+VERSION = 1
 
 
 def decoding_function(
@@ -126,12 +130,16 @@ def export_decoder(
   prefix: bool = False,
   platforms: Sequence[str] = ('cpu', 'cuda', 'tpu'),
   vocabulary: os.PathLike | str = 'bytes',
+  mesh: partition.AnyMesh | None = None,
 ) -> dict[str, Any]:
   """Writes a folder that serves a model without us; see the module.
 
   The program has the cache of decoding inside. Its shapes are fixed but for the
   number of rows, which stays open: jax compiles it once for every number that
-  it is called with. It is of one device. No weight is in it.
+  it is called with. No weight is in it.
+
+  It is of one device, or of as many as a mesh has: rows are spread over `data`,
+  parameters by `partition.standard()`, and answers are whole on every device.
 
   Args:
     model: a module whose family decodes, or the family.
@@ -139,20 +147,23 @@ def export_decoder(
     path: of the folder to create.
     input_length: tokens of a row of inputs, the end token included.
     length: see `decoding_function`.
-    batch_size: rows of a batch; None leaves it open.
+    batch_size: rows of a batch, a multiple of the mesh's `data`; None leaves
+      open which.
     method: see `decoding_function`.
     end: likewise.
     prefix: likewise.
     platforms: of `PLATFORMS`, what the program can run on; none of them need
       be here.
     vocabulary: 'bytes', or the .model file, which is copied into the folder.
+    mesh: of the devices that the program runs on, none of which need be here,
+      see `partition.abstract_mesh`; one device by default.
 
   Returns:
     The manifest.
 
   Raises:
     UserError: a model that does not decode, an unknown platform, a file that
-      is missing, or the folder exists.
+      is missing, rows that do not divide over the mesh, or the folder exists.
   """
   errors.check_whole('input_length', input_length)
   if batch_size is not None:
@@ -160,23 +171,25 @@ def export_decoder(
   for platform in platforms:
     if platform not in PLATFORMS:
       raise errors.ConfigError(errors.near(platform, PLATFORMS, 'platform'))
+  family = models.family_of(model)
+  slices = _slices(mesh, batch_size)
   files.check_new(path)
   source = _vocabulary_file(vocabulary)
   function = decoding_function(
-    model, length=length, method=method, end=end, prefix=prefix
+    family, length=length, method=method, end=end, prefix=prefix
   )
   leaves = tree.flatten(params)
   given = [
     {
       name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in leaves.items()
     },
-    jax.ShapeDtypeStruct((_rows(batch_size), input_length), jnp.int32),
+    jax.ShapeDtypeStruct((_rows(batch_size, slices), input_length), jnp.int32),
   ]
   if method.draws:
     given.append(jax.ShapeDtypeStruct((), jnp.uint32))
+  jitted = _laid_out(function, family, given, mesh)
   try:
-    exporting = jax_export.export(jax.jit(function), platforms=tuple(platforms))
-    program = exporting(*given)
+    program = jax_export.export(jitted, platforms=tuple(platforms))(*given)
   except TypeError as error:
     if batch_size is not None or '_DimExpr' not in str(error):
       raise
@@ -189,7 +202,9 @@ def export_decoder(
     (folder / PROGRAM).write_bytes(program.serialize())
     checkpoint.save_checkpoint(folder / PARAMS, leaves)
     manifest = {
-      'mergejax_export': _VERSION,
+      'mergejax_export': VERSION,
+      'devices': program.nr_devices,
+      'mesh': {} if mesh is None else dict(mesh.shape),
       **_calling(program, method, end),
       'decoding': {
         'method': type(method).__name__.lower(),
@@ -214,9 +229,50 @@ def _options(method: Any) -> dict[str, Any]:
   return {'told': repr(method)}
 
 
-def _rows(batch_size):
-  """A number, or a name that stands for any."""
-  return batch_size or jax_export.symbolic_shape('batch')[0]
+def _slices(mesh, batch_size):
+  """Over how many slices of a mesh rows are spread."""
+  if mesh is None:
+    return 1
+  spread = {axis: size for axis, size in mesh.shape.items() if size > 1}
+  if extra := spread.keys() - {'data', 'model', 'expert'}:
+    raise errors.ConfigError(
+      f'One model answers: its mesh has no {", ".join(extra)}; spread rows over '
+      'data, parameters over model.'
+    )
+  slices = mesh.shape['data'] * mesh.shape['expert']
+  if batch_size is not None and batch_size % slices:
+    raise errors.ConfigError(
+      f'batch_size {batch_size} does not divide over the {slices} slices that '
+      'the mesh has for rows (data, and expert).'
+    )
+  return slices
+
+
+def _rows(batch_size, slices):
+  """A number, or a name that stands for any; of several slices, any multiple."""
+  name = 'batch' if slices == 1 else f'{slices}*batch'
+  return batch_size or jax_export.symbolic_shape(name)[0]
+
+
+def _laid_out(function, family, given, mesh):
+  """The function jitted, its arguments and results laid out on a mesh."""
+  if mesh is None:
+    return jax.jit(function)
+  rules = partition.standard()
+  axes = {name: spec.axes for name, spec in family.specs().items()}
+  whole = partition.replicated(mesh)
+  params, _, *seed = given
+  layout = (
+    partition.shardings(mesh, params, axes, rules),
+    partition.sharding(mesh, ('batch', None), None, rules.activations),
+    *(whole for _ in seed),
+  )
+
+  def on_mesh(*arguments):
+    with partition.rules_of(mesh, rules):
+      return function(*arguments)
+
+  return jax.jit(on_mesh, in_shardings=layout, out_shardings=whole)
 
 
 def _calling(program, method, end) -> Mapping[str, Any]:

@@ -4,17 +4,15 @@
 
 import logging
 
-import jax
 import jax.numpy as jnp
-from jax.scipy import linalg
 
 from mergejax.core import numerics
 from mergejax.core import statistic_specs
 from mergejax.methods import base as base_lib
 from mergejax.methods import entries
 from mergejax.methods import mean
+from mergejax.methods import positive_systems
 
-_HIGHEST = jax.lax.Precision.HIGHEST
 # Condition number from which float32 leaves few digits.
 _ILL = 1e6
 
@@ -86,7 +84,7 @@ def regmean(
       gram = weight * (gram + lift * jnp.eye(len(diagonal), dtype=leaf.dtype))
       if by_tokens:
         gram = gram * jnp.asarray(context.stats['count'], leaf.dtype)
-      product = jnp.matmul(gram, leaf, precision=_HIGHEST)
+      product = positive_systems.product(gram, leaf)
       first = 'gram' not in state
       new['gram'] = gram if first else state['gram'] + gram
       new['product'] = product if first else state['product'] + product
@@ -101,9 +99,8 @@ def regmean(
     # A one on the diagonal keeps dead rows out of the system; their solution is
     # replaced. All rows are dead for a leaf without statistics.
     solvable = gram + jnp.diag(dead.astype(gram.dtype))
-    factor = linalg.cho_factor(solvable, lower=True)
-    _warn_if_ill(path, factor[0], dead)
-    solved = linalg.cho_solve(factor, state['product'])
+    solved, pivots = positive_systems.solve(solvable, state['product'])
+    _warn_if_ill(path, pivots, dead)
     return jnp.where(dead[:, None], average, solved)
 
   def finish(state, *, base=None):
@@ -118,11 +115,11 @@ def regmean(
   return method._replace(finish=finish)
 
 
-def _warn_if_ill(path, factor, dead):
+def _warn_if_ill(path, pivots, dead):
   """Warns of a badly conditioned system, where its numbers can be seen."""
-  if numerics.is_traced(factor):
+  if numerics.is_traced(pivots):
     return
-  pivots = jnp.where(dead, 1.0, jnp.square(jnp.diagonal(factor)))
+  pivots = jnp.where(dead, 1.0, pivots)
   least = jnp.min(jnp.where(dead, jnp.inf, pivots))
   most = jnp.max(jnp.where(dead, 0.0, pivots))
   # The ratio of pivots never exceeds the condition number.

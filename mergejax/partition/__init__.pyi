@@ -1,5 +1,6 @@
 # Copyright 2026 The mergejax Authors.
 # SPDX-License-Identifier: Apache-2.0
+from mergejax.partition.activations import active_mesh
 from mergejax.partition.activations import by_shard
 from mergejax.partition.activations import constrain
 from mergejax.partition.activations import device_count
@@ -13,6 +14,8 @@ from mergejax.partition.layouts import shardings
 from mergejax.partition.layouts import spec_for
 from mergejax.partition.layouts import to_host
 from mergejax.partition.meshes import AXES
+from mergejax.partition.meshes import AnyMesh
+from mergejax.partition.meshes import abstract_mesh
 from mergejax.partition.meshes import join_processes
 from mergejax.partition.meshes import make_mesh
 from mergejax.partition.rules import ShardingRules
@@ -22,8 +25,11 @@ from mergejax.partition.rules import standard
 
 __all__ = [
   'AXES',
+  'AnyMesh',
   'ShardingRules',
   'Target',
+  'abstract_mesh',
+  'active_mesh',
   'by_shard',
   'constrain',
   'device_count',

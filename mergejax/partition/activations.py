@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec
 
 from mergejax.core import typing
 from mergejax.partition import layouts
+from mergejax.partition import meshes
 from mergejax.partition import rules as rules_lib
 
 _ACTIVE: contextvars.ContextVar = contextvars.ContextVar('rules', default=None)
@@ -23,7 +24,7 @@ _ACTIVE: contextvars.ContextVar = contextvars.ContextVar('rules', default=None)
 
 @contextlib.contextmanager
 def rules_of(
-  mesh: jax.sharding.Mesh, rules: rules_lib.ShardingRules
+  mesh: meshes.AnyMesh, rules: rules_lib.ShardingRules
 ) -> Iterator[None]:
   """While a program is traced inside, `constrain` lays activations out."""
   token = _ACTIVE.set((mesh, rules))
@@ -101,6 +102,12 @@ def by_shard(
   return called
 
 
+def active_mesh() -> meshes.AnyMesh | None:
+  """The mesh of `rules_of` around; None outside, and for one device."""
+  active = _ACTIVE.get()
+  return None if active is None or active[0].size == 1 else active[0]
+
+
 def device_count() -> int:
   """How many devices a program that is traced now is divided over."""
   active = _ACTIVE.get()
@@ -110,11 +117,11 @@ def device_count() -> int:
 def platform() -> str:
   """What a program that is traced now is for: 'cpu', 'gpu', 'tpu'.
 
-  The devices of the mesh of `rules_of`, which may be described only; else those
-  of this machine.
+  The devices of the mesh of `rules_of`, which may be described only; else, and
+  for a mesh that has none, those of this machine.
   """
   active = _ACTIVE.get()
-  if active is None:
+  if active is None or isinstance(active[0], jax.sharding.AbstractMesh):
     return jax.default_backend()
   return active[0].devices.flat[0].platform
 

@@ -14,13 +14,14 @@ import numpy as np
 from mergejax.core import errors
 from mergejax.core import tree as tree_lib
 from mergejax.core import typing
+from mergejax.partition import meshes
 from mergejax.partition import rules as rules_lib
 
 
 def spec_for(
   axes: Sequence[str | None] | None,
   shape: Sequence[int] | None,
-  mesh: jax.sharding.Mesh,
+  mesh: meshes.AnyMesh,
   rules: Mapping[str, rules_lib.Target],
 ) -> PartitionSpec:
   """How one array with named axes is laid out.
@@ -68,7 +69,7 @@ def spec_for(
 
 
 def sharding(
-  mesh: jax.sharding.Mesh,
+  mesh: meshes.AnyMesh,
   axes: Sequence[str | None] | None,
   shape: Sequence[int] | None = None,
   rules: Mapping[str, rules_lib.Target] = rules_lib.ACTIVATIONS,
@@ -78,7 +79,7 @@ def sharding(
 
 
 def shardings(
-  mesh: jax.sharding.Mesh,
+  mesh: meshes.AnyMesh,
   shapes: typing.Tree,
   axes: Mapping[typing.Path, Sequence[str | None] | None],
   rules: rules_lib.ShardingRules,
@@ -123,7 +124,7 @@ def init_sharded(
   return jax.jit(init, out_shardings=shardings)(*args)
 
 
-def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
+def replicated(mesh: meshes.AnyMesh) -> NamedSharding:
   """The sharding that puts a whole copy on every device."""
   return NamedSharding(mesh, PartitionSpec())
 

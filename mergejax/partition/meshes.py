@@ -18,6 +18,7 @@ from jax.experimental import mesh_utils
 from mergejax.core import errors
 
 AXES = ('branch', 'data', 'expert', 'model')
+AnyMesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
 
 
 def join_processes(
@@ -117,6 +118,35 @@ def make_mesh(
       'product of sides of the slice, v5p:4x4x4 can be data 16, model 4. '
       f'({str(error).partition(". ")[0]}.)'
     ) from error
+
+
+def abstract_mesh(
+  *, branch: int = 1, data: int = 1, expert: int = 1, model: int = 1
+) -> jax.sharding.AbstractMesh:
+  """The mesh `(branch, data, expert, model)` of devices that need not be here.
+
+  A program can be traced and exported for it, not run.
+
+  Args:
+    branch: as of `make_mesh`.
+    data: likewise.
+    expert: likewise.
+    model: likewise.
+
+  Raises:
+    ConfigError: a size that is no whole number.
+
+  Example:
+    >>> abstract_mesh(data=4, model=2).size
+    8
+  """
+  sizes = dict(branch=branch, data=data, expert=expert, model=model)
+  for name, size in sizes.items():
+    errors.check_whole(f'Mesh axis {name}', size)
+  kinds = (jax.sharding.AxisType.Auto,) * len(AXES)
+  return jax.sharding.AbstractMesh(
+    tuple(sizes.values()), AXES, axis_types=kinds
+  )
 
 
 def _over_slices(devices, slices, shape):

@@ -172,10 +172,11 @@ def merge(
     used = mean.linear() if bare else method
 
     def fn(models, base, stats):
-      return in_memory.merge(
-        models, used, base=base, weights=weights, axes=axes, seed=seed,
-        stats=stats if used.needs else None,
-      )  # fmt: skip
+      with partition.rules_of(mesh, rules):
+        return in_memory.merge(
+          models, used, base=base, weights=weights, axes=axes, seed=seed,
+          stats=stats if used.needs else None,
+        )  # fmt: skip
 
     layout = {path: leaf.sharding for path, leaf in given[0][0].items()}
     return Program(jax.jit(fn, out_shardings=layout), given, times)
