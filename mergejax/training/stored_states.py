@@ -72,6 +72,10 @@ def read(path: os.PathLike | str, model: models.ModelFamily | Any) -> Stored:
     UserError: nothing is there, or parameters alone; moments of an optimizer
       that is neither Adafactor nor AdamW.
   """
+  path = pathlib.Path(path).expanduser()
+  # A run's folder has more: what it exported holds parameters alone.
+  if checkpoints_lib.has_steps(path / 'checkpoints'):
+    path = path / 'checkpoints'
   path = checkpoint.at_step(path)
   store, weights = checkpoint.open_state(path), checkpoint.open_checkpoint(path)
   family = models.family_of(model).stored_as(weights.specs())
