@@ -7,15 +7,13 @@ else, and added.
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 import importlib
 import itertools
 import json
 import pathlib
-from typing import Any
 
 import numpy as np
-import yaml
 
 from mergejax.cli import common
 from mergejax.core import errors
@@ -247,7 +245,10 @@ def _average(options):
     forest, options.weights, prior=prior, k=options.top_k
   )
   recipe = averages.recipe(
-    forest, shares, options.method, **_mapping(options.options)
+    forest,
+    shares,
+    options.method,
+    **common.mapping('--options', options.options, '{density: 0.3}'),
   )
   report = executor.execute(planner.plan(recipe), options.out)
   print(report.describe())
@@ -368,18 +369,6 @@ def _numbers(flag: str, text: str) -> dict[str, float]:
       raise errors.ConfigError(
         f'{flag} is a list such as seed=1 or a=0.3,b=0.7, not {text!r}.'
       ) from None
-  return found
-
-
-def _mapping(text: str) -> Mapping[str, Any]:
-  try:
-    found = yaml.safe_load(text)
-  except yaml.YAMLError as error:
-    raise errors.ConfigError(f'--options is not YAML: {error}') from error
-  if not isinstance(found, Mapping):
-    raise errors.ConfigError(
-      f"--options is a mapping, such as '{{density: 0.3}}', not {text!r}."
-    )
   return found
 
 

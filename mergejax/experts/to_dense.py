@@ -110,10 +110,8 @@ def _one(blocks, how, usage, align):
 
 def _scale(config, layer, usage):
   """The mean weight of all experts of a token together."""
-  router = config.router_of(layer.startswith('decoder'))
-  if router == moe_config.GSHARD:
+  decoder = layer.startswith('decoder')
+  if config.sums_to_one(decoder):
     return 1.0
-  if router == moe_config.TOKENS_CHOOSE and config.normalize_gates:
-    return 1.0
-  chosen = router == moe_config.TOKENS_CHOOSE
+  chosen = config.router_of(decoder) == moe_config.TOKENS_CHOOSE
   return usage.gate * (config.top_k if chosen else usage.experts)

@@ -150,6 +150,12 @@ class MoeConfig:
       return self.decoder_router
     return self.router
 
+  def sums_to_one(self, decoder: bool) -> bool:
+    """Whether the weights of a token's experts do, in a stack."""
+    router = self.router_of(decoder)
+    given = router == TOKENS_CHOOSE and self.normalize_gates
+    return given or router == GSHARD
+
   def check_causal(self) -> None:
     """Raises if the router of a decoder looks at later tokens."""
     if self.router_of(True) == EXPERTS_CHOOSE and not self.allow_noncausal:

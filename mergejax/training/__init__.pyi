@@ -6,6 +6,7 @@ from mergejax.training import choices
 from mergejax.training import losses
 from mergejax.training import objective
 from mergejax.training import optim
+from mergejax.training import routing_pictures
 from mergejax.training import schedules
 from mergejax.training import t5x_state
 from mergejax.training import transforms
@@ -45,6 +46,7 @@ __all__ = [
   'optim',
   'polynomial',
   'running',
+  'routing_pictures',
   'schedules',
   'skip_nonfinite',
   't5x_state',
