@@ -277,7 +277,8 @@ class GinTest(parameterized.TestCase):
     for line in gin.config_str(10_000).splitlines():
       name, _, value = line.partition(' = ')
       job, _, parameter = name.rpartition('.')
-      if job in jobs and value:
+      # Which features there are is no number.
+      if job in jobs and value and parameter != 'kind':
         default = inspect.signature(jobs[job]).parameters[parameter].default
         self.assertIn(
           default,
