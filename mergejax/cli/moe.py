@@ -147,19 +147,21 @@ def _of_dense(parser):
   parser.add_argument(
     '--how', default=to_dense.MEAN, choices=to_dense.HOW,
     help='mean takes upcycling back; load weighs experts by their use, argmax '
-    'keeps the most used one',
+    'keeps the most used one; fresh draws blocks anew, for a student of '
+    'distillation',
   )  # fmt: skip
   parser.add_argument(
     '--align', action='store_true',
     help='experts that were not born from one: match their hidden units first',
   )  # fmt: skip
+  parser.add_argument('--seed', type=int, default=0, help='of fresh blocks')
   _of_text(parser, required=False)
 
 
 def _dense(options):
   family = _check_sparse(options.model)
   given = options.corpora or options.suite
-  if options.how != to_dense.MEAN and not given:
+  if options.how in to_dense.BY_USAGE and not given:
     raise errors.ConfigError(
       f'--how {options.how} must know how much experts are used: give text by '
       '--corpora or --suite.'
@@ -167,8 +169,9 @@ def _dense(options):
   params = models.load_model(options.model)[1]
   found = _measured(options, family, params) if given else None
   dense, params = to_dense.to_dense(
-    family, params, how=options.how, usage=found, align=options.align
-  )
+    family, params, how=options.how, usage=found, align=options.align,
+    key=jax.random.key(options.seed),
+  )  # fmt: skip
   _save(options.out, dense, params)
 
 

@@ -3,6 +3,7 @@
 from mergejax.training import arrays
 from mergejax.training import callbacks
 from mergejax.training import choices
+from mergejax.training import distillation
 from mergejax.training import losses
 from mergejax.training import objective
 from mergejax.training import optim
@@ -37,6 +38,7 @@ __all__ = [
   'callbacks',
   'choices',
   'cross_entropy',
+  'distillation',
   'ema',
   'evaluate',
   'lawa',
