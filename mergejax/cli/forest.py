@@ -204,18 +204,18 @@ def _suite(options, forest):
   )  # fmt: skip
 
 
-def _priors(options, forest):
+def _priors(options, forest, suite, domains=None):
   """`{domain: prior}`, estimated on the text that was given."""
-  with _suite(options, forest) as suite:
-    return forest_scores.priors(
-      forest, suite.read(options.split), expert_table.Scorer(forest.module),
-      batch_size=options.batch_size,
-    )  # fmt: skip
+  return forest_scores.priors(
+    forest, suite.read(options.split, domains),
+    expert_table.Scorer(forest.module), batch_size=options.batch_size,
+  )  # fmt: skip
 
 
 def _update(options):
   forest = forest_lib.Forest(options.forest)
-  found = _priors(options, forest)
+  with _suite(options, forest) as suite:
+    found = _priors(options, forest, suite)
   for domain, prior in found.items():
     forest.set_prior(domain, prior)
   for domain, prior in found.items():
@@ -258,23 +258,32 @@ def _average(options):
 
 def _prior_of(options, forest):
   """The prior of the domain that an average is for; None if there is none."""
-  domain = options.domain
-  if options.corpora is None:
-    if domain is None:
-      return None
-    found, place = forest.priors, f'with a prior in {forest.path}'
-  else:
-    found, place = _priors(options, forest), f'of {options.corpora}'
-  if domain is None and len(found) == 1:
-    domain = next(iter(found))
-  if domain is None:
+  if options.weights not in ensemble.AVERAGES_BY_PRIOR:
+    return None
+  if options.corpora is not None:
+    with _suite(options, forest) as suite:
+      domain = _domain_of(options, suite.tasks, f'of {options.corpora}')
+      return _priors(options, forest, suite, [domain])[domain]
+  if options.domain is None:
+    return None
+  place = f'with a prior in {forest.path}'
+  return forest.priors[_domain_of(options, forest.priors, place)]
+
+
+def _domain_of(options, known, place):
+  """The domain that an average is for, among those that are known."""
+  if options.domain is None and len(known) == 1:
+    return next(iter(known))
+  if options.domain is None:
     raise errors.ConfigError(
-      f'{options.corpora} has the domains {errors.some(list(found))}, and an '
+      f'{options.corpora} has the domains {errors.some(list(known))}, and an '
       'average is for one: name it by --domain.'
     )
-  if domain not in found:
-    raise errors.ConfigError(errors.near(domain, found, f'domain {place}'))
-  return found[domain]
+  if options.domain not in known:
+    raise errors.ConfigError(
+      errors.near(options.domain, known, f'domain {place}')
+    )
+  return options.domain
 
 
 def _of_evaluate(parser):

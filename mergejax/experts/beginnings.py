@@ -134,6 +134,9 @@ def at_step(opt_state: typing.Tree, step: int) -> typing.Tree:
     )
   }
   return tree.map_paths(
-    lambda path, leaf: np.asarray(step, leaf.dtype) if path in alone else leaf,
+    # Of a stack, of experts for one, each slice counts for itself.
+    lambda path, leaf: (
+      np.full(leaf.shape, step, leaf.dtype) if path in alone else leaf
+    ),
     opt_state,
   )

@@ -117,6 +117,12 @@ class MoeConfig:
       'replicas',
     ):
       errors.check_whole(name, getattr(self, name))
+    for name in (
+      'strict_group_size', 'batch_prioritised', 'normalize_gates',
+      'normalize_before_dropping', 'extra_mlp', 'allow_noncausal',
+    ):  # fmt: skip
+      # A text such as 'false' would be taken for true.
+      errors.check_bool(name, getattr(self, name))
     for name in ('train_capacity_factor', 'eval_capacity_factor'):
       if getattr(self, name) is not None:
         errors.check_number(name, getattr(self, name), 0.0, open_below=True)
