@@ -13,7 +13,7 @@ from mergejax.core import errors
 
 # command -> what it does; the module of the same name has `main(arguments)`.
 COMMANDS = {
-  'quickstart': 'Branch-Train-Merge on text this machine has, in minutes',
+  'quickstart': 'Branch-Train-Merge, or sparse models, on text this machine has',
   'train': 'train what a gin file describes',
   'cache': 'tokenise tasks once, by Apache Beam, for data too large to read',
   'forest': 'experts of one seed: create, add, remove, average, evaluate',
