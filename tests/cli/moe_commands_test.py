@@ -14,8 +14,10 @@ import jax
 import numpy as np
 from tensorboard.backend.event_processing import event_accumulator
 
+import gin
 import mergejax as mj
 from mergejax import models
+from mergejax.cli import common
 from mergejax.cli import main
 from mergejax.core import tree
 from mergejax.experts import forest as forest_lib
@@ -150,6 +152,29 @@ class MoeCommandsTest(absltest.TestCase):
     self.assertEqual(found.keys(), wanted.keys())
     for path in wanted:
       np.testing.assert_array_equal(found[path], wanted[path])
+
+  def test_a_student_and_its_teacher_by_gin(self):
+    student = self.folder / 'student'
+    self.done('moe', 'dense', self.sparse, student, '--how', 'fresh')
+    self.addCleanup(gin.clear_config)
+    common.parse_gin(
+      ['runs/language_model.gin', 'models/of_checkpoint.gin',
+       'objectives/distillation.gin'],
+      [('INITIAL_CHECKPOINT', repr(str(student))),
+       ('TEACHER', repr(str(self.sparse))),
+       ('CORPORA', 'None'), ('MODEL_DIR', "'x'")],
+    )  # fmt: skip
+    bound = lambda name: gin.query_parameter(name).scoped_configurable_fn()
+    objective = bound('train.train_model.objective')
+    self.assertEqual(objective.teacher.module, models.load_module(self.sparse))
+    self.assertEqual((objective.share, objective.temperature), (0.25, 1.0))
+    self.assertIsNone(bound('%MODEL').config.moe)
+    # Layers without experts are the teacher's, a block is drawn anew.
+    found, theirs = leaves(student), leaves(self.sparse)
+    fresh = {f'{AT}/{name}/kernel' for name in ('wi_0', 'wi_1', 'wo')}
+    self.assertEqual(found.keys() - theirs.keys(), fresh)
+    for path in found.keys() - fresh:
+      np.testing.assert_array_equal(found[path], theirs[path])
 
   def test_mixing_a_forest_or_its_experts(self):
     place = self.folder / 'forest'
