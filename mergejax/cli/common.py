@@ -4,7 +4,7 @@
 
 import argparse
 import ast
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import contextlib
 import inspect
 import logging
@@ -13,6 +13,9 @@ import pathlib
 import re
 import signal
 import sys
+from typing import Any
+
+import yaml
 
 from mergejax import partition
 from mergejax.core import errors
@@ -53,6 +56,28 @@ def parser(command: str, description: str) -> argparse.ArgumentParser:
   return _Parser(
     prog=f'mergejax {command}', description=description, allow_abbrev=False
   )
+
+
+def mapping(flag: str, text: str, example: str) -> Mapping[str, Any]:
+  """A mapping that the command line gives as YAML.
+
+  Args:
+    flag: whose value it is.
+    text: of the value.
+    example: for the message.
+
+  Raises:
+    ConfigError: no YAML, or no mapping.
+  """
+  try:
+    found = yaml.safe_load(text)
+  except yaml.YAMLError as error:
+    raise errors.ConfigError(f'{flag} is not YAML: {error}') from error
+  if not isinstance(found, Mapping):
+    raise errors.ConfigError(
+      f"{flag} is a mapping, such as '{example}', not {text!r}."
+    )
+  return found
 
 
 def write_text(path: os.PathLike | str, text: str) -> None:

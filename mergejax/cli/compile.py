@@ -20,6 +20,7 @@ from mergejax import partition
 from mergejax.cli import branch_train_merge
 from mergejax.cli import common
 from mergejax.cli import domain_runs
+from mergejax.cli import grow_forest
 from mergejax.cli import train
 from mergejax.core import errors
 from mergejax.core import typing
@@ -111,11 +112,12 @@ def _parser():
   )
   parser.add_argument(
     '--phase', choices=('seed', 'experts', 'dense'),
-    help='of a run of Branch-Train-Merge; experts by default',
+    help='of a run over domains; experts by default',
   )  # fmt: skip
   parser.add_argument(
     '--experts', type=int, metavar='K',
-    help='of such a run; by default one for each domain of its text',
+    help='of such a run; by default one for each domain of its text, or as many '
+    'as a forest trains side by side',
   )  # fmt: skip
   parser.add_argument(
     '--largest_batch', action='store_true',
@@ -135,15 +137,15 @@ def _of_run(options, devices, sizes, where):
   if function is train.train_model:
     _refuse(options, 'a run of train.train_model', 'phase', 'experts')
     made = _train_model(_bound(job), devices, sizes)
-  elif function is branch_train_merge.run:
+  elif function in (branch_train_merge.run, grow_forest.run):
     settings = _resolved(_bound(job)['settings'])
     settings = settings() if callable(settings) else settings
-    made = _branch_train_merge(settings, options, devices, sizes)
+    made = _of_domains(settings, options, devices, sizes)
   else:
     raise errors.ConfigError(
-      f'mergejax compile knows the jobs train.train_model and '
-      f'branch_train_merge.run, not {job}: compile your own trainer with '
-      '`mergejax.pods.work.training_step`.'
+      'mergejax compile knows the jobs train.train_model, '
+      f'branch_train_merge.run and grow_forest.run, not {job}: compile your own '
+      'trainer with `mergejax.pods.work.training_step`.'
     )
   make, trainer, rows, parts = made
   report = compiler.report(make(rows), **where)
@@ -209,13 +211,20 @@ def _train_model(arguments: Mapping[str, Any], devices, sizes) -> Made:
   return make, trainer, get('batch_size'), get('accumulate')
 
 
-def _branch_train_merge(
-  settings: branch_train_merge.Settings, options, devices, sizes
+def _of_domains(
+  settings: branch_train_merge.Settings | grow_forest.Settings,
+  options,
+  devices,
+  sizes,
 ) -> Made:
-  """The trainer of one phase of Branch-Train-Merge, on described devices."""
+  """The trainer of one phase of a run over domains, on described devices."""
+  if isinstance(settings, grow_forest.Settings) and options.phase == 'dense':
+    raise errors.ConfigError(
+      'A forest is grown without a dense model: --phase is seed or experts.'
+    )
   experts = options.experts
   if experts is None:
-    experts = len(_domains(settings))
+    experts = _side_by_side(settings)
   errors.check_whole('--experts', experts)
   if sizes is not None:
     side_by_side = single = partition.make_mesh(devices=devices, **sizes)
@@ -251,6 +260,15 @@ def _maker(trainer, lengths, steps):
   return lambda rows: work_lib.training_step(
     trainer, lengths, rows=rows, steps=steps
   )
+
+
+def _side_by_side(settings):
+  """Experts in one program: of a forest as many as it trains at once."""
+  if isinstance(settings, grow_forest.Settings):
+    together = settings.side_by_side or settings.generation
+    if together is not None:
+      return together
+  return len(_domains(settings))
 
 
 def _domains(settings):

@@ -26,6 +26,7 @@ from mergejax.data import stream as stream_lib
 from mergejax.data import tasks
 from mergejax.experts import branch
 from mergejax.training import batches
+from mergejax.training import callbacks as callbacks_lib
 from mergejax.training import objective as objective_lib
 from mergejax.training import optim
 from mergejax.training import state as state_lib
@@ -245,6 +246,8 @@ def trainer(
   settings: DomainSettings,
   mesh: jax.sharding.Mesh,
   experts: Sequence[str] | None = None,
+  *,
+  callbacks: Sequence[callbacks_lib.Callback] = (),
   **side_by_side: Any,
 ) -> trainer_lib.Trainer:
   """The trainer of one model, or of experts side by side.
@@ -253,6 +256,7 @@ def trainer(
     settings: of the run.
     mesh: where.
     experts: names of those that train side by side; None: one model.
+    callbacks: besides those of every run.
     **side_by_side: further arguments of `BranchTrainer`.
   """
   shared = dict(
@@ -260,7 +264,7 @@ def trainer(
     objective=train.objective_of(settings.objective, settings.loss),
     rules=settings.rules,
     transforms=settings.transforms,
-    callbacks=train.trainer_callbacks(),
+    callbacks=train.trainer_callbacks(callbacks),
     freeze=settings.freeze,
     accumulate=settings.accumulate,
     clip=settings.clip,
@@ -280,7 +284,7 @@ def phase(
   mesh: jax.sharding.Mesh,
   state: Any = None,
   experts: Sequence[str] | None = None,
-  **side_by_side: Any,
+  **more: Any,
 ) -> state_lib.TrainState:
   """The trained state of a phase, on its mesh; it continues where it stopped.
 
@@ -292,9 +296,9 @@ def phase(
     mesh: where.
     state: see `Trainer.fit`.
     experts: names of those that train side by side; None: one model.
-    **side_by_side: see `trainer`.
+    **more: see `trainer`.
   """
-  return trainer(settings, mesh, experts, **side_by_side).fit(
+  return trainer(settings, mesh, experts, **more).fit(
     batches_of,
     steps=steps,
     directory=settings.directory / 'train' / name,

@@ -113,6 +113,9 @@ def evaluate_models(
   Raises:
     UserError: see `loaded.load` and `Suite.table`.
   """
+  for path in checkpoints:
+    of_text = [t.source for t in suite.tasks.values() if t.kind != 'images']
+    loaded.check_vocabulary(path, of_text)
   alone = jax.process_count() == 1
   devices = None if mesh is None and alone else loaded.mesh_of(mesh)
   how: dict[str, Any] = dict(module=module, step=restore_step, dtype=dtype)

@@ -7,15 +7,13 @@ else, and added.
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 import importlib
 import itertools
 import json
 import pathlib
-from typing import Any
 
 import numpy as np
-import yaml
 
 from mergejax.cli import common
 from mergejax.core import errors
@@ -206,18 +204,18 @@ def _suite(options, forest):
   )  # fmt: skip
 
 
-def _priors(options, forest):
+def _priors(options, forest, suite, domains=None):
   """`{domain: prior}`, estimated on the text that was given."""
-  with _suite(options, forest) as suite:
-    return forest_scores.priors(
-      forest, suite.read(options.split), expert_table.Scorer(forest.module),
-      batch_size=options.batch_size,
-    )  # fmt: skip
+  return forest_scores.priors(
+    forest, suite.read(options.split, domains),
+    expert_table.Scorer(forest.module), batch_size=options.batch_size,
+  )  # fmt: skip
 
 
 def _update(options):
   forest = forest_lib.Forest(options.forest)
-  found = _priors(options, forest)
+  with _suite(options, forest) as suite:
+    found = _priors(options, forest, suite)
   for domain, prior in found.items():
     forest.set_prior(domain, prior)
   for domain, prior in found.items():
@@ -247,7 +245,10 @@ def _average(options):
     forest, options.weights, prior=prior, k=options.top_k
   )
   recipe = averages.recipe(
-    forest, shares, options.method, **_mapping(options.options)
+    forest,
+    shares,
+    options.method,
+    **common.mapping('--options', options.options, '{density: 0.3}'),
   )
   report = executor.execute(planner.plan(recipe), options.out)
   print(report.describe())
@@ -257,23 +258,32 @@ def _average(options):
 
 def _prior_of(options, forest):
   """The prior of the domain that an average is for; None if there is none."""
-  domain = options.domain
-  if options.corpora is None:
-    if domain is None:
-      return None
-    found, place = forest.priors, f'with a prior in {forest.path}'
-  else:
-    found, place = _priors(options, forest), f'of {options.corpora}'
-  if domain is None and len(found) == 1:
-    domain = next(iter(found))
-  if domain is None:
+  if options.weights not in ensemble.AVERAGES_BY_PRIOR:
+    return None
+  if options.corpora is not None:
+    with _suite(options, forest) as suite:
+      domain = _domain_of(options, suite.tasks, f'of {options.corpora}')
+      return _priors(options, forest, suite, [domain])[domain]
+  if options.domain is None:
+    return None
+  place = f'with a prior in {forest.path}'
+  return forest.priors[_domain_of(options, forest.priors, place)]
+
+
+def _domain_of(options, known, place):
+  """The domain that an average is for, among those that are known."""
+  if options.domain is None and len(known) == 1:
+    return next(iter(known))
+  if options.domain is None:
     raise errors.ConfigError(
-      f'{options.corpora} has the domains {errors.some(list(found))}, and an '
+      f'{options.corpora} has the domains {errors.some(list(known))}, and an '
       'average is for one: name it by --domain.'
     )
-  if domain not in found:
-    raise errors.ConfigError(errors.near(domain, found, f'domain {place}'))
-  return found[domain]
+  if options.domain not in known:
+    raise errors.ConfigError(
+      errors.near(options.domain, known, f'domain {place}')
+    )
+  return options.domain
 
 
 def _of_evaluate(parser):
@@ -368,18 +378,6 @@ def _numbers(flag: str, text: str) -> dict[str, float]:
       raise errors.ConfigError(
         f'{flag} is a list such as seed=1 or a=0.3,b=0.7, not {text!r}.'
       ) from None
-  return found
-
-
-def _mapping(text: str) -> Mapping[str, Any]:
-  try:
-    found = yaml.safe_load(text)
-  except yaml.YAMLError as error:
-    raise errors.ConfigError(f'--options is not YAML: {error}') from error
-  if not isinstance(found, Mapping):
-    raise errors.ConfigError(
-      f"--options is a mapping, such as '{{density: 0.3}}', not {text!r}."
-    )
   return found
 
 

@@ -41,6 +41,7 @@ from mergejax.experts import forest as forest_lib
 from mergejax.experts import records
 from mergejax.methods import named
 from mergejax.training import checkpoints
+from mergejax.training import peers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -239,7 +240,8 @@ def _grow(settings, forest, task_of, domains, first):
     # Others beside each other have another state.
     name = f'experts_{first + start}_{len(chunk)}'
     folder = settings.directory / 'train' / name / 'checkpoints'
-    if not all(domain in forest.experts for domain in chunk):
+    known = all(domain in forest.experts for domain in chunk)
+    if not peers.from_first(int(known)):
       _train(settings, forest, task_of, chunk, shares, name)
     # What they are is in the forest now.
     _by_first(lambda f=folder: shutil.rmtree(f, ignore_errors=True), name)
@@ -248,7 +250,8 @@ def _grow(settings, forest, task_of, domains, first):
 def _plan(settings, forest, task_of, domains, first):
   """`{domain: {expert: weight}}`, from the forest as the generation found it."""
   file = settings.directory / 'generations' / f'{first}.json'
-  if not file.exists():
+  # The first process may have written it before another one looks.
+  if not peers.from_first(int(file.exists())):
     if forest.experts:
       found = _shares(settings, forest, task_of, domains)
     else:

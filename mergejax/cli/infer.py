@@ -224,6 +224,7 @@ def infer_task(
   provider = stream.find(
     getattr(mixture_or_task, 'name', mixture_or_task), split
   )
+  loaded.check_vocabulary(checkpoint, [provider.name])
   splits.tell_cuts(provider.name, split, {'inputs': lengths['inputs']})
   read = {
     task: texts.of_task(task, split, lengths)

@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model that a command asks: from its checkpoint, on its devices."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+import importlib
 import os
 import pathlib
 
@@ -78,6 +79,31 @@ def forest_at(path: os.PathLike | str) -> forest_lib.Forest | None:
   """The forest at a path; None if something else is there, or nothing."""
   manifest = pathlib.Path(path).expanduser() / forest_lib.MANIFEST
   return forest_lib.Forest(path) if manifest.is_file() else None
+
+
+def check_vocabulary(path: os.PathLike | str, tasks: Iterable[str]) -> None:
+  """Raises if a forest was trained with another vocabulary than tasks have.
+
+  Args:
+    path: of a model; only a forest knows its vocabulary.
+    tasks: names in seqio. Of vocabularies that are neither of bytes nor of a
+      SentencePiece file nothing is known.
+
+  Raises:
+    ConfigError: see `Forest.check_vocabulary`.
+  """
+  forest = forest_at(path)
+  if forest is None:
+    return
+  seqio = importlib.import_module('seqio')  # takes seconds
+  for name in tasks:
+    known = (
+      seqio.get_mixture_or_task(name).output_features['targets'].vocabulary
+    )
+    if isinstance(known, seqio.ByteVocabulary):
+      forest.check_vocabulary('bytes')
+    elif isinstance(known, seqio.SentencePieceVocabulary):
+      forest.check_vocabulary(known.sentencepiece_model_file)
 
 
 def _rounded(params, dtype):

@@ -13,10 +13,11 @@ from mergejax.core import errors
 
 # command -> what it does; the module of the same name has `main(arguments)`.
 COMMANDS = {
-  'quickstart': 'Branch-Train-Merge on text this machine has, in minutes',
+  'quickstart': 'Branch-Train-Merge, or sparse models, on text this machine has',
   'train': 'train what a gin file describes',
   'cache': 'tokenise tasks once, by Apache Beam, for data too large to read',
   'forest': 'experts of one seed: create, add, remove, average, evaluate',
+  'moe': 'sparse models of dense ones, and back: upcycle, mix, dense, fewer',
   'merge': 'merge checkpoints as a recipe says: RECIPE OUT',
   'stats': 'Gram matrices, Fishers, or a survey of models, before merging',
   'search': 'coefficients of a merge, chosen on held-out data: RECIPE OUT',
@@ -37,7 +38,7 @@ _READS_TEXT = (
   'rank', 'compile',
 )  # fmt: skip
 # These read text only if they are given a suite of tasks, or corpora.
-_MAY_READ_TEXT = ('stats', 'align', 'forest')
+_MAY_READ_TEXT = ('stats', 'align', 'forest', 'moe')
 
 
 def _import_tensorflow() -> None:

@@ -40,6 +40,7 @@ from mergejax.training import checkpoints
 from mergejax.training import objective as objective_lib
 from mergejax.training import optim
 from mergejax.training import peers
+from mergejax.training import routing_pictures
 from mergejax.training import streams
 from mergejax.training import trainer as trainer_lib
 from mergejax.training import transforms as transforms_lib
@@ -58,13 +59,14 @@ def main(arguments: Sequence[str]) -> None:
 def trainer_callbacks(
   callbacks: Sequence[callbacks_lib.Callback] = (),
 ) -> list[callbacks_lib.Callback]:
-  """Progress, JSON lines and TensorBoard, and those of the user before them."""
+  """Progress, JSON lines, TensorBoard, pictures, and the user's before them."""
   return [
     *callbacks,
     peers.watch_peers(),
     callbacks_lib.progress(),
     callbacks_lib.jsonl(),
     callbacks_lib.tensorboard(),
+    routing_pictures.routing(),
   ]
 
 

@@ -103,6 +103,17 @@ def check_whole(name: str, number: Any, least: int = 1) -> None:
     )
 
 
+def check_bool(name: str, value: Any) -> None:
+  """Raises a `ConfigError` for what is neither True nor False.
+
+  Args:
+    name: of the setting.
+    value: what it is set to.
+  """
+  if not isinstance(value, bool):
+    raise ConfigError(f'{name} must be true or false, not {value!r}.')
+
+
 def check_number(
   name: str,
   number: Any,

@@ -15,9 +15,12 @@ import datetime
 import functools
 import hashlib
 from importlib import metadata
+import inspect
 import json
 import os
 import pathlib
+import re
+import types
 from typing import Any
 
 import numpy as np
@@ -74,6 +77,86 @@ def canonical(value: Any) -> Any:
   if isinstance(value, (set, frozenset)):
     return sorted((canonical(one) for one in value), key=to_text)
   raise TypeError(f'{type(value).__name__} has no canonical form: {value!r}')
+
+
+def told(value: Any) -> Any:
+  """What something is made of, functions included, as plain data.
+
+  A function is its name and whatever it closes over or has for defaults, so that
+  a merge method, which is functions around its options, tells these. Of a
+  lambda the numbers in it count too. What else there is, such as an object of
+  another library, is its text without an address.
+
+  Example:
+    >>> def scaled(by):
+    ...   return lambda x: by * x
+    >>> told(scaled(2.0))['by'], told(scaled(2.0)) == told(scaled(3.0))
+    (2.0, False)
+  """
+  return _told(value, ())
+
+
+def _told(value, within):
+  if any(value is one for one in within):
+    return 'itself'
+  try:
+    return canonical(value)
+  except TypeError:
+    pass
+  parts = _parts(value)
+  if parts is None:
+    # Objects that say nothing of themselves say where they lie in memory.
+    return re.sub(r' at 0x[0-9a-f]+', '', repr(value))
+  name, parts = parts
+  found = {str(n): _told(one, (*within, value)) for n, one in parts.items()}
+  if name is None:
+    return found
+  return {'function': name, **found} if found else name
+
+
+def _parts(value) -> tuple[str | None, Mapping[Any, Any]] | None:
+  """`(name of a function, what it is made of)`; None: nothing that is known."""
+  if isinstance(value, functools.partial):
+    given = dict(enumerate(value.args)) | value.keywords
+    return 'partial', {'of': value.func, **given}
+  if isinstance(value, types.MethodType):
+    return value.__qualname__, {'self': value.__self__}
+  if isinstance(value, types.FunctionType):
+    return f'{value.__module__}.{value.__qualname__}', _held(value)
+  if hasattr(value, '__wrapped__'):  # by jit, or a decorator
+    return 'wrapped', {'of': value.__wrapped__}
+  if isinstance(value, Mapping):
+    return None, value
+  if isinstance(value, (list, tuple)):
+    names = getattr(value, '_fields', range(len(value)))
+    return None, dict(zip(names, value))
+  if dataclasses.is_dataclass(value) and not isinstance(value, type):
+    fields = dataclasses.fields(value)
+    return type(value).__qualname__, {
+      field.name: getattr(value, field.name) for field in fields
+    }
+  if isinstance(value, type) or inspect.isbuiltin(value):
+    return value.__qualname__, {}
+  if hasattr(value, '__array__') and not callable(value):
+    return None, {'array': np.asarray(value)}
+  return None
+
+
+def _held(function: types.FunctionType) -> dict[Any, Any]:
+  """What a function closes over, its defaults, the numbers of a lambda."""
+  code = function.__code__
+  held: dict[Any, Any] = dict(enumerate(function.__defaults__ or ()))
+  held |= function.__kwdefaults__ or {}
+  for name, cell in zip(code.co_freevars, function.__closure__ or ()):
+    try:
+      held[name] = cell.cell_contents
+    except ValueError:  # what is not bound yet
+      held[name] = None
+  if function.__name__ == '<lambda>':
+    numbers = [c for c in code.co_consts if isinstance(c, (int, float))]
+    if numbers:
+      held['numbers'] = numbers
+  return held
 
 
 def to_text(value: Any) -> str:

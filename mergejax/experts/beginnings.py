@@ -80,7 +80,7 @@ def begin(
       moments = _averaged(found, list(shares.values()))
   at = position(forest, reset_schedule)
   state = fresh.replace(
-    step=np.int32(at), opt_state=_at_step(moments, at), key=fresh.key
+    step=np.int32(at), opt_state=at_step(moments, at), key=fresh.key
   )
   return jax.tree.map(np.asarray, state)
 
@@ -117,7 +117,7 @@ def _averaged(found, weights):
   return tree.map_paths(lambda path, _: {**heaviest, **merged}[path], found[0])
 
 
-def _at_step(opt_state: typing.Tree, step: int) -> typing.Tree:
+def at_step(opt_state: typing.Tree, step: int) -> typing.Tree:
   """The state of an optimizer whose schedules stand at a step.
 
   A count that stands alone is a schedule's; one beside moments says how many
@@ -134,6 +134,9 @@ def _at_step(opt_state: typing.Tree, step: int) -> typing.Tree:
     )
   }
   return tree.map_paths(
-    lambda path, leaf: np.asarray(step, leaf.dtype) if path in alone else leaf,
+    # Of a stack, of experts for one, each slice counts for itself.
+    lambda path, leaf: (
+      np.full(leaf.shape, step, leaf.dtype) if path in alone else leaf
+    ),
     opt_state,
   )

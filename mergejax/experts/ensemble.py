@@ -31,6 +31,8 @@ from mergejax.core import typing
 
 POSTERIORS = ('full_bayes', 'one_step', 'fixed', 'simple_average')
 AVERAGES = ('uniform', 'argmax', 'posterior', 'topk')
+# These go by the prior of a domain.
+AVERAGES_BY_PRIOR = AVERAGES[1:]
 
 
 def uniform_prior(experts: int) -> np.ndarray:
@@ -350,7 +352,7 @@ def average_weights(
 
   Args:
     prior: `[K]`, from `cached_prior`.
-    kind: `'uniform'`: 1/K; `'argmax'`: the most likely expert alone;
+    kind: `'uniform'`: 1/K; `'argmax'`: the most likely expert alone, as `keep_top` finds it;
       `'posterior'`: the prior itself; `'topk'`: its k largest entries, see
       `keep_top`.
     k: for `'topk'`.
@@ -373,5 +375,5 @@ def average_weights(
   if kind == 'uniform':
     return uniform_prior(len(prior))
   if kind == 'argmax':
-    return np.eye(len(prior))[int(np.argmax(prior))]
+    return keep_top(prior, 1)
   return prior if k is None else keep_top(prior, k)

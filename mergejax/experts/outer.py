@@ -30,6 +30,7 @@ import jax.numpy as jnp
 import optax
 
 from mergejax.core import errors
+from mergejax.core import identity
 from mergejax.core import tree
 from mergejax.core import typing
 from mergejax.merging import on_mesh
@@ -91,11 +92,11 @@ class Outer:
       'optimizer': optim.describe(self.optimizer),
       'mean': self.method is None and self.importance is None,
     }
-    # Of a method only what it is made by is known, not its numbers.
-    given = {'method': self.method and self.method.update}
-    for what, one in {**given, 'importance': self.importance}.items():
-      if one is not None:
-        settings[what] = getattr(one, '__qualname__', 'a function')
+    if settings['optimizer'] == optim.UNKNOWN:
+      settings['optimizer'] = identity.told(self.optimizer)
+    for what in ('method', 'importance'):
+      if getattr(self, what) is not None:
+        settings[what] = identity.told(getattr(self, what))
     return transforms.StepTransform(
       NAME,
       init,

@@ -5,6 +5,7 @@
 from collections.abc import Mapping
 
 import flax.linen as nn
+import jax
 import numpy as np
 
 from mergejax import models
@@ -15,8 +16,10 @@ from mergejax.experts import upcycle
 from mergejax.experts import usage as usage_lib
 from mergejax.nn import moe_config
 
-MEAN, LOAD, ARGMAX = 'mean', 'load', 'argmax'
-HOW = (MEAN, LOAD, ARGMAX)
+MEAN, LOAD, ARGMAX, FRESH = 'mean', 'load', 'argmax', 'fresh'
+HOW = (MEAN, LOAD, ARGMAX, FRESH)
+# These must know how much experts are used.
+BY_USAGE = (LOAD, ARGMAX)
 
 
 def to_dense(
@@ -26,6 +29,7 @@ def to_dense(
   how: str = MEAN,
   usage: Mapping[str, usage_lib.Usage] | None = None,
   align: bool = False,
+  key: jax.Array | None = None,
 ) -> tuple[models.ModelFamily, typing.Tree]:
   """Makes one feed-forward block of the experts of every sparse layer.
 
@@ -34,12 +38,15 @@ def to_dense(
     params: its parameters.
     how: 'mean' averages the experts, which takes `upcycle` back bit for bit;
       'load' weighs them by their loads; 'argmax' keeps the most used one.
+      'fresh' draws the block anew: what a student of Switch begins as, see
+      `training.distillation`.
     usage: from `usage.measure`; 'load' and 'argmax' need it. Where it is given
       and weights do not sum to 1, as in Switch, `wo` is multiplied by the mean
       weight of a token's experts: the block is to give what the layer gave.
     align: experts that were not born from one parent: their hidden units are
       matched to those of the most used one (the first, without `usage`) before
       they are averaged.
+    key: of fresh blocks; `key(0)` by default.
 
   Returns:
     `(family, parameters)` of the dense model, on the host, as a first point for
@@ -58,7 +65,7 @@ def to_dense(
   config = family.config.moe
   if how not in HOW:
     raise errors.ConfigError(errors.near(how, HOW, 'how'))
-  if how != MEAN and usage is None:
+  if how in BY_USAGE and usage is None:
     raise errors.ConfigError(
       f'how={how!r} must know how much experts are used: give usage= of '
       'experts.usage.measure.'
@@ -75,7 +82,12 @@ def to_dense(
     if not path.endswith(sparse_layers.ROUTER)
     and not sparse_layers.KERNEL.fullmatch(path)
   }
+  dense = sparse_layers.with_moe(family, None)
+  drawn = {} if how != FRESH else _drawn(dense, key)
   for layer, names in sparse_layers.layers(leaves).items():
+    if how == FRESH:
+      found |= {p: drawn[p] for p in (f'{layer}/{n}/kernel' for n in names)}
+      continue
     own = None
     if usage is not None:
       own = usage_lib.of_layer(usage, layer, config.num_experts)
@@ -91,8 +103,14 @@ def to_dense(
         for n, k in block.items()
       }
     found |= {f'{layer}/{n}/kernel': kernel for n, kernel in block.items()}
-  dense = sparse_layers.with_moe(family, None)
   return dense, sparse_layers.stacked(dense, found)
+
+
+def _drawn(dense, key):
+  """`{path: array}` of fresh parameters, layers one by one."""
+  alone = sparse_layers.one_by_one(dense)
+  made = alone.init(jax.random.key(0) if key is None else key)
+  return sparse_layers.unstacked(alone, made)
 
 
 def _one(blocks, how, usage, align):
@@ -110,10 +128,8 @@ def _one(blocks, how, usage, align):
 
 def _scale(config, layer, usage):
   """The mean weight of all experts of a token together."""
-  router = config.router_of(layer.startswith('decoder'))
-  if router == moe_config.GSHARD:
+  decoder = layer.startswith('decoder')
+  if config.sums_to_one(decoder):
     return 1.0
-  if router == moe_config.TOKENS_CHOOSE and config.normalize_gates:
-    return 1.0
-  chosen = router == moe_config.TOKENS_CHOOSE
+  chosen = config.router_of(decoder) == moe_config.TOKENS_CHOOSE
   return usage.gate * (config.top_k if chosen else usage.experts)

@@ -61,7 +61,7 @@ def measure(
     DataError: no batch, or none with a token that counts.
   """
   family = sparse_layers.family_of(model, sparse=True)
-  variables = family.variables(params)
+  variables = jax.device_put(family.variables(params))
   call = jax.jit(
     lambda variables, batch: family.call(
       variables, batch, mutable=[moe.COLLECTION]
@@ -88,7 +88,8 @@ def measure(
       'The usage of experts needs a batch with a token that counts.'
     )
   found = {}
-  for layer, told in sums.items():
+  for layer in sorted(sums, key=moe.by_number):
+    told = sums[layer]
     one_by_one = told.reshape(-1, told.shape[-1]) / total
     for i, row in enumerate(one_by_one):
       *own, gate, of_token = row.tolist()
@@ -135,17 +136,9 @@ def fewer(
   """
   family = sparse_layers.family_of(model, sparse=True)
   experts = family.config.moe.num_experts
-  errors.check_whole('The number of experts that are left', count)
-  if count > experts:
-    raise errors.ConfigError(
-      f'{count} experts cannot be left of {experts} in every layer.'
-    )
+  target = with_experts(family, count)
   if how not in HOW:
     raise errors.ConfigError(errors.near(how, HOW, 'how'))
-  config = family.config.moe
-  smaller = dataclasses.replace(
-    config, num_experts=count, top_k=min(config.top_k, count)
-  )
   leaves = sparse_layers.of_sparse(family, params)
   found = dict(leaves)
   for layer, names in sparse_layers.layers(leaves).items():
@@ -162,8 +155,25 @@ def fewer(
       )
     router = f'{layer}/{sparse_layers.ROUTER}'
     found[router] = leaves[router][:, kept]
-  target = sparse_layers.with_moe(family, smaller)
   return target, sparse_layers.stacked(target, found)
+
+
+def with_experts(family: models.ModelFamily, count: int) -> models.ModelFamily:
+  """The sparse family with fewer experts in every layer.
+
+  Raises:
+    ConfigError: see `fewer`.
+  """
+  config = family.config.moe
+  errors.check_whole('The number of experts that are left', count)
+  if count > config.num_experts:
+    raise errors.ConfigError(
+      f'{count} experts cannot be left of {config.num_experts} in every layer.'
+    )
+  smaller = dataclasses.replace(
+    config, num_experts=count, top_k=min(config.top_k, count)
+  )
+  return sparse_layers.with_moe(family, smaller)
 
 
 def of_layer(usage: Mapping[str, Usage], layer: str, experts: int) -> Usage:

@@ -11,6 +11,8 @@ https://arxiv.org/abs/2101.03961; for routers see `routing`.
 """
 
 from collections.abc import Sequence
+import re
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -354,6 +356,14 @@ _LOSSES = {
 }
 # So many loads of experts a person may still look at one by one.
 _MOST_LOADS = 32
+# The metric with the loads of all experts of all layers, for a picture.
+LOADS = 'moe/expert_loads'
+
+
+def by_number(path: str) -> list[Any]:
+  """A key that sorts `layers_2` before `layers_10`."""
+  parts = re.split(r'(\d+)', path)
+  return [int(part) if part.isdigit() else part for part in parts]
 
 
 def totals(
@@ -368,7 +378,8 @@ def totals(
   Returns:
     `(losses, metrics)`, `<float32>[]` each: `router_balance_loss` and
     `router_z_loss` times their factors, those that have one; and `moe/NAME` for
-    what `measured` tells, `moe/expert_load/3` for every expert of few.
+    what `measured` tells, `moe/expert_load/3` for every expert of few. `LOADS`,
+    `<float32>[layers, experts]`, has them of every sparse layer.
 
   Raises:
     StructureError: no layer left anything: a lifted one must lift the
@@ -376,8 +387,9 @@ def totals(
   """
   found: dict[str, list[jax.Array]] = {}
   flat = tree_lib.flatten(left)
-  for path, value in flat.items():
+  for path in sorted(flat, key=by_number):
     parent, _, name = path.rpartition('/')
+    value = flat[path]
     if f'{parent}/router_entropy' in flat and not name.startswith('inputs_of_'):
       size = 1 if name == 'expert_load' else 0
       # Scanned layers have their stack in front.
@@ -397,6 +409,7 @@ def totals(
       losses[known] = factor * means[name]
   loads = means.pop('expert_load')
   metrics = {f'moe/{name}': value for name, value in means.items()}
+  metrics[LOADS] = jnp.concatenate(found['expert_load'])
   if len(loads) <= _MOST_LOADS:
     metrics |= {f'moe/expert_load/{e}': load for e, load in enumerate(loads)}
   return losses, metrics

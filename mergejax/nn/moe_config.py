@@ -117,6 +117,12 @@ class MoeConfig:
       'replicas',
     ):
       errors.check_whole(name, getattr(self, name))
+    for name in (
+      'strict_group_size', 'batch_prioritised', 'normalize_gates',
+      'normalize_before_dropping', 'extra_mlp', 'allow_noncausal',
+    ):  # fmt: skip
+      # A text such as 'false' would be taken for true.
+      errors.check_bool(name, getattr(self, name))
     for name in ('train_capacity_factor', 'eval_capacity_factor'):
       if getattr(self, name) is not None:
         errors.check_number(name, getattr(self, name), 0.0, open_below=True)
@@ -149,6 +155,12 @@ class MoeConfig:
     if decoder and self.decoder_router is not None:
       return self.decoder_router
     return self.router
+
+  def sums_to_one(self, decoder: bool) -> bool:
+    """Whether the weights of a token's experts do, in a stack."""
+    router = self.router_of(decoder)
+    given = router == TOKENS_CHOOSE and self.normalize_gates
+    return given or router == GSHARD
 
   def check_causal(self) -> None:
     """Raises if the router of a decoder looks at later tokens."""

@@ -3,9 +3,11 @@
 from mergejax.training import arrays
 from mergejax.training import callbacks
 from mergejax.training import choices
+from mergejax.training import distillation
 from mergejax.training import losses
 from mergejax.training import objective
 from mergejax.training import optim
+from mergejax.training import routing_pictures
 from mergejax.training import schedules
 from mergejax.training import t5x_state
 from mergejax.training import transforms
@@ -36,6 +38,7 @@ __all__ = [
   'callbacks',
   'choices',
   'cross_entropy',
+  'distillation',
   'ema',
   'evaluate',
   'lawa',
@@ -45,6 +48,7 @@ __all__ = [
   'optim',
   'polynomial',
   'running',
+  'routing_pictures',
   'schedules',
   'skip_nonfinite',
   't5x_state',

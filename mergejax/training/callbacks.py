@@ -75,12 +75,15 @@ def scalars(
 
   Args:
     metrics: arrays of shape `[]`, or `[experts]`. Those of a batch without a
-      token are left out: there the 0 of a loss is no measurement.
+      token are left out: there the 0 of a loss is no measurement. Those of more
+      axes are tables, to be drawn, and left out too.
     names: names of the experts.
   """
   flat = {}
   for key, value in metrics.items():
     value = np.asarray(value)
+    if value.ndim > 1:
+      continue
     measured = key == 'tokens' or key.startswith(EVAL)
     real = np.broadcast_to(_learned(metrics) | measured, value.shape)
     if value.ndim == 0:

@@ -31,7 +31,9 @@ class Objective(Protocol):
   what its loss is a mean over, None if it is a sum; by default `tokens`. With
   it microbatches add up to the whole batch.
   It may have a method `check_batch(family, batch, source)` that raises a
-  `DataError` for a batch, in host memory, that it cannot be computed of.
+  `DataError` for a batch, in host memory, that it cannot be computed of; and a
+  method `prepared(mesh, rules, stacked=False)` that gives a function of a batch
+  on the mesh, which adds what is computed outside of the step.
   """
 
   def __call__(
@@ -63,7 +65,6 @@ class CrossEntropy:
         f'A batch has weights of shape {list(weights.shape)} for targets of '
         f'shape {list(targets.shape)}: give every target a weight of its own.'
       )
-    factor, scaled = self._factor(outputs)
     token_loss, z_part = losses.token_cross_entropy(
       logits, targets, z_loss=self.z_loss, label_smoothing=self.label_smoothing
     )
@@ -80,14 +81,19 @@ class CrossEntropy:
       metrics['tasks'] = by_task(
         batch, outputs, token_loss - z_part, self.tasks
       )
-    factor = jnp.where(tokens > 0, factor, 1.0)
-    value = losses.weighted_sum(token_loss, scaled) / factor
+    value = self.mean(token_loss, outputs)
     for extra in outputs.losses.values():
       # A batch of nothing else than padding has nothing to learn from.
       value = value + jnp.where(tokens > 0, extra, 0.0)
     return value, outputs._replace(
       metrics={**metrics, **outputs.losses, **outputs.metrics}
     )
+
+  def mean(self, values: jax.Array, outputs: models.Outputs) -> jax.Array:
+    """`<float32>[]`: values of the targets, weighted and divided as the loss."""
+    factor, weights = self._factor(outputs)
+    factor = jnp.where(jnp.sum(outputs.weights) > 0, factor, 1.0)
+    return losses.weighted_sum(values, weights) / factor
 
   def normalizer(self, outputs: models.Outputs) -> jax.Array | None:
     if not isinstance(self.normalizing_factor, str):

@@ -37,6 +37,10 @@ OptimizerLike = (
 LearningRate = float | schedules.Schedule | schedules.Spanning
 
 
+# What an optimizer of another library tells of itself.
+UNKNOWN = 'unknown'
+
+
 class Optimizer(optax.GradientTransformationExtraArgs):
   """An optax transformation that knows what it was made of.
 
@@ -263,9 +267,9 @@ def of_run(
 def describe(optimizer: optax.GradientTransformation) -> Any:
   """The settings of an optimizer as plain data.
 
-  One from elsewhere tells nothing of itself: `'unknown'`.
+  One from elsewhere tells nothing of itself: `UNKNOWN`.
   """
-  return getattr(optimizer, 'settings', 'unknown')
+  return getattr(optimizer, 'settings', UNKNOWN)
 
 
 def _made(name, optimizer, max_gradient_norm, settings, rate):

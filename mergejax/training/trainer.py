@@ -197,7 +197,7 @@ class Trainer:
         log_every=log_every,
         callbacks=callbacks,
         checks=[each.check for each in self._transforms if each.check],
-        place=self.placer(str(stream), local_rows),
+        place=self._ready(self.placer(str(stream), local_rows)),
       )
 
   # Its parts, for whoever runs a loop of their own ----------------------------
@@ -348,6 +348,14 @@ class Trainer:
       self.family, source, stacked=bool(self.lead),
       objective=self._settings['objective'],
     )  # fmt: skip
+
+  def _ready(self, place):
+    """Places batches, and adds what the objective computes before a step."""
+    prepared = getattr(self._settings['objective'], 'prepared', None)
+    if prepared is None:
+      return place
+    ready = prepared(self.mesh, self.rules, stacked=bool(self.lead))
+    return lambda batch: ready(place(batch))
 
   def _program(self, name, step, layout, fn, **settings):
     """A compiled function of a step, results in their layout; made once.

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mergejax.core import errors
+from mergejax.core import identity
 from mergejax.core import numerics
 from mergejax.core import tree
 from mergejax.core import typing
@@ -223,7 +224,9 @@ def running(
 
   settings: dict[str, Any] = {'every': every, 'decay': decay, 'window': window}
   if callable(decay):
-    settings['decay'] = getattr(decay, '__qualname__', 'a function')
+    settings['decay'] = identity.told(decay)
+  if identity.told(merge) != identity.told(mean.linear()):
+    settings['merge'] = identity.told(merge)
   if start:
     settings['start'] = start
   return StepTransform(name, init, update, None, averaged, settings)

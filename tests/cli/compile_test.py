@@ -92,6 +92,26 @@ class CommandTest(absltest.TestCase):
     self.assertEqual(batch.shape, (6, 8, 16))
     self.assertEqual(batch.sharding.shard_shape(batch.shape), (3, 2, 16))
 
+  def test_a_forest_whose_text_is_not_there(self):
+    run = (
+      '--gin_file=gin/runs/forest.gin', '--skip_init', '--gin.CORPORA=/nowhere',
+      '--gin.BATCH_SIZE=8', '--gin.LENGTH=16', '--gin.GENERATION=4',
+    )  # fmt: skip
+    for experts, flags in (
+      (4, ['--mesh=branch=2,data=4']),
+      (2, ['--gin.SIDE_BY_SIDE=2', '--mesh=branch=2,data=4']),
+    ):
+      (step,) = self.works_of(*run, *flags)
+      batch = step.held['batch']['decoder_target_tokens']
+      self.assertEqual(batch.shape, (experts, 8, 16))
+    (step,) = self.works_of(*run, '--phase=seed')
+    self.assertEqual(step.held['batch']['decoder_target_tokens'].shape, (8, 16))
+    code, _, err = self.run_command(
+      '--topology', 'here', *run, '--phase', 'dense'
+    )
+    self.assertEqual(code, 2)
+    self.assertIn('without a dense model', err)
+
   def test_a_recipe(self):
     folder = pathlib.Path(self.create_tempdir().full_path)
     params = {'a': {'kernel': np.ones((16, 4), np.float32)}}

@@ -18,9 +18,12 @@ import small_vocabularies
 
 import mergejax as mj
 from mergejax.cli import grow_forest
+from mergejax.cli import infer
 from mergejax.cli import loaded
 from mergejax.cli import main
 from mergejax.core import tree
+from mergejax.data import features
+from mergejax.data import tasks
 from mergejax.evaluation import forest_scores
 from mergejax.experts import forest as forest_lib
 from mergejax.training import checkpoints
@@ -29,6 +32,7 @@ _GIN = """
 from __gin__ import dynamic_registration
 from mergejax.nn import lm
 from mergejax.cli import grow_forest
+from mergejax.cli import infer
 
 include 'runs/forest.gin'
 SEED_STEPS = 4
@@ -230,6 +234,22 @@ class ForestCommandsTest(absltest.TestCase):
     )  # fmt: skip
     self.assertEqual(code, 0, err)
     self.assertRegex(out, 'began as: --parents colours=0')
+    # Priors are estimated of the domain asked for, and only where they count.
+    asked = []
+    score = forest_scores.priors
+
+    def priors(forest, sets, *given, **named):
+      asked.append(list(sets))
+      return score(forest, sets, *given, **named)
+
+    with mock.patch.object(forest_scores, 'priors', priors):
+      for kind in ('uniform', 'argmax'):
+        code, out, err = run(
+          'forest', 'average', mine, self.folder / f'of_{kind}', '--weights',
+          kind, '--domain', 'numbers', *text,
+        )  # fmt: skip
+        self.assertEqual(code, 0, err)
+    self.assertEqual(asked, [['numbers']])
     _, found = mj.load_model(self.folder / 'branch')
     experts = [
       tree.flatten(self.forest.params(n)) for n in ('colours', 'metals')
@@ -355,6 +375,33 @@ class ForestCommandsTest(absltest.TestCase):
     forest_lib.create(seed, self.forest.model('seed'))
     with self.assertRaisesRegex(mj.ConfigError, 'has no expert yet: add one'):
       loaded.load(seed)
+
+  def test_tasks_of_another_vocabulary_are_refused(self):
+    """By seqio's name of a task, and in a suite of tasks."""
+    folder = self.folder / 'pieces'
+    folder.mkdir()
+    model = small_vocabularies.pieces(folder)
+    rows = ''.join(f'red {i}\tgreen {i}\n' for i in range(8))
+    (folder / 'test.tsv').write_text('a\tb\n' + rows)
+    suite = folder / 'suite.yaml'
+    suite.write_text(
+      f'vocabulary: {model}\nlengths: {{inputs: 8, targets: 8}}\ntasks:\n'
+      f'  one:\n    files: {folder}\n'
+      "    inputs: '{a}'\n    targets: '{b}'\n"
+    )
+    self.refused(
+      'were trained with another vocabulary', 'evaluate', self.forest.path,
+      '--suite', suite,
+    )  # fmt: skip
+    task = tasks.add_table_task(
+      'of_pieces', {'test': folder / 'test.tsv'}, inputs='{a}', targets='{b}',
+      vocabulary=features.vocabulary(model), by_content=True,
+    )  # fmt: skip
+    with self.assertRaisesRegex(mj.ConfigError, 'with another vocabulary'):
+      infer.infer_task(
+        checkpoint=self.forest.path, mixture_or_task=task,
+        lengths={'inputs': 8, 'targets': 8}, output_dir=folder / 'out',
+      )  # fmt: skip
 
   def test_an_expert_that_priors_do_not_know_is_told_of(self):
     mine = self.folder / 'told'

@@ -3,6 +3,7 @@
 """The same work has the same record, in whatever process."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 from unittest import mock
@@ -106,6 +107,35 @@ class DifferencesTest(absltest.TestCase):
     self.assertLess(len(line), 160)
     line = errors.differences({'a': 'x' * 99}, {'a': 'y'})[0]
     self.assertEqual(line, f'a: {"x" * 57}... there, y asked for')
+
+
+class ToldTest(absltest.TestCase):
+  def test_functions_tell_what_they_close_over(self):
+    def make(number, inner=None):
+      def function(x, *, power=2):
+        return (inner or abs)(number * x**power)
+
+      return function
+
+    told = lambda value: json.dumps(identity.told(value))
+    self.assertEqual(told(make(1)), told(make(1)))
+    different = [
+      make(1), make(2), make(1, make(1)), make(1, make(2)),
+      functools.partial(make(1), power=3), Work({'f': make(1)}, None),
+      {'f': make(2)}, lambda x: 0.5 * x, lambda x: 0.25 * x,
+    ]  # fmt: skip
+    self.assertLen({told(one) for one in different}, len(different))
+    for one in (*different, object(), print, Work, np.ones(2)):
+      self.assertNotIn('0x', told(one))
+    (line,) = errors.differences(
+      identity.told(make(1, make(3))), identity.told(make(1, make(4)))
+    )
+    self.assertEqual(line, 'inner/number: 3 there, 4 asked for')
+
+  def test_what_holds_itself_comes_to_an_end(self):
+    held = {}
+    held['again'] = lambda: held
+    self.assertIn('itself', json.dumps(identity.told(held)))
 
 
 if __name__ == '__main__':

@@ -242,6 +242,15 @@ class EnsembleTest(parameterized.TestCase):
     with self.assertRaisesRegex(errors.DataError, 'without a real token'):
       ensemble.batch_posterior(self.lp, np.zeros_like(self.mask))
 
+  def test_of_equal_experts_all_ways_keep_the_same_one(self):
+    prior = [0.4, 0.2, 0.4]
+    kept = ensemble.average_weights(prior, 'argmax')
+    np.testing.assert_array_equal(kept, [0, 0, 1])
+    np.testing.assert_array_equal(kept, ensemble.keep_top(prior, 1))
+    np.testing.assert_array_equal(
+      kept, ensemble.average_weights(prior, 'topk', k=1)
+    )
+
   def test_mistakes(self):
     for prior, message in (
       ([0.5, 0.5], '4 experts'),

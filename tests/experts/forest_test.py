@@ -396,6 +396,20 @@ class BeginningsTest(absltest.TestCase):
       with self.assertRaisesRegex(errors.ConfigError, message):
         side.fit(stream(), steps=4, state=states)
 
+  def test_schedules_of_stacks_stand_where_the_seed_stopped(self):
+    """Kernels of experts have a schedule for each; counts of moments stay."""
+    count = lambda *shape: np.zeros(shape, np.int32)
+    state = {
+      'stacked': {'kernel': {'0': {'count': count(8), 'v': np.ones(8)},
+                             '1': {'count': count(8)}}},
+      'rest': {'1': {'count': count()}},
+    }  # fmt: skip
+    found = beginnings.at_step(state, 7)
+    wanted = tree.map_paths(
+      lambda path, leaf: leaf + 7 if path.endswith('1/count') else leaf, state
+    )
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+
 
 if __name__ == '__main__':
   absltest.main()

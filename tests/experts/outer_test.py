@@ -180,12 +180,18 @@ class OuterTest(parameterized.TestCase):
       dict(one.transform().settings)
       for one in (
         outer,
+        outer_lib.Outer(every=1, method=mj.ties(density=0.25)),
         outer_lib.Outer(every=1, method=mj.linear()),
         outer_lib.Outer(every=1, importance=outer_lib.adam_fisher),
         outer_lib.local_sgd(1),
+        outer_lib.Outer(every=1, optimizer=optax.sgd(0.5)),
       )
     ]
     self.assertLen({str(one) for one in told}, len(told))
+    lines = errors.differences(told[0], told[1])
+    self.assertNotEmpty(lines)
+    for line in lines:
+      self.assertRegex(line, r'^method/.*density: 0.5 there, 0.25 asked for')
     step, state = self.begun(self.trainer(outer))
     base = host(branch.unstack(state.params, 0))
     state = self.shaken(state)

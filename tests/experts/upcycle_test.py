@@ -103,6 +103,26 @@ class UpcycleTest(parameterized.TestCase):
     )
     same(to_dense.to_dense(family, sparse)[1], params)
 
+  def test_a_student_has_fresh_blocks(self):
+    """Of its own key, by the model's initialisation; the rest is the teacher's."""
+    family, sparse = upcycle.upcycle(
+      self.dense, self.params, moe(), key=jax.random.key(1)
+    )
+    fresh_of = lambda seed: tree_lib.flatten(
+      to_dense.to_dense(family, sparse, how='fresh', key=jax.random.key(seed))[
+        1
+      ]
+    )
+    one, again, other = fresh_of(3), fresh_of(3), fresh_of(4)
+    drawn = tree_lib.flatten(fresh(self.dense, 3))
+    for path, leaf in tree_lib.flatten(self.params).items():
+      np.testing.assert_array_equal(one[path], again[path])
+      own = path.startswith(f'{AT}/')
+      self.assertEqual(np.array_equal(one[path], leaf), not own, path)
+      self.assertEqual(np.array_equal(one[path], other[path]), not own, path)
+      if own:
+        np.testing.assert_array_equal(one[path], drawn[path])
+
   def test_branch_train_mix(self):
     trained = [fresh(self.dense, seed) for seed in (0, 1, 2)]
     family, params = upcycle.branch_train_mix(

@@ -390,6 +390,7 @@ class ErrorsTest(parameterized.TestCase):
     ('factor', lambda: config(train_capacity_factor=0), 'train_capacity_factor'),
     ('no bound', lambda: config(
       router='experts_choose', eval_capacity_factor=None), 'must be told'),
+    ('bool', lambda: config(normalize_gates='false'), 'must be true or false'),
     ('activation', lambda: layer(activations=('gleu',)), 'gelu'),
     ('causal', lambda: layer(router='experts_choose', decoder=True),
      'allow_noncausal'),
