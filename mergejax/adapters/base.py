@@ -116,6 +116,24 @@ class Adapter(abc.ABC):
     """Raises a `DataError` for a batch, in host memory, that it cannot use."""
     del batch, source
 
+  def alone(
+    self, base: typing.SpecTree, adapter: typing.Tree, number: int
+  ) -> tuple['Adapter', typing.Tree]:
+    """What the rows of one number in `reads` are computed with, by itself.
+
+    Args:
+      base: specs of the base.
+      adapter: its leaves.
+      number: of a task or an expert, from 0.
+
+    Returns:
+      `(adapter, leaves)`, for a base adapted with that one alone.
+
+    Raises:
+      ConfigError: there is no such number.
+    """
+    raise errors.ConfigError(f'{type(self).__name__} is one adapter already.')
+
   def fold(
     self,
     base: typing.SpecTree,

@@ -11,7 +11,7 @@ import abc
 from collections.abc import Sequence
 import contextlib
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -86,6 +86,15 @@ class Prompted(base_lib.Adapter):
   def check_batch(self, batch, source):
     if self.tasks is not None:
       base_lib.check_ids(batch, TASK_IDS, self.tasks, 'task', source)
+
+  def alone(self, base, adapter, number):
+    if self.tasks is None:
+      return super().alone(base, adapter, number)
+    base_lib.check_number('task', number, self.tasks)
+    leaves = base_lib.own_leaves(adapter, self.specs(base))
+    leaves[TARGET] = leaves[TARGET][number]
+    own: Any = self  # a dataclass, as its subclasses are
+    return dataclasses.replace(own, tasks=None), tree.unflatten(leaves)
 
   def widened(self, call):
     return call.family.with_room(call.batch, self.length)

@@ -229,6 +229,9 @@ class Poly(sites_lib.LayerAdapter):
     )  # fmt: skip
     return self._as_lora(base, adapter, chosen)
 
+  def alone(self, base, adapter, number):
+    return self.expert, self.of_task(base, adapter, number)
+
   def collapsed(
     self, base: typing.SpecTree, adapter: typing.Tree
   ) -> typing.Tree:
