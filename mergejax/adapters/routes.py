@@ -23,7 +23,7 @@ from mergejax.intercept import linear
 from mergejax.intercept import replace
 
 TASK_IDS = 'task_ids'
-_A, _B, _LOGITS = 'poly_a', 'poly_b', 'poly_logits'
+A, B, LOGITS = 'poly_a', 'poly_b', 'poly_logits'
 _FOLDER = 'routes'
 _LEARN = ('all', 'routing', 'inventory')
 _SHARED = ('map', 'stack', 'model')
@@ -92,7 +92,7 @@ class Poly(sites_lib.LayerAdapter):
     return self.learn != 'routing'
 
   def group(self, path):
-    routing = path.endswith(_LOGITS) or path.startswith(f'{_FOLDER}/')
+    routing = path.endswith(LOGITS) or path.startswith(f'{_FOLDER}/')
     return base_lib.ROUTER if routing else base_lib.ADAPTER
 
   def parts(self, site):
@@ -110,19 +110,19 @@ class Poly(sites_lib.LayerAdapter):
     lead = ('routes', 'experts')
     part, shape = sites_lib.Part, (heads, self.skills)
     found = {
-      _A: part(
+      A: part(
         (*shape, d_in // heads, self.rank),
         (*lead, one(of_inputs, 'inputs'), 'rank'),
         _uniform(bound),
       ),
-      _B: part(
+      B: part(
         (*shape, self.rank, d_out // heads),
         (*lead, 'rank', one(of_outputs, 'outputs')),
         lambda key, shape: jnp.zeros(shape, jnp.float32),
       ),
     }
     if self.selectors == 'map':
-      found[_LOGITS] = self._logits()
+      found[LOGITS] = self._logits()
     return found
 
   def _logits(self):
@@ -164,8 +164,8 @@ class Poly(sites_lib.LayerAdapter):
       parts = self.read(site, module)
       owner = self._owner(site)
       if owner is not None:
-        parts[_LOGITS] = call.adapter[owner]
-      logits = banks.taken(parts[_LOGITS], call.batch[TASK_IDS])
+        parts[LOGITS] = call.adapter[owner]
+      logits = banks.taken(parts[LOGITS], call.batch[TASK_IDS])
       drawn = call.train and self.noise and module.has_rng('dropout')
       key = module.make_rng('dropout') if drawn else None
       weights = skill_gates.gates(
@@ -195,7 +195,7 @@ class Poly(sites_lib.LayerAdapter):
       `lora_a [rows, in, rank]` and `lora_b [rows, rank, out]`; with
       `mix='outputs'` the rank is skills times as large.
     """
-    a, b, rows = parts[_A], parts[_B], weights.shape[0]
+    a, b, rows = parts[A], parts[B], weights.shape[0]
     if self.mix == 'outputs':
       narrow = jnp.moveaxis(a[0], 0, 1)  # [in, skills, rank]
       narrow = narrow.reshape(1, narrow.shape[0], -1)
@@ -263,11 +263,11 @@ class Poly(sites_lib.LayerAdapter):
       }
       owner = self._owner(site)
       if owner is not None:
-        count = len(parts[_A])
-        parts[_LOGITS] = jnp.stack([jnp.asarray(mine[owner])] * count)
+        count = len(parts[A])
+        parts[LOGITS] = jnp.stack([jnp.asarray(mine[owner])] * count)
 
       def one(parts, site=site):
-        own = self.mixed(parts, weights(parts[_LOGITS]))
+        own = self.mixed(parts, weights(parts[LOGITS]))
         shapes = self.expert.parts(site)
         return {n: x[0].reshape(shapes[n].shape) for n, x in own.items()}
 

@@ -61,7 +61,8 @@ def _leaves(path, family, params):
 
 def _check_alike(path, made, family):
   """Raises if the same numbers would mean something else."""
-  ours, theirs = family.adapter, made.adapter
+  lora = lambda each: each.expert if isinstance(each, routes.Poly) else each
+  ours, theirs = lora(family.adapter), lora(made.adapter)
   if not (
     isinstance(ours, low_rank.Lora) and isinstance(theirs, low_rank.Lora)
   ):

@@ -153,10 +153,20 @@ def export(
     return
   name = None if base is None else os.fspath(base)
   path = directory / 'adapter'
-  if adapters.has_layout(family.adapter):
-    adapters.save(path, family, params, base_name=name, overwrite=True)
-    return
   plain, own = family.split(params)
+  if adapters.has_layout(family.adapter):
+    named = tasks if family.adapter.reads else None
+    adapters.save(
+      path, family, params, base_name=name, tasks=named, overwrite=True
+    )
+  else:
+    _save_own(path, family, plain, own, tasks)
+  if family.adapter.reads:
+    _save_each(directory / 'adapters', family, plain, own, tasks, name)
+
+
+def _save_own(path, family, plain, own, tasks):
+  """In files of our own, what PEFT has none for."""
   axes = {p: spec.axes for p, spec in family.adapter_specs.items()}
   about = {
     'base': tensors.fingerprint(family.plain, plain),
@@ -166,15 +176,17 @@ def export(
   with files.atomic_path(path, overwrite=True) as temporary:
     checkpoint.save_checkpoint(temporary, own, axes=axes)
     (temporary / changes.BESIDE).write_text(json.dumps(about, indent=2) + '\n')
-  if not family.adapter.reads:
-    return
+
+
+def _save_each(path, family, plain, own, tasks, name):
+  """The adapter of every task by itself, if PEFT has files for it."""
   made = [
     family.adapter.alone(family.base_specs, own, number)
     for number in range(len(tasks))
   ]
   if not all(adapters.has_layout(adapter) for adapter, _ in made):
     return
-  with files.atomic_path(directory / 'adapters', overwrite=True) as temporary:
+  with files.atomic_path(path, overwrite=True) as temporary:
     temporary.mkdir()
     for task, (adapter, leaves) in zip(tasks, made):
       alone = adapters.adapt(family.plain, adapter)
