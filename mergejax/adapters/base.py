@@ -9,7 +9,7 @@ they slice the kernel.
 """
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import contextlib
 from typing import Any, ClassVar, NamedTuple
 
@@ -106,6 +106,27 @@ class Adapter(abc.ABC):
     """The logits of the batch that was given, from those of `widened`."""
     del call
     return logits
+
+  def ahead(self, call: Call) -> int:
+    """Positions that a decoder's cache holds before the first token of a row."""
+    del call
+    return 0
+
+  def begun(
+    self,
+    call: Call,
+    cache: Any,
+    step: Callable[[Any, jax.Array], tuple[jax.Array, Any]],
+  ) -> Any:
+    """The cache that decoding begins with, those positions filled.
+
+    Args:
+      call: of the model; its batch is that of the rows.
+      cache: of the base, with room for them.
+      step: `(cache, <int32>[rows]) -> (logits, cache)`, the base's.
+    """
+    del call, step
+    return cache
 
   def rng_streams(self, *, train: bool) -> tuple[str, ...]:
     """Names of the random streams that the adapter draws from."""

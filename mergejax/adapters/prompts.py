@@ -102,6 +102,32 @@ class Prompted(base_lib.Adapter):
   def narrowed(self, call, logits):
     return logits if call.family.answers else logits[:, self.length :]
 
+  def ahead(self, call):
+    return 0 if call.family.answers else self.length
+
+  def begun(self, call, cache, step):
+    if call.family.answers:
+      return cache
+    rows = next(iter(call.batch.values())).shape[0]
+    assert call.family.embedded is not None  # `at_work` has asked
+    path, side = call.family.embedded
+
+    def read(cache, vectors):
+      def interceptor(run, arguments, named, context):
+        module = context.module
+        if context.method_name != '__call__' or '/'.join(module.path) != path:
+          return run(*arguments, **named)
+        put = lambda x: vectors[:, None].astype(x.dtype)
+        if side == 'argument':
+          return run(put(arguments[0]), *arguments[1:], **named)
+        return put(run(*arguments, **named))
+
+      with nn.intercept_methods(interceptor):
+        return step(cache, jnp.zeros(rows, jnp.int32))[1], None
+
+    vectors = jnp.moveaxis(self.of_task(call, rows), 1, 0)
+    return jax.lax.scan(read, cache, vectors)[0]
+
   @contextlib.contextmanager
   def at_work(self, call):
     family = call.family
@@ -112,10 +138,8 @@ class Prompted(base_lib.Adapter):
         'for plain prompts, a family with `embedded` and `with_room`.'
       )
     if not call.whole and not family.answers:
-      raise errors.ConfigError(
-        f'{family.model_type} models do not decode behind a prompt: score whole '
-        'rows, or take an adapter that folds, such as lora().'
-      )
+      yield  # a decoder has read the prompt when it begins, see `begun`
+      return
     with nn.intercept_methods(self._interceptor(call)):
       yield
 

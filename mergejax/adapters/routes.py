@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ TASK_IDS = 'task_ids'
 A, B, LOGITS = 'poly_a', 'poly_b', 'poly_logits'
 _FOLDER = 'routes'
 _LEARN = ('all', 'routing', 'inventory')
-_SHARED = ('map', 'stack', 'model')
+_SHARED = ('map', 'sublayer', 'block', 'stack', 'model')
 _SMALL = 1e-3
 
 
@@ -133,8 +134,21 @@ class Poly(sites_lib.LayerAdapter):
     """Where the logits of a site lie, if others share them."""
     if self.selectors == 'map':
       return None
-    stack = site.path.split('/')[0]
-    return f'{_FOLDER}/{"model" if self.selectors == "model" else stack}'
+    if self.selectors == 'model':
+      return f'{_FOLDER}/model'
+    names = site.path.split('/')
+    if self.selectors == 'stack':
+      return f'{_FOLDER}/{names[0]}'
+    # Blocks are numbered: 'encoder/layers_0', and have sub-layers of a name.
+    at = next((i for i, x in enumerate(names) if re.search(r'\d+$', x)), None)
+    if at is None or at + 2 >= len(names) or site.view.stack:
+      raise errors.ConfigError(
+        f'selectors={self.selectors!r} needs kernels of numbered blocks, such as '
+        f'encoder/layers_0/mlp/wi/kernel, one by one, and {site.path} is none: '
+        "build the model with scan_layers=False, or take 'map' or 'stack'."
+      )
+    count = at + (2 if self.selectors == 'sublayer' else 1)
+    return '/'.join([_FOLDER, *names[:count]])
 
   def specs(self, base):
     found = super().specs(base)
@@ -353,8 +367,9 @@ def poly(
       Off, as in the T0 settings; PEFT has it always on.
     mix: 'factors', so that weights enter squared, or 'outputs', `sum_s w_s (x
       A_s) B_s`, in which they enter once.
-    selectors: who has logits of its own: every 'map', a 'stack' (the first part
-      of a path, encoder or decoder), or the 'model'.
+    selectors: who has logits of its own: every 'map', a 'sublayer' or a 'block'
+      (of layers that are not scanned), a 'stack' (the first part of a path,
+      encoder or decoder), or the 'model'.
     start: of A: 'original', U(-b, b) with b = 1/sqrt(3 in), or 'peft',
       1/sqrt(in / heads). B is 0, logits are U(-1e-3, 1e-3).
     learn: 'all', 'routing' (Z alone) or 'inventory'.
