@@ -226,10 +226,14 @@ def main() -> None:
     for name, row in result[size]['families'].items():
       print(
         f'{size}, {name}: {row["step_s"]:.3f} s a step, {row["of_full"]:.2f} of '
-        'full fine-tuning'
+        'full fine-tuning',
+        flush=True,
       )
     row = result[size]['experts'] = mixed(size, options.rounds)
-    print(f'{size}, eight LoRA experts in a batch: {row["ratio"]:.2f} of one')
+    print(
+      f'{size}, eight LoRA experts in a batch: {row["ratio"]:.2f} of one',
+      flush=True,
+    )
     if options.peft:
       row = against_peft(size, options.peft, options.rounds)
       result[size]['peft'] = row
