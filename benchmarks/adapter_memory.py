@@ -2,14 +2,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Memory of a compiled training step: full fine-tuning and adapters.
 
-T5 1.0 base, batch 32, 128 tokens in and 32 out, float32, AdamW. Steps are
-compiled, not run: no parameter is made. Told are the bytes of XLA's analysis:
-temporaries (activations and gradients), and all that a step needs, with
-parameters and moments.
+T5 1.0 base and large, batch 32, 128 tokens in and 32 out, float32, AdamW. Steps
+are compiled, not run: no parameter is made. Told are the bytes of XLA's
+analysis: temporaries (activations and gradients), and all that a step needs,
+with parameters and moments.
 
 Usage:
-  python benchmarks/adapter_memory.py [--layers 12] [--only full,ladder]
-    [--json FILE]
+  python benchmarks/adapter_memory.py [--size base] [--topology v5e:2x2]
+    [--only full,ladder]
+
+With a topology a step is compiled for one chip of it by the TPU compiler, which
+needs libtpu and no TPU. Every row is put into results/adapter_memory.json when it
+is done.
 """
 
 import argparse
@@ -26,13 +30,22 @@ import mergejax as mj  # noqa: E402
 from mergejax import models  # noqa: E402
 from mergejax.core import tree  # noqa: E402
 from mergejax.nn import t5  # noqa: E402
+from mergejax.pods import chips  # noqa: E402
 from mergejax.training import optim  # noqa: E402
 from mergejax.training import step as step_lib  # noqa: E402
 
+RESULTS = pathlib.Path(__file__).parent / 'results' / 'adapter_memory.json'
+# Width, layers of each stack, heads of 64, width of the feed-forward block; and
+# the layers that the paper's ladder reads.
+SIZES = {
+  'base': ((768, 12, 12, 3072), [i for i in range(12) if i % 4]),
+  'large': ((1024, 24, 16, 4096), list(range(1, 24, 2))),
+}
 
-def rows(layers: int) -> dict:
-  """Adapters by name; the ladder reads the layers that the paper keeps."""
-  kept = [i for i in range(layers) if i % 4]
+
+def rows(size: str) -> dict:
+  """Adapters by name."""
+  _, kept = SIZES[size]
   return {
     'full': None,
     'lora': mj.adapters.lora(rank=32),
@@ -46,7 +59,7 @@ def rows(layers: int) -> dict:
   }
 
 
-def measured(module, adapter, batch) -> dict:
+def measured(module, adapter, batch, device) -> dict:
   family = models.family_of(module)
   if adapter is not None:
     family = mj.adapters.adapt(module, adapter)
@@ -57,6 +70,10 @@ def measured(module, adapter, batch) -> dict:
     for path, spec in specs.items()
   })  # fmt: skip
   state = jax.eval_shape(step.init, params, jax.random.key(0))
+  if device is not None:
+    place = jax.sharding.SingleDeviceSharding(device)
+    put = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+    state, batch = jax.tree.map(put, (state, batch))
   update = jax.jit(step.update, donate_argnums=(0,))
   found = update.lower(state, batch).compile().memory_analysis()
   learned = sum(s.size for p, s in specs.items() if family.learns(p))
@@ -75,13 +92,17 @@ def measured(module, adapter, batch) -> dict:
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument('--layers', type=int, default=12)
+  parser.add_argument('--size', default='base', choices=SIZES)
+  parser.add_argument('--topology', help='such as v5e:2x2; by default the CPU')
   parser.add_argument('--only', help='rows, joined by commas')
-  parser.add_argument('--json', help='also write the result to this file')
   options = parser.parse_args()
+  device = None
+  if options.topology:
+    device = chips.devices(options.topology)[0]
+  (width, layers, heads, hidden), _ = SIZES[options.size]
   module = t5.Transformer(t5.T5Config(
-    emb_dim=768, num_heads=12, head_dim=64, mlp_dim=3072,
-    num_encoder_layers=options.layers, num_decoder_layers=options.layers,
+    emb_dim=width, num_heads=heads, head_dim=64, mlp_dim=hidden,
+    num_encoder_layers=layers, num_decoder_layers=layers,
     mlp_activations=('relu',), logits_via_embedding=True,
   ))  # fmt: skip
   tokens = lambda length: jax.ShapeDtypeStruct((32, length), jnp.int32)
@@ -90,14 +111,18 @@ def main() -> None:
     'decoder_input_tokens': tokens(32),
     'decoder_target_tokens': tokens(32),
   }
-  adapters = rows(options.layers)
+  adapters = rows(options.size)
   names = options.only.split(',') if options.only else list(adapters)
-  result = {}
+  where = options.topology.split(':')[0] if options.topology else 'cpu'
+  case = f'{options.size} on {where}'
   for name in names:
-    result[name] = measured(module, adapters[name], batch)
-    print(name, json.dumps(result[name]), flush=True)
-    if options.json:
-      pathlib.Path(options.json).write_text(json.dumps(result, indent=2) + '\n')
+    found = measured(module, adapters[name], batch, device)
+    print(case, name, json.dumps(found), flush=True)
+    done = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    done.setdefault(case, {})[name] = found
+    RESULTS.write_text(json.dumps(done, indent=2) + '\n')
+    jax.clear_caches()
+  result = json.loads(RESULTS.read_text())[case]
   if 'full' in result:
     for name, found in result.items():
       saved = 1 - found['needed_mb'] / result['full']['needed_mb']

@@ -34,6 +34,12 @@ from mergejax.adapters.sites import LayerAdapter
 from mergejax.adapters.sites import Part
 from mergejax.adapters.sites import Site
 from mergejax.adapters.skill_gates import gates
+from mergejax.adapters.starts import Start
+from mergejax.adapters.starts import from_inventory
+from mergejax.adapters.starts import from_mean
+from mergejax.adapters.starts import from_prompts
+from mergejax.adapters.starts import from_saved
+from mergejax.adapters.starts import from_spot
 from mergejax.adapters.written import write_changes
 
 __all__ = [
@@ -48,6 +54,7 @@ __all__ = [
   'PFEIFFER',
   'Part',
   'Site',
+  'Start',
   'adapt',
   'attempt',
   'bank',
@@ -57,6 +64,11 @@ __all__ = [
   'collect_ladders',
   'count',
   'fold',
+  'from_inventory',
+  'from_mean',
+  'from_prompts',
+  'from_saved',
+  'from_spot',
   'gates',
   'has_layout',
   'ia3',

@@ -125,8 +125,12 @@ class Adapted(models.ModelFamily):
 
   def init_cache(self, params, batch, length):
     at = self._at(params, batch, whole=False)
+    length += self.adapter.ahead(at)
+    plain = super().decode_step
     with self.adapter.at_work(at):
       cache = super().init_cache(params, self.adapter.widened(at), length)
+      step = lambda cache, tokens: plain(params, cache, tokens)
+      cache = self.adapter.begun(at, cache, step)
     return {**cache, **{name: batch[name] for name in self.adapter.reads}}
 
   def decode_step(self, params, cache, tokens):

@@ -151,6 +151,9 @@ class Bank(sites_lib.LayerAdapter):
       base, lambda site, path: site.by_layer(own[path])[:, expert]
     )
 
+  def alone(self, base, adapter, number):
+    return self.expert, self.pick(base, adapter, number)
+
   def _by_site(self, base, by_layer):
     """Leaves of `by_layer(site, path)`, each `[layers, ...]`."""
     return tree.unflatten({

@@ -9,7 +9,7 @@ they slice the kernel.
 """
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import contextlib
 from typing import Any, ClassVar, NamedTuple
 
@@ -107,6 +107,27 @@ class Adapter(abc.ABC):
     del call
     return logits
 
+  def ahead(self, call: Call) -> int:
+    """Positions that a decoder's cache holds before the first token of a row."""
+    del call
+    return 0
+
+  def begun(
+    self,
+    call: Call,
+    cache: Any,
+    step: Callable[[Any, jax.Array], tuple[jax.Array, Any]],
+  ) -> Any:
+    """The cache that decoding begins with, those positions filled.
+
+    Args:
+      call: of the model; its batch is that of the rows.
+      cache: of the base, with room for them.
+      step: `(cache, <int32>[rows]) -> (logits, cache)`, the base's.
+    """
+    del call, step
+    return cache
+
   def rng_streams(self, *, train: bool) -> tuple[str, ...]:
     """Names of the random streams that the adapter draws from."""
     del train
@@ -115,6 +136,24 @@ class Adapter(abc.ABC):
   def check_batch(self, batch: Mapping[str, Any], source: str) -> None:
     """Raises a `DataError` for a batch, in host memory, that it cannot use."""
     del batch, source
+
+  def alone(
+    self, base: typing.SpecTree, adapter: typing.Tree, number: int
+  ) -> tuple['Adapter', typing.Tree]:
+    """What the rows of one number in `reads` are computed with, by itself.
+
+    Args:
+      base: specs of the base.
+      adapter: its leaves.
+      number: of a task or an expert, from 0.
+
+    Returns:
+      `(adapter, leaves)`, for a base adapted with that one alone.
+
+    Raises:
+      ConfigError: there is no such number.
+    """
+    raise errors.ConfigError(f'{type(self).__name__} is one adapter already.')
 
   def fold(
     self,

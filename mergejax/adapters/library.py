@@ -9,7 +9,9 @@ from typing import Any
 
 from mergejax import models
 from mergejax.adapters import adapted as adapted_lib
+from mergejax.adapters import banks
 from mergejax.adapters import saved
+from mergejax.adapters import sites
 from mergejax.checkpoints.peft import fold
 from mergejax.core import errors
 from mergejax.core import typing
@@ -20,7 +22,8 @@ class Library:
 
   Whoever chooses among whole experts chooses among `experts(model, params)`:
   `mj.select.rank` by LogME or LEEP, the domain posterior of
-  `mj.experts.ensemble` from their likelihoods of a text.
+  `mj.experts.ensemble` from their likelihoods of a text, nearness to what they
+  were trained on by `mj.experts.AdapterRouter`.
 
   Attributes:
     path: the folder.
@@ -108,6 +111,39 @@ class Library:
     for name in self.cards:
       family, leaves = self.load(name, model, params)
       yield name, family, family.joined(params, leaves)
+
+  def bank(
+    self, model: Any, params: typing.Tree
+  ) -> tuple[adapted_lib.Adapted, typing.Tree]:
+    """All adapters at once, each row of a batch with its own by `expert_ids`.
+
+    Args:
+      model: the base's module or family.
+      params: the base's parameters.
+
+    Returns:
+      `(family, params)` of the base with a `bank`, whose numbers go by the order
+      of `cards`.
+
+    Raises:
+      ConfigError: adapters that are no LoRAs or scales of one form: of other
+        targets or ranks, or prompts.
+      UserError: see `experts`.
+    """
+    every = [self.load(name, model, params) for name in self.cards]
+    first = every[0][0]
+    form = first.adapter
+    for name, (family, _) in zip(self.cards, every):
+      if not isinstance(form, sites.LayerAdapter) or family.adapter != form:
+        raise errors.ConfigError(
+          f'{name} is {family.adapter}, and a bank holds adapters of layers of '
+          f'one form, here {form}: take them one by one from `experts`.'
+        )
+    assert isinstance(form, sites.LayerAdapter)
+    made = banks.bank(form, len(every))
+    leaves = made.stack(first.base_specs, [own for _, own in every])
+    family = adapted_lib.adapt(first.plain, made)
+    return family, family.joined(params, leaves)
 
   def __str__(self) -> str:
     lines = []

@@ -11,7 +11,7 @@ import abc
 from collections.abc import Sequence
 import contextlib
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -87,11 +87,46 @@ class Prompted(base_lib.Adapter):
     if self.tasks is not None:
       base_lib.check_ids(batch, TASK_IDS, self.tasks, 'task', source)
 
+  def alone(self, base, adapter, number):
+    if self.tasks is None:
+      return super().alone(base, adapter, number)
+    base_lib.check_number('task', number, self.tasks)
+    leaves = base_lib.own_leaves(adapter, self.specs(base))
+    leaves[TARGET] = leaves[TARGET][number]
+    own: Any = self  # a dataclass, as its subclasses are
+    return dataclasses.replace(own, tasks=None), tree.unflatten(leaves)
+
   def widened(self, call):
     return call.family.with_room(call.batch, self.length)
 
   def narrowed(self, call, logits):
     return logits if call.family.answers else logits[:, self.length :]
+
+  def ahead(self, call):
+    return 0 if call.family.answers else self.length
+
+  def begun(self, call, cache, step):
+    if call.family.answers:
+      return cache
+    rows = next(iter(call.batch.values())).shape[0]
+    assert call.family.embedded is not None  # `at_work` has asked
+    path, side = call.family.embedded
+
+    def read(cache, vectors):
+      def interceptor(run, arguments, named, context):
+        module = context.module
+        if context.method_name != '__call__' or '/'.join(module.path) != path:
+          return run(*arguments, **named)
+        put = lambda x: vectors[:, None].astype(x.dtype)
+        if side == 'argument':
+          return run(put(arguments[0]), *arguments[1:], **named)
+        return put(run(*arguments, **named))
+
+      with nn.intercept_methods(interceptor):
+        return step(cache, jnp.zeros(rows, jnp.int32))[1], None
+
+    vectors = jnp.moveaxis(self.of_task(call, rows), 1, 0)
+    return jax.lax.scan(read, cache, vectors)[0]
 
   @contextlib.contextmanager
   def at_work(self, call):
@@ -103,10 +138,8 @@ class Prompted(base_lib.Adapter):
         'for plain prompts, a family with `embedded` and `with_room`.'
       )
     if not call.whole and not family.answers:
-      raise errors.ConfigError(
-        f'{family.model_type} models do not decode behind a prompt: score whole '
-        'rows, or take an adapter that folds, such as lora().'
-      )
+      yield  # a decoder has read the prompt when it begins, see `begun`
+      return
     with nn.intercept_methods(self._interceptor(call)):
       yield
 

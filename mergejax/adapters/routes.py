@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +24,10 @@ from mergejax.intercept import linear
 from mergejax.intercept import replace
 
 TASK_IDS = 'task_ids'
-_A, _B, _LOGITS = 'poly_a', 'poly_b', 'poly_logits'
+A, B, LOGITS = 'poly_a', 'poly_b', 'poly_logits'
 _FOLDER = 'routes'
 _LEARN = ('all', 'routing', 'inventory')
-_SHARED = ('map', 'stack', 'model')
+_SHARED = ('map', 'sublayer', 'block', 'stack', 'model')
 _SMALL = 1e-3
 
 
@@ -92,7 +93,7 @@ class Poly(sites_lib.LayerAdapter):
     return self.learn != 'routing'
 
   def group(self, path):
-    routing = path.endswith(_LOGITS) or path.startswith(f'{_FOLDER}/')
+    routing = path.endswith(LOGITS) or path.startswith(f'{_FOLDER}/')
     return base_lib.ROUTER if routing else base_lib.ADAPTER
 
   def parts(self, site):
@@ -110,19 +111,19 @@ class Poly(sites_lib.LayerAdapter):
     lead = ('routes', 'experts')
     part, shape = sites_lib.Part, (heads, self.skills)
     found = {
-      _A: part(
+      A: part(
         (*shape, d_in // heads, self.rank),
         (*lead, one(of_inputs, 'inputs'), 'rank'),
         _uniform(bound),
       ),
-      _B: part(
+      B: part(
         (*shape, self.rank, d_out // heads),
         (*lead, 'rank', one(of_outputs, 'outputs')),
         lambda key, shape: jnp.zeros(shape, jnp.float32),
       ),
     }
     if self.selectors == 'map':
-      found[_LOGITS] = self._logits()
+      found[LOGITS] = self._logits()
     return found
 
   def _logits(self):
@@ -133,8 +134,21 @@ class Poly(sites_lib.LayerAdapter):
     """Where the logits of a site lie, if others share them."""
     if self.selectors == 'map':
       return None
-    stack = site.path.split('/')[0]
-    return f'{_FOLDER}/{"model" if self.selectors == "model" else stack}'
+    if self.selectors == 'model':
+      return f'{_FOLDER}/model'
+    names = site.path.split('/')
+    if self.selectors == 'stack':
+      return f'{_FOLDER}/{names[0]}'
+    # Blocks are numbered: 'encoder/layers_0', and have sub-layers of a name.
+    at = next((i for i, x in enumerate(names) if re.search(r'\d+$', x)), None)
+    if at is None or at + 2 >= len(names) or site.view.stack:
+      raise errors.ConfigError(
+        f'selectors={self.selectors!r} needs kernels of numbered blocks, such as '
+        f'encoder/layers_0/mlp/wi/kernel, one by one, and {site.path} is none: '
+        "build the model with scan_layers=False, or take 'map' or 'stack'."
+      )
+    count = at + (2 if self.selectors == 'sublayer' else 1)
+    return '/'.join([_FOLDER, *names[:count]])
 
   def specs(self, base):
     found = super().specs(base)
@@ -164,8 +178,8 @@ class Poly(sites_lib.LayerAdapter):
       parts = self.read(site, module)
       owner = self._owner(site)
       if owner is not None:
-        parts[_LOGITS] = call.adapter[owner]
-      logits = banks.taken(parts[_LOGITS], call.batch[TASK_IDS])
+        parts[LOGITS] = call.adapter[owner]
+      logits = banks.taken(parts[LOGITS], call.batch[TASK_IDS])
       drawn = call.train and self.noise and module.has_rng('dropout')
       key = module.make_rng('dropout') if drawn else None
       weights = skill_gates.gates(
@@ -195,7 +209,7 @@ class Poly(sites_lib.LayerAdapter):
       `lora_a [rows, in, rank]` and `lora_b [rows, rank, out]`; with
       `mix='outputs'` the rank is skills times as large.
     """
-    a, b, rows = parts[_A], parts[_B], weights.shape[0]
+    a, b, rows = parts[A], parts[B], weights.shape[0]
     if self.mix == 'outputs':
       narrow = jnp.moveaxis(a[0], 0, 1)  # [in, skills, rank]
       narrow = narrow.reshape(1, narrow.shape[0], -1)
@@ -229,6 +243,9 @@ class Poly(sites_lib.LayerAdapter):
     )  # fmt: skip
     return self._as_lora(base, adapter, chosen)
 
+  def alone(self, base, adapter, number):
+    return self.expert, self.of_task(base, adapter, number)
+
   def collapsed(
     self, base: typing.SpecTree, adapter: typing.Tree
   ) -> typing.Tree:
@@ -260,11 +277,11 @@ class Poly(sites_lib.LayerAdapter):
       }
       owner = self._owner(site)
       if owner is not None:
-        count = len(parts[_A])
-        parts[_LOGITS] = jnp.stack([jnp.asarray(mine[owner])] * count)
+        count = len(parts[A])
+        parts[LOGITS] = jnp.stack([jnp.asarray(mine[owner])] * count)
 
       def one(parts, site=site):
-        own = self.mixed(parts, weights(parts[_LOGITS]))
+        own = self.mixed(parts, weights(parts[LOGITS]))
         shapes = self.expert.parts(site)
         return {n: x[0].reshape(shapes[n].shape) for n, x in own.items()}
 
@@ -350,8 +367,9 @@ def poly(
       Off, as in the T0 settings; PEFT has it always on.
     mix: 'factors', so that weights enter squared, or 'outputs', `sum_s w_s (x
       A_s) B_s`, in which they enter once.
-    selectors: who has logits of its own: every 'map', a 'stack' (the first part
-      of a path, encoder or decoder), or the 'model'.
+    selectors: who has logits of its own: every 'map', a 'sublayer' or a 'block'
+      (of layers that are not scanned), a 'stack' (the first part of a path,
+      encoder or decoder), or the 'model'.
     start: of A: 'original', U(-b, b) with b = 1/sqrt(3 in), or 'peft',
       1/sqrt(in / heads). B is 0, logits are U(-1e-3, 1e-3).
     learn: 'all', 'routing' (Z alone) or 'inventory'.

@@ -1,13 +1,13 @@
 # Copyright 2026 The mergejax Authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters on disk, in PEFT's own layout: LoRA, (IA)^3 and prompts.
+"""Adapters on disk, in PEFT's own layout: LoRA, (IA)^3, prompts and Poly.
 
 `adapter_config.json` and `adapter_model.safetensors` are PEFT's, with the names
 that the base's family has at Hugging Face; a third file,
 `mergejax_adapter.json`, says which base the adapter is of.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import dataclasses
 import json
 import os
@@ -21,7 +21,9 @@ from mergejax.adapters import adapted as adapted_lib
 from mergejax.adapters import base as base_lib
 from mergejax.adapters import changes
 from mergejax.adapters import low_rank
+from mergejax.adapters import poly_tensors
 from mergejax.adapters import prompts
+from mergejax.adapters import routes
 from mergejax.adapters import scales
 from mergejax.adapters import sites as sites_lib
 from mergejax.adapters import tensors
@@ -34,13 +36,17 @@ from mergejax.core import tree
 from mergejax.core import typing
 
 _BESIDE = changes.BESIDE
-_KINDS = {'LORA': 'lora', 'IA3': 'ia3', 'PROMPT_TUNING': 'prompt'}
+_KINDS = {
+  'LORA': 'lora', 'IA3': 'ia3', 'PROMPT_TUNING': 'prompt', 'POLY': 'poly',
+}  # fmt: skip
 
 
 def has_layout(adapter: base_lib.Adapter) -> bool:
   """Whether PEFT's files have a place for an adapter."""
   if isinstance(adapter, prompts.Prompt):
     return adapter.tasks is None
+  if isinstance(adapter, routes.Poly):
+    return poly_tensors.as_peft(adapter)
   return isinstance(adapter, (low_rank.Lora, scales.Ia3))
 
 
@@ -50,41 +56,50 @@ def save(
   params: typing.Tree,
   *,
   base_name: str | None = None,
+  tasks: Sequence[str] | None = None,
   overwrite: bool = False,
 ) -> None:
   """Writes the adapter of a model, without the base, as PEFT writes it.
 
   Args:
     path: a directory to create; all of it or nothing is there.
-    family: from `adapt`, of `lora`, `ia3` or `prompt`.
+    family: from `adapt`, of `lora`, `ia3`, `prompt` or `poly`.
     params: of the adapted model.
     base_name: path or name of the base, for PEFT to load it by.
+    tasks: names of the tasks of an inventory by their numbers, to be noted.
     overwrite: put it in the place of one that is there.
 
   Raises:
-    ConfigError: another kind of adapter; of a `bank` or a `poly` one expert is
-      saved, adapted by itself (`pick`, `of_task`); one that adapts parameters
-      that are not called `kernel`.
+    ConfigError: another kind of adapter; of a `bank` one expert is saved,
+      adapted by itself (`pick`), and of a `poly` that PEFT does not compute the
+      LoRA of a task (`of_task`); one that adapts parameters that are not called
+      `kernel`.
     CheckpointError: the directory is there already.
   """
   base, own = family.split(params)
   adapter = family.adapter
   if not has_layout(adapter):
     raise errors.ConfigError(
-      f"{type(adapter).__name__} has no layout among PEFT's: save lora(), ia3() "
-      'or a single prompt(). Of a bank or an inventory save one expert, taken out '
-      'with `pick` or `of_task`, on the base adapted with `.expert`.'
+      f"{type(adapter).__name__} has no layout among PEFT's: save lora(), "
+      'ia3(), a single prompt(), or a poly() of alpha 1, factors mixed by sigmoid '
+      'gates, and a selector for every map. Of a bank or another inventory save '
+      'one expert, taken out with `pick` or `of_task`, on the base adapted with '
+      '`.expert`.'
     )
   if isinstance(adapter, sites_lib.LayerAdapter):
     _check_kernels(adapter.sites(family.base_specs))
   if isinstance(adapter, low_rank.Lora):
     leaves, config = tensors.of_lora(family, adapter, own)
+  elif isinstance(adapter, routes.Poly):
+    leaves, config = poly_tensors.of_poly(family, adapter, own)
   elif isinstance(adapter, scales.Ia3):
     leaves, config = tensors.of_ia3(family, adapter, own)
   else:
     assert isinstance(adapter, prompts.Prompt)
     leaves, config = tensors.of_prompt(family, adapter, own)
-  beside = {'base': tensors.fingerprint(family.plain, base)}
+  beside: dict[str, Any] = {'base': tensors.fingerprint(family.plain, base)}
+  if tasks is not None:
+    beside['tasks'] = list(tasks)
   config = {**config, 'base_model_name_or_path': base_name}
   with files.atomic_path(pathlib.Path(path), overwrite=overwrite) as temporary:
     temporary.mkdir()
@@ -146,6 +161,7 @@ def load(
     'LORA': tensors.to_lora,
     'IA3': tensors.to_ia3,
     'PROMPT_TUNING': tensors.to_prompt,
+    'POLY': poly_tensors.to_poly,
   }[config['peft_type']]
   try:
     adapter, own = read(family, config, leaves)
@@ -181,10 +197,10 @@ class Card:
   """What a saved adapter is, from its headers.
 
   Attributes:
-    kind: 'lora', 'ia3' or 'prompt'.
+    kind: 'lora', 'ia3', 'prompt' or 'poly'.
     base: what it says of its base: a name, and its fingerprint.
     targets: how many modules it changes.
-    ranks: their ranks, of LoRA.
+    ranks: their ranks, of LoRA and Poly.
     parameters: numbers in all.
   """
 
@@ -218,6 +234,7 @@ def card(path: os.PathLike | str) -> Card:
   ).specs()
   modules = {tensors.module_of(name) for name in specs}
   ranks = {s.shape[0] for n, s in specs.items() if '.lora_A' in n}
+  ranks |= {s.shape[-1] for n, s in specs.items() if n.endswith('poly_lora_A')}
   return Card(
     _KINDS[config['peft_type']],
     (config.get('base_model_name_or_path'), beside.get('base')),

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Leaves of adapters as tensors of PEFT's files, and back."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 import contextlib
 import dataclasses
 import re
@@ -26,7 +26,7 @@ from mergejax.core import errors
 from mergejax.core import tree
 from mergejax.core import typing
 
-_PREFIX = 'base_model.model.'
+PREFIX = 'base_model.model.'
 _SCALE = 'lora_scale'
 # Whether inputs are scaled; travels with the leaves of its layer.
 _BY_INPUTS = 'ia3_by_inputs'
@@ -40,7 +40,7 @@ Tensors = Mapping[str, np.ndarray]
 _ONE = sites_lib.Part((1, 1), ('one', 'one'), jax.random.normal)
 
 
-def _apart(family: models.ModelFamily) -> models.ModelFamily:
+def one_by_one(family: models.ModelFamily) -> models.ModelFamily:
   """The family with its layers one by one, as files have them."""
   config = family.config
   if not getattr(config, 'scan_layers', False):
@@ -53,11 +53,11 @@ def fingerprint(family: models.ModelFamily, params: typing.Tree) -> str:
   """Of a base's numbers, the same whether its layers are scanned or not."""
   specs = family.specs()
   axes = {path: s.axes for path, s in specs.items() if s.axes is not None}
-  apart = _apart(family).arranged(tree.flatten(params), axes)
+  apart = one_by_one(family).arranged(tree.flatten(params), axes)
   return fingerprints.fingerprint(tree.unflatten(apart))
 
 
-def _modules(
+def modules_of(
   apart: models.ModelFamily, base: typing.SpecTree
 ) -> dict[str, str]:
   """`{path of a kernel: what the module is called at Hugging Face}`.
@@ -86,7 +86,8 @@ def module_of(name: str) -> str:
     >>> module_of('base_model.model.encoder.q.lora_A.weight')
     'encoder.q'
   """
-  return re.sub(r'\.(lora_[AB]|ia3_l)\b.*', '', name).removeprefix(_PREFIX)
+  parts = r'\.(lora_[AB]|ia3_l|poly_lora_[AB]|poly_router)\b.*'
+  return re.sub(parts, '', name).removeprefix(PREFIX)
 
 
 def of_lora(
@@ -102,11 +103,11 @@ def of_lora(
     scale = np.float32(adapter.scale_at(site.path))
     leaves[leaf], axes[leaf] = np.full(spec.shape, scale), spec.axes
   found, factors = {}, {}
-  for module, parts in _by_module(family, leaves, axes).items():
+  for module, parts in by_module(family, leaves, axes).items():
     a, b = parts['lora_a'], parts['lora_b']
     rank = b.shape[0]
-    found[f'{_PREFIX}{module}.lora_A.weight'] = a.reshape(-1, rank).T
-    found[f'{_PREFIX}{module}.lora_B.weight'] = b.reshape(rank, -1).T
+    found[f'{PREFIX}{module}.lora_A.weight'] = a.reshape(-1, rank).T
+    found[f'{PREFIX}{module}.lora_B.weight'] = b.reshape(rank, -1).T
     root = np.sqrt(rank) if adapter.rank_stabilised else rank
     factors[module] = rank, float(parts[_SCALE].reshape(()) * root)
   rank, alpha = next(iter(factors.values()))
@@ -114,7 +115,7 @@ def of_lora(
   exact = lambda module: f'^{re.escape(module)}'
   return found, {
     'peft_type': 'LORA',
-    **_config(family, factors),
+    **config_of(family, factors),
     'r': rank,
     'lora_alpha': alpha,
     'lora_dropout': adapter.dropout,
@@ -138,16 +139,16 @@ def of_ia3(
       leaves[site.leaf(_BY_INPUTS)] = np.ones(spec.shape, np.float32)
       axes[site.leaf(_BY_INPUTS)] = spec.axes
   found, inputs = {}, []
-  modules = _by_module(family, leaves, axes)
+  modules = by_module(family, leaves, axes)
   for module, parts in modules.items():
     scale = parts[scales.SCALE].reshape(-1)
     by_inputs = _BY_INPUTS in parts
     inputs += [module] if by_inputs else []
     shape = (1, -1) if by_inputs else (-1, 1)
-    found[f'{_PREFIX}{module}.ia3_l'] = scale.reshape(shape)
+    found[f'{PREFIX}{module}.ia3_l'] = scale.reshape(shape)
   return found, {
     'peft_type': 'IA3',
-    **_config(family, modules),
+    **config_of(family, modules),
     'feedforward_modules': sorted(inputs),
     'fan_in_fan_out': False,
   }
@@ -157,7 +158,7 @@ def of_prompt(
   family: adapted_lib.Adapted, adapter: prompts.Prompt, own: typing.Tree
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
   """`(tensors, adapter_config.json)` of a prompt."""
-  config = _config(family, {})
+  config = config_of(family, {})
   del config['target_modules']
   target = np.asarray(tree.flatten(own)[prompts.TARGET], np.float32)
   return {'prompt_embeddings': target}, {
@@ -171,7 +172,10 @@ def of_prompt(
   }
 
 
-def _config(family, modules):
+def config_of(
+  family: adapted_lib.Adapted, modules: Iterable[str]
+) -> dict[str, Any]:
+  """What every `adapter_config.json` says of the base and of its modules."""
   task = None  # of PEFT's plain models, which are no language models
   if family.decodes:
     task = 'SEQ_2_SEQ_LM' if family.answers else 'CAUSAL_LM'
@@ -182,12 +186,16 @@ def _config(family, modules):
   }
 
 
-def _by_module(family, leaves, axes):
+def by_module(
+  family: adapted_lib.Adapted,
+  leaves: Mapping[typing.Path, Any],
+  axes: Mapping[typing.Path, Any],
+) -> dict[str, dict[str, np.ndarray]]:
   """`{module: {own name: array}}`, layers one by one, by names of files."""
-  apart = _apart(family.plain)
+  apart = one_by_one(family.plain)
   leaves = {p: np.asarray(x, np.float32) for p, x in leaves.items()}
   found: dict[str, dict[str, np.ndarray]] = {}
-  modules = _modules(apart, apart.specs())
+  modules = modules_of(apart, apart.specs())
   of_folder = {p.rpartition('/')[0]: module for p, module in modules.items()}
   for path, leaf in apart.arranged(leaves, axes).items():
     folder, _, name = path.rpartition('/')
@@ -230,8 +238,8 @@ def to_lora(
     for parts in leaves.values():
       parts['lora_b'] = parts['lora_b'] * parts[_SCALE]
   names = ('lora_a', 'lora_b')
-  own = _arranged(family, leaves, names)
-  targets = _targets(family, own)
+  own = arranged(family, leaves, names)
+  targets = targets_of(family, own)
   ranks = {
     f'{re.escape(folder)}/kernel': own[f'{folder}/lora_a'].shape[-1]
     for folder in {path.rpartition('/')[0] for path in own}
@@ -257,7 +265,7 @@ def to_ia3(
       scales.SCALE: vector.reshape(-1),
       _BY_INPUTS: np.full(1, vector.shape[0] == 1),
     }
-  own = _arranged(family, leaves, (scales.SCALE, _BY_INPUTS))
+  own = arranged(family, leaves, (scales.SCALE, _BY_INPUTS))
   sides = {path: own.pop(path) for path in [*own] if path.endswith(_BY_INPUTS)}
   rules, specs = [], family.specs()
   for path, leaf in own.items():
@@ -313,9 +321,9 @@ def _layers(family, config, given, kind):
       f'It also has parameters that were trained whole ({errors.some(more)}). '
       f'{_FOLD}.'
     )
-  apart = _apart(family)
+  apart = one_by_one(family)
   base = apart.specs()
-  modules = {module: path for path, module in _modules(apart, base).items()}
+  modules = {module: path for path, module in modules_of(apart, base).items()}
   for (module, _), paths in names.layers.items():
     if module not in modules:
       raise errors.StructureError(
@@ -339,7 +347,7 @@ def _layers(family, config, given, kind):
     yield path.rpartition('/')[0], parts, layer
 
 
-def _arranged(
+def arranged(
   family: models.ModelFamily,
   leaves: Mapping[str, Mapping[str, Any]],
   names: tuple[str, ...],
@@ -358,7 +366,7 @@ def _arranged(
     raise errors.StructureError(_NOT_ALIKE) from error
 
 
-def _targets(
+def targets_of(
   family: models.ModelFamily, own: Mapping[typing.Path, Any]
 ) -> tuple[str, ...]:
   """A target for every module that leaves belong to."""

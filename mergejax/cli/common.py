@@ -179,7 +179,7 @@ def split_gin_flags(
 
 def literal(value: str) -> str:
   """A gin value; bare words are strings, so shells need no nested quotes."""
-  if value.startswith(('@', '%')):
+  if value.lstrip('[( ').startswith(('@', '%')):  # lists of references too
     return value
   try:
     ast.literal_eval(value)

@@ -17,6 +17,7 @@ import jax
 
 import gin
 from mergejax import partition
+from mergejax.cli import adapting
 from mergejax.cli import branch_train_merge
 from mergejax.cli import common
 from mergejax.cli import domain_runs
@@ -40,7 +41,7 @@ from mergejax.training import trainer as trainer_lib
 # is not opened.
 _UNUSED = (
   'mixture_or_task', 'model_dir', 'initial_checkpoint', 'callbacks', 'seed',
-  'save_every', 'log_every', 'per_task', 'cache_dir',
+  'save_every', 'log_every', 'per_task', 'cache_dir', 'adapter_start',
 )  # fmt: skip
 # The devices of this machine, instead of a described slice.
 HERE = 'here'
@@ -191,10 +192,20 @@ def _train_model(arguments: Mapping[str, Any], devices, sizes) -> Made:
       'file.'
     )
   get = given.__getitem__
+  if get('choices'):
+    raise errors.ConfigError(
+      'Rows with all of their answers (choices) have as many as the tasks say, '
+      'and no data are opened here: leave it out, and the objective of it.'
+    )
   mesh = sizes if sizes is not None else get('mesh') or {}
+  family = adapting.adapted(get('module'), get('adapter'), get('restore'))
+  optimizer, router = (
+    made and train.optimizer_of(made, get('steps'))
+    for made in (get('optimizer'), get('router_optimizer'))
+  )
   trainer = trainer_lib.Trainer(
-    get('module'),
-    train.optimizer_of(get('optimizer'), get('steps')),
+    family,
+    adapting.optimizer_of(family, optimizer, router),
     objective=train.objective_of(get('objective'), get('loss')),
     mesh=partition.make_mesh(devices=devices, **mesh),
     rules=get('rules'),
@@ -204,9 +215,13 @@ def _train_model(arguments: Mapping[str, Any], devices, sizes) -> Made:
     clip=get('clip'),
     allow_float16=get('allow_float16'),
   )
-  lengths = stream_lib.batch_lengths(
-    get('lengths'), kind=get('kind'), pack=get('pack')
-  )
+  lengths: dict[str, int | None] = {
+    **stream_lib.batch_lengths(
+      get('lengths'), kind=get('kind'), pack=get('pack')
+    )
+  }
+  if get('adapter') is not None:
+    lengths |= dict.fromkeys(get('adapter').reads)
   make = _maker(trainer, lengths, get('steps'))
   return make, trainer, get('batch_size'), get('accumulate')
 

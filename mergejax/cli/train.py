@@ -103,6 +103,9 @@ def train_model(
   cache_dir: os.PathLike | str | None = None,
   allow_float16: bool = False,
   adapter: adapters.Adapter | None = None,
+  adapter_start: adapters.Start | None = None,
+  router_optimizer: optim.OptimizerLike | None = None,
+  choices: bool = False,
 ) -> None:
   r"""The job that trains one model on one task or mixture.
 
@@ -150,7 +153,15 @@ def train_model(
     allow_float16: see `trainer.Trainer`.
     adapter: what is trained instead of the model, `@adapters.lora()` for
       example; the model stays as `initial_checkpoint` has it, and
-      MODEL_DIR/adapter is the result.
+      MODEL_DIR/adapter is the result. One of several tasks is told which task
+      each row is of, by number in the order of the tasks' names, and leaves an
+      adapter for each in MODEL_DIR/adapters where PEFT has such files.
+    adapter_start: what it begins from, `@adapters.from_saved()` for example;
+      fresh by default.
+    router_optimizer: of what routes, logits of `poly` and the sub-network of
+      `attempt`; by default `optimizer` is that of all.
+    choices: rows come with all of their answers, which `@choices.t_few()`
+      learns from, of tasks of `answers.add_choice_task`.
   """
   directory = pathlib.Path(model_dir)
   start = start_lib.Start(
@@ -158,20 +169,30 @@ def train_model(
     fallback_to_scratch, pad_vocabulary,
   )  # fmt: skip
   begin = start.check(module)
-  family = adapting.adapted(module, adapter, restore)
+  family = adapting.adapted(
+    module, adapter, restore, adapter_start, initial_checkpoint
+  )
   name = getattr(mixture_or_task, 'name', mixture_or_task)
   if cache_dir is not None:
     seqio.add_global_cache_dirs([os.fspath(cache_dir)])
   provider = stream_lib.find(name, 'train', cached=cache_dir is not None)
+  names = task_ids.names(provider)
+  if adapter is not None:
+    adapting.check_tasks(family, names)
   if per_task:
-    names = task_ids.names(provider)
     transforms = [*transforms, transforms_lib.task_metrics(names)]
     if objective is None:
       loss = {**(loss or {}), 'tasks': len(names)}
   record = directory / 'run.json'
   trainer = trainer_lib.Trainer(
     family,
-    optimizer_of(optimizer, steps),
+    adapting.optimizer_of(
+      family,
+      optimizer_of(optimizer, steps),
+      None
+      if router_optimizer is None
+      else optimizer_of(router_optimizer, steps),
+    ),
     objective=objective_of(objective, loss),
     mesh=partition.make_mesh(**(mesh or {})),
     rules=rules,
@@ -185,6 +206,7 @@ def train_model(
   stream, data, local_rows = _open_data(
     trainer, provider, record, batch_size, lengths=lengths, kind=kind,
     pack=pack, seed=seed, task_ids=per_task, cached=cache_dir is not None,
+    row_ids=() if adapter is None else adapter.reads, choices=choices,
   )  # fmt: skip
   settings = {
     'model': models.describe(module),
@@ -195,6 +217,9 @@ def train_model(
     **data,
     **described(objective, transforms, freeze, accumulate, clip),
     **({} if adapter is None else {'adapter': _told(adapter)}),
+    **(
+      {} if adapter_start is None else {'adapter_start': _told(adapter_start)}
+    ),
   }
   where = same_run.layout(trainer.mesh)
   same_run.check(record, settings, where)
@@ -203,7 +228,11 @@ def train_model(
   key = jax.random.key(seed)
   given = begin.arguments(trainer, steps, key, directory / 'train')
   if adapter is not None and 'params' in given:
-    given['params'] = family.start(given['params'], key)
+    base = given['params']
+    given['params'] = (
+      family.start(base, key) if adapter_start is None
+      else family.joined(base, adapter_start(family, base, key))
+    )  # fmt: skip
   same_run.write(record, settings, where)
   state = trainer.fit(
     stream,
@@ -218,9 +247,7 @@ def train_model(
   if adapter is None:
     checkpoints.export(directory / 'model', family, state.params)
   else:
-    adapting.export(
-      directory / 'adapter', family, state.params, start.checkpoint
-    )
+    adapting.export(directory, family, state.params, start.checkpoint, names)
 
 
 def objective_of(

@@ -10,9 +10,17 @@ training_scores.suite:
   keep_best = 'mean'
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import os
 
+import numpy as np
+import seqio
+
+from mergejax import adapters
+from mergejax.data import splits
+from mergejax.data import stream
+from mergejax.data import task_ids
+from mergejax.evaluation import ranked as ranked_lib
 from mergejax.evaluation import suite as suite_lib
 from mergejax.training import scoring
 
@@ -51,4 +59,64 @@ class suite(scoring.evaluate):  # pylint: disable=invalid-name
     super().on_start(run)
     self._fn = scoring.compiled(
       self._suite.evaluator(run.family, self._split, self._tasks)
+    )
+
+
+class ranked(scoring.evaluate):  # pylint: disable=invalid-name
+  """Accuracy of rank classification, every so many steps."""
+
+  def __init__(
+    self,
+    tasks: seqio.Task | seqio.Mixture | str,
+    *,
+    lengths: Mapping[str, int],
+    every: int,
+    split: str = 'validation',
+    batch_size: int = 32,
+    max_examples: int | None = 512,
+    length_norm: float = 1.0,
+    parts: int = 1,
+    averages: Sequence[str] = (),
+    keep_best: str | None = None,
+  ):
+    """Makes the callback.
+
+    Args:
+      tasks: with choices, see `answers.add_choice_task`; each has a score.
+      lengths: tokens of `inputs` and of every answer, `targets`.
+      every: see `scoring.evaluate`.
+      split: which examples.
+      batch_size: rows of a batch.
+      max_examples: of each task, a fixed sample; None takes all.
+      length_norm: as in training, see `choices.t_few`.
+      parts: see `choices.rank`.
+      averages: see `scoring.evaluate`.
+      keep_best: likewise.
+    """
+    super().__init__(
+      lambda params: {}, every=every, averages=averages, keep_best=keep_best
+    )
+    self._name = getattr(tasks, 'name', tasks)
+    self._length_norm, self._parts = length_norm, parts
+    self._read = dict(
+      lengths=lengths, batch_size=batch_size, split=split,
+      kind='encoder_decoder', max_examples=max_examples, choices=True,
+    )  # fmt: skip
+
+  def on_start(self, run):
+    super().on_start(run)
+    read = self._read
+    provider = stream.find(self._name, read['split'])
+    family, data = run.family, {}
+    reads = family.adapter.reads if isinstance(family, adapters.Adapted) else ()
+    for number, task in enumerate(task_ids.names(provider)):
+      rows = np.full(read['batch_size'], number, np.int32)
+      data[task] = [
+        {**batch, **dict.fromkeys(reads, rows)}
+        for batch in splits.batches(task, **read)
+      ]
+    self._fn = scoring.compiled(
+      ranked_lib.rank_evaluator(
+        family, data, length_norm=self._length_norm, parts=self._parts
+      )
     )

@@ -58,7 +58,7 @@ def format_features(
   def apply(dataset: Dataset) -> Dataset:
     return dataset.map(
       lambda row: {
-        feature: _filled(template, row)
+        feature: filled(template, row)
         for feature, template in templates.items()
       },
       num_parallel_calls=tf.data.AUTOTUNE,
@@ -67,7 +67,8 @@ def format_features(
   return apply
 
 
-def _filled(template, row):
+def filled(template: str, row: Mapping[str, tf.Tensor]) -> tf.Tensor:
+  """A template with the columns of a row in it, as text."""
   parts = []
   for literal, column, _, _ in string.Formatter().parse(template):
     parts.append(literal)
@@ -124,7 +125,7 @@ def filled_and_tokenized(
 
   @tf.autograph.experimental.do_not_convert  # there is nothing to convert
   def one(row):
-    texts = {name: _filled(each, row) for name, each in templates.items()}
+    texts = {name: filled(each, row) for name, each in templates.items()}
     return seqio.preprocessors.append_eos_after_trim_impl(
       seqio.preprocessors.tokenize_impl(texts, output_features),
       output_features,

@@ -11,6 +11,8 @@ import seqio
 import tensorflow as tf
 
 from mergejax.core import errors
+from mergejax.data import answers as answers_lib
+from mergejax.data import converters
 from mergejax.data import objectives
 from mergejax.data import samples
 from mergejax.data import sources
@@ -53,6 +55,7 @@ def batches(
   kind: str = 'lm',
   max_examples: int | None = None,
   answers: bool = False,
+  choices: bool = False,
 ) -> list[stream.Batch]:
   """A split, or a fixed random sample of it, in batches of equal shape.
 
@@ -66,6 +69,8 @@ def batches(
       local file is read to its end for it.
     answers: the targets are answers, of which nothing may be cut off. Other
       targets, and inputs, that are cut are told in a warning.
+    choices: with all answers of tasks of `answers.add_choice_task`; empty rows
+      have none.
 
   Returns:
     Batches of `<int32>[batch_size, length]` arrays. Those of a text task have
@@ -84,7 +89,12 @@ def batches(
   if kind in ('encoder_decoder', 'prefix_lm') and not _cut_by_itself(provider):
     _check_cuts(provider, split, lengths, max_examples, answers)
   dataset = in_order(provider, split, lengths)
-  rows = list(_read(_converter(kind, dataset), dataset, lengths, max_examples))
+  converter = _converter(kind, dataset)
+  if choices:
+    extra = answers_lib.kept(provider, lengths)
+    converter = converters.extended(stream.CONVERTERS[kind], False, [extra])
+    lengths = {**lengths, extra.feature: extra.length}
+  rows = list(_read(converter, dataset, lengths, max_examples))
   if not rows:
     raise errors.DataError(
       f'The split {split!r} of {mixture_or_task} has no example.'

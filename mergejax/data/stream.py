@@ -19,7 +19,9 @@ import seqio
 import tensorflow as tf
 
 from mergejax.core import errors
+from mergejax.data import answers as answers_lib
 from mergejax.data import cached as cached_lib
+from mergejax.data import converters
 from mergejax.data import identity
 from mergejax.data import sources
 from mergejax.data import task_ids as task_ids_lib
@@ -97,6 +99,21 @@ def check_lengths(lengths: Mapping[str, int], kind: str) -> None:
     check_positive(f'length of {name}', length)
 
 
+def _check_extras(kind, pack, row_ids, choices):
+  """Raises where rows are no examples, or none with inputs of their own."""
+  if pack and (row_ids or choices):
+    raise errors.ConfigError(
+      'A row of several packed examples has no task and no choices of its own, '
+      f'which {" and ".join(row_ids) or "the choices"} would tell: set pack=False '
+      '(train.train_model.pack = False).'
+    )
+  if choices and kind != 'encoder_decoder':
+    raise errors.ConfigError(
+      f"Choices are answers of an encoder-decoder: kind='encoder_decoder', not "
+      f'{kind!r}.'
+    )
+
+
 def batch_lengths(
   lengths: Mapping[str, int], *, kind: str, pack: bool
 ) -> dict[str, int]:
@@ -147,6 +164,8 @@ class SeqioStream:
     shard_index: int = 0,
     num_shards: int = 1,
     task_ids: bool = False,
+    row_ids: Sequence[str] = (),
+    choices: bool = False,
     cached: bool = False,
   ):
     """Opens a stream.
@@ -164,6 +183,10 @@ class SeqioStream:
       num_shards: how many parts there are.
       task_ids: say of every target which task it is of, as `decoder_task_ids`;
         rows stay as they are. See `task_ids`.
+      row_ids: say of every row which task it is of, under these names,
+        `<int32>[batch]` from 0 in the order of the tasks' names: what adapters
+        of several tasks read. Rows must not be packed.
+      choices: with all answers of tasks of `answers.add_choice_task`.
       cached: read what `mergejax cache` wrote to a folder that
         `seqio.add_global_cache_dirs` has.
 
@@ -182,6 +205,8 @@ class SeqioStream:
       'shard': f'{shard_index} of {num_shards}',
       # What older positions do not have is not told where it is not used.
       **({'task_ids': True} if task_ids else {}),
+      **({'row_ids': sorted(row_ids)} if row_ids else {}),
+      **({'choices': True} if choices else {}),
       **({'cached': True} if cached else {}),
     }
     provider = find(mixture_or_task, split, cached=cached)
@@ -189,11 +214,19 @@ class SeqioStream:
     check_positive('batch size', batch_size)
     if not cached:
       _check_examples(provider, split, num_shards)
-    lengths, converter = dict(lengths), CONVERTERS[kind](pack=pack)
-    if task_ids:
-      converter = task_ids_lib.converter(kind, pack)
+    lengths, extras = dict(lengths), []
+    _check_extras(kind, pack, row_ids, choices)
+    if choices:
+      extras.append(answers_lib.kept(provider, lengths))
+    if task_ids or row_ids:
       provider = task_ids_lib.numbered(provider)
-      lengths = task_ids_lib.lengths_with(lengths)
+      extras.append(
+        task_ids_lib.kept(kind, lengths, targets=task_ids, rows=row_ids)
+      )
+    converter = CONVERTERS[kind](pack=pack)
+    if extras:
+      converter = converters.extended(CONVERTERS[kind], pack, extras)
+      lengths |= {each.feature: each.length for each in extras}
     with reporting_bad_tasks(mixture_or_task):
       dataset = seqio.get_dataset(
         provider,
@@ -344,7 +377,9 @@ def reporting_bad_rows():
   try:
     yield
   except tf.errors.OpError as error:
-    found = re.search(r'DataError: (.*?)\n\s*\n?Traceback', str(error), re.S)
+    found = re.search(
+      r'DataError: (.*?)(\n\s*\n?Traceback|\n\t \[\[)', str(error), re.S
+    )
     if not found:
       raise
     raise errors.DataError(found[1].strip()) from error

@@ -6,16 +6,19 @@ The number of the task stands beside every token of the targets, and is cut,
 packed and padded with them: rows are the same as without it.
 """
 
+from collections.abc import Mapping, Sequence
+
 import seqio
 import tensorflow as tf
 
 from mergejax.core import errors
+from mergejax.data import converters
 
 # In an example, and in a batch: 1, 2, ... in the order of `names`, 0 padding.
 FEATURE = 'task_ids'
 BATCH_FEATURE = 'decoder_task_ids'
 
-_SPEC = seqio.FeatureConverter.FeatureSpec(dtype=tf.int32)
+_SPEC = converters.Spec(dtype=tf.int32)
 
 
 def names(provider: seqio.Task | seqio.Mixture) -> list[str]:
@@ -61,51 +64,38 @@ def numbered(provider: seqio.Task | seqio.Mixture) -> seqio.Mixture:
   return _Numbered(provider.name, pairs, sample_fn=provider._sample_fn)
 
 
-class _Keeping:
-  """A feature converter that keeps the numbers beside the targets."""
+def kept(
+  kind: str, lengths: Mapping[str, int], *, targets: bool, rows: Sequence[str]
+) -> converters.Extra:
+  """What batches of a `numbered` mixture say of their tasks.
 
-  def _convert_example(self, features):
-    converted = super()._convert_example(features)
-    return {**converted, BATCH_FEATURE: features[FEATURE]}
-
-  def get_model_feature_lengths(self, task_feature_lengths):
-    lengths = super().get_model_feature_lengths(task_feature_lengths)
-    return {**lengths, BATCH_FEATURE: task_feature_lengths['targets']}
-
-
-class _EncoderDecoder(_Keeping, seqio.EncDecFeatureConverter):
-  TASK_FEATURES = {**seqio.EncDecFeatureConverter.TASK_FEATURES, FEATURE: _SPEC}
-  MODEL_FEATURES = {
-    **seqio.EncDecFeatureConverter.MODEL_FEATURES,
-    BATCH_FEATURE: _SPEC,
-  }
-
-
-class _LanguageModel(_Keeping, seqio.LMFeatureConverter):
-  TASK_FEATURES = {**seqio.LMFeatureConverter.TASK_FEATURES, FEATURE: _SPEC}
-  MODEL_FEATURES = {
-    **seqio.LMFeatureConverter.MODEL_FEATURES,
-    BATCH_FEATURE: _SPEC,
-  }
-
-
-_CONVERTERS = {'encoder_decoder': _EncoderDecoder, 'lm': _LanguageModel}
-
-
-def converter(kind: str, pack: bool) -> seqio.FeatureConverter:
-  """A converter of `kind` whose batches have `BATCH_FEATURE`.
+  Args:
+    kind: as of `stream.SeqioStream`.
+    lengths: tokens per feature.
+    targets: `BATCH_FEATURE`, `<int32>[rows, length]`.
+    rows: names of `<int32>[rows]` each, the number of a row's task, from 0: what
+      adapters read. Rows must not be packed.
 
   Raises:
     ConfigError: a kind that has none: rows of `'prefix_lm'` hold inputs too.
   """
-  if kind not in _CONVERTERS:
+  if kind not in ('encoder_decoder', 'lm'):
     raise errors.ConfigError(
       f'Batches of {kind!r} features do not tell their tasks apart, those of '
-      f'{" and ".join(map(repr, _CONVERTERS))} do: leave per_task out.'
+      "'encoder_decoder' and 'lm' do: leave per_task out, and adapters that tell "
+      'rows apart.'
     )
-  return _CONVERTERS[kind](pack=pack)
+  scalar = converters.Spec(dtype=tf.int32, rank=0)
+  arrays = {name: scalar for name in rows}
 
+  def make(features):
+    numbers = features[FEATURE]
+    of_targets = {BATCH_FEATURE: numbers} if targets else {}
+    return {**of_targets, **{name: numbers[0] - 1 for name in rows}}
 
-def lengths_with(lengths: dict[str, int]) -> dict[str, int]:
-  """Tokens per feature, those of the numbers included."""
-  return {**lengths, FEATURE: lengths['targets']}
+  if targets:
+    arrays[BATCH_FEATURE] = _SPEC
+  length = lengths['targets']
+  return converters.Extra(
+    FEATURE, _SPEC, length, arrays, dict.fromkeys(arrays, length), make
+  )

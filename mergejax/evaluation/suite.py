@@ -46,8 +46,8 @@ import yaml
 
 from mergejax.core import errors
 from mergejax.data import features
-from mergejax.data import rows
 from mergejax.data import splits
+from mergejax.data import tables
 from mergejax.data import tasks as tasks_lib
 from mergejax.evaluation import generated
 from mergejax.evaluation import metrics
@@ -248,12 +248,12 @@ def _parse_task(name, data, vocabulary):
       if word not in data:
         raise errors.ConfigError(f"task {name} lacks the template '{word}'.")
     source = tasks_lib.add_table_task(
-      f'suite_{name}', _split_files(source), inputs=data['inputs'],
+      f'suite_{name}', tables.split_files(source, scoring.SPLITS), inputs=data['inputs'],
       targets=data['targets'], vocabulary=vocabulary, by_content=True,
     ).name  # fmt: skip
   elif kind == 'lm':
     source = tasks_lib.add_text_task(
-      f'suite_{name}', _split_files(source), vocabulary=vocabulary,
+      f'suite_{name}', tables.split_files(source, scoring.SPLITS), vocabulary=vocabulary,
       by_content=True,
     ).name  # fmt: skip
   else:
@@ -276,30 +276,6 @@ def _check_metric(metric, kind, name):
       f'task {name}: {metric} is of generated answers to inputs, which '
       f'{"images" if kind == "images" else "plain text"} does not have.'
     )
-
-
-def _split_files(source):
-  """`{split: file}` of a folder, or of one file that serves every split."""
-  path = tasks_lib.locate(source)
-  if path.is_file():
-    return {split: path for split in scoring.SPLITS}
-  files = {}
-  for split in scoring.SPLITS:
-    found = [path / f'{split}{suffix}' for suffix in rows.SUFFIXES]
-    found = [file for file in found if file.is_file()]
-    if len(found) > 1:
-      raise errors.DataError(
-        f'{path} holds more than one {split} file: '
-        f'{", ".join(file.name for file in found)}. Leave one.'
-      )
-    if found:
-      files[split] = found[0]
-  if not files:
-    raise errors.DataError(
-      f'{path} holds no train, validation or test file '
-      f'({", ".join(rows.SUFFIXES)}).'
-    )
-  return files
 
 
 def _mixture(data):

@@ -10,12 +10,14 @@ from mergejax.experts import outer
 from mergejax.experts import to_dense
 from mergejax.experts import upcycle
 from mergejax.experts import usage
+from mergejax.experts.adapter_route import AdapterRouter
 from mergejax.experts.ensemble import Posterior
 from mergejax.experts.forest import Forest
 from mergejax.experts.mixture import Mixture
 from mergejax.experts.route import Router
 
 __all__ = [
+  'AdapterRouter',
   'Forest',
   'Mixture',
   'Posterior',

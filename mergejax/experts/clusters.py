@@ -18,7 +18,8 @@ that would lose most. Vectors of length 1 are ours too: documents differ in
 length, and their contexts are short.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+import functools
 import importlib
 import json
 import os
@@ -146,6 +147,49 @@ def fit(
     raise errors.ConfigError(
       f'{len(texts)} documents do not make {count} clusters.'
     )
+  make, points = _space(texts, directions, min_documents, seed)
+  centres, assignment = balanced_k_means(points, count, seed=seed)
+  return make(centres, assignment)
+
+
+def of_groups(
+  groups: Mapping[str, Sequence[str]],
+  *,
+  directions: int = 100,
+  min_documents: int = 2,
+  seed: int = 0,
+) -> Clusters:
+  """Clusters of texts whose domains are known: tasks with adapters, say.
+
+  A centre is the mean of the points of a group. Groups may differ in size.
+
+  Args:
+    groups: `{name: texts}`; clusters are in the order of the names given.
+    directions: see `fit`.
+    min_documents: likewise.
+    seed: of the SVD.
+
+  Raises:
+    ConfigError: a group without a text, or scikit-learn is missing.
+    DataError: the texts have no word in common.
+  """
+  empty = [name for name, texts in groups.items() if not texts]
+  if empty or not groups:
+    raise errors.ConfigError(
+      f'A group without a text has no centre: {errors.some(empty) or "no group"}.'
+    )
+  texts = [text for each in groups.values() for text in each]
+  sizes = [len(each) for each in groups.values()]
+  assignment = np.repeat(np.arange(len(groups), dtype=np.int32), sizes)
+  make, points = _space(texts, directions, min_documents, seed)
+  centres = np.stack([
+    points[assignment == i].mean(axis=0) for i in range(len(groups))
+  ])  # fmt: skip
+  return make(centres, assignment)
+
+
+def _space(texts, directions, min_documents, seed):
+  """`(what makes clusters of centres, points of texts)`."""
   vectorizer = _words(min_df=min(min_documents, len(texts)))
   try:
     weights = vectorizer.fit_transform(texts)
@@ -157,9 +201,9 @@ def fit(
   most = min(directions, min(weights.shape) - 1)
   svd = _sklearn('decomposition').TruncatedSVD(max(most, 1), random_state=seed)
   points = _unit(np.asarray(svd.fit_transform(weights), np.float32))
-  centres, assignment = balanced_k_means(points, count, seed=seed)
   terms = vectorizer.get_feature_names_out().tolist()
-  return Clusters(terms, vectorizer.idf_, svd.components_, centres, assignment)
+  make = functools.partial(Clusters, terms, vectorizer.idf_, svd.components_)
+  return make, points
 
 
 def balanced_k_means(

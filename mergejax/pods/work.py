@@ -61,7 +61,7 @@ class Work:
 
 def training_step(
   trainer: trainer_lib.Trainer,
-  lengths: Mapping[str, int],
+  lengths: Mapping[str, int | None],
   *,
   rows: int,
   steps: int = 1000,
@@ -70,7 +70,8 @@ def training_step(
 
   Args:
     trainer: on a mesh of described devices or of real ones.
-    lengths: `{name: positions}` of the arrays of a batch; no data are opened.
+    lengths: `{name: positions}` of the arrays of a batch, None of one with one
+      number a row; no data are opened.
     rows: of a batch; of experts, of each of them.
     steps: of the whole run, for its schedules.
 
@@ -88,11 +89,11 @@ def training_step(
   )
   experts = (len(trainer.experts or ()),) if trainer.lead else ()
   batch = {
-    name: _rows(trainer, name, (*experts, rows, length))
+    name: _rows(trainer, name, (*experts, rows), length)
     for name, length in lengths.items()
   }
   tokens = rows * math.prod(experts) * sum(
-    lengths.get(name, 0)
+    lengths.get(name) or 0
     for name in ('encoder_input_tokens', 'decoder_target_tokens')
   )  # fmt: skip
   held = {
@@ -229,11 +230,13 @@ def _key(trainer):
   )
 
 
-def _rows(trainer, name, shape):
+def _rows(trainer, name, shape, length):
   """One array of a batch, its rows spread over the mesh."""
   mesh, rules = trainer.mesh, trainer.rules
-  batches.check_rows(f'{name} of a batch', shape[-2], mesh, rules)
-  axes = (*trainer.lead, 'batch', None)
+  batches.check_rows(f'{name} of a batch', shape[-1], mesh, rules)
+  axes = (*trainer.lead, 'batch')
+  if length is not None:
+    shape, axes = (*shape, length), (*axes, None)
   layout = partition.sharding(mesh, axes, shape, rules.activations)
   return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=layout)
 

@@ -150,6 +150,53 @@ def factors(
   return _told(schedule, 'factors', settings)
 
 
+def warmup_linear(
+  peak: float,
+  *,
+  warmup: int | float = 0.06,
+  steps: int | None = None,
+) -> Schedule | Spanning:
+  """Linear warm-up from 0 to `peak`, then linearly to 0 at the last step.
+
+  Args:
+    peak: highest learning rate.
+    warmup: steps of warm-up, part of `steps`; or, below 1, their share of them,
+      rounded down. T-Few's and Polytropon's 0.06.
+    steps: total steps. By default the length of the run, which its job tells.
+
+  Returns:
+    `schedule(step) -> <float32>[]`, or what makes it of the steps of a run.
+
+  Raises:
+    ConfigError: the warm-up is longer than the run.
+
+  Example:
+    >>> rate = over(warmup_linear(1.0), 100)
+    >>> [round(float(rate(step)), 2) for step in (0, 3, 6, 53, 100)]
+    [0.0, 0.5, 1.0, 0.5, 0.0]
+
+  Source: Liu et al. (2022), https://arxiv.org/abs/2205.05638, section 3.4.
+  """
+  if steps is None:
+    return Spanning(
+      lambda length: warmup_linear(peak, warmup=warmup, steps=length)
+    )
+  settings = dict(locals())
+  first = int(warmup * steps) if warmup < 1 else warmup
+  if not (isinstance(first, int) and 0 <= first < steps):
+    raise errors.ConfigError(
+      f'A warm-up of {warmup} does not fit into {steps} steps: give a whole number '
+      'of steps, a share below 1, or train longer.'
+    )
+
+  def schedule(step):
+    t = jnp.asarray(step, jnp.float32)
+    up, down = t / max(first, 1), (steps - t) / (steps - first)
+    return peak * jnp.clip(jnp.where(t < first, up, down), 0.0, 1.0)
+
+  return _told(schedule, 'warmup_linear', settings)
+
+
 def warmup_cosine(
   peak: float,
   *,

@@ -279,11 +279,15 @@ class AdaptedTest(parameterized.TestCase):
         found, expected[:, -found.shape[1] :], rtol=2e-4, atol=2e-4
       )
 
-  def test_answers_step_by_step(self):
-    family, base = small_adapted.build('t5')
-    adapted = mj.adapters.adapt(family, mj.adapters.prompt(length=3))
+  @parameterized.parameters(('t5', None), ('lm', None), ('lm', 2))
+  def test_answers_step_by_step(self, kind, tasks):
+    family, base = small_adapted.build(kind)
+    prompt = mj.adapters.prompt(length=3, tasks=tasks)
+    adapted = mj.adapters.adapt(family, prompt)
     params = adapted.start(base, jax.random.key(0))
     batch = small_adapted.batch(2)
+    if tasks:
+      batch['task_ids'] = np.array([1, 0], np.int32)
 
     def steps(params):
       cache, found = adapted.init_cache(params, batch, 3), []
@@ -332,8 +336,6 @@ class AdaptedTest(parameterized.TestCase):
     params = plain.start(base, jax.random.key(0))
     with self.assertRaisesRegex(errors.DataError, 'packed rows'):
       plain.logits(params, packed)
-    with self.assertRaisesRegex(errors.ConfigError, 'do not decode behind'):
-      plain.init_cache(params, small_adapted.batch(2), 3)
     with self.assertRaisesRegex(
       errors.DataError, r'\[2, 3, 8\], and \[1, 3, 8\]'
     ):

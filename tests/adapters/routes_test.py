@@ -259,18 +259,18 @@ class LawsTest(parameterized.TestCase):
 
 
 class ModelTest(parameterized.TestCase):
-  def adapted(self, **settings):
+  def adapted(self, scan_layers=True, **settings):
     family, base = small_adapted.build(
-      't5', head_dim=4, mlp_dim=8, scan_layers=True
+      't5', head_dim=4, mlp_dim=8, scan_layers=scan_layers
     )
     adapter = mj.adapters.poly(tasks=3, skills=2, heads=2, **settings)
     adapted = mj.adapters.adapt(family, adapter)
     draw = small_adapted.leaves(adapted.adapter_specs)
     return adapted, adapted.joined(base, draw)
 
-  @parameterized.parameters('map', 'stack', 'model')
+  @parameterized.parameters('map', 'sublayer', 'model')
   def test_mixed_tasks_are_each_alone(self, selectors):
-    adapted, params = self.adapted(selectors=selectors)
+    adapted, params = self.adapted(selectors != 'sublayer', selectors=selectors)
     batch = small_adapted.batch(4)
     ids = np.int32([2, 0, 2, 1])
     found = jax.jit(adapted.logits)(params, {**batch, 'task_ids': ids})
@@ -284,8 +284,26 @@ class ModelTest(parameterized.TestCase):
       np.testing.assert_allclose(
         found[ids == task], alone[ids == task], rtol=5e-4, atol=5e-4
       )
+
+  @parameterized.parameters(
+    ('map', 18, 'encoder/encoder/attention/query/poly_logits'),
+    ('sublayer', 10, 'routes/decoder/layers_1/encoder_decoder_attention'),
+    ('block', 4, 'routes/encoder/layers_1'),
+    ('stack', 2, 'routes/encoder'),
+    ('model', 1, 'routes/model'),
+  )
+  def test_who_has_logits_of_its_own(self, selectors, count, one):
+    scanned = selectors not in ('sublayer', 'block')
+    family, _ = small_adapted.build('t5', scan_layers=scanned)
+    poly = mj.adapters.poly(tasks=3, skills=2, selectors=selectors)
+    adapted = mj.adapters.adapt(family, poly)
     logits = [p for p in adapted.adapter_specs if poly.group(p) == 'router']
-    self.assertLen(logits, {'map': 18, 'stack': 2, 'model': 1}[selectors])
+    self.assertLen(logits, count)
+    self.assertIn(one, logits)
+    if not scanned:
+      stacked, _ = small_adapted.build('t5', scan_layers=True)
+      with self.assertRaisesRegex(errors.ConfigError, 'scan_layers=False'):
+        mj.adapters.adapt(stacked, poly)
 
   def test_what_learns_and_at_which_rate(self):
     adapted, params = self.adapted(learn='routing')

@@ -136,6 +136,42 @@ class SavedTest(parameterized.TestCase):
       np.testing.assert_array_equal, leaves, adapted.split(params)[1]
     )
 
+  @parameterized.parameters(False, True)
+  def test_an_inventory(self, scanned):
+    family, base = small_adapted.build('t5', scan_layers=scanned)
+    poly = mj.adapters.poly(tasks=3, skills=4, heads=2, rank=2)
+    adapted = mj.adapters.adapt(family, poly)
+    params = adapted.joined(base, small_adapted.leaves(adapted.adapter_specs))
+    mj.adapters.save(self.folder / 'p', adapted, params, tasks=['a', 'b', 'c'])
+    again, leaves = mj.adapters.load(self.folder / 'p', family, base)
+    read = again.adapter
+    self.assertEqual(
+      (read.tasks, read.skills, read.heads, read.rank), (3, 4, 2, 2)
+    )
+    own = tree.flatten(leaves)
+    expected = tree.flatten(adapted.split(params)[1])
+    self.assertCountEqual(own, expected)
+    for path, leaf in expected.items():
+      np.testing.assert_array_equal(own[path], leaf, path)
+    card = mj.adapters.card(self.folder / 'p')
+    self.assertEqual((card.kind, card.ranks), ('poly', (2,)))
+    # What PEFT would compute otherwise is not written as if it were PEFT's.
+    for changes in (
+      dict(alpha=2.0), dict(shared_skill=True), dict(selector='uniform'),
+      dict(selectors='stack'),
+    ):  # fmt: skip
+      other = mj.adapters.poly(tasks=3, skills=4, heads=2, rank=2, **changes)
+      self.assertFalse(mj.adapters.has_layout(other), changes)
+    file = self.folder / 'p' / 'adapter_config.json'
+    config = json.loads(file.read_text())
+    for changes, message in (
+      (dict(poly_type='other'), "poly_type is 'other'"),
+      (dict(n_skills=3), 'would be'),
+    ):
+      file.write_text(json.dumps({**config, **changes}))
+      with self.assertRaisesRegex(errors.UserError, message):
+        mj.adapters.load(self.folder / 'p', family)
+
   def test_task_in_the_file(self):
     for kind, task in (('t5', 'SEQ_2_SEQ_LM'), ('lm', 'CAUSAL_LM')):
       self.assertEqual(self.config(small_adapted.build(kind)[0]), task)

@@ -5,34 +5,23 @@
 Also with the run of `gin/runs/ladder.gin`, at small sizes.
 """
 
-import contextlib
-import io
 import json
 import pathlib
 
 from absl.testing import absltest
 import jax
 import numpy as np
+from one_command import run
 
 import gin
 import mergejax as mj
 from mergejax import models
-from mergejax.cli import main
 from mergejax.core import tree
 
 SIZES = dict(
   vocab_size=384, emb_dim=16, num_heads=2, head_dim=8, mlp_dim=32,
   num_decoder_layers=1,
 )  # fmt: skip
-
-
-def run(*arguments):
-  """`(exit code, stdout, stderr)`."""
-  gin.clear_config()
-  out, err = io.StringIO(), io.StringIO()
-  with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-    code = main.main([str(a) for a in arguments])
-  return code, out.getvalue(), err.getvalue()
 
 
 class Case(absltest.TestCase):
@@ -134,7 +123,7 @@ class LadderTest(Case):
   def test_side_network_is_trained_and_written(self):
     # optax's AdamW mixes dtypes.
     with jax.numpy_dtype_promotion('standard'):
-      code, _, err = self.train('--gin.ENCODER_LAYERS=[1]')
+      code, _, err = self.train('--gin.ENCODER_LAYERS=[1]', '--gin.WARMUP=1')
     self.assertEqual(code, 0, err)
     adapted = mj.adapters.adapt(
       self.family, mj.adapters.ladder(encoder_layers=[1])

@@ -62,6 +62,23 @@ class CommandTest(absltest.TestCase):
     self.assertEqual(step.tokens, 8 * 12)
     self.assertEqual(init.name, 'fresh state')
 
+  def test_a_run_of_an_adapter(self):
+    """What is compiled trains it alone, and is told whose rows are whose."""
+    step, _ = self.works_of(
+      *gin_run(), '--gin_file=gin/runs/poly.gin', '--gin.TASKS={}',
+      '--gin.NUM_TASKS=3',
+    )  # fmt: skip
+    ids = step.held['batch']['task_ids']
+    self.assertEqual((ids.shape, ids.dtype), ((8,), np.int32))
+    learned = [
+      '/'.join(str(part.key) for part in path if hasattr(part, 'key'))
+      for path, leaf in jax.tree.leaves_with_path(step.held['optimizer'])
+      if leaf.size > 1
+    ]
+    self.assertNotEmpty(learned)
+    for path in learned:
+      self.assertIn('poly_', path)
+
   def test_the_largest_batch_divides_into_parts(self):
     """100 bytes hold 100 rows; in two parts over four slices, 96."""
 

@@ -85,6 +85,27 @@ class TaskIdsTest(parameterized.TestCase):
       seen |= set(ids.ravel().tolist())
     self.assertEqual(seen, {0, 1, 2, 3})
 
+  @parameterized.parameters('encoder_decoder', 'lm')
+  def test_every_row_knows_its_task(self, kind):
+    plain = self.batches(kind, False)
+    told = self.batches(
+      kind, False, task_ids=True, row_ids=['task_ids', 'expert_ids']
+    )
+    seen = set()
+    for before, after in zip(plain, told):
+      ids = after.pop('task_ids')
+      self.assertEqual((ids.dtype, ids.shape), (np.int32, (4,)))
+      np.testing.assert_array_equal(after.pop('expert_ids'), ids)
+      targets = after['decoder_target_tokens']
+      np.testing.assert_array_equal((ids + 1) * 10, targets[:, 0])
+      after.pop('decoder_task_ids')
+      for name, leaf in before.items():
+        np.testing.assert_array_equal(after[name], leaf)
+      seen |= set(ids.tolist())
+    self.assertEqual(seen, {0, 1, 2})
+    with self.assertRaisesRegex(errors.ConfigError, 'pack=False'):
+      self.batches(kind, True, row_ids=['task_ids'])
+
   def test_a_position_is_restored(self):
     settings = dict(lengths=LENGTHS, batch_size=4, kind='encoder_decoder',
                     task_ids=True)  # fmt: skip

@@ -80,6 +80,16 @@ class SchedulesTest(absltest.TestCase):
     found = [float(schedule(t)) for t in (0, 5, 10, 55, 100, 500)]
     np.testing.assert_allclose(found, [0, 0.5, 1, 0.55, 0.1, 0.1], atol=1e-6)
 
+  def test_warmup_linear(self):
+    expected = goldens.load('tfew_losses')['lr_schedule_1000_steps']
+    rate = schedules.over(schedules.warmup_linear(3e-3), 1000)
+    found = rate(np.arange(1001))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    counted = schedules.warmup_linear(3e-3, warmup=60, steps=1000)
+    np.testing.assert_array_equal(counted(np.arange(1002))[:-1], found)
+    with self.assertRaisesRegex(errors.UserError, 'warm-up of 60'):
+      schedules.warmup_linear(1.0, warmup=60, steps=60)
+
   def test_mistakes(self):
     with self.assertRaisesRegex(errors.UserError, "Did you mean 'rsqrt_decay'"):
       schedules.factors('constant * rsqr_decay')
