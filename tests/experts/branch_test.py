@@ -5,7 +5,6 @@
 import contextlib
 import io
 import json
-import os
 import pathlib
 import re
 import socket
@@ -14,6 +13,7 @@ import sys
 
 from absl.testing import absltest
 from absl.testing import parameterized
+import environments
 import jax
 import numpy as np
 
@@ -231,14 +231,9 @@ class BranchTest(parameterized.TestCase):
 
 
 def run_script(*arguments, devices):
-  env = dict(
-    os.environ,
-    JAX_PLATFORMS='cpu',
-    XLA_FLAGS=f'--xla_force_host_platform_device_count={devices}',
-  )
   return subprocess.Popen(
     [sys.executable, SCRIPT, *map(str, arguments)],
-    env=env,
+    env=environments.of(devices),
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,

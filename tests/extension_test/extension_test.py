@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 from absl.testing import absltest
+import environments
 import jax
 import numpy as np
 import optax
@@ -36,8 +37,7 @@ def mergejax(*arguments: str) -> str:
     capture_output=True,
     text=True,
     check=False,
-    # One device: for eight it would compile three times as long.
-    env={**os.environ, 'PYTHONPATH': paths, 'XLA_FLAGS': ''},
+    env=environments.of(PYTHONPATH=paths),
   )
   assert done.returncode == 0, done.stderr[-3000:]
   return done.stdout
