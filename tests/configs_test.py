@@ -9,6 +9,7 @@ import sys
 
 from absl.testing import absltest
 from absl.testing import parameterized
+import drawn
 import jax
 import numpy as np
 
@@ -32,14 +33,14 @@ class ConfigsTest(parameterized.TestCase):
     cls.folder.mkdir(parents=True, exist_ok=True)
     module = models.build(
       dict(model_type='lm', vocab_size=20, emb_dim=8, num_heads=2, head_dim=4,
-           mlp_dim=12, num_layers=2)
+           mlp_dim=12, num_layers=1)
     )  # fmt: skip
     checkpoints = cls.folder / 'quickstart' / 'checkpoints'
     for k, name in enumerate(('seed', *(f'experts/{e}' for e in EXPERTS))):
       if not (checkpoints / name).exists():
         mj.save_checkpoint(
           checkpoints / name,
-          models.family_of(module).init(jax.random.key(k)),
+          drawn.params(models.family_of(module), k),
           config=models.describe(module),
         )
     rng = np.random.default_rng(0)
@@ -99,12 +100,11 @@ class ConfigsTest(parameterized.TestCase):
         cwd=self.folder, stdout=subprocess.PIPE, text=True,
         env={**os.environ, 'PYTHONHASHSEED': str(seed)},
       )
-      for seed in (1, 2, 3, 4)
+      for seed in (1, 2)
     ]  # fmt: skip
     found = [process.communicate()[0] for process in processes]
     self.assertLen(found[0].splitlines(), len(FILES))
-    for other in found[1:]:
-      self.assertEqual(found[0], other)
+    self.assertEqual(*found)
 
   @parameterized.parameters(*SEARCHES)
   def test_search_is_understood(self, file):

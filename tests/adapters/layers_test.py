@@ -7,6 +7,7 @@ import re
 
 from absl.testing import absltest
 from absl.testing import parameterized
+import environments
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -200,6 +201,7 @@ class TrainingTest(parameterized.TestCase):
     family, base = small_adapted.build('lm', num_layers=1, dropout_rate=0.1)
     adapter = mj.adapters.lora(rank=2, dropout=0.5)
     adapted = mj.adapters.adapt(family, adapter)
+    self.enter_context(environments.one_device())
     trainer = mj.training.Trainer(adapted, optax.sgd(0.1))
     params = adapted.start(base, jax.random.key(1))
     batches = [small_adapted.batch()] * 3

@@ -16,6 +16,7 @@ from absl.testing import parameterized
 import environments
 import jax
 import numpy as np
+import tiers
 
 from mergejax import partition
 from mergejax.core import errors
@@ -90,6 +91,7 @@ def replica_groups(hlo: str) -> list[list[list[int]]]:
   return found
 
 
+@tiers.slow('test_stacked_.*_adafactor', 'test_no_collective_.*1')
 class BranchTest(parameterized.TestCase):
   def test_the_reader_of_hlo_sees_crossings(self):
     self.assertEqual(

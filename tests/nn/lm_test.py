@@ -6,6 +6,7 @@ from absl.testing import parameterized
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tiers
 
 from mergejax import models
 from mergejax.core import errors
@@ -22,6 +23,7 @@ def tiny(**changes):
   return module, models.family_of(module).init(jax.random.key(1))
 
 
+@tiers.slow('test_cached_decoding_.*0', 'test_the_future_.*1')
 class LanguageModelTest(parameterized.TestCase):
   def test_names_are_those_of_t5x_s_decoder_only_model(self):
     _, params = tiny()
