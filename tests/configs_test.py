@@ -33,7 +33,7 @@ class ConfigsTest(parameterized.TestCase):
     cls.folder.mkdir(parents=True, exist_ok=True)
     module = models.build(
       dict(model_type='lm', vocab_size=20, emb_dim=8, num_heads=2, head_dim=4,
-           mlp_dim=12, num_layers=1)
+           mlp_dim=12, num_layers=2)
     )  # fmt: skip
     checkpoints = cls.folder / 'quickstart' / 'checkpoints'
     for k, name in enumerate(('seed', *(f'experts/{e}' for e in EXPERTS))):

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import small_adapted
+import tiers
 
 import mergejax as mj
 from mergejax import models
@@ -45,6 +46,7 @@ def each(*kinds):
   return parameterized.parameters(*((k, n) for k in kinds for n in ADAPTERS))
 
 
+@tiers.slow('test_fresh_.*[45]', 'test_scanned_.*[123]', 'test_sharded_.*[12]')
 class LawsTest(parameterized.TestCase):
   @each('t5', 'lm')
   def test_fresh_is_the_base_and_folded_is_applied(self, kind, name):

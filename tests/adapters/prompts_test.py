@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import small_adapted
+import tiers
 
 import mergejax as mj
 from mergejax.adapters import base as base_lib
@@ -31,6 +32,7 @@ CASES = {
 }
 
 
+@tiers.slow('test_attempt2')
 class GoldenTest(parameterized.TestCase):
   @classmethod
   def setUpClass(cls):

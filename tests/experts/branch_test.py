@@ -250,12 +250,17 @@ def result(process):
 
 
 class LayoutsTest(absltest.TestCase):
-  def test_one_device_eight_devices_and_two_processes_agree(self):
-    one = result(run_script(1, 1, devices=1))
+  def trained(self, branches, data):
+    """What the script prints, in this process."""
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
-      side_by_side.main(4, 2)
-    eight = json.loads(said.getvalue())
+      side_by_side.main(branches, data)
+    return json.loads(said.getvalue())
+
+  def test_one_device_eight_devices_and_two_processes_agree(self):
+    with environments.one_device():
+      one = self.trained(1, 1)
+    eight = self.trained(4, 2)
     with socket.socket() as probe:
       probe.bind(('127.0.0.1', 0))
       address = f'127.0.0.1:{probe.getsockname()[1]}'
