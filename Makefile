@@ -17,7 +17,7 @@ test: $(VENV)/.test
 	@echo 'Tests marked slow were left out: make test-all runs them too.'
 
 test-all: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 --dist worksteal -q
+	MERGEJAX_TEST_OPTIMISED=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .

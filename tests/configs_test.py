@@ -9,6 +9,7 @@ import sys
 
 from absl.testing import absltest
 from absl.testing import parameterized
+import drawn
 import jax
 import numpy as np
 
@@ -39,7 +40,7 @@ class ConfigsTest(parameterized.TestCase):
       if not (checkpoints / name).exists():
         mj.save_checkpoint(
           checkpoints / name,
-          models.family_of(module).init(jax.random.key(k)),
+          drawn.params(models.family_of(module), k),
           config=models.describe(module),
         )
     rng = np.random.default_rng(0)
@@ -99,12 +100,11 @@ class ConfigsTest(parameterized.TestCase):
         cwd=self.folder, stdout=subprocess.PIPE, text=True,
         env={**os.environ, 'PYTHONHASHSEED': str(seed)},
       )
-      for seed in (1, 2, 3, 4)
+      for seed in (1, 2)
     ]  # fmt: skip
     found = [process.communicate()[0] for process in processes]
     self.assertLen(found[0].splitlines(), len(FILES))
-    for other in found[1:]:
-      self.assertEqual(found[0], other)
+    self.assertEqual(*found)
 
   @parameterized.parameters(*SEARCHES)
   def test_search_is_understood(self, file):

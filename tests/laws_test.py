@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import laws
 import ml_dtypes
 import numpy as np
-import pytest
+import tiers
 
 import mergejax as mj
 from mergejax import partition
@@ -19,7 +19,11 @@ from mergejax.merging import in_memory
 from mergejax.merging import on_mesh
 from mergejax.methods import named
 
+# Every option meets its oracle; the other laws are of methods.
+FURTHER = '|'.join(name for name, _ in laws.FURTHER)
 
+
+@tiers.slow(f'test_(?!oracle).*_({FURTHER})')
 class LawsTest(parameterized.TestCase):
   def test_the_table_has_every_method(self):
     self.assertEqual({row.name for row in laws.ROWS}, set(named.METHODS))
@@ -194,16 +198,8 @@ class LawsTest(parameterized.TestCase):
       numeric = (loss(weights + bump) - loss(weights - bump)) / (2 * step)
       np.testing.assert_allclose(gradient[i], numeric, rtol=2e-2, atol=2e-3)
 
-  @parameterized.named_parameters(laws.ONE)
+  @parameterized.named_parameters(laws.ALL)
   def test_sharded_equals_unsharded_and_keeps_the_sharding(self, row):
-    self.check_sharded(row)
-
-  @parameterized.named_parameters(laws.FURTHER)
-  @pytest.mark.slow
-  def test_sharded_equals_unsharded_by_other_options(self, row):
-    self.check_sharded(row)
-
-  def check_sharded(self, row):
     mesh = partition.make_mesh(data=2, model=4)
     rng = np.random.default_rng(2)
     base, *models = [

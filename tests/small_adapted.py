@@ -4,6 +4,7 @@
 
 import re
 
+import drawn
 import jax.numpy as jnp
 import numpy as np
 import small_batches
@@ -24,15 +25,9 @@ MODELS = {
 
 
 def build(kind, **changes):
-  """`(family, params)` of a small model; drawn by NumPy, so nothing compiles."""
+  """`(family, params)` of a small model."""
   family = models.family_of(models.build(MODELS[kind] | changes))
-  rng = np.random.default_rng(0)
-  draw = lambda spec: rng.normal(0, 0.4, spec.shape).astype(np.float32)
-  leaves = {
-    path: draw(spec) + np.float32(path.endswith('scale'))
-    for path, spec in family.specs().items()
-  }
-  return family, tree.unflatten(leaves)
+  return family, drawn.params(family)
 
 
 def batch(rows=8, seed=0):

@@ -15,6 +15,7 @@ import unittest
 
 from absl.testing import absltest
 from absl.testing import parameterized
+import environments
 import numpy as np
 
 import mergejax as mj
@@ -78,11 +79,9 @@ class InsideT5XTest(parameterized.TestCase):
     path = [HERE.parent, *paths.get('path', ()), os.environ.get('PYTHONPATH')]
     done = subprocess.run(
       [sys.executable, *map(str, arguments)],
-      env={
-        **os.environ,
-        'PYTHONPATH': os.pathsep.join(str(each) for each in path if each),
-        'XLA_FLAGS': '',
-      },
+      env=environments.of(
+        PYTHONPATH=os.pathsep.join(str(each) for each in path if each)
+      ),
       capture_output=True, text=True,
     )  # fmt: skip
     self.assertEqual(done.returncode, 0, done.stderr[-3000:])

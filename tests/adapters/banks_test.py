@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import small_adapted
+import tiers
 
 import mergejax as mj
 from mergejax import partition
@@ -34,6 +35,7 @@ def build(name, **changes):
   return bank, adapted, leaves, params
 
 
+@tiers.slow('test_mixed_.*2')
 class BankTest(parameterized.TestCase):
   @parameterized.parameters(*EXPERTS)
   def test_mixed_batch_is_each_expert_alone(self, name):

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import small_adapted
+import tiers
 
 import mergejax as mj
 from mergejax import partition
@@ -137,6 +138,7 @@ class LawsTest(parameterized.TestCase):
     np.testing.assert_allclose(found, self.logits, rtol=2e-4, atol=2e-4)
 
 
+@tiers.slow('test_step_by_step1')
 class DecodingTest(parameterized.TestCase):
   @parameterized.parameters('t5', 'lm')
   def test_step_by_step(self, kind):

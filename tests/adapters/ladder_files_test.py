@@ -5,6 +5,7 @@
 import pathlib
 
 from absl.testing import absltest
+import environments
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -115,6 +116,7 @@ def params_of(adapter):
 class DiskTest(absltest.TestCase):
   def setUp(self):
     super().setUp()
+    self.enter_context(environments.one_device())
     self.folder = pathlib.Path(self.create_tempdir().full_path) / 'ladders'
     self.family, self.params = built(LADDER)
     self.batches = [small_adapted.batch(8, seed) for seed in (0, 1)]
@@ -128,8 +130,8 @@ class DiskTest(absltest.TestCase):
     )
     self.assertLen(found, 2)
     self.assertEqual(found[0]['encoder_ladders'].shape, (8, 2, 6, WIDTH))
-    trainer = lambda: mj.training.Trainer(self.family, optax.sgd(0.1))
-    fit = lambda batches: trainer().fit(batches, steps=2, params=self.params)
+    trainer = mj.training.Trainer(self.family, optax.sgd(0.1))
+    fit = lambda batches: trainer.fit(batches, steps=2, params=self.params)
     one, other = fit(self.batches), fit(found)
     for path, leaf in tree.flatten(one.params).items():
       np.testing.assert_allclose(

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import small_adapted
+import tiers
 
 import mergejax as mj
 from mergejax.adapters import pruning
@@ -85,6 +86,7 @@ def batch_of(arrays):
   }
 
 
+@tiers.slow('test_released_code0')
 class GoldenTest(parameterized.TestCase):
   @parameterized.parameters('lst_t5_full', 'lst_t5_dropped')
   def test_released_code(self, name):

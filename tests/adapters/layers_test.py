@@ -7,12 +7,14 @@ import re
 
 from absl.testing import absltest
 from absl.testing import parameterized
+import environments
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import small_adapted
+import tiers
 
 import mergejax as mj
 from mergejax import models
@@ -44,6 +46,7 @@ def each(*kinds):
   return parameterized.parameters(*((k, n) for k in kinds for n in ADAPTERS))
 
 
+@tiers.slow('test_fresh_.*[45]', 'test_scanned_.*[123]', 'test_sharded_.*[12]')
 class LawsTest(parameterized.TestCase):
   @each('t5', 'lm')
   def test_fresh_is_the_base_and_folded_is_applied(self, kind, name):
@@ -200,6 +203,7 @@ class TrainingTest(parameterized.TestCase):
     family, base = small_adapted.build('lm', num_layers=1, dropout_rate=0.1)
     adapter = mj.adapters.lora(rank=2, dropout=0.5)
     adapted = mj.adapters.adapt(family, adapter)
+    self.enter_context(environments.one_device())
     trainer = mj.training.Trainer(adapted, optax.sgd(0.1))
     params = adapted.start(base, jax.random.key(1))
     batches = [small_adapted.batch()] * 3

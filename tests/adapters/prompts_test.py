@@ -6,12 +6,14 @@ import math
 
 from absl.testing import absltest
 from absl.testing import parameterized
+import environments
 import goldens
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import small_adapted
+import tiers
 
 import mergejax as mj
 from mergejax.adapters import base as base_lib
@@ -30,6 +32,7 @@ CASES = {
 }
 
 
+@tiers.slow('test_attempt2')
 class GoldenTest(parameterized.TestCase):
   @classmethod
   def setUpClass(cls):
@@ -219,6 +222,7 @@ class AdaptedTest(parameterized.TestCase):
     grads = tree.flatten(jax.jit(jax.grad(lambda p: loss(p, batch)[0]))(params))
     for path, grad in grads.items():
       self.assertEqual(bool(np.any(grad)), adapted.learns(path), path)
+    self.enter_context(environments.one_device())
     trainer = mj.training.Trainer(adapted, optax.sgd(0.3))
     state = trainer.fit([small_adapted.batch()], steps=1, params=params)
     for path, leaf in tree.flatten(state.params).items():

@@ -4,6 +4,7 @@
 
 from absl.testing import absltest
 from absl.testing import parameterized
+import environments
 import flax.linen as nn
 import goldens
 import jax
@@ -308,6 +309,7 @@ class ModelTest(parameterized.TestCase):
   def test_what_learns_and_at_which_rate(self):
     adapted, params = self.adapted(learn='routing')
     batch = {**small_adapted.batch(8), 'task_ids': np.int32([0, 1] * 4)}
+    self.enter_context(environments.one_device())
     trainer = mj.training.Trainer(adapted, optax.sgd(0.1))
     state = trainer.fit([batch], steps=1, params=params)
     for path, leaf in tree.flatten(state.params).items():

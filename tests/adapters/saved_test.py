@@ -10,6 +10,7 @@ from absl.testing import parameterized
 import jax
 import numpy as np
 import small_adapted
+import tiers
 
 import mergejax as mj
 from mergejax.checkpoints import safetensors
@@ -29,6 +30,7 @@ ADAPTERS = {
 }
 
 
+@tiers.slow('test_there_and_back[23569]')
 class SavedTest(parameterized.TestCase):
   def setUp(self):
     super().setUp()

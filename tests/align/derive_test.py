@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import small_networks
+import tiers
 
 from mergejax import align
 from mergejax.align import spec as spec_lib
@@ -15,6 +16,7 @@ from mergejax.core import errors
 from mergejax.core import tree
 
 
+@tiers.slow('test_random_.*_resnet50')
 class DeriveTest(parameterized.TestCase):
   @parameterized.named_parameters(*small_networks.BUILT)
   def test_random_permutations_keep_the_function(self, fields):

@@ -9,6 +9,7 @@ import json
 import pathlib
 
 from absl.testing import absltest
+import environments
 import jax
 import numpy as np
 from one_command import run
@@ -33,6 +34,7 @@ class Case(absltest.TestCase):
   def setUp(self):
     super().setUp()
     self.addCleanup(gin.clear_config)
+    self.enter_context(environments.one_device())
     self.folder = pathlib.Path(self.create_tempdir().full_path)
     rows = [f'{i} plus one\t{i + 1}' for i in range(40)]
     (self.folder / 'train.tsv').write_text('\n'.join(['sum\tresult', *rows]))

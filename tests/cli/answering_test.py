@@ -3,7 +3,6 @@
 """Two processes answer and score a task as one with the same devices does."""
 
 import json
-import os
 import pathlib
 import signal
 import socket
@@ -12,6 +11,7 @@ import sys
 
 from absl.testing import absltest
 import answering
+import environments
 import small_talkers
 
 import mergejax as mj
@@ -21,10 +21,9 @@ FILE = f'{answering.TASK}-predict_with_aux.jsonl-00000-of-00001'
 
 
 def start(devices, *arguments):
-  count = f'--xla_force_host_platform_device_count={devices}'
   return subprocess.Popen(
     [sys.executable, answering.__file__, *map(str, arguments)],
-    env=dict(os.environ, JAX_PLATFORMS='cpu', XLA_FLAGS=count),
+    env=environments.of(devices),
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,

@@ -10,6 +10,7 @@ import json
 import pathlib
 
 from absl.testing import absltest
+import drawn
 import jax
 import numpy as np
 import small_suite
@@ -32,7 +33,7 @@ class DecoderOnlyTest(absltest.TestCase):
     self.suite = small_suite.write(self.folder, batch_size=8)
     self.module = models.build({'model_type': 'lm', **CONFIG})
     family = models.family_of(self.module)
-    self.params = family.init(jax.random.key(0))
+    self.params = drawn.params(family)
     self.path = str(self.folder / 'model')
     mj.save_checkpoint(
       self.path, self.params, config=models.describe(self.module)
@@ -94,7 +95,7 @@ class DecoderOnlyTest(absltest.TestCase):
                            'num_decoder_layers': 1, **{
       k: v for k, v in CONFIG.items() if k != 'num_layers'}})  # fmt: skip
     other = self.folder / 't5'
-    params = models.family_of(module).init(jax.random.key(1))
+    params = drawn.params(models.family_of(module), 1)
     mj.save_checkpoint(other, params, config=models.describe(module))
     self.run_command('rank', self.path, other, code=2)
 

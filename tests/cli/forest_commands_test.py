@@ -11,6 +11,7 @@ import tempfile
 from unittest import mock
 
 from absl.testing import absltest
+import environments
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -42,7 +43,6 @@ LENGTH = 8
 WARMUP_STEPS = 2
 GENERATION = 2
 SIDE_BY_SIDE = 1
-MESH = {'branch': 1, 'data': 1, 'expert': 8}
 grow_forest.Settings.save_every = 2
 grow_forest.Settings.validation_sequences = 8
 grow_forest.Settings.test_sequences = 8
@@ -71,6 +71,7 @@ class ForestCommandsTest(absltest.TestCase):
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
+    cls.enterClassContext(environments.one_device())
     cls.folder = pathlib.Path(tempfile.mkdtemp())
     rng = random.Random(0)
     (cls.folder / 'text').mkdir()
@@ -170,6 +171,8 @@ class ForestCommandsTest(absltest.TestCase):
     self.assertIn('nothing was computed', out)
 
   def test_runs_that_are_refused(self):
+    all_devices = mock.patch.object(jax, 'devices', jax.local_devices)
+    self.enter_context(all_devices)
     place = f'--gin.FOREST={self.forest.path}'
     code, _, err = self.grow('twice', place)
     self.assertEqual(code, 2, err[-2000:])

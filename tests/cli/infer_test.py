@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import seqio
 import small_talkers
+import tiers
 
 import mergejax as mj
 from mergejax import models
@@ -34,6 +35,7 @@ def built(kind):
   return small_talkers.build(kind)
 
 
+@tiers.slow('test_says_what_.*0')
 class InferTest(parameterized.TestCase):
   def setUp(self):
     super().setUp()

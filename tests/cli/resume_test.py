@@ -16,6 +16,7 @@ import sys
 import time
 
 from absl.testing import absltest
+import environments
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -92,10 +93,9 @@ class ResumeTest(absltest.TestCase):
     ]
 
   def start(self, name, *flags, devices=1):
-    count = f'--xla_force_host_platform_device_count={devices}'
     return subprocess.Popen(
       [sys.executable, '-m', 'mergejax', *self.command(name), *flags],
-      env=dict(os.environ, XLA_FLAGS=count),
+      env=environments.of(devices),
       stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 

@@ -10,6 +10,7 @@ import time
 
 from absl.testing import absltest
 from absl.testing import parameterized
+import environments
 import jax
 import numpy as np
 
@@ -34,6 +35,7 @@ KEY = jax.random.key(0)
 class StartTest(parameterized.TestCase):
   def setUp(self):
     super().setUp()
+    self.enter_context(environments.one_device())
     self.folder = pathlib.Path(self.create_tempdir().full_path)
 
   @parameterized.parameters(

@@ -10,12 +10,11 @@ from unittest import mock
 
 from absl.testing import absltest
 from absl.testing import parameterized
-import jax
+import environments
 import numpy as np
 import seqio
 
 import gin
-from mergejax import partition
 from mergejax.cli import common
 from mergejax.cli import main as main_lib
 from mergejax.cli import train
@@ -149,10 +148,7 @@ class PretrainingTest(parameterized.TestCase):
   def test_the_gin_file_trains(self):
     for seed in (0, 1):
       write(self.folder / 'texts', seed=seed)
-    one_device = partition.make_mesh(devices=jax.devices()[:1])
-    self.enter_context(  # it compiles in a third of the time
-      mock.patch.object(train.partition, 'make_mesh', lambda: one_device)
-    )
+    self.enter_context(environments.one_device())
     (self.folder / 'tiny.gin').write_text(
       'from __gin__ import dynamic_registration\n'
       'from mergejax.nn import t5\n'

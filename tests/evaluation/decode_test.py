@@ -8,6 +8,7 @@ from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 import numpy as np
+import tiers
 
 from mergejax import models
 from mergejax import partition
@@ -92,6 +93,7 @@ def prefix_batch(prompts, width, both_ways):
   return {**batch, 'decoder_causal_attention': marks} if both_ways else batch
 
 
+@tiers.slow('test_scores_.*1')
 class DecodeTest(parameterized.TestCase):
   def test_an_encoder_decoder(self):
     module, params = build('t5x')

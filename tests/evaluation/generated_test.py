@@ -9,6 +9,7 @@ from absl.testing import parameterized
 import numpy as np
 import seqio
 import small_talkers
+import tiers
 
 from mergejax.core import errors
 from mergejax.data import samples
@@ -18,6 +19,7 @@ from mergejax.evaluation import suite as suite_lib
 INPUTS = [f'{word} {i}' for i in range(4) for word in ('good', 'bad', 'fine')]
 
 
+@tiers.slow('test_exact_match_.*1')
 class GeneratedTest(parameterized.TestCase):
   def setUp(self):
     super().setUp()

@@ -6,7 +6,7 @@ import pathlib
 
 from absl.testing import absltest
 from absl.testing import parameterized
-import jax
+import drawn
 import numpy as np
 
 from mergejax import models
@@ -85,7 +85,7 @@ class SuiteDataTest(parameterized.TestCase):
         {'tasks': {'t': {'text': str(self.folder / 'text.txt')}}}
       )
     module = models.build(dict(model_type=kind, vocab_size=100, **sizes, **layers))  # fmt: skip
-    params = models.family_of(module).init(jax.random.key(0))
+    params = drawn.params(models.family_of(module))
     message = rf'task t .* 12\d, but the {kind} model knows 0 to 99'
     with self.assertRaisesRegex(errors.UserError, message):
       suite.table([('m', module, params)])

@@ -6,6 +6,7 @@ import pathlib
 
 from absl.testing import absltest
 from absl.testing import parameterized
+import drawn
 import jax
 import numpy as np
 import seqio
@@ -63,7 +64,7 @@ class SuiteTest(parameterized.TestCase):
         model_type='t5x', num_encoder_layers=1, num_decoder_layers=1, **SIZES
       )
     )
-    params = models.family_of(module).init(jax.random.key(0))
+    params = drawn.params(models.family_of(module))
     inputs = np.random.default_rng(0).integers(3, 250, (4, 6))
     said = greedy(module, params, inputs, 3)
     self.assertTrue((said > 0).all())
@@ -87,7 +88,7 @@ class SuiteTest(parameterized.TestCase):
         model_type='t5x', num_encoder_layers=1, num_decoder_layers=1, **SIZES
       )
     )
-    params = models.family_of(module).init(jax.random.key(0))
+    params = drawn.params(models.family_of(module))
     batches = suite.batches('mood', 'test')
     self.assertEqual([len(b['decoder_target_tokens']) for b in batches], [3, 3])
     pairs = [
@@ -104,7 +105,7 @@ class SuiteTest(parameterized.TestCase):
         'lengths': {'targets': 16}, 'batch_size': 1,
     })  # fmt: skip
     module = models.build(dict(model_type='lm', num_layers=1, **SIZES))
-    params = models.family_of(module).init(jax.random.key(0))
+    params = drawn.params(models.family_of(module))
     found = suite.table([('m', module, params)])['m']['words']
     batches = suite.batches('words', 'test')
     scorer = expert_table.Scorer(module)

@@ -5,7 +5,6 @@
 import contextlib
 import io
 import json
-import os
 import pathlib
 import re
 import socket
@@ -14,8 +13,10 @@ import sys
 
 from absl.testing import absltest
 from absl.testing import parameterized
+import environments
 import jax
 import numpy as np
+import tiers
 
 from mergejax import partition
 from mergejax.core import errors
@@ -90,6 +91,7 @@ def replica_groups(hlo: str) -> list[list[list[int]]]:
   return found
 
 
+@tiers.slow('test_stacked_.*_adafactor', 'test_no_collective_.*1')
 class BranchTest(parameterized.TestCase):
   def test_the_reader_of_hlo_sees_crossings(self):
     self.assertEqual(
@@ -231,14 +233,9 @@ class BranchTest(parameterized.TestCase):
 
 
 def run_script(*arguments, devices):
-  env = dict(
-    os.environ,
-    JAX_PLATFORMS='cpu',
-    XLA_FLAGS=f'--xla_force_host_platform_device_count={devices}',
-  )
   return subprocess.Popen(
     [sys.executable, SCRIPT, *map(str, arguments)],
-    env=env,
+    env=environments.of(devices),
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
@@ -253,12 +250,17 @@ def result(process):
 
 
 class LayoutsTest(absltest.TestCase):
-  def test_one_device_eight_devices_and_two_processes_agree(self):
-    one = result(run_script(1, 1, devices=1))
+  def trained(self, branches, data):
+    """What the script prints, in this process."""
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
-      side_by_side.main(4, 2)
-    eight = json.loads(said.getvalue())
+      side_by_side.main(branches, data)
+    return json.loads(said.getvalue())
+
+  def test_one_device_eight_devices_and_two_processes_agree(self):
+    with environments.one_device():
+      one = self.trained(1, 1)
+    eight = self.trained(4, 2)
     with socket.socket() as probe:
       probe.bind(('127.0.0.1', 0))
       address = f'127.0.0.1:{probe.getsockname()[1]}'

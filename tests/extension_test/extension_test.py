@@ -9,13 +9,16 @@ import subprocess
 import sys
 
 from absl.testing import absltest
+import environments
 import jax
 import numpy as np
 import optax
 import yaml
 
+import gin
 import mergejax as mj
 from mergejax import partition
+from mergejax.cli import main
 from mergejax.core import tree
 
 HERE = pathlib.Path(__file__).parent
@@ -36,8 +39,7 @@ def mergejax(*arguments: str) -> str:
     capture_output=True,
     text=True,
     check=False,
-    # One device: for eight it would compile three times as long.
-    env={**os.environ, 'PYTHONPATH': paths, 'XLA_FLAGS': ''},
+    env=environments.of(PYTHONPATH=paths),
   )
   assert done.returncode == 0, done.stderr[-3000:]
   return done.stdout
@@ -172,7 +174,13 @@ class ModelTest(absltest.TestCase):
 
 
 class TaskTest(absltest.TestCase):
+  def run_here(self, *arguments):
+    """As `mergejax`, without a process that imports TensorFlow anew."""
+    self.assertEqual(main.main([str(a) for a in arguments]), 0)
+
   def test_gin_trains_and_a_suite_scores(self):
+    self.addCleanup(gin.clear_config)
+    self.enter_context(environments.one_device())
     folder = pathlib.Path(self.create_tempdir().full_path)
     (folder / 'toy.gin').write_text(f"""
 from __gin__ import dynamic_registration
@@ -209,7 +217,7 @@ toy_objective.focal.gamma = 1.0
 toy_transform.leash.radius = 0.1
 optim.adafactor.learning_rate = 0.1
 """)
-    mergejax('train', f'--gin_file={folder / "toy.gin"}')
+    self.run_here('train', f'--gin_file={folder / "toy.gin"}')
     (metrics,) = (folder / 'run').rglob('metrics.jsonl')
     rows = [json.loads(row) for row in metrics.read_text().splitlines()]
     self.assertLen(rows, 2)
@@ -221,7 +229,7 @@ optim.adafactor.learning_rate = 0.1
     }))  # fmt: skip
     model = str(folder / 'run' / 'model')
     table = folder / 'table.json'
-    mergejax('evaluate', model, '--suite', str(suite), '--json', str(table))
+    self.run_here('evaluate', model, '--suite', suite, '--json', table)
     (scores,) = json.loads(table.read_text())['raw'].values()
     self.assertEqual(scores['tasks']['toy_even/even']['value'], 0.5)
     self.assertIn('toy_even/said_even', scores['tasks'])

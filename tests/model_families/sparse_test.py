@@ -10,6 +10,7 @@ import sys
 
 from absl.testing import absltest
 from absl.testing import parameterized
+import drawn
 import flax.serialization
 import goldens
 import jax
@@ -162,7 +163,7 @@ class ChoicesTest(absltest.TestCase):
     family = t5_family(
       encoder_layers=0, eval_capacity_factor=1.0, group_size=64
     )
-    params = jax.jit(family.init)(jax.random.key(0))
+    params = drawn.params(family)
     rng = np.random.default_rng(0)
     choices = rng.integers(3, 40, (2, 4, 4)).astype(np.int32)
     choices[:, ::2, 2:] = 0
@@ -191,9 +192,10 @@ class DecodingTest(parameterized.TestCase):
   def test_with_a_cache_it_says_the_same(self, router):
     """Where nothing is dropped, position by position is all at once."""
     family = lm_family(
-      dict(router=router, top_k=2, eval_capacity_factor=None), 2
+      dict(router=router, top_k=2, eval_capacity_factor=None, decoder_layers=1),
+      layers=1,
     )
-    params = family.init(jax.random.key(0))
+    params = drawn.params(family)
     batch = rows(3, 5)
     batch['decoder_target_tokens'] = np.maximum(
       batch['decoder_target_tokens'], 1
@@ -210,8 +212,10 @@ class DecodingTest(parameterized.TestCase):
 class TrainingTest(absltest.TestCase):
   def test_a_mesh_learns_what_one_device_learns(self):
     """The ordinary trainer; losses of the router among its own."""
-    moe = dict(top_k=2, z_loss=1e-3, train_capacity_factor=1.0)
-    module = lm_family(moe, layers=2).module
+    moe = dict(
+      top_k=2, z_loss=1e-3, train_capacity_factor=1.0, decoder_layers=1
+    )
+    module = lm_family(moe, layers=1).module
     data = rows(16)
     folder = pathlib.Path(self.create_tempdir().full_path)
     optimizer = training.optim.adafactor(0.03, min_dim_size_to_factor=8)
@@ -226,7 +230,7 @@ class TrainingTest(absltest.TestCase):
 
   def test_losses_and_metrics_are_told(self):
     family = lm_family(dict(z_loss=1e-3, balance_loss=0.5))
-    params = family.init(jax.random.key(0))
+    params = drawn.params(family)
     loss = objective.make_loss(family)
     value, metrics = jax.jit(loss)(params, rows(4), jax.random.key(1))
     extra = metrics['router_balance_loss'] + metrics['router_z_loss']
@@ -251,7 +255,7 @@ class ScannedTest(absltest.TestCase):
   def test_all_layers_sparse(self):
     moe = dict(decoder_layers=2, eval_capacity_factor=1.0)
     apart, scanned = lm_family(moe), lm_family(moe, scan_layers=True)
-    params = apart.init(jax.random.key(0))
+    params = drawn.params(apart)
     batch = rows(4)
     stacked = tree_lib.unflatten(scanned.arranged(tree_lib.flatten(params)))
     self.assertEqual(
@@ -276,9 +280,9 @@ class MergingTest(absltest.TestCase):
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
-    cls.family = lm_family({}, layers=2)
-    keys = jax.random.split(jax.random.key(0), 3)
-    cls.base, *cls.trees = [jax.jit(cls.family.init)(key) for key in keys]
+    # Room for every token in any expert.
+    cls.family = lm_family(dict(eval_capacity_factor=4.0), layers=2)
+    cls.base, *cls.trees = [drawn.params(cls.family, k) for k in range(3)]
 
   def test_ties_of_a_stack_is_that_of_its_slices(self):
     path = 'decoder/layers_1/mlp/expert/wi_0/kernel'

@@ -1,11 +1,15 @@
 # Copyright 2026 The mergejax Authors.
 # SPDX-License-Identifier: Apache-2.0
 
+import functools
+
 from absl.testing import absltest
 from absl.testing import parameterized
+import drawn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tiers
 
 from mergejax import models
 from mergejax.core import errors
@@ -19,9 +23,15 @@ def tiny(**changes):
       mlp_dim=16,
   )  # fmt: skip
   module = lm.LanguageModel(lm.LMConfig(**config | changes))
-  return module, models.family_of(module).init(jax.random.key(1))
+  return module, drawn.params(models.family_of(module))
 
 
+@functools.cache
+def jitted(module):
+  return jax.jit(module.apply)
+
+
+@tiers.slow('test_cached_decoding_.*0', 'test_the_future_.*1')
 class LanguageModelTest(parameterized.TestCase):
   def test_names_are_those_of_t5x_s_decoder_only_model(self):
     _, params = tiny()
@@ -43,9 +53,9 @@ class LanguageModelTest(parameterized.TestCase):
     module, params = tiny(logits_via_embedding=tied)
     tokens = np.array([[0, 3, 4, 5, 6, 7]])
     targets = np.ones_like(tokens)
-    before = module.apply({'params': params}, tokens, targets)
+    before = jitted(module)({'params': params}, tokens, targets)
     tokens[0, 4] = 9
-    after = module.apply({'params': params}, tokens, targets)
+    after = jitted(module)({'params': params}, tokens, targets)
     np.testing.assert_array_equal(before[:, :4], after[:, :4])
     self.assertGreater(np.abs(before[:, 4:] - after[:, 4:]).max(), 1e-3)
 
@@ -54,7 +64,7 @@ class LanguageModelTest(parameterized.TestCase):
     tokens = np.array([[0, 3, 4, 5, 6, 7]])
     targets = np.ones_like(tokens)
     prefix = np.array([[1, 1, 1, 0, 0, 0]])
-    apply = lambda t: module.apply(
+    apply = lambda t: jitted(module)(
       {'params': params}, t, targets, decoder_causal_attention=prefix
     )
     before = apply(tokens)
@@ -67,9 +77,9 @@ class LanguageModelTest(parameterized.TestCase):
     inputs = np.array([[0, 3, 4, 0, 6, 7, 0, 0]])
     targets = np.array([[3, 4, 5, 6, 7, 8, 0, 0]])
     segments = np.array([[1, 1, 1, 2, 2, 2, 0, 0]])
-    packed = module.apply({'params': params}, inputs, targets, segments)
+    packed = jitted(module)({'params': params}, inputs, targets, segments)
     for part in (slice(0, 3), slice(3, 6)):
-      alone = module.apply(
+      alone = jitted(module)(
         {'params': params}, inputs[:, part], targets[:, part]
       )
       np.testing.assert_allclose(packed[:, part], alone, rtol=1e-4, atol=1e-6)
@@ -78,8 +88,8 @@ class LanguageModelTest(parameterized.TestCase):
     module, params = tiny()
     inputs, targets = np.array([[0, 3, 4]]), np.array([[3, 4, 5]])
     padded = lambda x: np.pad(x, [(0, 0), (0, 3)])
-    short = module.apply({'params': params}, inputs, targets)
-    long = module.apply({'params': params}, padded(inputs), padded(targets))
+    short = jitted(module)({'params': params}, inputs, targets)
+    long = jitted(module)({'params': params}, padded(inputs), padded(targets))
     np.testing.assert_allclose(long[:, :3], short, rtol=1e-5, atol=1e-6)
 
   @parameterized.parameters((None, False), (7, True))
@@ -96,7 +106,7 @@ class LanguageModelTest(parameterized.TestCase):
       jax.random.key(2), bias['rel_embedding'].shape
     )
     tokens = np.random.default_rng(0).integers(3, 20, (2, 7))
-    full = module.apply({'params': params}, tokens, np.ones_like(tokens))
+    full = jitted(module)({'params': params}, tokens, np.ones_like(tokens))
     decode = lambda cache, some: module.apply(
         {'params': params, **cache}, some, jnp.ones_like(some), decode=True,
         max_decode_length=max_decode_length, mutable='cache',

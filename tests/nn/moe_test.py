@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from reference import routing as oracle
+import tiers
 
 from mergejax import partition
 from mergejax.core import errors
@@ -67,6 +68,7 @@ def expert_outputs(params, inputs):
   return np.stack(found)
 
 
+@tiers.slow('test_layer[157]')
 class GoldensTest(parameterized.TestCase):
   @parameterized.product(tag=sorted(ROUTERS), factor=(1.0, 2.0))
   def test_layer(self, tag, factor):

@@ -7,6 +7,7 @@ import json
 
 from absl.testing import absltest
 from absl.testing import parameterized
+import drawn
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -31,12 +32,12 @@ SIZES = dict(vocab_size=24, emb_dim=8, num_heads=2, head_dim=3, mlp_dim=10)
 
 
 def family(kind, **changes):
-  """A T5 of 2 + 2 layers, or a decoder-only model of 3."""
+  """A T5 of 2 + 2 layers, or a decoder-only model of 2."""
   if kind == 't5':
     layers = dict(num_encoder_layers=2, num_decoder_layers=2)
     config = t5.T5Config(**SIZES | layers | changes)
     return models.family_of(t5.Transformer(config))
-  config = lm.LMConfig(num_layers=3, **SIZES | changes)
+  config = lm.LMConfig(num_layers=2, **SIZES | changes)
   return models.family_of(lm.LanguageModel(config))
 
 
@@ -62,8 +63,16 @@ def loss_of(model, batch):
   return lambda params: objective(model, params, batch, {})[0]
 
 
-def loss_and_gradient(model, params, batch):
-  return jax.jit(jax.value_and_grad(loss_of(model, batch)))(params)
+def logits_loss_and_gradient(model, params, batch):
+  objective = training.objective.cross_entropy()
+
+  def loss(params):
+    value, outputs = objective(model, params, batch, {})
+    return value, outputs.logits
+
+  graded = jax.jit(jax.value_and_grad(loss, has_aux=True))
+  (value, logits), gradient = graded(params)
+  return logits, value, gradient
 
 
 def assert_close(expected, given, **tolerance):
@@ -83,20 +92,14 @@ class ScanTest(parameterized.TestCase):
     scanned = family(
       kind, relative_per_layer=per_layer, scan_layers=True, param_scan_axis=axis
     )
-    params = apart.init(jax.random.key(0))
+    params = drawn.params(apart)
     stacked = restacked(params, scanned)
-    self.assertEmpty(
-      tree.difference(
-        tree.specs(scanned.init(jax.random.key(0))), tree.specs(stacked)
-      )
-    )
+    fresh = jax.eval_shape(scanned.init, jax.random.key(0))
+    self.assertEmpty(tree.difference(tree.specs(fresh), tree.specs(stacked)))
     batch = batch_of()
-    np.testing.assert_allclose(
-      jax.jit(scanned.logits)(stacked, batch), jax.jit(apart.logits)(params, batch),
-      rtol=1e-4, atol=1e-5,
-    )  # fmt: skip
-    loss, grad = loss_and_gradient(apart, params, batch)
-    other, given = loss_and_gradient(scanned, stacked, batch)
+    logits, loss, grad = logits_loss_and_gradient(apart, params, batch)
+    found, other, given = logits_loss_and_gradient(scanned, stacked, batch)
+    np.testing.assert_allclose(found, logits, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(other, loss, rtol=1e-5)
     assert_close(restacked(grad, scanned), given, rtol=1e-4, atol=1e-6)
 
@@ -105,16 +108,17 @@ class ScanTest(parameterized.TestCase):
     model = family(
       kind, relative_per_layer=per_layer, scan_layers=True, param_scan_axis=axis
     )
-    params = model.init(jax.random.key(0))
+    params = drawn.params(model)
     batch = batch_of()
     batch['decoder_target_tokens'] = np.maximum(
       batch['decoder_target_tokens'], 1
     )
     expected = jax.jit(model.logits)(params, batch)
-    cache = model.init_cache(params, batch, 5)
+    cache = jax.jit(model.init_cache, static_argnums=2)(params, batch, 5)
+    step = jax.jit(model.decode_step)
     for i in range(5):
       tokens = jnp.asarray(batch['decoder_input_tokens'][:, i])
-      found, cache = model.decode_step(params, cache, tokens)
+      found, cache = step(params, cache, tokens)
       np.testing.assert_allclose(
         found, expected[:, i], rtol=1e-4, atol=1e-5, err_msg=str(i)
       )
@@ -176,7 +180,7 @@ class ScanTest(parameterized.TestCase):
   def test_adafactor_takes_every_layer_for_itself(self):
     apart = family('lm', emb_dim=16, mlp_dim=12)
     scanned = family('lm', emb_dim=16, mlp_dim=12, scan_layers=True)
-    params = apart.init(jax.random.key(0))
+    params = drawn.params(apart)
     states = []
     for model, start in (
       (apart, params), (scanned, restacked(params, scanned)),
@@ -206,7 +210,7 @@ class RestackTest(parameterized.TestCase):
   @FORMS
   def test_there_and_back_is_the_same(self, kind, axis, per_layer):
     apart = family(kind, relative_per_layer=per_layer)
-    params = tree.flatten(apart.init(jax.random.key(0)))
+    params = tree.flatten(drawn.params(apart))
     scanned = dataclasses.replace(
       apart.config, scan_layers=True, param_scan_axis=axis
     )
@@ -218,14 +222,15 @@ class RestackTest(parameterized.TestCase):
 
   def test_one_table_serves_layers_that_have_their_own(self):
     shared, own = family('t5'), family('t5', relative_per_layer=True)
-    params = shared.init(jax.random.key(0))
+    params = drawn.params(shared)
     tables = restacked(params, own)
     batch = batch_of()
     np.testing.assert_array_equal(
       jax.jit(own.logits)(tables, batch), jax.jit(shared.logits)(params, batch)
     )
     assert_close(params, restacked(tables, shared), rtol=0)
-    tables['encoder']['layers_1']['relpos_bias']['rel_embedding'] += 1
+    bias = tables['encoder']['layers_1']['relpos_bias']
+    bias['rel_embedding'] = bias['rel_embedding'] + 1
     with self.assertRaisesRegex(errors.UserError, 'relative_per_layer=True'):
       restacked(tables, shared)
 
@@ -246,22 +251,22 @@ class RestackTest(parameterized.TestCase):
 
 
 class RematTest(parameterized.TestCase):
-  @parameterized.parameters(('full', False), ('dots_saveable', True))
-  def test_the_numbers_stay(self, policy, scan):
-    self.check_remat(policy, scan)
+  def test_the_numbers_stay(self):
+    self.check_remat('full', False)
 
+  @parameterized.parameters('dots_saveable', 'full')
   @pytest.mark.slow
-  def test_the_numbers_stay_of_scanned_layers(self):
-    self.check_remat('full', True)
+  def test_the_numbers_stay_of_scanned_layers(self, policy):
+    self.check_remat(policy, True)
 
   def check_remat(self, policy, scan):
     plain = family('lm', scan_layers=scan)
     remat = family('lm', scan_layers=scan, remat_policy=policy)
-    params, batch = plain.init(jax.random.key(0)), batch_of()
-    expected = loss_and_gradient(plain, params, batch)
-    found = loss_and_gradient(remat, params, batch)
-    np.testing.assert_allclose(found[0], expected[0], rtol=1e-6)
-    assert_close(expected[1], found[1], rtol=1e-4, atol=1e-6)
+    params, batch = drawn.params(plain), batch_of()
+    _, loss, gradient = logits_loss_and_gradient(plain, params, batch)
+    _, other, found = logits_loss_and_gradient(remat, params, batch)
+    np.testing.assert_allclose(other, loss, rtol=1e-6)
+    assert_close(gradient, found, rtol=1e-4, atol=1e-6)
 
   def test_less_is_kept(self):
     sizes = {}
@@ -295,13 +300,20 @@ class WatchedTest(parameterized.TestCase):
     batch['encoder_input_tokens'][1, 2:] = 0
     return batch
 
+  def test_gram_matrices(self):
+    self.check_grams('lm', 1, 'full')
+
   @parameterized.parameters(('t5', 1, 'none'), ('lm', 0, 'full'))
-  def test_gram_matrices(self, kind, axis, remat):
+  @pytest.mark.slow
+  def test_gram_matrices_of_further_forms(self, kind, axis, remat):
+    self.check_grams(kind, axis, remat)
+
+  def check_grams(self, kind, axis, remat):
     apart = family(kind)
     scanned = family(
       kind, scan_layers=True, param_scan_axis=axis, remat_policy=remat
     )
-    params = apart.init(jax.random.key(0))
+    params = drawn.params(apart)
     collect = lambda model, params: statistics.collect(
       statistics.gram(), model, params, [self.batch()]
     )
@@ -319,12 +331,21 @@ class WatchedTest(parameterized.TestCase):
       gram = statistic_specs.GRAM
       self.assertTrue(gram.fits(own['gram'].shape, path, specs[path]), path)
 
-  @parameterized.parameters(False, True)
-  def test_features_are_what_the_encoder_says(self, scan):
+  def test_features_are_what_the_encoder_says(self):
+    self.check_features(scan=True)
+
+  @pytest.mark.slow
+  def test_features_are_what_the_encoder_says_layer_by_layer(self):
+    self.check_features(scan=False)
+
+  def check_features(self, scan):
     model = family('t5', scan_layers=scan, logits_via_embedding=True)
-    params, batch = model.init(jax.random.key(0)), self.batch()
+    params, batch = drawn.params(model), self.batch()
     inputs = batch['encoder_input_tokens']
-    encoded = model.module.apply({'params': params}, inputs, method='encode')
+    encode = lambda params, inputs: model.module.apply(
+      {'params': params}, inputs, method='encode'
+    )
+    encoded = jax.jit(encode)(params, inputs)
     real = (inputs > 0)[..., None]
     np.testing.assert_allclose(
       select.extract(model, params, [batch]),

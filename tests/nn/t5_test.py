@@ -10,6 +10,8 @@ import goldens
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+import tiers
 
 from mergejax import models
 from mergejax.core import axes
@@ -48,6 +50,14 @@ def batch_of(arrays, prefix='batch/'):
   }
 
 
+def encode(module, params, inputs):
+  run = lambda params, inputs: module.apply(
+    {'params': params}, inputs, method='encode'
+  )
+  return jax.jit(run)(params, inputs)
+
+
+@tiers.slow('test_packed_logits1', 'test_cached_decoding_.*2')
 class T5XTest(parameterized.TestCase):
   @parameterized.parameters(*VERSIONS)
   def test_parameter_tree_is_t5x_s(self, version):
@@ -81,9 +91,7 @@ class T5XTest(parameterized.TestCase):
     batch = batch_of(arrays)
     logits = jax.jit(models.family_of(module).logits)(params, batch)
     np.testing.assert_allclose(logits, arrays['logits'], rtol=1e-4, atol=2e-5)
-    encoded = module.apply(
-      {'params': params}, batch['encoder_input_tokens'], method='encode'
-    )
+    encoded = encode(module, params, batch['encoder_input_tokens'])
     np.testing.assert_allclose(encoded, arrays['encoded'], rtol=1e-4, atol=1e-5)
 
   @parameterized.parameters(*VERSIONS)
@@ -95,85 +103,6 @@ class T5XTest(parameterized.TestCase):
     np.testing.assert_allclose(
       logits, arrays['packed/logits'], rtol=1e-4, atol=1e-5
     )
-
-  @parameterized.parameters(*VERSIONS)
-  def test_packed_rows_equal_their_segments_alone(self, version):
-    arrays = goldens.load(version)
-    module, params = tiny(version), goldens.subtree(arrays, 'params/')
-    packed = batch_of(arrays, 'packed/')
-    logits = jax.jit(models.family_of(module).logits)
-    whole = logits(params, packed)
-
-    def padded(name, row, chosen):
-      """A segment alone in its row: one shape, compiled once."""
-      tokens = packed[name][row]
-      alone = tokens[chosen]
-      return np.pad(alone, (0, len(tokens) - len(alone)))[None]
-
-    checked = 0
-    for row in range(3):
-      for segment in range(
-        1, int(packed['decoder_segment_ids'][row].max()) + 1
-      ):
-        inside = packed['encoder_segment_ids'][row] == segment
-        targets = packed['decoder_segment_ids'][row] == segment
-        alone = logits(params, {
-            name: padded(name, row, chosen)
-            for name, chosen in (
-                ('encoder_input_tokens', inside),
-                ('decoder_input_tokens', targets),
-                ('decoder_target_tokens', targets),
-            )
-        })  # fmt: skip
-        np.testing.assert_allclose(
-          whole[row][targets], alone[0, : targets.sum()], rtol=1e-4, atol=1e-5
-        )
-        checked += 1
-    self.assertGreater(checked, 3)
-
-  @parameterized.parameters(*VERSIONS)
-  def test_bfloat16_is_close(self, version):
-    arrays = goldens.load(version)
-    module = tiny(version, dtype='bfloat16')
-    logits = models.family_of(module).logits(
-      goldens.subtree(arrays, 'params/'), batch_of(arrays)
-    )
-    self.assertEqual(logits.dtype, jnp.float32)
-    real = arrays['batch/decoder_target_tokens'] > 0
-    spread = np.abs(arrays['logits_bf16'] - arrays['logits'])[real].max()
-    off = np.abs(logits - arrays['logits'])[real].max()
-    self.assertLess(off, 2 * spread)
-
-  @parameterized.parameters(*VERSIONS)
-  def test_gradients_and_three_adafactor_steps(self, version):
-    arrays = goldens.load(version)
-    module, params = tiny(version), goldens.subtree(arrays, 'params/')
-    batch = batch_of(arrays)
-    summed = objective.cross_entropy(z_loss=1e-4, normalizing_factor=None)
-    loss_fn = objective.make_loss(module, summed)
-    graded = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
-    (loss, _), grads = graded(params, batch)
-    np.testing.assert_allclose(loss, arrays['train/loss0'], rtol=1e-5)
-    for path, leaf in tree.flatten(grads).items():
-      np.testing.assert_allclose(
-        leaf, arrays[f'grad/{path}'], rtol=1e-3, atol=1e-4, err_msg=path
-      )
-    optimizer = optim.adafactor(0.01)
-    made = step_lib.make_step(module, optimizer, objective=summed)
-    state = made.init(params, jax.random.key(0))
-    step = jax.jit(made.update)
-    seen = []
-    for _ in range(3):
-      seen.append(graded(state.params, batch)[0][0])
-      state, _ = step(state, batch)
-    seen.append(graded(state.params, batch)[0][0])
-    np.testing.assert_allclose(seen, arrays['train/losses'], rtol=1e-4)
-    after = goldens.subtree(arrays, 'train/params_after3/')
-    for path, leaf in tree.flatten(after).items():
-      np.testing.assert_allclose(
-          tree.flatten(state.params)[path], leaf, rtol=1e-4, atol=1e-5,
-          err_msg=path,
-      )  # fmt: skip
 
   @parameterized.parameters(*VERSIONS)
   def test_losses(self, version):
@@ -215,49 +144,11 @@ class T5XTest(parameterized.TestCase):
   def test_score(self, version):
     arrays = goldens.load(version)
     batch = batch_of(arrays)
-    lp = losses.token_log_likelihood(
-      tiny(version), goldens.subtree(arrays, 'params/'), batch
-    )
+    likelihood = functools.partial(losses.token_log_likelihood, tiny(version))
+    lp = jax.jit(likelihood)(goldens.subtree(arrays, 'params/'), batch)
     real = batch['decoder_target_tokens'] > 0
     np.testing.assert_allclose(
       np.where(real, lp, 0).sum(axis=1), arrays['score'], rtol=1e-5
-    )
-
-  @parameterized.parameters(*VERSIONS)
-  def test_greedy_decoding_with_the_cache(self, version):
-    arrays = goldens.load(version)
-    module, params = tiny(version), goldens.subtree(arrays, 'params/')
-    inputs = arrays['batch/encoder_input_tokens']
-    expected = arrays['decode/greedy']
-    length = expected.shape[1]
-    encoded = module.apply({'params': params}, inputs, method='encode')
-    blank = jnp.zeros((3, length), jnp.int32)
-    _, cache = module.apply(
-        {'params': params}, encoded, inputs, blank, blank, decode=True,
-        max_decode_length=length, method='decode', mutable=['cache'],
-    )  # fmt: skip
-    token, alive, tokens, steps = blank[:, :1], np.ones(3, bool), [], []
-    for _ in range(length):
-      logits, cache = module.apply(
-          {'params': params, **cache}, encoded, inputs, token, token,
-          decode=True, max_decode_length=length, method='decode',
-          mutable=['cache'],
-      )  # fmt: skip
-      steps.append(np.asarray(logits[:, 0]))
-      chosen = np.where(alive, np.argmax(logits[:, 0], axis=-1), 0)
-      tokens.append(chosen)
-      alive &= chosen != 1
-      token = jnp.asarray(chosen[:, None], jnp.int32)
-    tokens = np.stack(tokens, axis=1)
-    np.testing.assert_array_equal(tokens, expected)
-    # Step by step equals the full forward over the same tokens.
-    shifted = np.concatenate([np.zeros((3, 1), np.int32), tokens[:, :-1]], 1)
-    full = module.apply(
-        {'params': params}, encoded, inputs, shifted, np.ones_like(tokens),
-        method='decode',
-    )  # fmt: skip
-    np.testing.assert_allclose(
-      np.stack(steps, axis=1), full, rtol=1e-4, atol=1e-5
     )
 
   @parameterized.parameters(
@@ -273,13 +164,15 @@ class T5XTest(parameterized.TestCase):
     inputs = rng.integers(2, 64, (2, 5)).astype(np.int32)
     inputs[1, 3:] = 0
     targets = rng.integers(2, 64, (2, 9)).astype(np.int32)
-    params = module.init(jax.random.key(0), inputs, targets, targets)['params']
+    params = jax.jit(module.init)(jax.random.key(0), inputs, targets, targets)[
+      'params'
+    ]
     for stack in ('encoder', 'decoder'):
       bias = params[stack]['relpos_bias']
       bias['rel_embedding'] = 3.0 * jax.random.normal(
         jax.random.key(2), bias['rel_embedding'].shape
       )
-    encoded = module.apply({'params': params}, inputs, method='encode')
+    encoded = encode(module, params, inputs)
     first = (encoded, inputs) if by == 'decode' else (inputs,)
 
     @functools.partial(
@@ -325,9 +218,8 @@ class T5XTest(parameterized.TestCase):
                     mlp_dim=256, num_encoder_layers=1, num_decoder_layers=1)
     )  # fmt: skip
     tokens = jnp.ones((1, 3), jnp.int32)
-    params = tree.flatten(
-      module.init(jax.random.key(0), tokens, tokens, tokens)['params']
-    )
+    made = jax.jit(module.init)(jax.random.key(0), tokens, tokens, tokens)
+    params = tree.flatten(made['params'])
     expected = {
       'token_embedder/embedding': 1.0,
       'encoder/layers_0/attention/query/kernel': 1 / np.sqrt(64 * 16),
@@ -338,6 +230,128 @@ class T5XTest(parameterized.TestCase):
     }
     for path, std in expected.items():
       np.testing.assert_allclose(np.std(params[path]), std, rtol=0.1)
+
+
+class StepsTest(absltest.TestCase):
+  """What costs more than one forward pass."""
+
+  version = 't5x_network_v1_1'
+
+  def test_packed_rows_equal_their_segments_alone(self):
+    arrays = goldens.load(self.version)
+    module, params = tiny(self.version), goldens.subtree(arrays, 'params/')
+    packed = batch_of(arrays, 'packed/')
+    logits = jax.jit(models.family_of(module).logits)
+    whole = logits(params, packed)
+
+    def padded(name, row, chosen):
+      """A segment alone in its row: one shape, compiled once."""
+      tokens = packed[name][row]
+      alone = tokens[chosen]
+      return np.pad(alone, (0, len(tokens) - len(alone)))[None]
+
+    checked = 0
+    for row in range(3):
+      for segment in range(
+        1, int(packed['decoder_segment_ids'][row].max()) + 1
+      ):
+        inside = packed['encoder_segment_ids'][row] == segment
+        targets = packed['decoder_segment_ids'][row] == segment
+        alone = logits(params, {
+            name: padded(name, row, chosen)
+            for name, chosen in (
+                ('encoder_input_tokens', inside),
+                ('decoder_input_tokens', targets),
+                ('decoder_target_tokens', targets),
+            )
+        })  # fmt: skip
+        np.testing.assert_allclose(
+          whole[row][targets], alone[0, : targets.sum()], rtol=1e-4, atol=1e-5
+        )
+        checked += 1
+    self.assertGreater(checked, 3)
+
+  def test_bfloat16_is_close(self):
+    arrays = goldens.load(self.version)
+    module = tiny(self.version, dtype='bfloat16')
+    logits = jax.jit(models.family_of(module).logits)(
+      goldens.subtree(arrays, 'params/'), batch_of(arrays)
+    )
+    self.assertEqual(logits.dtype, jnp.float32)
+    real = arrays['batch/decoder_target_tokens'] > 0
+    spread = np.abs(arrays['logits_bf16'] - arrays['logits'])[real].max()
+    off = np.abs(logits - arrays['logits'])[real].max()
+    self.assertLess(off, 2 * spread)
+
+  def test_gradients_and_three_adafactor_steps(self):
+    arrays = goldens.load(self.version)
+    module, params = tiny(self.version), goldens.subtree(arrays, 'params/')
+    batch = batch_of(arrays)
+    summed = objective.cross_entropy(z_loss=1e-4, normalizing_factor=None)
+    loss_fn = objective.make_loss(module, summed)
+    graded = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
+    (loss, _), grads = graded(params, batch)
+    np.testing.assert_allclose(loss, arrays['train/loss0'], rtol=1e-5)
+    for path, leaf in tree.flatten(grads).items():
+      np.testing.assert_allclose(
+        leaf, arrays[f'grad/{path}'], rtol=1e-3, atol=1e-4, err_msg=path
+      )
+    optimizer = optim.adafactor(0.01)
+    made = step_lib.make_step(module, optimizer, objective=summed)
+    state = made.init(params, jax.random.key(0))
+    step = jax.jit(made.update)
+    seen = []
+    for _ in range(3):
+      seen.append(graded(state.params, batch)[0][0])
+      state, _ = step(state, batch)
+    seen.append(graded(state.params, batch)[0][0])
+    np.testing.assert_allclose(seen, arrays['train/losses'], rtol=1e-4)
+    after = goldens.subtree(arrays, 'train/params_after3/')
+    for path, leaf in tree.flatten(after).items():
+      np.testing.assert_allclose(
+          tree.flatten(state.params)[path], leaf, rtol=1e-4, atol=1e-5,
+          err_msg=path,
+      )  # fmt: skip
+
+  def test_greedy_decoding_with_the_cache(self):
+    arrays = goldens.load(self.version)
+    module, params = tiny(self.version), goldens.subtree(arrays, 'params/')
+    inputs = arrays['batch/encoder_input_tokens']
+    expected = arrays['decode/greedy']
+    length = expected.shape[1]
+    encoded = encode(module, params, inputs)
+    blank = jnp.zeros((3, length), jnp.int32)
+
+    @functools.partial(jax.jit, static_argnames=['decode'])
+    def run(cache, token, mask, decode=True):
+      length_too = dict(max_decode_length=length) if decode else {}
+      return module.apply(
+          {'params': params, **cache}, encoded, inputs, token, mask,
+          decode=decode, method='decode', mutable=['cache'], **length_too,
+      )  # fmt: skip
+
+    _, cache = run({}, blank, blank)
+    token, alive, tokens, steps = blank[:, :1], np.ones(3, bool), [], []
+    for _ in range(length):
+      logits, cache = run(cache, token, token)
+      steps.append(np.asarray(logits[:, 0]))
+      chosen = np.where(alive, np.argmax(logits[:, 0], axis=-1), 0)
+      tokens.append(chosen)
+      alive &= chosen != 1
+      token = jnp.asarray(chosen[:, None], jnp.int32)
+    tokens = np.stack(tokens, axis=1)
+    np.testing.assert_array_equal(tokens, expected)
+    # Step by step equals the full forward over the same tokens.
+    shifted = np.concatenate([np.zeros((3, 1), np.int32), tokens[:, :-1]], 1)
+    full, _ = run({}, shifted, np.ones_like(tokens), decode=False)
+    np.testing.assert_allclose(
+      np.stack(steps, axis=1), full, rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.slow
+class OlderStepsTest(StepsTest):
+  version = 't5x_network_v1_0'
 
 
 class HuggingFaceTest(parameterized.TestCase):
@@ -362,7 +376,7 @@ class HuggingFaceTest(parameterized.TestCase):
     params = tree.unflatten(leaves)
     inputs, decoder_inputs = arrays['input_ids'], arrays['decoder_input_ids']
     # There the decoder masks nothing but the future.
-    logits = module.apply(
+    logits = jax.jit(module.apply)(
       {'params': params}, inputs, decoder_inputs, np.ones_like(decoder_inputs)
     )
     np.testing.assert_allclose(logits, arrays['logits'], rtol=1e-4, atol=2e-5)
@@ -373,7 +387,7 @@ class HuggingFaceTest(parameterized.TestCase):
     np.testing.assert_allclose(
       np.where(counted, loss, 0), arrays['token_loss'], rtol=1e-4, atol=2e-5
     )
-    encoded = module.apply({'params': params}, inputs, method='encode')
+    encoded = encode(module, params, inputs)
     real = inputs > 0
     np.testing.assert_allclose(
       encoded[real],

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import tiers
 
 from mergejax import models
 from mergejax.core import errors
@@ -28,6 +29,7 @@ MODELS = (
 )  # fmt: skip
 
 
+@tiers.slow('test_learns_.*_(mlp|vgg)')
 class VisionTest(parameterized.TestCase):
   @parameterized.named_parameters(*MODELS)
   def test_learns_and_describes_itself(self, fields):
@@ -66,10 +68,10 @@ class VisionTest(parameterized.TestCase):
     images = (
       np.random.default_rng(0).integers(0, 256, (2, 8, 8)).astype(np.uint8)
     )
-    as_bytes = family.logits(params, {'images': images})
-    as_floats = family.logits(
-      params, {'images': np.float32(images)[..., None] / 255}
-    )
+    logits = jax.jit(family.logits)
+    as_bytes = logits(params, {'images': images})
+    floats = np.float32(images)[..., None] / 255
+    as_floats = logits(params, {'images': floats})
     np.testing.assert_allclose(as_bytes, as_floats, rtol=1e-5, atol=1e-6)
 
   @parameterized.parameters(

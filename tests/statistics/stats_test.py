@@ -4,6 +4,7 @@
 
 from absl.testing import absltest
 from absl.testing import parameterized
+import drawn
 import flax.linen as nn
 import goldens
 import jax
@@ -153,7 +154,7 @@ class GramTest(parameterized.TestCase):
 
   def test_padding_and_batches_do_not_matter(self):
     module = models.build(small_batches.TEXT_MODEL)
-    params = models.family_of(module).init(jax.random.key(0))
+    params = drawn.params(models.family_of(module))
     batches = small_batches.text_batches()
     whole = statistics.collect(
       statistics.gram(tied_head=True), module, params, batches, save_every=1
@@ -197,7 +198,7 @@ class GramTest(parameterized.TestCase):
 
   def test_nothing_to_collect(self):
     module = models.build(small_batches.TEXT_MODEL)
-    params = models.family_of(module).init(jax.random.key(0))
+    params = drawn.params(models.family_of(module))
     with self.assertRaisesRegex(errors.UserError, 'matches no parameter'):
       statistics.collect(
         statistics.gram(include=['nothing']),
@@ -281,10 +282,10 @@ class FisherTest(parameterized.TestCase):
 
   def test_sampled_converges_to_exact(self):
     whole = self.fisher()
-    drawn = self.fisher(estimator='sampled', samples=2000)
+    sampled = self.fisher(estimator='sampled', samples=2000)
     for path, own in whole.items():
       np.testing.assert_allclose(
-        drawn[path]['fisher'], own['fisher'], rtol=0.25, atol=2e-3
+        sampled[path]['fisher'], own['fisher'], rtol=0.25, atol=2e-3
       )
 
   def test_empirical_is_the_square_of_each_example(self):
@@ -305,7 +306,7 @@ class FisherTest(parameterized.TestCase):
 
   def test_sequences(self):
     module = models.build(small_batches.TEXT_MODEL)
-    params = models.family_of(module).init(jax.random.key(0))
+    params = drawn.params(models.family_of(module))
     (batch,) = small_batches.text_batches(1, rows=2)
     path = 'decoder/decoder_norm/scale'
 
@@ -339,12 +340,12 @@ class FisherTest(parameterized.TestCase):
     # With two answers to choose from, sampling whole answers and summing over
     # both exactly must agree about a parameter.
     module = models.build({**small_batches.TEXT_MODEL, 'vocab_size': 4})
-    params = models.family_of(module).init(jax.random.key(1))
+    params = drawn.params(models.family_of(module), 1)
     (batch,) = small_batches.text_batches(1, rows=2)
     batch = {n: np.minimum(x, 3)[:, :1] for n, x in batch.items()}
     batch['decoder_target_tokens'] = np.ones((2, 1), int)
     batch['decoder_input_tokens'] = np.zeros((2, 1), int)
-    drawn = statistics.collect(
+    sampled = statistics.collect(
         statistics.fisher(estimator='sampled', samples=1000), module, params, [batch]
     )  # fmt: skip
     first = lambda params, batch: models.family_of(module).logits(
@@ -355,7 +356,7 @@ class FisherTest(parameterized.TestCase):
     )
     path = 'decoder/decoder_norm/scale'
     np.testing.assert_allclose(
-      drawn[path]['fisher'], exact[path]['fisher'], rtol=0.25, atol=1e-3
+      sampled[path]['fisher'], exact[path]['fisher'], rtol=0.25, atol=1e-3
     )
 
   def test_bad_options(self):
@@ -380,7 +381,7 @@ class ShardedTest(parameterized.TestCase):
     else:
       statistic = statistics.fisher(estimator='sampled')
       module, batches = small_batches.tiny_images()
-    params = models.family_of(module).init(jax.random.key(0))
+    params = drawn.params(models.family_of(module))
     one = statistics.collect(statistic, module, params, batches)
     many = statistics.collect(statistic, module, params, batches, mesh=mesh)
     for path, own in one.items():
@@ -391,7 +392,7 @@ class ShardedTest(parameterized.TestCase):
 
   def test_no_device_waits_for_another_before_the_end(self):
     module = models.build(dict(model_type='mlp', hidden=(8,)))
-    params = models.family_of(module).init(jax.random.key(0))
+    params = drawn.params(models.family_of(module))
     mesh = partition.make_mesh(data=8)
     rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('data'))
     batch = jax.device_put(models.family_of(module).example_batch(8), rows)
@@ -408,13 +409,15 @@ class ShardedTest(parameterized.TestCase):
 class AnswersTest(absltest.TestCase):
   def test_scores_are_log_likelihoods(self):
     module = models.build(small_batches.TEXT_MODEL)
-    params = models.family_of(module).init(jax.random.key(0))
+    params = drawn.params(models.family_of(module))
     (batch,) = small_batches.text_batches(1, rows=2)
     answers = np.array([[5, 6, 1, 0], [7, 1, 0, 0]])
-    found = models.family_of(module).answer_logits(answers)(params, batch)
+    family = models.family_of(module)
+    found = jax.jit(family.answer_logits(answers))(params, batch)
+    logits = jax.jit(family.logits)
     for c, answer in enumerate(answers):
       targets = np.stack([answer] * 2)
-      given = models.family_of(module).logits(
+      given = logits(
         params,
         {
           'encoder_input_tokens': batch['encoder_input_tokens'],

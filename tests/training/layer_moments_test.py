@@ -9,6 +9,7 @@ from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 import numpy as np
+import tiers
 
 from mergejax import partition
 from mergejax.checkpoints import checkpoint
@@ -131,6 +132,7 @@ class FormsTest(parameterized.TestCase):
         np.testing.assert_array_equal(stack[layer], own)
 
 
+@tiers.slow('test_losses_.*0')
 class GoesOnTest(parameterized.TestCase):
   @parameterized.parameters(('adamw', False), ('ruled', True))
   def test_losses_are_those_of_a_run_that_was_not_changed(self, name, scanned):

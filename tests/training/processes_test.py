@@ -3,13 +3,13 @@
 """A run saved on eight devices continues on several processes."""
 
 import json
-import os
 import pathlib
 import socket
 import subprocess
 import sys
 
 from absl.testing import absltest
+import environments
 import numpy as np
 import pytest
 
@@ -17,10 +17,9 @@ _SCRIPT = pathlib.Path(__file__).with_name('processes.py')
 
 
 def start(folder, steps, model, *distributed, devices):
-  count = f'--xla_force_host_platform_device_count={devices}'
   return subprocess.Popen(
     [sys.executable, _SCRIPT, *map(str, (folder, steps, model, *distributed))],
-    env=dict(os.environ, JAX_PLATFORMS='cpu', XLA_FLAGS=count),
+    env=environments.of(devices),
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,

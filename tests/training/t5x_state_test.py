@@ -6,6 +6,7 @@ import pathlib
 
 from absl.testing import absltest
 from absl.testing import parameterized
+import environments
 import flax.serialization
 import goldens
 import jax
@@ -65,6 +66,10 @@ def without(names, gone):
 
 
 class GoldenTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.enter_context(environments.one_device())
+
   @parameterized.parameters('t5x_legacy', 'orbax')
   def test_there_and_back(self, name):
     source = FOLDER / name / 'checkpoint_3'

@@ -28,6 +28,7 @@ from mergejax.training import step as step_lib
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import small_runs  # noqa: E402
+import tiers
 
 losses_of, mlp, one_device, pictures = (
   small_runs.losses_of,
@@ -37,6 +38,7 @@ losses_of, mlp, one_device, pictures = (
 )
 
 
+@tiers.slow('test_image_models_.*1')
 class LayoutsTest(parameterized.TestCase):
   def test_sharded_replicated_and_tensor_parallel_are_one(self):
     module = lm.LanguageModel(

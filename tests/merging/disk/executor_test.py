@@ -14,6 +14,7 @@ from unittest import mock
 
 from absl.testing import absltest
 from absl.testing import parameterized
+import environments
 import ml_dtypes
 import models_on_disk
 import numpy as np
@@ -375,7 +376,7 @@ class WholeOrNothingTest(parameterized.TestCase):
       done = subprocess.run(
         [sys.executable, '-c', code, str(self.folder), method],
         check=True, capture_output=True, text=True,
-        env={**os.environ, 'XLA_FLAGS': ''},
+        env=environments.of(),
       )  # fmt: skip
       used, allowed = map(int, done.stdout.split()[-2:])
       self.assertLess(used, allowed, method)

@@ -13,6 +13,7 @@ import time
 from unittest import mock
 
 from absl.testing import absltest
+import environments
 import models_on_disk
 import numpy as np
 import process_groups
@@ -85,9 +86,7 @@ def start(code, count, *arguments, job=None):
     subprocess.Popen(
       [sys.executable, '-c', code, address, str(count), str(i), *arguments],
       stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-      env={
-        **os.environ, 'XLA_FLAGS': '', **(slurm(i, count, job) if job else {})
-      },
+      env=environments.of(**(slurm(i, count, job) if job else {})),
     )
     for i in range(count)
   ]  # fmt: skip
