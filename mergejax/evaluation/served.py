@@ -87,9 +87,10 @@ def open_exported(
     UserError: not such a folder, or damaged; the program is for another number
       of devices or another platform.
 
-  Example:
-    >>> served = mj.evaluation.open_exported('served')   # doctest: +SKIP
-    >>> served(inputs)['tokens']                         # doctest: +SKIP
+  Example, after `mergejax export CHECKPOINT served`:
+
+      served = mj.evaluation.open_exported('served')
+      served(inputs)['tokens']
   """
   folder = pathlib.Path(path).expanduser()
   manifest = _manifest(folder)
