@@ -68,7 +68,14 @@ class Checkpoints:
     self._directory = pathlib.Path(directory).absolute()
     self._manager = ocp.CheckpointManager(
       self._directory,
-      options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
+      options=ocp.CheckpointManagerOptions(
+        max_to_keep=keep,
+        create=True,
+        # Folders that the first process makes meanwhile are told of by a key
+        # which a run of several phases has used before: others would write
+        # into what is not there yet.
+        async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+      ),
       item_handlers={
         'state': ocp.StandardCheckpointHandler(),
         'data': _BytesHandler(),

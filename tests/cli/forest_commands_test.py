@@ -5,8 +5,12 @@
 import contextlib
 import io
 import json
+import os
 import pathlib
 import random
+import socket
+import subprocess
+import sys
 import tempfile
 from unittest import mock
 
@@ -15,6 +19,7 @@ import environments
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import small_vocabularies
 
 import mergejax as mj
@@ -414,6 +419,41 @@ class ForestCommandsTest(absltest.TestCase):
     forest.set_prior('metals', [1.0])
     self.assertIn('the priors of metals give it 0 until', add('two'))
     self.assertEqual(forest.prior('metals').tolist(), [1, 0])
+
+  @pytest.mark.slow  # `training/processes_test` keeps the promise for all runs
+  def test_two_processes_grow_the_same_forest(self):
+    """An expert at a time on four devices each: what one writes all agree on."""
+    with socket.socket() as probe:
+      probe.bind(('127.0.0.1', 0))
+      address = f'127.0.0.1:{probe.getsockname()[1]}'
+    count = '--xla_force_host_platform_device_count=4'
+    command = [
+      sys.executable, '-m', 'mergejax', 'train',
+      f'--gin_file={self.folder}/small.gin',
+      f'--gin.CORPORA={self.folder}/text', f'--gin.MODEL_DIR={self.folder}/two',
+      f'--coordinator_address={address}', '--process_count=2',
+    ]  # fmt: skip
+    processes = [
+      subprocess.Popen(
+        [*command, f'--process_index={i}'], stderr=subprocess.PIPE, text=True,
+        env=dict(os.environ, JAX_PLATFORMS='cpu', XLA_FLAGS=count),
+      )
+      for i in range(2)
+    ]  # fmt: skip
+    for process in processes:
+      _, err = process.communicate(timeout=600)
+      self.assertEqual(process.returncode, 0, err[-3000:])
+    found = forest_lib.Forest(self.folder / 'two' / 'forest')
+    self.assertEqual(list(found.experts), list(self.forest.experts))
+    for name, expert in self.forest.experts.items():
+      parents = found.experts[name].parents
+      self.assertEqual(list(parents), list(expert.parents))
+      for parent, share in expert.parents.items():
+        self.assertAlmostEqual(parents[parent], share, places=5)
+      jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+        found.params(name), self.forest.params(name),
+      )  # fmt: skip
 
   def test_what_is_said_of_a_beginning(self):
     how = lambda parents, **named: grow_forest._how(

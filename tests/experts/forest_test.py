@@ -408,7 +408,10 @@ class BeginningsTest(absltest.TestCase):
     wanted = tree.map_paths(
       lambda path, leaf: leaf + 7 if path.endswith('1/count') else leaf, state
     )
-    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+    jax.tree.map(
+      lambda a, b: np.testing.assert_array_equal(a, b, strict=True),
+      found, wanted,
+    )  # fmt: skip
 
 
 if __name__ == '__main__':

@@ -37,7 +37,7 @@ def sent(logits, tokens, scales, real, *, k, capacity, form):
   else:
     room = TOKENS if capacity is None else capacity
     found = dispatch.padded(choices, EXPERTS, room)
-  kernels = scales[:, None, None] * jnp.eye(EMBED, dtype=jnp.float32)
+  kernels = scales[:, None, None] * jnp.eye(EMBED, dtype=jnp.float32)[None]
   values = found.product(found.to_experts(tokens), kernels)
   return found.to_tokens(values).reshape(tokens.shape), choices
 
