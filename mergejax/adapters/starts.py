@@ -72,8 +72,8 @@ def _check_alike(path, made, family):
     if abs(scales[0] - scales[1]) > 1e-6 * abs(scales[0]):
       raise errors.ConfigError(
         f'{path} scales its product at {site.path} by {scales[0]:g}, and the '
-        f'adapter that begins from it by {scales[1]:g}: set its alpha and '
-        'rank_stabilised as they were.'
+        f'adapter that begins from it by {scales[1]:g}: set its rank, alpha '
+        'and rank_stabilised as they were.'
       )
 
 

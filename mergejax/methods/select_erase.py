@@ -67,7 +67,10 @@ def _deltas_of(leaves, base):
 
 def _variance(deltas):
   middle = sum(deltas) / len(deltas)
-  squares = sum(jnp.square(d - middle) for d in deltas)
+  # Several programs compute this, and must agree to the bit, or the one at the
+  # cut is lost. A maximum stands between each product and the sum: without it a
+  # compiler joins the two, rounds once, and does so in some programs alone.
+  squares = sum(jnp.maximum(jnp.square(d - middle), 0) for d in deltas)
   return jnp.asarray(squares) / len(deltas)
 
 

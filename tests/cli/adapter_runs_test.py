@@ -187,7 +187,7 @@ class AdapterRunsTest(absltest.TestCase):
     for recipe, more, message in (
       ('poly', ('--gin.NUM_TASKS=1',), 'there are 1 tasks'),
       ('poly', ('--gin.NUM_TASKS=2', '--gin.PACK=True'), 'pack=False'),
-      ('poly_adapt', (start, '--gin.RANK=1', '--gin.NUM_TASKS=2'), 'poly_a'),
+      ('poly_adapt', (start, '--gin.RANK=1', '--gin.NUM_TASKS=2'), 'its rank'),
       ('poly_mu', (start, '--gin.INVENTORY_TASKS=3'), 'poly_logits'),
     ):
       _, err = self.train(

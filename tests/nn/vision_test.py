@@ -41,7 +41,7 @@ class VisionTest(parameterized.TestCase):
     images = np.zeros((24, 8, 8, 1), np.float32)
     images[np.arange(24), :, labels * 2] = 1.0
     batch = {'images': images, 'labels': labels}
-    optimizer = optax.sgd(0.3)
+    optimizer = optax.sgd(0.1)
     made = step_lib.make_step(
       module, optimizer, objective=objective.cross_entropy(z_loss=0.0)
     )
