@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`mergejax train` with an adapter: what is trained, and what is written."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import json
 import os
 import pathlib
@@ -59,6 +59,29 @@ def adapted(
       "is trained, which has none there: set restore='params'."
     )
   return adapters.adapt(module, adapter)
+
+
+def begun(
+  family: adapters.Adapted,
+  begins_from: adapters.Start | None,
+  given: Mapping[str, Any],
+  key: jax.Array,
+) -> dict[str, Any]:
+  """Arguments of `Trainer.fit`, the base's parameters joined by the adapter's.
+
+  Args:
+    family: from `adapted`.
+    begins_from: what gives the adapter's first leaves; fresh ones by default.
+    given: arguments of the base's; without `params` the run goes on.
+    key: of fresh leaves.
+  """
+  if 'params' not in given:
+    return dict(given)
+  base = given['params']
+  if begins_from is None:
+    return {**given, 'params': family.start(base, key)}
+  leaves = begins_from(family, base, key)
+  return {**given, 'params': family.joined(base, leaves)}
 
 
 def check_tasks(family: adapters.Adapted, names: Sequence[str]) -> None:

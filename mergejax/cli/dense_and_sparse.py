@@ -25,6 +25,7 @@ import numpy as np
 from mergejax import models
 from mergejax import partition
 from mergejax.checkpoints import checkpoint
+from mergejax.cli import common
 from mergejax.cli import domain_runs
 from mergejax.cli import same_run
 from mergejax.cli import train
@@ -355,6 +356,6 @@ def _write(settings, table, rows, seconds):
   }
   train.save_json(settings.directory / 'table.json', data)
   text = '\n'.join(lines)
-  (settings.directory / 'report.md').write_text(text)
+  common.write_text(settings.directory / 'report.md', text)
   print(text)
   print(settings.directory / 'report.md')

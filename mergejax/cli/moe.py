@@ -161,6 +161,11 @@ def _of_dense(parser):
 def _dense(options):
   family = _check_sparse(options.model)
   given = options.corpora or options.suite
+  if options.how == to_dense.FRESH and (options.align or given):
+    raise errors.ConfigError(
+      '--how fresh has nothing of the experts: leave --align, --corpora and '
+      '--suite out.'
+    )
   if options.how in to_dense.BY_USAGE and not given:
     raise errors.ConfigError(
       f'--how {options.how} must know how much experts are used: give text by '

@@ -1,6 +1,6 @@
 # Copyright 2026 The mergejax Authors.
 # SPDX-License-Identifier: Apache-2.0
-"""`mergejax quickstart`: experts or sparse models, on text that this machine has."""
+"""`mergejax quickstart`: experts, or sparse models, on text that is here."""
 
 from collections.abc import Sequence
 

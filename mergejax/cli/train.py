@@ -184,25 +184,17 @@ def train_model(
     if objective is None:
       loss = {**(loss or {}), 'tasks': len(names)}
   record = directory / 'run.json'
+  optimizers = [
+    each and optimizer_of(each, steps) for each in (optimizer, router_optimizer)
+  ]
   trainer = trainer_lib.Trainer(
-    family,
-    adapting.optimizer_of(
-      family,
-      optimizer_of(optimizer, steps),
-      None
-      if router_optimizer is None
-      else optimizer_of(router_optimizer, steps),
-    ),
+    family, adapting.optimizer_of(family, *optimizers),
     objective=objective_of(objective, loss),
-    mesh=partition.make_mesh(**(mesh or {})),
-    rules=rules,
-    transforms=transforms,
-    callbacks=trainer_callbacks(callbacks),
-    freeze=freeze,
-    accumulate=accumulate,
-    clip=clip,
+    mesh=partition.make_mesh(**(mesh or {})), rules=rules,
+    transforms=transforms, callbacks=trainer_callbacks(callbacks),
+    freeze=freeze, accumulate=accumulate, clip=clip,
     allow_float16=allow_float16,
-  )
+  )  # fmt: skip
   stream, data, local_rows = _open_data(
     trainer, provider, record, batch_size, lengths=lengths, kind=kind,
     pack=pack, seed=seed, task_ids=per_task, cached=cache_dir is not None,
@@ -215,35 +207,24 @@ def train_model(
     'initial_checkpoint': start.fingerprint(),
     **start.described(),
     **data,
-    **described(objective, transforms, freeze, accumulate, clip),
-    **({} if adapter is None else {'adapter': _told(adapter)}),
-    **(
-      {} if adapter_start is None else {'adapter_start': _told(adapter_start)}
+    **described(
+      objective, transforms, freeze, accumulate, clip, adapter=adapter,
+      adapter_start=adapter_start,
     ),
-  }
+  }  # fmt: skip
   where = same_run.layout(trainer.mesh)
   same_run.check(record, settings, where)
   cut = kind == 'encoder_decoder' and cache_dir is None
   tell(name, steps, batch_size, lengths if cut else {})
   key = jax.random.key(seed)
   given = begin.arguments(trainer, steps, key, directory / 'train')
-  if adapter is not None and 'params' in given:
-    base = given['params']
-    given['params'] = (
-      family.start(base, key) if adapter_start is None
-      else family.joined(base, adapter_start(family, base, key))
-    )  # fmt: skip
+  if adapter is not None:
+    given = adapting.begun(family, adapter_start, given, key)
   same_run.write(record, settings, where)
   state = trainer.fit(
-    stream,
-    steps=steps,
-    directory=directory / 'train',
-    key=key,
-    **given,
-    local_rows=local_rows,
-    save_every=save_every,
-    log_every=log_every,
-  )
+    stream, steps=steps, directory=directory / 'train', key=key, **given,
+    local_rows=local_rows, save_every=save_every, log_every=log_every,
+  )  # fmt: skip
   if adapter is None:
     checkpoints.export(directory / 'model', family, state.params)
   else:
@@ -272,14 +253,25 @@ def described(
   freeze: Sequence[str],
   accumulate: int,
   clip: float | None,
+  **more: Any,
 ) -> dict[str, Any]:
-  """What fixes a run besides what every run has, as plain data."""
+  """What fixes a run besides what every run has, as plain data.
+
+  Args:
+    objective: of the run, if it is none of cross entropy's options.
+    transforms: see `trainer.Trainer`.
+    freeze: likewise.
+    accumulate: likewise.
+    clip: likewise.
+    **more: what else it has, told by its text; None is not told.
+  """
   found = {
     'objective': objective and _told(objective),
     'transforms': {each.name: dict(each.settings) for each in transforms},
     'freeze': list(freeze),
     'accumulate': None if accumulate == 1 else accumulate,
     'clip': clip,
+    **{name: each and _told(each) for name, each in more.items()},
   }
   return {name: value for name, value in found.items() if value}
 

@@ -17,6 +17,7 @@ import numpy as np
 import seqio
 
 from mergejax import adapters
+from mergejax.core import errors
 from mergejax.data import splits
 from mergejax.data import stream
 from mergejax.data import task_ids
@@ -71,6 +72,7 @@ class ranked(scoring.evaluate):  # pylint: disable=invalid-name
     *,
     lengths: Mapping[str, int],
     every: int,
+    trained: seqio.Task | seqio.Mixture | str | None = None,
     split: str = 'validation',
     batch_size: int = 32,
     max_examples: int | None = 512,
@@ -85,6 +87,8 @@ class ranked(scoring.evaluate):  # pylint: disable=invalid-name
       tasks: with choices, see `answers.add_choice_task`; each has a score.
       lengths: tokens of `inputs` and of every answer, `targets`.
       every: see `scoring.evaluate`.
+      trained: what is trained on, which has numbered the tasks for adapters that
+        tell them apart; others need none.
       split: which examples.
       batch_size: rows of a batch.
       max_examples: of each task, a fixed sample; None takes all.
@@ -97,6 +101,7 @@ class ranked(scoring.evaluate):  # pylint: disable=invalid-name
       lambda params: {}, every=every, averages=averages, keep_best=keep_best
     )
     self._name = getattr(tasks, 'name', tasks)
+    self._trained = getattr(trained, 'name', trained)
     self._length_norm, self._parts = length_norm, parts
     self._read = dict(
       lengths=lengths, batch_size=batch_size, split=split,
@@ -109,14 +114,34 @@ class ranked(scoring.evaluate):  # pylint: disable=invalid-name
     provider = stream.find(self._name, read['split'])
     family, data = run.family, {}
     reads = family.adapter.reads if isinstance(family, adapters.Adapted) else ()
-    for number, task in enumerate(task_ids.names(provider)):
-      rows = np.full(read['batch_size'], number, np.int32)
-      data[task] = [
-        {**batch, **dict.fromkeys(reads, rows)}
-        for batch in splits.batches(task, **read)
-      ]
+    names = task_ids.names(provider)
+    numbers = self._numbers(names) if reads else {}
+    for task in names:
+      data[task] = splits.batches(task, **read)
+      if reads:
+        rows = np.full(read['batch_size'], numbers[task], np.int32)
+        told = dict.fromkeys(reads, rows)
+        data[task] = [{**batch, **told} for batch in data[task]]
     self._fn = scoring.compiled(
       ranked_lib.rank_evaluator(
         family, data, length_norm=self._length_norm, parts=self._parts
       )
     )
+
+  def _numbers(self, names):
+    """`{task: its number in training}`.
+
+    Raises:
+      ConfigError: what is trained on is not told, or has not such a task.
+    """
+    if self._trained is None:
+      raise errors.ConfigError(
+        'The adapter tells tasks apart by numbers that the mixture which is '
+        'trained on gave them: name it as `trained` '
+        '(training_scores.ranked.trained).'
+      )
+    known = task_ids.names(stream.find(self._trained, 'train'))
+    for name in names:
+      if name not in known:
+        raise errors.ConfigError(errors.near(name, known, 'task, of training,'))
+    return {name: number for number, name in enumerate(known)}

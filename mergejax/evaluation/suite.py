@@ -248,14 +248,20 @@ def _parse_task(name, data, vocabulary):
       if word not in data:
         raise errors.ConfigError(f"task {name} lacks the template '{word}'.")
     source = tasks_lib.add_table_task(
-      f'suite_{name}', tables.split_files(source, scoring.SPLITS), inputs=data['inputs'],
-      targets=data['targets'], vocabulary=vocabulary, by_content=True,
-    ).name  # fmt: skip
+      f'suite_{name}',
+      tables.split_files(source, scoring.SPLITS),
+      inputs=data['inputs'],
+      targets=data['targets'],
+      vocabulary=vocabulary,
+      by_content=True,
+    ).name
   elif kind == 'lm':
     source = tasks_lib.add_text_task(
-      f'suite_{name}', tables.split_files(source, scoring.SPLITS), vocabulary=vocabulary,
+      f'suite_{name}',
+      tables.split_files(source, scoring.SPLITS),
+      vocabulary=vocabulary,
       by_content=True,
-    ).name  # fmt: skip
+    ).name
   else:
     tasks_lib.locate(source)
   return scoring.Task(metric, kind, source, data.get('expert'))

@@ -352,9 +352,9 @@ def average_weights(
 
   Args:
     prior: `[K]`, from `cached_prior`.
-    kind: `'uniform'`: 1/K; `'argmax'`: the most likely expert alone, as `keep_top` finds it;
-      `'posterior'`: the prior itself; `'topk'`: its k largest entries, see
-      `keep_top`.
+    kind: `'uniform'`: 1/K; `'argmax'`: the most likely expert alone, as
+      `keep_top` finds it; `'posterior'`: the prior itself; `'topk'`: its k
+      largest entries, see `keep_top`.
     k: for `'topk'`.
 
   Returns:

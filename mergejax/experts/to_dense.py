@@ -54,7 +54,8 @@ def to_dense(
 
   Raises:
     ConfigError: a model without experts, with an extra dense block behind them,
-      an unknown `how`, or one that needs `usage`.
+      an unknown `how`, one that needs `usage`, or fresh blocks with what is of
+      experts.
     StructureError: a layer whose usage is not given, or parameters of another
       model.
 
@@ -70,6 +71,11 @@ def to_dense(
       f'how={how!r} must know how much experts are used: give usage= of '
       'experts.usage.measure.'
     )
+  if how == FRESH and (align or usage is not None):
+    raise errors.ConfigError(
+      'Fresh blocks have nothing of the experts: leave out align, and their '
+      f'usage, or take how={MEAN!r}.'
+    )
   if config.extra_mlp:
     raise errors.ConfigError(
       'A dense model has no place for the extra block behind every sparse layer '
@@ -83,11 +89,9 @@ def to_dense(
     and not sparse_layers.KERNEL.fullmatch(path)
   }
   dense = sparse_layers.with_moe(family, None)
-  drawn = {} if how != FRESH else _drawn(dense, key)
+  if how == FRESH:
+    return dense, sparse_layers.stacked(dense, {**_drawn(dense, key), **found})
   for layer, names in sparse_layers.layers(leaves).items():
-    if how == FRESH:
-      found |= {p: drawn[p] for p in (f'{layer}/{n}/kernel' for n in names)}
-      continue
     own = None
     if usage is not None:
       own = usage_lib.of_layer(usage, layer, config.num_experts)

@@ -45,7 +45,8 @@ class Stored:
 
   Attributes:
     family: of the model, its layers as they lie in `state`.
-    optimizer: one whose state looks like this.
+    settings: of an optimizer whose state looks like this: what makes it, under
+      `maker`, and the options that show in the shapes.
     state: in host memory.
     left_out: parts of the checkpoint that are not in it.
   """

@@ -20,7 +20,10 @@ import gin
 import mergejax as mj
 from mergejax import models
 from mergejax import partition
+from mergejax.cli import training_scores
 from mergejax.core import tree
+from mergejax.data import tables
+from mergejax.evaluation import ranked
 
 SIZES = dict(
   vocab_size=384, emb_dim=8, num_heads=2, head_dim=8, mlp_dim=32,
@@ -148,6 +151,39 @@ class AdapterRunsTest(absltest.TestCase):
     self.assertTrue(any('mc_loss' in line for line in told))
     _, err = self.train('t_few', 'plain', ['add'], code=2)
     self.assertIn('have one answer, and no choices', err)
+
+  def test_tasks_are_numbered_as_in_training(self):
+    """Also where some of them alone are scored."""
+    made = lambda *names: tables.add_mixture({
+      name: {'files': str(self.folder / name), **TASKS[name]} for name in names
+    })  # fmt: skip
+    trained, scored = made('parity', 'size'), made('size')
+    poly = mj.adapters.poly(tasks=2, skills=2, targets=TARGET)
+    adapted = mj.adapters.adapt(self.family, poly)
+    seen = {}
+
+    def evaluator(family, data, **_):
+      seen.update(data)
+      return lambda params: {}
+
+    def start(**named):
+      callback = training_scores.ranked(
+        scored, lengths={'inputs': 16, 'targets': 8}, every=1, batch_size=4,
+        **named,
+      )  # fmt: skip
+      callback.on_start(mock.MagicMock(family=adapted))
+
+    with mock.patch.object(ranked, 'rank_evaluator', evaluator):
+      start(trained=trained)
+      (batches,) = seen.values()
+      for batch in batches:
+        np.testing.assert_array_equal(batch['task_ids'], 1)
+      for message, named in (
+        ('name it as `trained`', {}),
+        ('Unknown task, of training,', {'trained': made('parity')}),
+      ):
+        with self.assertRaisesRegex(mj.ConfigError, message):
+          start(**named)
 
   def test_poly(self):
     flags = ('--gin.SKILLS=2', '--gin.RANK=2', f'--gin.POLY_TARGETS={[TARGET]}')

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adapters of a small T5 from the command line: searched, ranked, merged."""
 
-import contextlib
-import io
 import json
 import pathlib
 import tempfile
@@ -11,13 +9,13 @@ import tempfile
 from absl.testing import absltest
 import jax
 import numpy as np
+import one_command
 import small_adapted
 import small_suite
 import yaml
 
 import mergejax as mj
 from mergejax import models
-from mergejax.cli import main as main_lib
 from mergejax.core import tree
 from mergejax.evaluation import metrics
 from mergejax.evaluation import suite as suite_lib
@@ -62,11 +60,9 @@ class AdaptersTest(absltest.TestCase):
       }
 
   def run_command(self, *arguments, code=0):
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-      found = main_lib.main([*map(str, arguments)])
-    self.assertEqual(found, code, err.getvalue())
-    return err.getvalue() if code else out.getvalue()
+    found, out, err = one_command.run(*arguments)
+    self.assertEqual(found, code, err)
+    return err if code else out
 
   def summed(self, weights):
     """The base and both changes, by NumPy."""

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line: results, and one teaching message with exit code 2."""
 
-import contextlib
-import io
 import json
 import os
 import pathlib
@@ -14,6 +12,7 @@ from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 import numpy as np
+from one_command import run
 import yaml
 
 import gin
@@ -21,7 +20,6 @@ import mergejax as mj
 from mergejax import models
 from mergejax import partition
 from mergejax.cli import common
-from mergejax.cli import main
 from mergejax.merging.recipes import recipe as recipe_lib
 from mergejax.methods import named
 from mergejax.models import t5_hf as t5_names
@@ -29,14 +27,6 @@ from mergejax.nn import lm
 from mergejax.nn import t5
 
 ROOT = pathlib.Path(__file__).parents[2]
-
-
-def run(*arguments):
-  """`(exit code, stdout, stderr)`."""
-  out, err = io.StringIO(), io.StringIO()
-  with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-    code = main.main([str(a) for a in arguments])
-  return code, out.getvalue(), err.getvalue()
 
 
 class CommandsTest(parameterized.TestCase):

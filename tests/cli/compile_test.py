@@ -2,17 +2,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """`mergejax compile`: runs and recipes whose data are not there."""
 
-import contextlib
-import io
 import pathlib
 from unittest import mock
 
 from absl.testing import absltest
 import jax
 import numpy as np
+import one_command
 
 from mergejax.checkpoints import checkpoint
-from mergejax.cli import main as cli
 from mergejax.pods import chips
 from mergejax.pods import compiler
 from mergejax.pods import report as report_lib
@@ -35,10 +33,7 @@ def gin_run():
 
 class CommandTest(absltest.TestCase):
   def run_command(self, *arguments):
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-      code = cli.main(['compile', *arguments])
-    return code, out.getvalue(), err.getvalue()
+    return one_command.run('compile', *arguments)
 
   def works_of(self, *arguments):
     """What a command would compile."""

@@ -2,20 +2,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """The quickstart of sparse models, on a model of a few hundred numbers."""
 
-import contextlib
-import io
 import json
 import pathlib
-import random
 from unittest import mock
 
 from absl.testing import absltest
 import jax
+import one_command
 import pytest
+import small_corpora
 
 from mergejax import models
 from mergejax.cli import dense_and_sparse
-from mergejax.cli import main
 from mergejax.cli import train
 from mergejax.evaluation import base
 from mergejax.evaluation import metrics
@@ -44,11 +42,8 @@ lm.LMConfig:
 
 
 def run(*arguments):
-  out, err = io.StringIO(), io.StringIO()
-  with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-    with jax.numpy_dtype_promotion('standard'):
-      code = main.main([str(a) for a in arguments])
-  return code, out.getvalue(), err.getvalue()
+  with jax.numpy_dtype_promotion('standard'):
+    return one_command.run(*arguments)
 
 
 class DenseAndSparseTest(absltest.TestCase):
@@ -57,13 +52,8 @@ class DenseAndSparseTest(absltest.TestCase):
     self.folder = pathlib.Path(self.create_tempdir().full_path)
 
   def write(self):
-    rng = random.Random(0)
-    (self.folder / 'text').mkdir()
-    for domain, words in {'a': 'red green', 'b': 'iron tin'}.items():
-      rows = [' '.join(rng.choices(words.split(), k=20)) for _ in range(40)]
-      (self.folder / 'text' / f'{domain}.jsonl').write_text(
-        '\n'.join(json.dumps({'text': row}) for row in rows)
-      )
+    domains = {'a': 'red green', 'b': 'iron tin'}
+    small_corpora.write(self.folder / 'text', domains)
     (self.folder / 'small.gin').write_text(_GIN)
     return (
       'train', f'--gin_file={self.folder}/small.gin',

@@ -2,9 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`mergejax evaluate | infer --gin_file`: our gin files, and T5X's."""
 
-import contextlib
 import inspect
-import io
 import json
 import pathlib
 import shutil
@@ -15,6 +13,7 @@ from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 import numpy as np
+import one_command
 import seqio
 import small_talkers
 import tensorflow as tf
@@ -25,7 +24,6 @@ from mergejax import models
 from mergejax.cli import common
 from mergejax.cli import evaluate
 from mergejax.cli import infer
-from mergejax.cli import main as main_lib
 from mergejax.cli import t5x_gin
 from mergejax.cli import t5x_inference_words
 from mergejax.core import errors
@@ -189,14 +187,10 @@ class GinInferenceTest(parameterized.TestCase):
     self.folder = pathlib.Path(self.create_tempdir().full_path)
 
   def run_command(self, command, *arguments, code=0, **macros):
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-      found = main_lib.main([
-        command, *map(str, arguments),
-        *(f'--gin.{name}={value}' for name, value in macros.items()),
-      ])  # fmt: skip
-    self.assertEqual(found, code, err.getvalue())
-    return err.getvalue() if code else out.getvalue()
+    given = [f'--gin.{name}={value}' for name, value in macros.items()]
+    found, out, err = one_command.run(command, *arguments, *given)
+    self.assertEqual(found, code, err)
+    return err if code else out
 
   def of_t5x(self, run, *more, command=None, code=0, **macros):
     """Runs T5X's files; `more` are lines after them."""

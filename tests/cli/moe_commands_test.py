@@ -2,23 +2,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sparse models as a user makes them of dense ones, trains and shrinks them."""
 
-import contextlib
-import io
 import json
 import pathlib
-import random
 import tempfile
 
 from absl.testing import absltest
 import jax
 import numpy as np
+import one_command
+import small_corpora
 from tensorboard.backend.event_processing import event_accumulator
 
 import gin
 import mergejax as mj
 from mergejax import models
 from mergejax.cli import common
-from mergejax.cli import main
 from mergejax.core import tree
 from mergejax.experts import forest as forest_lib
 
@@ -31,11 +29,8 @@ KEPT = 'num_experts: 4, top_k: 2, normalize_gates: true'
 
 def run(*arguments):
   """`(exit code, stdout, stderr)`."""
-  out, err = io.StringIO(), io.StringIO()
-  with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-    with jax.numpy_dtype_promotion('standard'):
-      code = main.main([str(a) for a in arguments])
-  return code, out.getvalue(), err.getvalue()
+  with jax.numpy_dtype_promotion('standard'):
+    return one_command.run(*arguments)
 
 
 def leaves(path):
@@ -47,16 +42,8 @@ class MoeCommandsTest(absltest.TestCase):
   def setUpClass(cls):
     super().setUpClass()
     cls.folder = pathlib.Path(tempfile.mkdtemp())
-    rng = random.Random(0)
-    (cls.folder / 'text').mkdir()
-    for domain, words in {
-      'colours': 'red green blue',
-      'metals': 'iron tin',
-    }.items():
-      rows = [' '.join(rng.choices(words.split(), k=20)) for _ in range(40)]
-      (cls.folder / 'text' / f'{domain}.jsonl').write_text(
-        '\n'.join(json.dumps({'text': row}) for row in rows)
-      )
+    domains = {'colours': 'red green blue', 'metals': 'iron tin'}
+    small_corpora.write(cls.folder / 'text', domains)
     module = models.build({'model_type': 'lm', **SIZES})
     cls.family = models.family_of(module)
     for seed in (0, 1):
@@ -230,6 +217,8 @@ class MoeCommandsTest(absltest.TestCase):
       ('has no experts', 'dense', dense, out),
       ('has no experts', 'usage', dense, *self.text),
       ('give text by --corpora', 'dense', sparse, out, '--how', 'load'),
+      ('has nothing of the experts', 'dense', sparse, out, '--how', 'fresh',
+       '--align'),
       ('5 experts cannot be left of 4', 'fewer', sparse, out, '--experts', 5,
        *self.text),
       ('2 models cannot be 3 experts', 'mix', dense, dense, out, '--moe',

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Branch-Train-Merge as a user runs it: whole, killed, stopped, continued."""
 
-import contextlib
-import io
 import json
 import os
 import pathlib
@@ -18,12 +16,12 @@ import time
 from absl.testing import absltest
 import environments
 import numpy as np
+import one_command
 import orbax.checkpoint as ocp
 import pytest
 
 import gin
 import mergejax as mj
-from mergejax.cli import main
 from mergejax.core import tree
 from mergejax.data import mixtures
 from mergejax.data import stream
@@ -102,10 +100,7 @@ class ResumeTest(absltest.TestCase):
   def said(self, name):
     """`(exit code, stdout, stderr)` of a command that has nothing to train."""
     self.addCleanup(gin.clear_config)
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-      code = main.main(self.command(name))
-    return code, out.getvalue(), err.getvalue()
+    return one_command.run(*self.command(name))
 
   def stop(self, process, phase, name, with_signal):
     """Sends a signal as soon as a phase of a run has saved a step."""

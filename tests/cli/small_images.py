@@ -2,19 +2,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two tasks of small images, and three models of them, for commands."""
 
-import contextlib
-import io
 import pathlib
 import tempfile
 
 from absl.testing import absltest
 import jax
 import numpy as np
+import one_command
 import yaml
 
 import mergejax as mj
 from mergejax import models
-from mergejax.cli import main as main_lib
 
 CLASSES = 3
 
@@ -53,11 +51,9 @@ class Case(absltest.TestCase):
       )
 
   def run_command(self, *arguments, code=0):
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-      found = main_lib.main([str(a) for a in arguments])
-    self.assertEqual(found, code, err.getvalue())
-    return out.getvalue() if code == 0 else err.getvalue()
+    found, out, err = one_command.run(*arguments)
+    self.assertEqual(found, code, err)
+    return err if code else out
 
   def path(self, name):
     return self.folder / name

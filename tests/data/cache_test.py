@@ -2,9 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`mergejax cache`: what Beam wrote is what streams would have made."""
 
-import contextlib
 import importlib.util
-import io
 import json
 import pathlib
 import sys
@@ -13,11 +11,11 @@ from unittest import mock
 from absl.testing import absltest
 from absl.testing import parameterized
 import numpy as np
+import one_command
 import seqio
 import tensorflow as tf
 
 from mergejax.cli import cache
-from mergejax.cli import main as main_lib
 from mergejax.core import errors
 from mergejax.data import cached
 from mergejax.data import features
@@ -33,10 +31,7 @@ OPTIONS = dict(
 
 
 def run(*arguments):
-  out, err = io.StringIO(), io.StringIO()
-  with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-    code = main_lib.main(['cache', *map(str, arguments)])
-  return code, out.getvalue(), err.getvalue()
+  return one_command.run('cache', *arguments)
 
 
 class CacheTest(parameterized.TestCase):

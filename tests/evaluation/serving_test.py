@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """An exported folder answers as we do, in a process that has jax alone."""
 
-import contextlib
-import io
 import json
 import os
 import pathlib
@@ -16,6 +14,7 @@ from absl.testing import parameterized
 import jax
 from jax import export as jax_export
 import numpy as np
+import one_command
 import pytest
 import seqio
 import small_decoders
@@ -23,7 +22,6 @@ import small_talkers
 
 import mergejax as mj
 from mergejax import models
-from mergejax.cli import main as main_lib
 from mergejax.core import errors
 from mergejax.evaluation import beam
 from mergejax.evaluation import decode
@@ -86,11 +84,9 @@ class ServingTest(parameterized.TestCase):
     return path
 
   def command(self, *arguments, code=0):
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-      found = main_lib.main([*map(str, arguments)])
-    self.assertEqual(found, code, err.getvalue())
-    return out.getvalue() + err.getvalue()
+    found, out, err = one_command.run(*arguments)
+    self.assertEqual(found, code, err)
+    return out + err
 
   def test_a_process_without_us_says_the_same(self):
     encode = seqio.ByteVocabulary().encode

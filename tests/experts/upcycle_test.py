@@ -122,6 +122,10 @@ class UpcycleTest(parameterized.TestCase):
       self.assertEqual(np.array_equal(one[path], other[path]), not own, path)
       if own:
         np.testing.assert_array_equal(one[path], drawn[path])
+    # What would say nothing is refused.
+    for more in (dict(align=True), dict(usage={})):
+      with self.assertRaisesRegex(errors.ConfigError, 'nothing of the experts'):
+        to_dense.to_dense(family, sparse, how='fresh', **more)
 
   def test_branch_train_mix(self):
     trained = [fresh(self.dense, seed) for seed in (0, 1, 2)]

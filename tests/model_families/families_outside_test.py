@@ -2,18 +2,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """A model family in a file of its own, outside of the package."""
 
-import contextlib
-import io
 import sys
 
 from absl.testing import absltest
 import flax.linen as nn
 import jax
 import numpy as np
+import one_command
 
 import mergejax as mj
 from mergejax import models
-from mergejax.cli import main as cli
 from mergejax.core import tree
 from mergejax.core import typing
 from mergejax.names import known
@@ -92,19 +90,13 @@ class FamiliesOutsideTest(absltest.TestCase):
     text = FAMILY.format(name=name, kind=kind)
     return self.create_tempfile(f'{kind}_module.py', text).full_path
 
-  def run_command(self, *arguments):
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-      code = cli.main(list(arguments))
-    return code, out.getvalue(), err.getvalue()
-
   def test_a_file_that_is_imported_is_a_model_like_any_other(self):
     file = self.write('Toy', 'toy')
     config = {'model_type': 'toy', 'width': 4}
     with self.assertRaisesRegex(mj.UserError, '--import MODULE'):
       models.build(config)
 
-    code, _, err = self.run_command('methods', '--import', file)
+    code, _, err = one_command.run('methods', '--import', file)
     self.assertEqual(code, 0, err)
     module = models.build(config)
     family = models.family_of(module)
@@ -152,7 +144,7 @@ class FamiliesOutsideTest(absltest.TestCase):
     with self.assertRaisesRegex(mj.UserError, 'no checkpoint may choose'):
       models.build(config)
     self.assertNotIn('path_module', sys.modules)
-    code, _, err = self.run_command('methods', f'--import={file}')
+    code, _, err = one_command.run('methods', f'--import={file}')
     self.assertEqual(code, 0, err)
     module = models.build(config)
     self.assertEqual(module.config.layers, 1)
@@ -180,10 +172,10 @@ class FamiliesOutsideTest(absltest.TestCase):
     )
 
   def test_mistakes(self):
-    code, _, err = self.run_command('methods', '--import', 'no_such_thing')
+    code, _, err = one_command.run('methods', '--import', 'no_such_thing')
     self.assertEqual(code, 2)
     self.assertIn('there is no module of this name', err)
-    code, _, err = self.run_command('methods', '--import')
+    code, _, err = one_command.run('methods', '--import')
     self.assertEqual(code, 2)
     self.assertIn('needs the name of a module', err)
 
