@@ -41,7 +41,9 @@ class MoeConfig:
     top_k: experts that a token chooses; 1 in Switch, 2 in ST-MoE. Of 'gshard' it
       is 2 always.
     train_capacity_factor: room of an expert, as times a fair share of a group's
-      tokens; None drops nothing. Of 'gshard' in training it is 2, unless None.
+      tokens, as in flaxformer: of `top_k` 2 a factor of 1.25 drops at least
+      three choices of eight. None drops nothing. Of 'gshard' in training it is
+      2, unless None.
     eval_capacity_factor: the same in evaluation; of 'gshard' a quarter of all
       tokens, unless None.
     min_capacity: least room of an expert.
