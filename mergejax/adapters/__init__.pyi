@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 from mergejax.adapters.adapted import Adapted
 from mergejax.adapters.adapted import adapt
-from mergejax.adapters.adapted import by_group
 from mergejax.adapters.adapted import fold
 from mergejax.adapters.attempts import attempt
 from mergejax.adapters.banks import bank
@@ -59,7 +58,6 @@ __all__ = [
   'attempt',
   'bank',
   'bottleneck',
-  'by_group',
   'card',
   'collect_ladders',
   'count',

@@ -12,7 +12,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import optax
 
 from mergejax import models
 from mergejax.adapters import base as base_lib
@@ -43,6 +42,16 @@ class Adapted(models.ModelFamily):
 
   def learns(self, path):
     return path in self.adapter_specs and self.adapter.learns(path)
+
+  @property
+  def groups(self) -> dict[typing.Path, str]:
+    """`{leaf that learns: 'adapter', or 'router' of what routes}`.
+
+    For rates of their own, see `optim.by_group`: logits of `poly` route, and the
+    sub-network of `attempt`.
+    """
+    learned = [path for path in self.adapter_specs if self.learns(path)]
+    return {path: self.adapter.group(path) for path in learned}
 
   # Parameters ------------------------------------------------------------------
 
@@ -224,41 +233,6 @@ def adapt(
 def _kind(family: type[models.ModelFamily]) -> type[Adapted]:
   """One class a family, so that two adapted models of it are of one type."""
   return type(f'Adapted{family.__name__}', (Adapted, family), {})
-
-
-def by_group(
-  family: Adapted, optimizers: Mapping[str, optax.GradientTransformation]
-) -> optax.GradientTransformation:
-  """An optimizer with rates of their own for what routes and what is routed.
-
-  Args:
-    family: from `adapt`.
-    optimizers: of 'adapter', and of 'router': logits of `poly`, the sub-network
-      of `attempt`.
-
-  Raises:
-    ConfigError: a group that the adapter has not, or one without an optimizer.
-
-  Example:
-    >>> import mergejax as mj
-    >>> module = models.build({'model_type': 'mlp', 'hidden': (4,)})
-    >>> routed = mj.adapters.poly(tasks=2, targets='dense_0/kernel')
-    >>> optimizer = by_group(adapt(module, routed), {
-    ...     'adapter': optax.sgd(1e-3), 'router': optax.sgd(0.1)})
-  """
-  adapter = family.adapter
-  learned = [path for path in family.adapter_specs if family.learns(path)]
-  groups = {path: adapter.group(path) for path in learned}
-  if {*groups.values()} != {*optimizers}:
-    raise errors.ConfigError(
-      f'The adapter has leaves of {" and ".join(sorted({*groups.values()}))}, and '
-      f'optimizers are given for {" and ".join(sorted(optimizers)) or "none"}: '
-      'give one for each.'
-    )
-  return optax.multi_transform(
-    {**optimizers},
-    lambda params: tree.map_paths(lambda p, _: groups[p], params),
-  )
 
 
 def fold(family: Adapted, params: Mapping[str, Any]) -> typing.Tree:

@@ -113,42 +113,23 @@ def optimizer_of(
   Args:
     family: from `adapted`.
     optimizer: of what is routed.
-    router: of what routes, see `adapters.by_group`; None has none of its own.
+    router: of what routes, see `optim.by_group`; None has none of its own.
 
   Raises:
     ConfigError: a router's is given, and nothing routes.
   """
   if router is None:
     return optimizer
-  given = {'adapter': optimizer, 'router': router}
-  if isinstance(family, adapters.Adapted):
-    learned = [p for p in family.adapter_specs if family.learns(p)]
-    groups = {path: family.adapter.group(path) for path in learned}
-  else:
-    groups = {}
+  groups = family.groups if isinstance(family, adapters.Adapted) else {}
   if 'router' not in groups.values():
     raise errors.ConfigError(
       'router_optimizer is for what decides how much of which skill or prompt is '
       'used, and this run trains nothing of the kind: leave it out.'
     )
-  given = {
-    name: each for name, each in given.items() if name in groups.values()
-  }
-
-  def of_model(axes):
-    told = {
-      name: optim.of_run(
-        each, 0, {p: a for p, a in dict(axes).items() if groups[p] == name}
-      )
-      for name, each in given.items()
-    }  # fmt: skip
-    return adapters.by_group(family, told)
-
-  plain = adapters.by_group(family, given)
-  made = optim.Optimizer(plain.init, plain.update)
-  made.settings = {name: optim.describe(each) for name, each in given.items()}
-  made.of_model = of_model
-  return made
+  given = {'adapter': optimizer, 'router': router}
+  return optim.by_group(
+    groups, {n: each for n, each in given.items() if n in groups.values()}
+  )
 
 
 def export(

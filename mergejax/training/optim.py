@@ -10,6 +10,8 @@ import optax
 
 from mergejax.core import axes as axes_lib
 from mergejax.core import errors
+from mergejax.core import tree
+from mergejax.core import typing
 from mergejax.training import factors
 from mergejax.training import schedules
 from mergejax.training import slices
@@ -243,6 +245,55 @@ def adamw(
     rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay
   )
   return _made('adamw', optimizer, max_gradient_norm, settings, rate)
+
+
+def by_group(
+  groups: Mapping[typing.Path, str],
+  optimizers: Mapping[str, optax.GradientTransformation],
+) -> Optimizer:
+  """An optimizer for each group of parameters, such as what routes.
+
+  Args:
+    groups: `{path: group}` of all that learns; `Adapted.groups` tells those of
+      an adapter.
+    optimizers: `{group: optimizer}`.
+
+  Raises:
+    ConfigError: a group without an optimizer, or an optimizer without a group.
+
+  Example:
+    >>> optimizer = by_group(
+    ...   {'gate': 'router', 'kernel': 'rest'},
+    ...   {'router': adafactor(0.1), 'rest': adafactor(1e-3)},
+    ... )
+    >>> sorted(optimizer.settings)
+    ['rest', 'router']
+  """
+  named = {*groups.values()}
+  if named != {*optimizers}:
+    told = lambda names: ' and '.join(sorted(names)) or 'none'
+    raise errors.ConfigError(
+      f'There are parameters of {told(named)}, and optimizers are given for '
+      f'{told(optimizers)}: give one for each.'
+    )
+  plain = optax.multi_transform(
+    {**optimizers},
+    lambda params: tree.map_paths(lambda path, _: groups[path], params),
+  )
+
+  def of_model(known: axes_lib.Rules) -> Optimizer:
+    own = lambda name: {
+      p: a for p, a in dict(known).items() if groups[p] == name
+    }
+    told = {
+      name: of_run(each, 0, own(name)) for name, each in optimizers.items()
+    }
+    return by_group(groups, told)
+
+  made = Optimizer(plain.init, plain.update)
+  made.settings = {name: describe(each) for name, each in optimizers.items()}
+  made.of_model = of_model
+  return made
 
 
 def of_run(

@@ -324,14 +324,26 @@ class ModelTest(parameterized.TestCase):
     )
     every, _ = self.adapted()
     still = {'adapter': optax.set_to_zero(), 'router': optax.sgd(0.1)}
-    optimizer = mj.adapters.by_group(every, still)
+    optimizer = mj.training.optim.by_group(every.groups, still)
     learned = {p: jnp.ones(s.shape) for p, s in every.adapter_specs.items()}
     learned = tree.unflatten(learned)
     updates, _ = optimizer.update(learned, optimizer.init(learned), learned)
     for path, leaf in tree.flatten(updates).items():
       self.assertEqual(bool(np.any(leaf)), path.endswith('poly_logits'))
     with self.assertRaisesRegex(errors.ConfigError, 'adapter and router'):
-      mj.adapters.by_group(every, {'adapter': optax.sgd(0.1)})
+      mj.training.optim.by_group(every.groups, {'adapter': optax.sgd(0.1)})
+
+  def test_each_group_knows_of_its_stacks(self):
+    # Leaves of four axes, that Adafactor factors only if told which are stacks.
+    adapted, params = self.adapted()
+    adafactor = mj.training.optim.adafactor(0.1, min_dim_size_to_factor=1)
+    groups = {'adapter': adafactor, 'router': optax.sgd(0.1)}
+    trainer = mj.training.Trainer(
+      adapted, mj.training.optim.by_group(adapted.groups, groups)
+    )
+    batch = {**small_adapted.batch(8), 'task_ids': np.int32([0, 1] * 4)}
+    state = trainer.fit([batch], steps=1, params=params)
+    self.assertEqual(state.step, 1)
 
   def test_other_tasks_keep_the_inventory(self):
     adapted, params = self.adapted()
