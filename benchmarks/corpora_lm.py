@@ -28,7 +28,7 @@ PIECES = 1024
 LENGTH = 128
 BATCH = 16
 # Rows of a domain that a model is scored on at once.
-SCORED = 32
+SCORED = 16
 _END = 1
 
 
