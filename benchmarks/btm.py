@@ -3,7 +3,7 @@
 """Branch-Train-Merge on real text, at equal compute.
 
     MERGEJAX_DATA=... python benchmarks/btm.py [--seeds 3] [--cache FOLDER]
-        [--seed_steps 600] [--steps 300] [--only ARM ...] [--show]
+        [--seed_steps 600] [--steps 200] [--only ARM ...] [--show]
 
 A small language model, the seed, is trained on eight domains; then experts
 branch from it, one a domain. They are mixed in output space and merged in
@@ -16,9 +16,9 @@ domains that the seed has not seen. Arms, in the order in which they run:
     dense     goes on with the mixture: as many steps, K times the rows
     random    experts of random parts of the text of all K domains
     branches  new experts from an average of the forest, against from the seed
-    clusters  experts of clusters instead of domains (c-BTM)
     outer     DiLoCo: the experts are merged while they train
     mix       one sparse model of four experts, trained on (BTX)
+    clusters  experts of clusters instead of domains (c-BTM)
     small     dense with K times the steps instead of rows
 
 What is done is kept below the folder and not done again. The tables go to
@@ -330,7 +330,7 @@ def main():
   parser = real_data.parser()
   parser.add_argument('--cache', type=pathlib.Path)
   parser.add_argument('--seed_steps', type=int, default=600)
-  parser.add_argument('--steps', type=int, default=300)
+  parser.add_argument('--steps', type=int, default=200)
   parser.add_argument('--only', nargs='+', choices=ARMS, default=ARMS)
   parser.add_argument('--show', action='store_true', help='train nothing')
   options = parser.parse_args()

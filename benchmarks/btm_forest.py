@@ -22,6 +22,7 @@ from mergejax.experts import outer as outer_lib
 
 # Rows of a step of an expert: few, they then stay in the caches of a CPU.
 BATCH = 4
+# Of 0.025, 0.05 and 0.1 the best for a seed, on validation text of four domains.
 RATE = 0.05
 VALIDATION_ROWS, TEST_ROWS = 32, 64
 LAYERS = 2

@@ -142,7 +142,13 @@ def write(rows: Sequence[Row], name: str, seed_steps: int, steps: int) -> None:
   lines += ['## All begin as the seed', '', *table(found, MAIN, COUNTS), '']
   lines += [*table(found, MAIN, COUNTS, to='dense'), '']
   lines += ['The best merge on validation text, by seed:', '', *_chosen(rows)]
-  lines += ['', '## New domains: branched from an average', '', *_new(found)]
+  lines += ['', '## New domains: branched from an average', '']
+  lines += [
+    'Averages are of eight experts, weighted by validation text of the new '
+    'domain: what begins as one has their steps behind it too.',
+    '',
+    *_new(found),
+  ]
   lines += ['', *table(found, OF_TWELVE, [12]), '', '## Clusters', '']
   lines += ['Routed: by the first 32 tokens to two experts.', '']
   lines += [*table(found, OF_EIGHT, [8]), '']
