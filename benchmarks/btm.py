@@ -193,7 +193,8 @@ class Experiment:
     for method, options in MERGES:
       given = {} if method == 'linear' else {'base': base}
       params = mj.merge(trees, method, **given, **options)
-      name = ' '.join([method, *map(str, options.values())])
+      told = [f'{n}={v}' for n, v in options.items()]
+      name = f'{method}({", ".join(told)})'
       value = np.mean(list(self._bits(params, sets).values()))
       tried.append((value, name, params))
     _, name, params = min(tried, key=lambda one: one[0])
