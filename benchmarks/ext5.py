@@ -17,9 +17,7 @@ What is done is kept below the folder and not done again. The tables go to
 """
 
 import functools
-import json
 import pathlib
-import time
 
 import ext5_data
 import ext5_table
@@ -75,29 +73,6 @@ class Program:
     return jax.device_get(state.params), dict(self._logged)
 
 
-class Rows:
-  """Results, one a line of a file, by what they are of."""
-
-  def __init__(self, path: pathlib.Path):
-    self._path, self.found = path, {}
-    if path.exists():
-      for line in path.read_text().splitlines():
-        row = json.loads(line)
-        self.found[row['seed'], row['arm'], row['task']] = row
-
-  def once(self, seed: int, arm: str, task: str, make) -> None:
-    """Makes a result, unless it is there, and keeps it."""
-    if (seed, arm, task) in self.found:
-      return
-    begin = time.process_time()
-    row = {'seed': seed, 'arm': arm, 'task': task, **make()}
-    row['seconds'] = round(time.process_time() - begin, 1)
-    self.found[seed, arm, task] = row
-    with open(self._path, 'a') as out:
-      out.write(json.dumps(row) + '\n')
-    print(json.dumps(row), flush=True)
-
-
 class Experiment:
   """The runs; programs and data are made when they are first needed."""
 
@@ -109,9 +84,9 @@ class Experiment:
     # Results of other settings are others.
     self.folder = cache / f'steps_{steps}'
     self.folder.mkdir(parents=True, exist_ok=True)
-    self.pretrained = Rows(self.folder / 'pretrained.jsonl')
+    self.pretrained = real_data.Rows(self.folder / 'pretrained.jsonl')
     name = f'tuned_{tuning_steps}_{tuning_rate:g}.jsonl'
-    self.rows = Rows(self.folder / name)
+    self.rows = real_data.Rows(self.folder / name)
     self.module = models.build(
       dict(
         model_type='t5x', vocab_size=ext5_data.VOCABULARY, emb_dim=128,

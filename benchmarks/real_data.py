@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 import json
 import os
 import pathlib
+import time
 from typing import Any
 
 import jax
@@ -88,3 +89,26 @@ def write(name: str, **record: Any) -> None:
   record = {'machine': machine(), **record}
   (RESULTS / f'{name}.json').write_text(json.dumps(record, indent=2) + '\n')
   print(json.dumps(record))
+
+
+class Rows:
+  """Results, one a line of a file, by what they are of."""
+
+  def __init__(self, path: pathlib.Path):
+    self._path, self.found = path, {}
+    if path.exists():
+      for line in path.read_text().splitlines():
+        row = json.loads(line)
+        self.found[row['seed'], row['arm'], row['task']] = row
+
+  def once(self, seed: int, arm: str, task: str, make) -> None:
+    """Makes a result, unless it is there, and keeps it."""
+    if (seed, arm, task) in self.found:
+      return
+    begin = time.process_time()
+    row = {'seed': seed, 'arm': arm, 'task': task, **make()}
+    row['seconds'] = round(time.process_time() - begin, 1)
+    self.found[seed, arm, task] = row
+    with open(self._path, 'a') as out:
+      out.write(json.dumps(row) + '\n')
+    print(json.dumps(row), flush=True)
