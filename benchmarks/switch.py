@@ -283,12 +283,13 @@ def _steps(text: str) -> int:
 def head(steps: int) -> str:
   """What stands above the tables."""
   return f"""\
-Two layers, of which the second is sparse, width 128, blocks of 512; 1024 pieces;
 {steps} steps of {corpora_lm.BATCH} rows of {corpora_lm.LENGTH} tokens from
-thirteen domains, each with as many rows as it has ({STEPS} steps see a third of
-them, none twice). Held out: {HELD_OUT} rows a domain. Sparse arms have 8 experts
-and room of 1.25 in training and 2.0 in evaluation where their name says nothing
-else. Tokens are routed in as many groups as there are experts.
+thirteen domains, each with as many rows as it has (43,649 in all). Two layers, of
+which the second is sparse, width 128, blocks of 512, 1024 pieces. Held out:
+{HELD_OUT} rows a domain. Sparse arms have 8 experts, and room of 1.25 in training
+and 2.0 in evaluation, where their name says nothing else. Tokens are routed in as
+many groups as there are experts. The rate rises to {PEAK} in {WARMUP} steps and
+falls with the inverse root.
 
 `top-2` has room of 2.5 (of pairs: 1.25) and blocks of 344 in both layers, for
 equal operations a token (0.8% more), and weights that sum to 1. Expert choice
