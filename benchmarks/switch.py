@@ -289,7 +289,8 @@ which the second is sparse, width 128, blocks of 512, 1024 pieces. Held out:
 {HELD_OUT} rows a domain. Sparse arms have 8 experts, and room of 1.25 in training
 and 2.0 in evaluation, where their name says nothing else. Tokens are routed in as
 many groups as there are experts. The rate rises to {PEAK} in {WARMUP} steps and
-falls with the inverse root.
+falls with the inverse root; of 0.04, 0.08 and 0.16 it was best for the dense
+model of seed 0 after 100 steps.
 
 `top-2` has room of 2.5 (of pairs: 1.25) and blocks of 344 in both layers, for
 equal operations a token (0.8% more), and weights that sum to 1. Expert choice

@@ -134,7 +134,7 @@ def draw(
       if len(curve):
         style = 'k--' if arm == arms[0] else '-'
         panel.plot(curve[:, 0], curve[:, 1], style, label=arm)
-    panel.set(xlabel='step', ylabel=label, yscale='log')
+    panel.set(xlabel='step', ylabel=label)
     panel.legend(fontsize=8)
   figure.savefig(path, dpi=120, bbox_inches='tight')
 
