@@ -15,7 +15,7 @@ al., 2022); (IA)^3 with three losses is above the loss of a language model alone
 
 What is done is kept below the folder and not done again. The tables go to
 `results/adapter_transfer.md` and `.json`. `--steps` multiplies all numbers of
-steps; `--rates` tries the rates below (it wrote RATES); `--only` takes some arms.
+steps; `--rates` tries learning rates on the first seed; `--only` takes some arms.
 """
 
 import functools
@@ -229,8 +229,9 @@ class Experiment:
   def try_rate(self, kind: str, rate: float, task: str) -> None:
     """Validation accuracy of a rate, on the first seed."""
     arms = {
-      'full': arms_lib.FULL, 'lora': arms_lib.SHARED, 'ia3': arms_lib.IA3, 'prompt': arms_lib.TUNING,
-      'attempt': arms_lib.ATTEMPT, 'poly_s': arms_lib.POLY_S,
+      'full': arms_lib.FULL, 'lora': arms_lib.SHARED, 'ia3': arms_lib.IA3,
+      'prompt': arms_lib.TUNING, 'attempt': arms_lib.ATTEMPT,
+      'poly_s': arms_lib.POLY_S,
     }  # fmt: skip
 
     def make():

@@ -11,13 +11,14 @@ from mergejax.training import optim
 from mergejax.training import schedules
 
 # Steps of pre-training, of many tasks, of an adaptation; and rows of a batch.
-STEPS = {'pretrain': 2400, 'multi': 400, 'adapt': 100}
+STEPS = {'pretrain': 2000, 'multi': 400, 'adapt': 100}
 BATCH = {'multi': 32, 'adapt': 8, 'score': 50}
 SHOTS = (32, 128)
 RANK, SKILLS, HEADS, PROMPT = 2, 8, 8, 20
 TARGETS = (r'(.*/)?(query|key|value|out|wi|wi_0|wi_1|wo)/kernel',)
 ROUTER_RATE = 0.1
-# Chosen with --rates, on validation data of tasks that are nowhere else.
+# First guesses. --rates tries others on validation data of two tasks that are
+# nowhere else.
 RATES = {
   'full': 0.02, 'lora': 0.01, 'ia3': 0.03, 'prompt': 0.1, 'attempt': 0.1,
   'poly': 0.01, 'poly_s': 0.01,

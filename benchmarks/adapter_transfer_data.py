@@ -40,7 +40,7 @@ MULTI = {
   'clickbait': _TEXT,
   'sms_spam': _TEXT,
   'paper_field': _TEXT,
-  'paraphrase_mrpc': '{sentence1} and: {sentence2}',
+  'acceptability_cola': _TEXT,
 }
 # Of families that neither pre-training nor the tasks above have.
 LEFT_OUT = {

@@ -31,7 +31,7 @@ WAYS = (UNIFORM, ARITHMETIC, TIES, REGMEAN, REGMEAN_T5, ENSEMBLE, ALL)
 NONE, OWN = 'not adapted', 'each expert on its own task'
 ROWS_OF_GRAMS = 512
 # Of task arithmetic, whose changes add up, and of TIES, which averages them.
-SCALES = {ARITHMETIC: np.linspace(0.2, 1.2, 6), TIES: np.linspace(0.5, 3.0, 6)}
+SCALES = {ARITHMETIC: np.linspace(0.2, 1.0, 5), TIES: np.linspace(0.5, 2.5, 5)}
 
 
 def expert(task: str) -> str:
