@@ -54,7 +54,7 @@ DEVELOPMENT = {'sentiment_movie': _TEXT, 'emotion_tweets': _TEXT}
 # Of the first, four whose experts are merged.
 MERGED = ('tweet_offensive', 'clickbait', 'sms_spam', 'paper_field')
 
-LENGTHS = {'inputs': 40, 'targets': 8}
+LENGTHS = {'inputs': 40, 'targets': 6}
 # Every row has room for as many answers, so that programs serve all tasks.
 CHOICES = 7
 MOST = {'train': 1000, 'validation': 200, 'test': 500}
@@ -108,7 +108,7 @@ def _read(name: str, split: str, cache: pathlib.Path) -> Batch:
 def load(name: str, split: str, cache: pathlib.Path) -> Batch:
   """A split as arrays with all answers; read once, then kept.
 
-  `encoder_input_tokens <int32>[rows, 40]`, `choice_tokens <int32>[rows, 7, 8]`,
+  `encoder_input_tokens <int32>[rows, 40]`, `choice_tokens <int32>[rows, 7, 6]`,
   and what else a batch of `training.t_few` has.
   """
   path = cache / 'choices' / f'{name}_{split}.npz'
