@@ -19,7 +19,7 @@ from mergejax.data import features
 from mergejax.data import mixtures
 from mergejax.data import pretraining
 from mergejax.data import rows
-from mergejax.data import stream as stream_lib
+from mergejax.data import splits
 from mergejax.data import task_ids
 from mergejax.data import tasks
 
@@ -147,7 +147,7 @@ def mixture(ratio: float, cache: pathlib.Path) -> seqio.Mixture:
 
 def _examples(task: str, split: str) -> Batch:
   """The examples of a task as arrays."""
-  batches = stream_lib.evaluation_batches(
+  batches = splits.batches(
     task, lengths=LENGTHS, batch_size=256, split=split, kind='encoder_decoder'
   )
   found = {n: np.concatenate([b[n] for b in batches]) for n in batches[0]}
