@@ -54,8 +54,8 @@ class Experiment:
     self.folder = cache / f'steps_{of_steps}_rates_{of_rates}'
     for folder in (self.before, self.folder):
       folder.mkdir(parents=True, exist_ok=True)
-    self.rows = ext5.Rows(self.folder / 'adapted.jsonl')
-    self.rates = ext5.Rows(self.folder / 'rates.jsonl')
+    self.rows = real_data.Rows(self.folder / 'adapted.jsonl')
+    self.rates = real_data.Rows(self.folder / 'rates.jsonl')
     self.program = functools.cache(self._make_program)
     self.scorer = functools.cache(self._make_scorer)
     self.base = functools.lru_cache(2)(self._make_base)

@@ -79,7 +79,7 @@ def optimizer_of(kind: str, family, rate: float, steps: int):
   )
   if kind.startswith('poly'):
     groups = {'adapter': adamw(rate), 'router': adamw(ROUTER_RATE)}
-    return adapters.by_group(family, groups)
+    return optim.by_group(family.groups, groups)
   return adamw(rate)
 
 

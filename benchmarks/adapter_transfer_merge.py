@@ -13,10 +13,10 @@ import pathlib
 import tempfile
 
 import adapter_transfer_data as data_lib
-import ext5
 import jax
 import jax.numpy as jnp
 import numpy as np
+import real_data
 
 import mergejax as mj
 from mergejax import adapters
@@ -44,7 +44,7 @@ class Merging:
 
   def __init__(self, run):
     self._run = run
-    self.rows = ext5.Rows(run.folder / 'merged.jsonl')
+    self.rows = real_data.Rows(run.folder / 'merged.jsonl')
     self._grams = functools.lru_cache(1)(self._make_grams)
 
   @functools.cached_property
