@@ -13,10 +13,8 @@ import one_command
 import small_corpora
 from tensorboard.backend.event_processing import event_accumulator
 
-import gin
 import mergejax as mj
 from mergejax import models
-from mergejax.cli import common
 from mergejax.core import tree
 from mergejax.experts import forest as forest_lib
 
@@ -143,19 +141,22 @@ class MoeCommandsTest(absltest.TestCase):
   def test_a_student_and_its_teacher_by_gin(self):
     student = self.folder / 'student'
     self.done('moe', 'dense', self.sparse, student, '--how', 'fresh')
-    self.addCleanup(gin.clear_config)
-    common.parse_gin(
-      ['runs/language_model.gin', 'models/of_checkpoint.gin',
-       'objectives/distillation.gin'],
-      [('INITIAL_CHECKPOINT', repr(str(student))),
-       ('TEACHER', repr(str(self.sparse))),
-       ('CORPORA', 'None'), ('MODEL_DIR', "'x'")],
+    run_folder = self.folder / 'distilled'
+    self.done(
+      'train', '--gin_file=gin/runs/language_model.gin',
+      '--gin_file=gin/models/of_checkpoint.gin',
+      '--gin_file=gin/objectives/distillation.gin',
+      f'--gin.INITIAL_CHECKPOINT={student}', f'--gin.TEACHER={self.sparse}',
+      f'--gin.CORPORA={self.folder}/text', f'--gin.MODEL_DIR={run_folder}',
+      '--gin.TRAIN_STEPS=2', '--gin.SAVE_EVERY=2', '--gin.WARMUP_STEPS=1',
+      '--gin.BATCH_SIZE=8', '--gin.LENGTH=16',
+      '--gin.train.train_model.log_every=1',
     )  # fmt: skip
-    bound = lambda name: gin.query_parameter(name).scoped_configurable_fn()
-    objective = bound('train.train_model.objective')
-    self.assertEqual(objective.teacher.module, models.load_module(self.sparse))
-    self.assertEqual((objective.share, objective.temperature), (0.25, 1.0))
-    self.assertIsNone(bound('%MODEL').config.moe)
+    rows = (run_folder / 'train' / 'metrics.jsonl').read_text().splitlines()
+    self.assertGreater(json.loads(rows[0])['teacher_kl'], 0)
+    record = json.loads((run_folder / 'run.json').read_text())
+    self.assertIn('share=0.25, temperature=1.0', json.dumps(record))
+    self.assertIsNone(models.load_module(run_folder / 'model').config.moe)
     # Layers without experts are the teacher's, a block is drawn anew.
     found, theirs = leaves(student), leaves(self.sparse)
     fresh = {f'{AT}/{name}/kernel' for name in ('wi_0', 'wi_1', 'wo')}
