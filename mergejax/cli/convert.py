@@ -127,6 +127,41 @@ def _state(options, destination):
 
 def main(arguments: Sequence[str]) -> None:
   """Copies all parameters, bit for bit, and `config.json` where it fits."""
+  options = _parsed(arguments)
+  destination = pathlib.Path(options.destination)
+  files.check_new(destination)
+  if options.state:
+    _state(options, destination)
+    return
+  store = checkpoint.open_checkpoint(options.source)
+  leaves = tree.flatten(store.read())
+  config = checkpoint.read_config(options.source)
+  if options.names is not None:
+    leaves, config = _renamed(options.names, leaves, config, store.axes())
+  if options.scan_layers is not None:
+    known = store.axes() if options.names is None else {}
+    leaves, config = _scanned(options, leaves, config, known)
+  axes = _axes(options, destination, store, config)
+  notes = []
+  if store.provenance.get('left_out'):
+    notes.append(f'not copied: {", ".join(store.provenance["left_out"])}')
+  if destination.suffix in ('.safetensors', '.npz') and config is not None:
+    notes.append(
+      'config.json is not written: a single file has no place for it'
+    )
+    config = None
+  elif options.names is not None and config is None:
+    notes.append(
+      f'config.json is not written: {options.source} has none that says how '
+      'many heads there are and whether the head is the embedding'
+    )
+  checkpoint.save_checkpoint(
+    destination, leaves, format=options.format, config=config, axes=axes
+  )
+  print('\n'.join([f'{destination}: {len(leaves)} arrays', *notes]))
+
+
+def _parsed(arguments):
   parser = common.parser('convert', 'Copy a checkpoint into another format.')
   parser.add_argument('source')
   parser.add_argument('destination')
@@ -164,34 +199,4 @@ def main(arguments: Sequence[str]) -> None:
     raise errors.ConfigError(
       errors.near(options.format, checkpoint.FORMATS, 'checkpoint format')
     )
-  destination = pathlib.Path(options.destination)
-  files.check_new(destination)
-  if options.state:
-    _state(options, destination)
-    return
-  store = checkpoint.open_checkpoint(options.source)
-  leaves = tree.flatten(store.read())
-  config = checkpoint.read_config(options.source)
-  if options.names is not None:
-    leaves, config = _renamed(options.names, leaves, config, store.axes())
-  if options.scan_layers is not None:
-    known = store.axes() if options.names is None else {}
-    leaves, config = _scanned(options, leaves, config, known)
-  axes = _axes(options, destination, store, config)
-  notes = []
-  if store.provenance.get('left_out'):
-    notes.append(f'not copied: {", ".join(store.provenance["left_out"])}')
-  if destination.suffix in ('.safetensors', '.npz') and config is not None:
-    notes.append(
-      'config.json is not written: a single file has no place for it'
-    )
-    config = None
-  elif options.names is not None and config is None:
-    notes.append(
-      f'config.json is not written: {options.source} has none that says how '
-      'many heads there are and whether the head is the embedding'
-    )
-  checkpoint.save_checkpoint(
-    destination, leaves, format=options.format, config=config, axes=axes
-  )
-  print('\n'.join([f'{destination}: {len(leaves)} arrays', *notes]))
+  return options
