@@ -249,7 +249,7 @@ def kernels_stay(found):
     default=0,
   )
   told = f'at most {mib(largest)} MiB; a kernel of one has {mib(kernel)}'
-  return told, largest < kernel
+  return told if largest else 'nothing is', largest < kernel
 
 
 def apart(found):
