@@ -74,6 +74,20 @@ class SlicesTest(parameterized.TestCase):
         devices=described_chips.CHIPS, branch=1, data=2, model=8
       )
 
+  @parameterized.parameters(
+    dict(branch=8, data=8), dict(branch=2, data=32), dict(data=8, model=8)
+  )
+  def test_axes_that_are_no_products_of_sides(self, **sizes):
+    mesh = partition.make_mesh(devices=described_chips.torus(4, 4, 4), **sizes)
+    self.assertEqual(
+      dict(mesh.shape), dict(branch=1, data=1, expert=1, model=1) | sizes
+    )
+    self.assertLen({chip.id for chip in mesh.devices.flat}, 64)
+    places = np.array([chip.coords for chip in mesh.devices.flat])
+    outer, inner = sizes.values()
+    for group in places.reshape(outer, inner, 3):  # each a block of its own
+      self.assertEqual(np.prod(np.ptp(group, axis=0) + 1), inner)
+
 
 class SpecTest(parameterized.TestCase):
   @parameterized.parameters(

@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from mergejax import partition
+from mergejax.core import errors
 from mergejax.core import typing
+from mergejax.experts import outer as outer_lib
 from mergejax.merging import in_memory
 from mergejax.methods import base as methods
 from mergejax.methods import mean
@@ -68,6 +70,9 @@ def training_step(
 ) -> Work:
   """The step of a run, as `Trainer.fit` compiles it.
 
+  Of experts that are merged while they train it is the step between two merges;
+  see `outer_merge`.
+
   Args:
     trainer: on a mesh of described devices or of real ones.
     lengths: `{name: positions}` of the arrays of a batch, None of one with one
@@ -78,15 +83,7 @@ def training_step(
   Raises:
     DataError: rows that do not divide over the mesh.
   """
-  step = trainer.step(steps)
-  layout = trainer.layout(step)
-  state = jax.tree.map(
-    lambda leaf, place: jax.ShapeDtypeStruct(
-      leaf.shape, leaf.dtype, sharding=place
-    ),
-    jax.eval_shape(_fresh(trainer, step), _key(trainer)),
-    layout,
-  )
+  step, layout, state = _begun(trainer, steps)
   experts = (len(trainer.experts or ()),) if trainer.lead else ()
   batch = {
     name: _rows(trainer, name, (*experts, rows), length)
@@ -96,20 +93,43 @@ def training_step(
     lengths.get(name) or 0
     for name in ('encoder_input_tokens', 'decoder_target_tokens')
   )  # fmt: skip
-  held = {
-    'parameters': state.params,
-    'optimizer': state.opt_state,
-    'batch': batch,
-    'rest of the state': [state.step, state.key, state.extras],
-  }
+  compiled = trainer.compile(step, layout)
+  if isinstance(compiled, outer_lib.MergingStep):
+    compiled = compiled.ordinary
   return Work(
     'training step',
     trainer.mesh,
-    (Program(trainer.compile(step, layout), (state, batch)),),
-    held,
+    (Program(compiled, (state, batch)),),
+    {**_held(state), 'batch': batch},
     parameters=sum(spec.size for spec in trainer.specs.values()),
     rows=rows,
     tokens=tokens,
+  )
+
+
+def outer_merge(trainer: trainer_lib.Trainer, *, steps: int = 1000) -> Work:
+  """The merge of experts that are one model again every so many steps.
+
+  Args:
+    trainer: a `BranchTrainer` with an `Outer`.
+    steps: see `training_step`.
+
+  Raises:
+    ConfigError: its experts are not merged while they train.
+  """
+  step, layout, state = _begun(trainer, steps)
+  compiled = trainer.compile(step, layout)
+  if not isinstance(compiled, outer_lib.MergingStep):
+    raise errors.ConfigError(
+      'This trainer merges nothing: give its BranchTrainer an outer merge, '
+      'outer=outer.local_sgd(500).'
+    )
+  return Work(
+    f'merge of {len(trainer.experts or ())} experts',
+    trainer.mesh,
+    (Program(compiled.merge, (state,)),),
+    _held(state),
+    parameters=sum(spec.size for spec in trainer.specs.values()),
   )
 
 
@@ -217,6 +237,29 @@ def shard_bytes(shapes: Any) -> int:
     math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
     for leaf in jax.tree.leaves(shapes)
   )
+
+
+def _begun(trainer, steps):
+  """`(step, layout, shapes of the state)` of a run."""
+  step = trainer.step(steps)
+  layout = trainer.layout(step)
+  state = jax.tree.map(
+    lambda leaf, place: jax.ShapeDtypeStruct(
+      leaf.shape, leaf.dtype, sharding=place
+    ),
+    jax.eval_shape(_fresh(trainer, step), _key(trainer)),
+    layout,
+  )
+  return step, layout, state
+
+
+def _held(state):
+  """What a state consists of, by role."""
+  return {
+    'parameters': state.params,
+    'optimizer': state.opt_state,
+    'rest of the state': [state.step, state.key, state.extras],
+  }
 
 
 def _fresh(trainer, step) -> Callable[[jax.Array], Any]:

@@ -21,6 +21,7 @@ from mergejax import training
 from mergejax.core import errors
 from mergejax.core import typing
 from mergejax.experts import branch
+from mergejax.experts import outer
 from mergejax.methods import mean
 from mergejax.methods import ties
 from mergejax.nn import lm
@@ -133,6 +134,25 @@ class StepTest(absltest.TestCase):
     self.assertNotEmpty(found.crosses('data'))
     self.assertEmpty(found.crosses('branch'))
     self.assertEqual(found.tokens, 4 * 4 * 8)
+
+  def test_the_merge_of_experts_is_one_reduction(self):
+    trainer = branch.BranchTrainer(
+      tiny(), optax.sgd(0.1), experts=['a', 'b', 'c', 'd'],
+      mesh=partition.make_mesh(branch=2, data=2, model=2),
+      rules=partition.fsdp(), outer=outer.local_sgd(100),
+    )  # fmt: skip
+    found = compiler.report(work_lib.training_step(trainer, LENGTHS, rows=4))
+    self.assertEmpty(found.crosses('branch'))
+    merge = compiler.report(work_lib.outer_merge(trainer))
+    (sent,) = merge.collectives
+    self.assertEqual((sent.kind, sent.axes), ('all-reduce', ('branch',)))
+    # Of two experts a chip holds, one sum.
+    self.assertEqual(sent.given_bytes, merge.held['parameters'] // 2)
+    self.assertEqual(merge.name, 'merge of 4 experts')
+
+  def test_no_merge_of_experts_that_never_meet(self):
+    with self.assertRaisesRegex(errors.ConfigError, 'merges nothing'):
+      work_lib.outer_merge(compiled_step()[0])
 
   def test_a_sum_of_experts_crosses_branch(self):
     mesh = partition.make_mesh(branch=2, data=4)
