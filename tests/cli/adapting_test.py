@@ -142,7 +142,6 @@ class LadderTest(Case):
       (['--gin.ENCODER_LAYERS=[2]'], 'has 2 layers, numbered from 0 to 1'),
       (['--gin.DECODER_LAYERS=[]'], 'at least one layer'),
       (['--gin.adapters.ladder.reduction=3'], 'does not divide the width'),
-      (['--gin.t5.T5Config.scan_layers=True'], 'scan_layers=False'),
     ))  # fmt: skip
 
 
