@@ -125,8 +125,12 @@ class LadderTest(Case):
   def test_side_network_is_trained_and_written(self):
     # optax's AdamW mixes dtypes.
     with jax.numpy_dtype_promotion('standard'):
-      code, _, err = self.train('--gin.ENCODER_LAYERS=[1]', '--gin.WARMUP=1')
+      code, _, err = self.train(
+        '--gin.ENCODER_LAYERS=[1]', '--gin.WARMUP=1',
+        '--gin.t5.T5Config.scan_layers=True',
+      )  # fmt: skip
     self.assertEqual(code, 0, err)
+    # Beside the same backbone with its layers one by one it has its place, too.
     adapted = mj.adapters.adapt(
       self.family, mj.adapters.ladder(encoder_layers=[1])
     )
