@@ -153,7 +153,9 @@ class Adapted(models.ModelFamily):
     # The numbers of rows of inputs: answers side by side share them.
     if path in self.adapter.reads:
       return None
-    return super().cache_rows(path, leaf)
+    rows = super().cache_rows(path, leaf)
+    # Layers of an adapter lie one by one where the base's are scanned, too.
+    return 0 if rows is not None and '/layers_' in path else rows
 
   def _at(self, params, batch, *, train=False, whole=True):
     leaves = tree.flatten(params)

@@ -6,11 +6,16 @@ The encoder's output carries the side network's behind its own, `[batch, length,
 embed + embed / r]`, and the decoder is given both parts back: so the side network
 goes wherever a family takes an encoder's output, into caches too. The head is
 given what the side network says instead of the decoder's output.
+
+Nothing that is met inside a scan over layers can be kept outside but what the
+scan stacks: there the layers' inputs are left in the collection `intermediates`,
+which may change during the call, and is given back without them.
 """
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
+from flax.core import scope as scope_lib
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -32,6 +37,10 @@ LAST = 'decoder_last'
 # The name of the side network: of its leaves, and of its part of a cache.
 SIDE = 'side'
 _CACHED = ('cache', 'encoded')
+# What scanned layers leave: `<dtype>[layers, batch, length, embed]`.
+_COLLECTION, _MARK = 'intermediates', 'inputs_for_ladder'
+_CALLS = ('__call__', 'encode', 'decode')
+_LAYERS = (transformer.EncoderLayer, transformer.DecoderLayer)
 
 
 class Settings(Protocol):
@@ -57,12 +66,15 @@ class _Reading(NamedTuple):
   """A stack of the backbone while it runs.
 
   Attributes:
+    module: the stack.
     stack: 'encoder' or 'decoder'.
     replayed: its ladders, if the batch brings them; its layers do not run then.
-    met: its embedded tokens, then the outputs of its kept layers.
+    met: the inputs of its layers, unless they are scanned; behind them what its
+      last norm is given.
     finish: `ladders -> state` of the side stack.
   """
 
+  module: nn.Module
   stack: str
   replayed: jax.Array | None
   met: list[jax.Array]
@@ -84,11 +96,15 @@ class Calls:
     # Ladders of a batch are those of its own targets: a call of the whole model
     # reads these, no other does.
     self._whole = False
+    self._leaving = False
 
   def __call__(self, run, arguments, named, context):
     module, method = context.module, context.method_name
+    is_model = isinstance(module, (t5.Transformer, lm.LanguageModel))
+    if is_model and method in _CALLS and self._must_leave(module):
+      return self._left(module, method, arguments, named)
     if method == '__call__':
-      if isinstance(module, (t5.Transformer, lm.LanguageModel)):
+      if is_model:
         self._whole = True
         try:
           return run(*arguments, **named)
@@ -101,11 +117,37 @@ class Calls:
     reading = self._reading
     if reading is None:
       return run(*arguments, **named)
-    if isinstance(module, (transformer.EncoderLayer, transformer.DecoderLayer)):
+    # A scan calls its layer by another method, which calls this one.
+    if method == '__call__' and isinstance(module, _LAYERS):
       return self._layer(reading, run, module, *arguments, **named)
+    if method == '__call__' and module.name == f'{reading.stack}_norm':
+      reading.met.append(*arguments)
     if _is_head(module, method):
       return run(self._head(reading, *arguments), **named)
     return run(*arguments, **named)
+
+  # Of scanned layers -----------------------------------------------------------
+
+  def _must_leave(self, module):
+    return module.config.scan_layers and not self._leaving
+
+  def _left(self, module, method, arguments, named):
+    """A call of a model with scanned layers, in which they may leave inputs."""
+    scope = module.scope
+    allowed = scope_lib.union_filters(scope.mutable, _COLLECTION)
+    self._leaving = True
+    try:
+      found, changed = self._call.family.module.apply(
+        module.variables, *arguments, rngs=scope.rngs, mutable=allowed,
+        method=method, **named,
+      )  # fmt: skip
+    finally:
+      self._leaving = False
+    for collection, values in changed.items():
+      if module.is_mutable_collection(collection):
+        for name, value in _unmarked(values).items():
+          module.put_variable(collection, name, value)
+    return found
 
   # Of the backbone -------------------------------------------------------------
 
@@ -113,7 +155,7 @@ class Calls:
     def finish(ladders):
       return self._side(module, 'encoder', deterministic, ladders, None, bias)
 
-    reading = self._begun('encoder', ENCODER, finish)
+    reading = self._begun(module, 'encoder', ENCODER, finish)
     still = self._still(deterministic)
     found = run(embedded, bias, deterministic=still, **named)
     state = self._finished(reading, ENCODER)
@@ -135,22 +177,22 @@ class Calls:
         cross_bias, decode=named['decode'],
       )  # fmt: skip
 
-    self._begun('decoder', DECODER, finish)
+    self._begun(module, 'decoder', DECODER, finish)
     still = self._still(named['deterministic'])
     return run(
       tokens, encoded, bias, cross_bias, **{**named, 'deterministic': still}
     )
 
   def _layer(self, reading, run, module, x, *arguments, **named):
-    number = int(module.name.removeprefix('layers_'))
-    if not number:
-      reading.met.append(x)
     if reading.replayed is not None:
       return x
-    x = run(x, *arguments, **named)
-    if number in self._settings.kept(self._call.base, reading.stack):
+    if module.config.scan_layers:
+      module.sow(
+        _COLLECTION, _MARK, x, init_fn=lambda: None, reduce_fn=lambda _, new: new
+      )  # fmt: skip
+    else:
       reading.met.append(x)
-    return x
+    return run(x, *arguments, **named)
 
   def _head(self, reading, last):
     """What the head is given, from what it would be given."""
@@ -176,7 +218,7 @@ class Calls:
 
   # Of the side network ---------------------------------------------------------
 
-  def _begun(self, stack, name, finish):
+  def _begun(self, module, stack, name, finish):
     batch = self._call.batch
     replayed = None
     if self._whole and DECODER in batch and not self._collect:
@@ -190,24 +232,36 @@ class Calls:
           'them anew, with this adapter.'
         )
       replayed = batch[name]
-    self._reading = _Reading(stack, replayed, [], finish)
+    self._reading = _Reading(module, stack, replayed, [], finish)
     return self._reading
 
   def _finished(self, reading, name):
     """The state of the side stack; None while ladders are collected."""
     self._reading = None
-    ladders = reading.met
+    if reading.replayed is not None:
+      ladders = _each(jnp.moveaxis(reading.replayed, 1, 0))
+    else:
+      ladders = self._ladders(reading)
     if self._collect:
       self.collected[name] = jnp.stack(ladders, axis=1)
       return None
-    if reading.replayed is not None:
-      taken = jnp.moveaxis(reading.replayed, 1, 0)
-      ladders = [taken[i] for i in range(len(taken))]
     # The backbone's parameters have no gradient, so that this cuts nothing off
     # but a caller's own cotangents.
     ladders = [jax.lax.stop_gradient(h) for h in ladders]
     with partition.rows_alone():
       return reading.finish(ladders)
+
+  def _ladders(self, reading):
+    """The embedded tokens, then the outputs of the kept layers.
+
+    Of a layer the output is the next one's input, of the last one the norm's.
+    """
+    met = reading.met
+    if reading.module.config.scan_layers:
+      left = reading.module.variables[_COLLECTION][reading.stack][_MARK]
+      met = [*_each(left), *met]
+    kept = self._settings.kept(self._call.base, reading.stack)
+    return [met[0], *(met[i + 1] for i in kept)]
 
   def _side(
     self, module, stack, deterministic, ladders, encoded, bias, cross_bias=None,
@@ -241,6 +295,23 @@ class Calls:
     for name, value in changed.items():
       module.put_variable(name, SIDE, value)
     return state
+
+
+def _each(stacked: jax.Array) -> list[jax.Array]:
+  return [stacked[i] for i in range(len(stacked))]
+
+
+def _unmarked(left: Mapping[str, Any]) -> dict[str, Any]:
+  """A collection without what was left for ladders, and without empty scopes."""
+  found = {}
+  for name, value in left.items():
+    if isinstance(value, Mapping):
+      value = _unmarked(value)
+      if not value:
+        continue
+    if name != _MARK:
+      found[name] = value
+  return found
 
 
 def _is_head(module: nn.Module, method: str) -> bool:

@@ -19,6 +19,7 @@ import numpy as np
 from mergejax.adapters import adapted as adapted_lib
 from mergejax.adapters import base as base_lib
 from mergejax.adapters import ladders
+from mergejax.adapters import one_by_one
 from mergejax.checkpoints import checkpoint
 from mergejax.checkpoints import fingerprints
 from mergejax.checkpoints import safetensors
@@ -196,7 +197,9 @@ def _about(family, params) -> dict[str, Any]:
   leaves = tree.flatten(params)
   base = {path: leaves[path] for path in family.base_specs}
   return {
-    'base': fingerprints.fingerprint(base),
+    'base': fingerprints.fingerprint(
+      one_by_one.leaves(family.base_specs, base)
+    ),
     'dtype': family.plain.config.dtype,
     'encoder_layers': [*adapter.kept(family.base_specs, 'encoder')],
     'decoder_layers': [*adapter.kept(family.base_specs, 'decoder')],

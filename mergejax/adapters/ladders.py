@@ -15,6 +15,7 @@ import numpy as np
 
 from mergejax.adapters import base as base_lib
 from mergejax.adapters import ladder_calls
+from mergejax.adapters import one_by_one
 from mergejax.adapters import pruning
 from mergejax.core import errors
 from mergejax.core import tree
@@ -85,6 +86,7 @@ class Ladder(base_lib.Adapter):
     return self.gates != 'fixed' or '/gate_' not in path
 
   def specs(self, base):
+    base = one_by_one.specs(base)
     _check_base(base)
     _check_dense(base)
     width = _check_sizes(base, self.reduction)
@@ -153,7 +155,8 @@ class Ladder(base_lib.Adapter):
       self.start == 'pruned' or importance is not None
     ):
       pruned = pruning.prune(base, params, self.reduction, importance)
-      leaves = tree.flatten(params)
+      leaves = one_by_one.leaves(base, params)
+      base = one_by_one.specs(base)
       for stack in _STACKS:
         kept = self.kept(base, stack)
         for path, source in _sources(base, stack, kept).items():
@@ -202,18 +205,13 @@ def _checked_layers(name: str, given: Sequence[int]) -> tuple[int, ...]:
 
 
 def _check_base(base: typing.SpecTree) -> None:
-  """Raises unless the layers of a model are known, one by one, with axes."""
-  if any(p.startswith(('encoder/encoder/', 'decoder/decoder/')) for p in base):
-    raise errors.ConfigError(
-      'A ladder reads layer by layer, but the layers of this model are scanned, '
-      'which hides them: build it with scan_layers=False. Its checkpoints load '
-      'either way, and `family.arranged(leaves)` unstacks a tree.'
-    )
+  """Raises unless the layers of a model are known, with axes."""
   layers = [p for p in base if p.startswith('decoder/layers_0/')]
   if not layers or any(base[path].axes is None for path in layers):
     raise errors.ConfigError(
       'A ladder needs layers that are called decoder/layers_0/... (and '
-      'encoder/layers_0/...), of T5 or the decoder-only model, and their axes; '
+      'encoder/layers_0/...), or scanned decoder/decoder/..., of T5 or the '
+      'decoder-only model, and their axes; '
       f'the parameters begin with:\n{errors.listed(list(base), 3)}'
     )
 
@@ -312,8 +310,9 @@ def ladder(
   `s = Block_i(mu_i s + (1 - mu_i) D_i(h_i))`, `mu_i = sigmoid(alpha_i / 0.1)`.
   The side decoder attends to the side encoder. The backbone's own head makes
   logits of `U(s)`. No gradient enters the backbone, so that training keeps
-  nothing of it but the ladders `h_i`. Leaves, all float32, of T5: for each kept
-  layer `side/encoder/layers_i/...` by the backbone's names with width, head size
+  nothing of it but the ladders `h_i`. The backbone's layers are scanned or not;
+  the leaves are the same. Leaves, all float32, of T5: for each kept layer
+  `side/encoder/layers_i/...` by the backbone's names with width, head size
   and hidden size over r, `side/encoder/down_i/{kernel [embed, embed / r],bias}`,
   `side/encoder/gate_i []`; `side/encoder/first`, norm and table of positions; the
   same of the decoder; `side/up/{kernel,bias}`.
@@ -345,7 +344,7 @@ def ladder(
   Raises:
     ConfigError: an empty list of layers, one named twice, unknown words. With
       `adapt`: a layer that the stack does not have, an r that does not divide,
-      scanned layers, layers with experts. While tracing: remat in the backbone.
+      layers with experts. While tracing: remat in the backbone.
 
   Example:
     >>> ladder(reduction=8, encoder_layers=[1, 3], decoder_layers=[1, 3]).reduction

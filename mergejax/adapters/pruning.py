@@ -7,6 +7,7 @@ import re
 import jax
 import jax.numpy as jnp
 
+from mergejax.adapters import one_by_one
 from mergejax.core import errors
 from mergejax.core import tree
 from mergejax.core import typing
@@ -36,7 +37,7 @@ def prune(
   gated feed-forward block. Kept units stay in their order.
 
   Args:
-    base: specs of the model, with axes; its layers are one by one.
+    base: specs of the model, with axes; its layers are scanned or not.
     params: of the model.
     reduction: r; of n units `n - round((1 - 1/r) n)` are kept, at least one.
     importance: of every weight, a tree as `params`: for example the sums of
@@ -44,8 +45,8 @@ def prune(
       (the L1 norm does not see their signs).
 
   Returns:
-    `{path: <float32>}` of layers and final norms, by the model's names. With r
-    of 1 the model's own.
+    `{path: <float32>}` of layers, one by one, and final norms, by the model's
+    names. With r of 1 the model's own.
 
   Raises:
     StructureError: the importance lacks a leaf, or has one of another shape.
@@ -70,8 +71,10 @@ def prune(
   blocks only. Where that lists kept units in the arbitrary order of a set, they
   are ascending here.
   """
-  leaves = tree.flatten(params)
-  given = leaves if importance is None else _checked(base, importance)
+  leaves = given = one_by_one.leaves(base, params)
+  if importance is not None:
+    given = one_by_one.leaves(base, _checked(base, importance))
+  base = one_by_one.specs(base)
   widths = {
     path: jnp.asarray(given[path], jnp.float32)
     for path in base
@@ -89,8 +92,9 @@ def prune(
 
 
 def depth(base: typing.SpecTree, stack: str) -> int:
-  """How many layers, one by one, a stack has; 0 where there is none."""
-  found = {m[2] for m in map(_LAYER.match, base) if m and m[1] == stack}
+  """How many layers a stack has, scanned or not; 0 where there is none."""
+  paths = one_by_one.specs(base)
+  found = {m[2] for m in map(_LAYER.match, paths) if m and m[1] == stack}
   return len(found)
 
 

@@ -6,9 +6,11 @@ import re
 
 from absl.testing import absltest
 from absl.testing import parameterized
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import small_adapted
 import tiers
 
@@ -16,6 +18,8 @@ import mergejax as mj
 from mergejax import partition
 from mergejax.core import errors
 from mergejax.core import tree
+from mergejax.training import losses
+from mergejax.training import step as step_lib
 
 
 def built(kind='t5', adapter=None, **changes):
@@ -160,6 +164,136 @@ class DecodingTest(parameterized.TestCase):
       return jnp.stack(found, axis=1)
 
     np.testing.assert_allclose(decoded(params), expected, rtol=5e-4, atol=5e-4)
+
+
+@tiers.slow('test_as_one_by_one2')
+class ScannedTest(parameterized.TestCase):
+  """A backbone whose layers are scanned, against the same one by one."""
+
+  @parameterized.parameters(
+    dict(
+      kind='t5', axis=1, num_decoder_layers=3,
+      encoder_layers=[1], decoder_layers=[0, 2], merge_last=True,
+    ),
+    dict(kind='lm', axis=0),
+    dict(kind='t5', axis=0, relative_per_layer=True),
+  )  # fmt: skip
+  def test_as_one_by_one(
+    self, kind, axis, encoder_layers=None, decoder_layers=None,
+    merge_last=False, **sizes,
+  ):  # fmt: skip
+    adapter = mj.adapters.ladder(
+      reduction=2, encoder_layers=encoder_layers,
+      decoder_layers=decoder_layers, merge_last=merge_last,
+    )  # fmt: skip
+    family, params = built(kind, adapter, **sizes)
+    scanned, _ = built(
+      kind, adapter, scan_layers=True, param_scan_axis=axis, **sizes
+    )
+    base, own = family.split(params)
+    stacked = tree.unflatten(scanned.plain.arranged(tree.flatten(base)))
+    pair = (family, params), (scanned, scanned.joined(stacked, own))
+    batch = small_adapted.batch()
+    (one, before), (other, after) = (trained(*each, batch) for each in pair)
+    for name in ('logits', 'loss', 'replayed', 'ladders', 'side'):
+      jax.tree.map(close, other[name], one[name])
+    close(other['replayed'], other['loss'])
+    for path, gradient in tree.flatten(other['base']).items():
+      self.assertFalse(np.any(gradient), path)
+    self.assertEqual((before, after), (0, 0))
+    tokens, steps = np.arange(1, 17, dtype=np.int32), 3
+    found = [
+      jax.jit(
+        lambda params, family=family: small_adapted.decoded(
+          family, params, batch, tokens, steps
+        )
+      )(params)
+      for family, params in pair
+    ]
+    close(*found)
+
+  def test_what_else_is_watched(self):
+    scanned, params = built(scan_layers=True)
+    rows = small_adapted.batch(2)
+
+    def watch(run, arguments, named, context):
+      if context.method_name == '__call__' and context.module.name == 'wo':
+        context.module.sow('intermediates', 'met', jnp.sum(arguments[0]))
+      return run(*arguments, **named)
+
+    left = lambda mutable: jax.eval_shape(
+      lambda: scanned.call(scanned.variables(params), rows, mutable=mutable)[1]
+    )
+    self.assertEqual(left(['intermediates']), {})
+    with nn.intercept_methods(watch):
+      self.assertEqual(left([]), {})
+      found = left(['intermediates'])['intermediates']
+    wanted = {}
+    for stack in ('encoder', 'decoder'):
+      (met,) = found[stack][stack]['mlp']['wo'].pop('met')
+      self.assertEqual(met.shape, (2,))
+      wanted[stack] = {stack: {'mlp': {'wo': {}}}}
+    self.assertEqual(found, wanted)
+
+  def test_dropout_of_the_backbone(self):
+    adapter = mj.adapters.ladder(reduction=2, backbone_dropout=True)
+    adapted, params = built('lm', adapter, scan_layers=True, dropout_rate=0.5)
+
+    @jax.jit
+    def last(key):
+      """What the backbone's last norm is given."""
+      met = []
+
+      def watch(run, arguments, named, context):
+        if context.module.path == ('decoder', 'decoder_norm'):
+          met.extend(arguments)
+        return run(*arguments, **named)
+
+      with nn.intercept_methods(watch):
+        adapted.call(
+          adapted.variables(params), small_adapted.batch(2), train=True,
+          rngs={'dropout': key},
+        )  # fmt: skip
+      return met[0]
+
+    one, two = last(jax.random.key(0)), last(jax.random.key(1))
+    self.assertGreater(float(jnp.max(jnp.abs(one - two))), 1e-3)
+    np.testing.assert_array_equal(one, last(jax.random.key(0)))
+
+
+def trained(adapted, params, batch):
+  """What training computes, and the numbers of a moment that the base has."""
+
+  def loss(params, batch):
+    logits = adapted.logits(adapted.variables(params)['params'], batch)
+    each, _ = losses.token_cross_entropy(logits, adapted.targets(batch))
+    return jnp.mean(each), logits
+
+  @jax.jit
+  def run(params):
+    (mean, logits), gradient = jax.value_and_grad(loss, has_aux=True)(
+      params, batch
+    )
+    brought = mj.adapters.collect_ladders(adapted, params, batch)
+    # Layers do not run where the batch brings what they say.
+    layers = '(en|de)coder/(layers_.|encoder|decoder)/.*'
+    broken = changed(params, {layers: lambda x: jnp.full_like(x, jnp.nan)})
+    base, side = adapted.split(gradient)
+    return dict(
+      loss=mean, logits=logits, base=base, side=side, ladders=brought,
+      replayed=loss(broken, {**batch, **brought})[0],
+    )  # fmt: skip
+
+  step = step_lib.make_step(adapted, optax.sgd(0.1, momentum=0.9))
+  state = step.init(params, jax.random.key(0))
+  size = lambda x: sum(leaf.size for leaf in jax.tree.leaves(x))
+  more = size(state.opt_state) - size(adapted.split(params)[1])
+  return run(params), more
+
+
+def close(found, wanted):
+  scale = float(jnp.max(jnp.abs(wanted)))
+  np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-6 * scale)
 
 
 class VariantsTest(parameterized.TestCase):

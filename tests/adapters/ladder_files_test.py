@@ -5,6 +5,7 @@
 import pathlib
 
 from absl.testing import absltest
+from absl.testing import parameterized
 import environments
 import jax
 import jax.numpy as jnp
@@ -48,9 +49,9 @@ def long_batch(rows=8, inputs=20, targets=16):
   }
 
 
-def kept(adapter, batch):
+def kept(adapter, batch, **changes):
   """Shapes of what the forward pass keeps for the backward pass."""
-  adapted, params = built(adapter)
+  adapted, params = built(adapter, **changes)
   base, own = adapted.split(params)
   own = tree.flatten(own)
 
@@ -66,15 +67,16 @@ def kept(adapter, batch):
   return [x.shape for x in leaves if x.shape not in frozen and np.any(x)]
 
 
-class KeptTest(absltest.TestCase):
-  def test_only_ladders_of_the_backbone_are_kept(self):
+class KeptTest(parameterized.TestCase):
+  @parameterized.parameters(False, True)
+  def test_only_ladders_of_the_backbone_are_kept(self, scanned):
     batch = long_batch()
     rows = (
       batch['encoder_input_tokens'].size,
       batch['decoder_input_tokens'].size,
     )
     of_size = lambda shapes, size: [s for s in shapes if s[-1:] == (size,)]
-    shapes = kept(LADDER, batch)
+    shapes = kept(LADDER, batch, scan_layers=scanned)
     # The embedded tokens and the outputs of kept layers: of the encoder one of
     # two, of the decoder both.
     ladders = of_size(shapes, WIDTH)
@@ -82,8 +84,9 @@ class KeptTest(absltest.TestCase):
     self.assertEqual(sizes, sorted([rows[0]] * 2 + [rows[1]] * 3))
     for size in (JOINED, HIDDEN):
       self.assertEmpty(of_size(shapes, size))
-    # LoRA keeps what the layers compute.
-    self.assertNotEmpty(of_size(kept(LORA, batch), HIDDEN))
+    if not scanned:
+      # LoRA keeps what the layers compute.
+      self.assertNotEmpty(of_size(kept(LORA, batch), HIDDEN))
 
   def test_the_compiled_step(self):
     memory, batch = {}, long_batch()
@@ -164,6 +167,12 @@ class DiskTest(absltest.TestCase):
       load()  # the call before did not end
     save(self.batches)
     self.assertLen(load(), 2)
+    # The same backbone with its layers scanned reads the same.
+    scanned, _ = built(LADDER, scan_layers=True)
+    base, own = self.family.split(self.params)
+    stacked = scanned.plain.arranged(tree.flatten(base))
+    params = scanned.joined(tree.unflatten(stacked), own)
+    self.assertLen(load(scanned, params), 2)
     moved = tree.map_paths(lambda _, x: x + np.float32(1), self.params)
     with self.assertRaisesRegex(errors.CheckpointError, 'base .*, not '):
       load(params=moved)

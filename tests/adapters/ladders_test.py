@@ -171,6 +171,45 @@ class BeginningTest(parameterized.TestCase):
     path = 'side/encoder/layers_0/attention/query/kernel'
     self.assertFalse(np.array_equal(leaves[path], pruned[path[5:]]))
 
+  @parameterized.parameters(dict(axis=0), dict(axis=1))
+  def test_fresh_leaves_of_scanned_layers(self, axis):
+    family, base = small_adapted.build('t5', num_decoder_layers=3)
+    scanned, _ = small_adapted.build(
+      't5', num_decoder_layers=3, scan_layers=True, param_scan_axis=axis
+    )
+    stacked = lambda params: tree.unflatten(
+      scanned.arranged(tree.flatten(params))
+    )
+    adapter, key = mj.adapters.ladder(reduction=2), jax.random.key(0)
+    importance = tree.map_paths(lambda _, x: np.square(x[..., ::-1]), base)
+    by_size = (
+      adapter.init(family.specs(), key, base),
+      adapter.init(scanned.specs(), key, stacked(base)),
+    )
+    by_fisher = (
+      adapter.begin(family.specs(), key, base, importance),
+      adapter.begin(
+        scanned.specs(), key, stacked(base), stacked(importance)
+      ),
+    )  # fmt: skip
+    for one, other in (by_size, by_fisher):
+      one, other = tree.flatten(one), tree.flatten(other)
+      self.assertEqual({*one}, {*other})
+      for path, leaf in one.items():
+        np.testing.assert_array_equal(other[path], leaf, err_msg=path)
+    self.assertEqual(
+      adapter.specs(scanned.specs()), adapter.specs(family.specs())
+    )
+    path = 'side/decoder/layers_2/mlp/wo/kernel'
+    one, other = (tree.flatten(each[0])[path] for each in (by_size, by_fisher))
+    self.assertFalse(np.array_equal(one, other))
+    lacking = tree.flatten(stacked(importance))
+    del lacking['decoder/decoder/mlp/wo/kernel']
+    with self.assertRaisesRegex(errors.StructureError, 'decoder/mlp/wo'):
+      adapter.begin(
+        scanned.specs(), key, stacked(base), tree.unflatten(lacking)
+      )
+
   def test_counts_from_shapes_alone(self):
     sizes = dict(
       model_type='t5x', vocab_size=32128, emb_dim=768, num_heads=12,
@@ -232,9 +271,6 @@ class MistakesTest(parameterized.TestCase):
 
   def test_models(self):
     ladder = mj.adapters.ladder(reduction=2)
-    scanned, _ = small_adapted.build('t5', scan_layers=True)
-    with self.assertRaisesRegex(errors.ConfigError, 'scan_layers=False'):
-      mj.adapters.adapt(scanned, ladder)
     mlp = mj.models.build({'model_type': 'mlp', 'hidden': (4,)})
     with self.assertRaisesRegex(errors.ConfigError, 'decoder/layers_0'):
       mj.adapters.adapt(mlp, ladder)
