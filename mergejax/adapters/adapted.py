@@ -83,6 +83,11 @@ class Adapted(models.ModelFamily):
       return {**self.base_specs, **self.adapter_specs}
     return {**super().specs(self.split(shapes)[0]), **self.adapter_specs}
 
+  def stored_as(self, specs):
+    # A base of another form has the adapter's leaves in that form too.
+    plain = self.plain.stored_as(specs)
+    return self if plain is self.plain else adapt(plain, self.adapter)
+
   def variables(self, params):
     found = super().variables(params)
     kept = lambda path, leaf: (

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import tiers
 
+from mergejax import adapters
 from mergejax import partition
 from mergejax.checkpoints import checkpoint
 from mergejax.core import errors
@@ -138,10 +139,24 @@ class GoesOnTest(parameterized.TestCase):
   def test_losses_are_those_of_a_run_that_was_not_changed(self, name, scanned):
     if name == 'adamw':  # optax divides by a power of the whole-number count
       self.enter_context(jax.numpy_dtype_promotion('standard'))
-    first, second = [
+    self.check(
       trainer_lib.Trainer(decoder(scan), OPTIMIZERS[name], mesh=one_device())
       for scan in (scanned, not scanned)
-    ]
+    )
+
+  @parameterized.parameters(False, True)
+  def test_moments_of_an_adapter(self, scanned):
+    lora = adapters.lora(rank=2)
+    self.check(
+      trainer_lib.Trainer(
+        adapters.adapt(decoder(scan), lora), OPTIMIZERS['factored'],
+        mesh=one_device(),
+      )
+      for scan in (scanned, not scanned)
+    )  # fmt: skip
+
+  def check(self, trainers):
+    first, second = trainers
     folder = pathlib.Path(self.create_tempdir().full_path)
     batches = list(self.batches())
     first.fit(batches, steps=3, key=KEY, directory=folder, save_every=3)
