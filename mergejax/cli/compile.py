@@ -8,6 +8,7 @@ alone: no data are opened, no weight is read, no TPU is needed.
 
 from collections.abc import Callable, Mapping, Sequence
 import copy
+import dataclasses
 import inspect
 import json
 import math
@@ -132,7 +133,7 @@ def _parser():
 
 
 def _of_run(options, devices, sizes, where):
-  """Reports of a gin run: its step, and how its state begins."""
+  """Reports of a gin run: its step, merges between, and how it begins."""
   job = gin.get_bindings(train.run, resolve_references=False).get('job')
   function = getattr(getattr(job, 'configurable', None), 'wrapped', None)
   if function is train.train_model:
@@ -152,9 +153,12 @@ def _of_run(options, devices, sizes, where):
   report = compiler.report(make(rows), **where)
   if options.largest_batch:
     report = _with_largest(report, make, trainer, parts, where)
-  if options.skip_init:
-    return [report]
-  return [report, compiler.report(work_lib.fresh_state(trainer), **where)]
+  works = []
+  if isinstance(trainer, branch.BranchTrainer) and trainer.outer is not None:
+    works.append(work_lib.outer_merge(trainer))
+  if not options.skip_init:
+    works.append(work_lib.fresh_state(trainer))
+  return [report, *(compiler.report(work, **where) for work in works)]
 
 
 def _refuse(options, job, *names):
@@ -246,23 +250,17 @@ def _of_domains(
   else:
     side_by_side, single = domain_runs.make_meshes(settings, experts, devices)
   total = settings.seed_steps + settings.branch_steps
-  shared = {
-    'objective': train.objective_of(settings.objective, settings.loss),
-    'rules': settings.rules,
-    'transforms': settings.transforms,
-    'freeze': settings.freeze,
-    'accumulate': settings.accumulate,
-    'clip': settings.clip,
-  }
-  model = settings.module, train.optimizer_of(settings.optimizer, total)
+  settings = dataclasses.replace(
+    settings, optimizer=train.optimizer_of(settings.optimizer, total)
+  )
   rows = settings.batch_size
   if options.phase in (None, 'experts'):
     names = [f'expert {i}' for i in range(experts)]
-    trainer = branch.BranchTrainer(
-      *model, experts=names, mesh=side_by_side, **shared
+    trainer = domain_runs.trainer(
+      settings, side_by_side, names, outer=getattr(settings, 'outer', None)
     )
   else:
-    trainer = trainer_lib.Trainer(*model, mesh=single, **shared)
+    trainer = domain_runs.trainer(settings, single)
     rows *= experts if options.phase == 'dense' else 1
   lengths = stream_lib.batch_lengths(
     {'targets': settings.length}, kind='lm', pack=False

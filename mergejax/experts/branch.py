@@ -132,6 +132,9 @@ class BranchTrainer(trainer.Trainer):
   or its whole state (`state=`), whose moments and step number go on; or each
   from a state of its own (`state=[...]`, see `stack_states`). Batches
   have a leading axis of this process's experts, see `StackedStream`.
+
+  Attributes:
+    outer: what merges the experts while they train, or None.
   """
 
   lead = ('branch',)
@@ -158,23 +161,29 @@ class BranchTrainer(trainer.Trainer):
       **settings: as for `Trainer`; the mesh has an axis `branch`.
 
     Raises:
-      ConfigError: the experts do not divide over the branches of the mesh.
+      ConfigError: the experts do not divide over the branches of the mesh;
+        `outer` is something else.
     """
     if outer is not None:
+      if not isinstance(outer, outer_lib.Outer):
+        raise errors.ConfigError(
+          'outer= is what merges the experts while they train, such as '
+          f'outer.diloco(every=100), not {outer!r}.'
+        )
       others = settings.get('transforms', ())
       settings['transforms'] = (*others, outer.transform())
     super().__init__(model, optimizer, **settings)
     self.experts = list(experts)
-    self._outer = outer
+    self.outer = outer
     self._batched = batched
     check_experts(len(self.experts), self.mesh)
 
   def init(self, step, layout, key, params=None, state=None):
     if not isinstance(state, Sequence):
-      if state is not None and self._outer is not None:
-        state = self._outer.begun(state)
+      if state is not None and self.outer is not None:
+        state = self.outer.begun(state)
       return super().init(step, layout, key, params, state)
-    if self._outer is not None:
+    if self.outer is not None:
       raise errors.ConfigError(
         'Experts that are merged while they train begin as one model: give one '
         'state, or no outer merge.'
@@ -192,10 +201,10 @@ class BranchTrainer(trainer.Trainer):
 
   def compile(self, step, layout):
     compiled = super().compile(step, layout)
-    if self._outer is None:
+    if self.outer is None:
       return compiled
-    merge = outer_lib.merger(self._outer, layout, self.mesh)
-    return outer_lib.MergingStep(compiled, merge, self._outer.every)
+    merge = outer_lib.merger(self.outer, layout, self.mesh)
+    return outer_lib.MergingStep(compiled, merge, self.outer.every)
 
   def map(self, fn):
     return map_experts(fn, self.mesh, batched=self._batched)

@@ -104,6 +104,25 @@ class CommandTest(absltest.TestCase):
     self.assertEqual(batch.shape, (6, 8, 16))
     self.assertEqual(batch.sharding.shard_shape(batch.shape), (3, 2, 16))
 
+  def test_experts_that_meet_while_they_train(self):
+    run = (
+      '--gin_file=gin/runs/diloco.gin', '--experts=4', '--skip_init',
+      '--gin.CORPORA=/nowhere', '--gin.BATCH_SIZE=8', '--gin.LENGTH=16',
+      '--mesh=branch=4,data=2',
+    )  # fmt: skip
+    step, merge = self.works_of(*run)
+    self.assertEqual(step.rows, 8)
+    self.assertEqual(merge.name, 'merge of 4 experts')
+    (only,) = self.works_of(*run, '--phase=seed')
+    self.assertEqual(only.name, 'training step')
+    other = self.works_of(*run, '--gin.OUTER=@outer.local_sgd()')
+    self.assertLen(other, 2)
+    code, _, err = self.run_command(
+      '--topology', 'here', *run, '--gin.OUTER="local_sgd"'
+    )
+    self.assertEqual(code, 2)
+    self.assertIn("outer.diloco(every=100), not 'local_sgd'", err)
+
   def test_a_forest_whose_text_is_not_there(self):
     run = (
       '--gin_file=gin/runs/forest.gin', '--skip_init', '--gin.CORPORA=/nowhere',
