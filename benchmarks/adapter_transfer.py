@@ -5,8 +5,8 @@
     MERGEJAX_DATA=... python benchmarks/adapter_transfer.py [--seeds 3]
         [--cache FOLDER] [--only NAME ...] [--steps 1.0] [--rates] [--show]
 
-A small T5 a seed is pre-trained on denoising and tasks, then trained on twelve
-other classification tasks: all of it, or an adapter. From there it is adapted to
+One small T5 is pre-trained on denoising and tasks, then, seed by seed, trained on
+twelve other classification tasks: all of it, or an adapter. From there it is adapted to
 four tasks of families it never saw, with 32 and 128 examples, and scored by rank
 classification on test data. Claims: Poly-S >= Poly >= a shared LoRA, and Poly-mu
 keeps most of that (Caccia et al., 2022); ATTEMPT is above prompt tuning (Asai et
@@ -50,15 +50,13 @@ class Experiment:
     # Results of other settings are others.
     of_steps = '_'.join(str(count) for count in self.steps.values())
     of_rates = '_'.join(f'{rate:g}' for rate in arms_lib.RATES.values())
-    self.before = cache / f'pretrained_{self.steps["pretrain"]}'
+    self.before = cache / f'pretrained_{self.steps["pretrain"]}.npz'
     self.folder = cache / f'steps_{of_steps}_rates_{of_rates}'
-    for folder in (self.before, self.folder):
-      folder.mkdir(parents=True, exist_ok=True)
+    self.folder.mkdir(parents=True, exist_ok=True)
     self.rows = real_data.Rows(self.folder / 'adapted.jsonl')
     self.rates = real_data.Rows(self.folder / 'rates.jsonl')
     self.program = functools.cache(self._make_program)
     self.scorer = functools.cache(self._make_scorer)
-    self.base = functools.lru_cache(2)(self._make_base)
     self.multi = functools.lru_cache(6)(self._make_multi)
     self.module = models.build(
       dict(
@@ -126,17 +124,17 @@ class Experiment:
   def _pretraining(self):
     return ext5.Program(self.module, ext5.RATE, self.steps['pretrain'])
 
-  def _make_base(self, seed: int):
+  @functools.cached_property
+  def base(self):
     """Parameters pre-trained on denoising and tasks."""
-    path = self.before / f'{seed}.npz'
-    if not path.exists():
+    if not self.before.exists():
       begin, name = time.process_time(), data_lib.mixture(self.cache).name
-      drawn = self._examples.draw(name, ext5.BATCH, seed)
-      params, metrics = self._pretraining.run(drawn, seed)
-      checkpoint.save_checkpoint(path, params, overwrite=True)
+      drawn = self._examples.draw(name, ext5.BATCH, seed=0)
+      params, metrics = self._pretraining.run(drawn, seed=0)
+      checkpoint.save_checkpoint(self.before, params)
       took, loss = time.process_time() - begin, float(metrics['loss'])
-      print(f'seed {seed}: pre-trained, {took:.0f} s, loss {loss:.3f}')
-    return checkpoint.open_checkpoint(path).read()
+      print(f'pre-trained, {took:.0f} s, loss {loss:.3f}', flush=True)
+    return checkpoint.open_checkpoint(self.before).read()
 
   def _make_multi(self, kind: str, seed: int):
     """What the many tasks give: an adapter's leaves, or all parameters."""
@@ -154,7 +152,7 @@ class Experiment:
 
   def fresh(self, family, seed: int):
     """The pre-trained model, with a fresh adapter if it has one."""
-    params = self.base(seed)
+    params = self.base
     if not isinstance(family, adapters.Adapted):
       return params
     key = jax.random.fold_in(jax.random.key(seed), 1)
@@ -168,7 +166,7 @@ class Experiment:
     given = self.multi(source, seed)
     if arm == arms_lib.FULL:
       return given
-    base, key = self.base(seed), jax.random.key(seed)
+    base, key = self.base, jax.random.key(seed)
     if arm == arms_lib.SPOT:
       # Sources are weighed by a prompt that is trained a little.
       begun = self.fresh(family, seed)
@@ -213,7 +211,7 @@ class Experiment:
     """What there is to begin with: the model as it is, one answer always."""
     score = self.scorer('full')
     makes = {
-      arms_lib.UNADAPTED: lambda: score(self.base(seed), task),
+      arms_lib.UNADAPTED: lambda: score(self.base, task),
       arms_lib.COMMONEST: lambda: data_lib.commonest(task, self.cache),
     }
     for arm, make in makes.items():
@@ -286,10 +284,11 @@ def main():
     try_rates(run)
     return
   merging = adapter_transfer_merge.Merging(run)
-  for seed in range(0 if options.show else options.seeds):
+  seeds = range(0 if options.show else options.seeds)
+  for seed in seeds:
     run_seed(run, seed, [arm for arm in arms_lib.ARMS if arm in options.only])
-    if 'merging' in options.only:
-      merging.run_seed(seed)
+  for seed in seeds if 'merging' in options.only else ():
+    merging.run_seed(seed)
   adapter_transfer_table.write(
     'adapter_transfer' + ('' if options.steps == 1 else f'_{options.steps:g}'),
     run, [*arms_lib.ARMS, *arms_lib.PLAIN_ARMS], merging,

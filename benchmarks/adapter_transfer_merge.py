@@ -70,7 +70,7 @@ class Merging:
 
   def _adapted(self, path, seed):
     """`(family, parameters)` of the base with an adapter on disk."""
-    base = self._run.base(seed)
+    base = self._run.base
     family, leaves = adapters.load(path, self._run.module, base)
     return family, family.joined(base, leaves)
 
@@ -129,7 +129,7 @@ class Merging:
   def _make(self, way: str, seed: int):
     """`(parameters of the plain model, what was chosen)`."""
     if way == NONE:
-      return self._run.base(seed), None
+      return self._run.base, None
     if way == UNIFORM:
       return self._merge(seed, 'linear'), None
     if way in SCALES:
