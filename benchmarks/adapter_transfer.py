@@ -58,13 +58,7 @@ class Experiment:
     self.program = functools.cache(self._make_program)
     self.scorer = functools.cache(self._make_scorer)
     self.multi = functools.lru_cache(6)(self._make_multi)
-    self.module = models.build(
-      dict(
-        model_type='t5x', vocab_size=ext5_data.VOCABULARY, emb_dim=128,
-        num_heads=4, head_dim=32, mlp_dim=256, num_encoder_layers=2,
-        num_decoder_layers=1,
-      )
-    )  # fmt: skip
+    self.module = ext5_data.module()
 
   # Programs --------------------------------------------------------------------
 

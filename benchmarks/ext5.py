@@ -25,7 +25,6 @@ import jax
 import numpy as np
 import real_data
 
-from mergejax import models
 from mergejax import training
 from mergejax.checkpoints import checkpoint
 from mergejax.data import mixtures
@@ -87,13 +86,7 @@ class Experiment:
     self.pretrained = real_data.Rows(self.folder / 'pretrained.jsonl')
     name = f'tuned_{tuning_steps}_{tuning_rate:g}.jsonl'
     self.rows = real_data.Rows(self.folder / name)
-    self.module = models.build(
-      dict(
-        model_type='t5x', vocab_size=ext5_data.VOCABULARY, emb_dim=128,
-        num_heads=4, head_dim=32, mlp_dim=256, num_encoder_layers=2,
-        num_decoder_layers=1,
-      )
-    )  # fmt: skip
+    self.module = ext5_data.module()
     self.mixtures = {r: ext5_data.mixture(r, cache).name for r in RATIOS}
     self._scores = {}
     vocab = ext5_data.vocabulary(cache)

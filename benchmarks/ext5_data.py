@@ -12,6 +12,7 @@ import numpy as np
 import sentencepiece
 import seqio
 
+from mergejax import models
 from mergejax.core import files as files_lib
 from mergejax.data import corpora
 from mergejax.data import exmix
@@ -87,6 +88,17 @@ LEFT_OUT = {
   'emotion_selfreport': ('emotion', _TEXT),
   'sentiment_movie': ('sentiment, in the mixture', _TEXT),
 }
+
+
+def module():
+  """A T5 1.1 of 1.6 million parameters."""
+  return models.build(
+    dict(
+      model_type='t5x', vocab_size=VOCABULARY, emb_dim=128,
+      num_heads=4, head_dim=32, mlp_dim=256, num_encoder_layers=2,
+      num_decoder_layers=1,
+    )
+  )  # fmt: skip
 
 
 def _files(name: str) -> dict[str, str]:
