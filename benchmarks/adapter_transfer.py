@@ -6,12 +6,13 @@
         [--cache FOLDER] [--only NAME ...] [--steps 1.0] [--rates] [--show]
 
 One small T5 is pre-trained on denoising and tasks, then, seed by seed, trained on
-twelve other classification tasks: all of it, or an adapter. From there it is adapted to
-four tasks of families it never saw, with 32 and 128 examples, and scored by rank
-classification on test data. Claims: Poly-S >= Poly >= a shared LoRA, and Poly-mu
-keeps most of that (Caccia et al., 2022); ATTEMPT is above prompt tuning (Asai et
-al., 2022); (IA)^3 with three losses is above the loss of a language model alone
-(Liu et al., 2022). `adapter_transfer_merge` merges LoRA experts of four tasks.
+twelve other classification tasks: all of it, or an adapter. From there it is
+adapted to four tasks of families it never saw, with 32 and 128 examples and the
+loss of a language model, and scored by rank classification on test data. Claims:
+Poly-S >= Poly >= a shared LoRA, and Poly-mu keeps most of that (Caccia et al.,
+2022); ATTEMPT is above prompt tuning (Asai et al., 2022); (IA)^3 with three losses
+is above the loss of a language model alone (Liu et al., 2022).
+`adapter_transfer_merge` merges LoRA experts of four tasks.
 
 What is done is kept below the folder and not done again. The tables go to
 `results/adapter_transfer.md` and `.json`. `--steps` multiplies all numbers of
@@ -185,7 +186,7 @@ class Experiment:
   def adapted(self, arm: str, seed: int, task: str, shots: int, rate=None):
     """`(parameters, program)` after an adaptation."""
     kind = arms_lib.ARMS[arm][0]
-    program = self.program(kind, 'adapt', few=arm != arms_lib.IA3_LM, rate=rate)
+    program = self.program(kind, 'adapt', few=arm == arms_lib.IA3, rate=rate)
     rows = data_lib.few(task, shots, seed, self.cache)
     begun = self.begin(arm, seed, program, rows)
     return program.run(rows, seed, begun), program
