@@ -159,7 +159,8 @@ class DecodeTest(parameterized.TestCase):
         given = inputs[row] if kind == 't5x' else None
         log_p = likelihood(module, params, given, prompts[row], said)
         penalty = (5 + len(said)) / 6 if ended else 1.0
-        self.assertAlmostEqual(score * penalty, log_p, places=3)
+        # Weights this large: an ulp of all of them moves a logit by 6e-4.
+        self.assertAlmostEqual(score * penalty, log_p, delta=4e-3)
         parts.add((ended, len(said)))
     self.assertGreater(len(parts), 3)
 
