@@ -5,6 +5,12 @@
 import json
 import random
 
+DOMAINS = {
+  'colours': 'red green blue grey',
+  'metals': 'iron lead zinc tin',
+  'numbers': '11 22 33 44',
+}
+
 
 def write(folder, domains):
   """A new folder with a file of 40 documents for each `{domain: 'its words'}`."""

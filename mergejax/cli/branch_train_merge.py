@@ -57,8 +57,9 @@ class Settings(domain_runs.DomainSettings):
 def describe(settings: Settings) -> dict[str, Any]:
   """The settings that make two runs the same, as plain data."""
   fields = domain_runs.describe(settings, 'outer')
-  if settings.outer is not None:
-    fields['outer'] = dict(settings.outer.transform().settings)
+  outer = outer_lib.checked(settings.outer)
+  if outer is not None:
+    fields['outer'] = dict(outer.transform().settings)
   return fields
 
 

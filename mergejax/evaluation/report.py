@@ -31,10 +31,12 @@ class Roles:
 
 def expectations(table: base.Table, roles: Roles) -> dict[str, bool]:
   """Which of the results that the method promises held on this run."""
+  # Equal experts, as those that were merged last, are not the best of all.
   at_home = all(
-    table[row][domain].value
-    == min(table[r][domain].value for r in roles.experts.values())
+    table[row][domain].value < table[other][domain].value
     for domain, row in roles.experts.items()
+    for other in roles.experts.values()
+    if other != row
   )
   return {
     'each expert is the best expert on its own domain': at_home,

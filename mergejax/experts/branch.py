@@ -164,12 +164,8 @@ class BranchTrainer(trainer.Trainer):
       ConfigError: the experts do not divide over the branches of the mesh;
         `outer` is something else.
     """
+    outer = outer_lib.checked(outer)
     if outer is not None:
-      if not isinstance(outer, outer_lib.Outer):
-        raise errors.ConfigError(
-          'outer= is what merges the experts while they train, such as '
-          f'outer.diloco(every=100), not {outer!r}.'
-        )
       others = settings.get('transforms', ())
       settings['transforms'] = (*others, outer.transform())
     super().__init__(model, optimizer, **settings)

@@ -112,6 +112,20 @@ class Outer:
     return state.replace(extras={**state.extras, NAME: extra})
 
 
+def checked(outer: Any) -> Outer | None:
+  """What a run was given as its outer merge.
+
+  Raises:
+    ConfigError: it is neither one nor None.
+  """
+  if outer is None or isinstance(outer, Outer):
+    return outer
+  raise errors.ConfigError(
+    'outer= is what merges the experts while they train, such as '
+    f'outer.diloco(every=100), not {outer!r}.'
+  )
+
+
 def local_sgd(every: int) -> Outer:
   """The mean of the experts, every so many steps.
 

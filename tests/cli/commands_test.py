@@ -255,6 +255,10 @@ class GinTest(parameterized.TestCase):
       "Did you mean 'length'",
     ),
     (['--gin.CORPORA=nowhere', '--gin.MODEL_DIR=y'], 'no nowhere'),
+    (
+      ['--gin.CORPORA=x', '--gin_file=gin/runs/diloco.gin', '--gin.OUTER="x"'],
+      "diloco.every=100., not 'x'",
+    ),
   )
   def test_mistakes(self, flags, message):
     folder = pathlib.Path(self.create_tempdir().full_path)

@@ -27,11 +27,6 @@ from mergejax.data import tasks
 from mergejax.evaluation import forest_scores
 from mergejax.experts import forest as forest_lib
 
-DOMAINS = {
-  'colours': 'red green blue grey',
-  'metals': 'iron lead zinc tin',
-  'numbers': '11 22 33 44',
-}
 SIZES = dict(
   model_type='lm', vocab_size=259, emb_dim=8, num_heads=1, head_dim=8,
   num_layers=1, mlp_dim=8,
@@ -44,18 +39,18 @@ class ForestCommandsTest(absltest.TestCase):
     super().setUpClass()
     cls.enterClassContext(environments.one_device())
     cls.folder = pathlib.Path(tempfile.mkdtemp())
-    small_corpora.write(cls.folder / 'text', DOMAINS)
+    small_corpora.write(cls.folder / 'text', small_corpora.DOMAINS)
     family = models.family_of(models.build(SIZES))
     # What they say is of no matter: drawn a little apart, and not trained.
     own = lambda seed: drawn.params(family, seed, size=0.1)
     cls.forest = forest_lib.create(
       cls.folder / 'forest', own(0), model=family, steps=4
     )
-    for seed, name in enumerate(DOMAINS, 1):
+    for seed, name in enumerate(small_corpora.DOMAINS, 1):
       cls.forest.add(
         name, own(seed), domain=name, parents={'seed': 1.0}, steps=4
       )
-    for name in DOMAINS:
+    for name in small_corpora.DOMAINS:
       cls.forest.set_prior(name, [0.5, 0.25, 0.25])
 
   routed = staticmethod(forest_scores.routed)

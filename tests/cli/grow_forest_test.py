@@ -48,13 +48,6 @@ lm.LMConfig:
 """
 
 
-DOMAINS = {
-  'colours': 'red green blue grey',
-  'metals': 'iron lead zinc tin',
-  'numbers': '11 22 33 44',
-}
-
-
 class Killed(BaseException):
   """What nothing catches."""
 
@@ -65,7 +58,7 @@ class GrowForestTest(absltest.TestCase):
     super().setUpClass()
     cls.enterClassContext(environments.one_device())
     cls.folder = pathlib.Path(tempfile.mkdtemp())
-    small_corpora.write(cls.folder / 'text', DOMAINS)
+    small_corpora.write(cls.folder / 'text', small_corpora.DOMAINS)
     (cls.folder / 'small.gin').write_text(_GIN)
     code, cls.out, err = cls.grow('whole')
     assert code == 0, err[-3000:]

@@ -48,6 +48,14 @@ class ReportTest(absltest.TestCase):
       list(report.expectations(worse, ROLES).values()), [False] * 3
     )
 
+  def test_equal_experts_are_not_the_best(self):
+    alike = base.Table({**ROWS, 'expert b': ROWS['expert a']})
+    at_home, *others = report.expectations(alike, ROLES).values()
+    self.assertFalse(at_home)
+    self.assertTrue(all(others))
+    tied = base.Table({**ROWS, 'expert b': {'a': score(1.0), 'b': score(1.0)}})
+    self.assertFalse(next(iter(report.expectations(tied, ROLES).values())))
+
   def test_markdown_marks_the_best(self):
     text = TABLE.to_markdown()
     self.assertIn('**1.000 (0.900-1.100)**', text)
