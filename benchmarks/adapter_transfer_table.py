@@ -120,14 +120,19 @@ def write(name: str, run: Any, arms: Sequence[str], merging: Any) -> None:
   lines = [
     f'Measured on {ext5_table.machine()}; `+-` is half of a 95% t interval.', '',
     f'Steps: {steps}. Rates: {_told(t.RATES)}; of logits {t.ROUTER_RATE:g}.', '',
-    'Accuracy of rank classification on tasks left out, at most '
-    f'{data_lib.MOST["test"]} test rows each.', '',
   ]  # fmt: skip
-  for shots in t.SHOTS:
-    lines += [*accuracies(rows, arms, shots), '']
+  if any(row['arm'] in t.ARMS for row in rows):
+    lines += [
+      'Accuracy of rank classification on tasks left out, at most '
+      f'{data_lib.MOST["test"]} test rows each.', '',
+    ]  # fmt: skip
+    for shots in t.SHOTS:
+      lines += [*accuracies(rows, arms, shots), '']
+    lines += [
+      'Differences of means over the four tasks, seed by seed.', '',
+      *_grid('claim', compared), '',
+    ]  # fmt: skip
   lines += [
-    'Differences of means over the four tasks, seed by seed.', '',
-    *_grid('claim', compared), '',
     'Four LoRA experts merged: accuracy on their tasks.', '',
     *merges(merged),
   ]  # fmt: skip
