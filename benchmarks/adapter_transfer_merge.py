@@ -31,7 +31,10 @@ WAYS = (UNIFORM, ARITHMETIC, TIES, REGMEAN, REGMEAN_T5, ENSEMBLE, ALL)
 NONE, OWN = 'not adapted', 'each expert on its own task'
 ROWS_OF_GRAMS = 512
 # Of task arithmetic, whose changes add up, and of TIES, which averages them.
-SCALES = {ARITHMETIC: np.linspace(0.2, 1.0, 5), TIES: np.linspace(0.5, 2.5, 5)}
+SCALES = {
+  ARITHMETIC: np.array([0.05, 0.1, 0.15, 0.2, 0.4]),
+  TIES: np.array([0.1, 0.2, 0.35, 0.5, 1.0]),
+}
 
 
 def expert(task: str) -> str:
