@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Eight fake devices, strict promotion, warnings as errors."""
 
+import gc
 import os
 import pathlib
 import shutil
@@ -34,6 +35,9 @@ from absl import flags  # noqa: E402  (after the flags of XLA)
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+# Modules make almost a million objects that stay: no garbage is looked for among them,
+# neither while they are imported nor later.
+gc.disable()
 flags.FLAGS.mark_as_parsed()
 jax.config.update('jax_numpy_dtype_promotion', 'strict')
 jax.config.update('jax_numpy_rank_promotion', 'raise')
@@ -56,6 +60,12 @@ def pytest_collection_modifyitems(items):
       ),
       append=True,
     )
+
+
+def pytest_collection_finish():
+  """From here on garbage is collected, of what the tests make."""
+  gc.freeze()
+  gc.enable()
 
 
 def _is_full():
