@@ -181,6 +181,15 @@ class ResumeTest(absltest.TestCase):
     self.assertEqual(code, 2)
     self.assertIn('batch_size: 4 there, 8 asked for', err)
 
+  def test_a_killed_and_continued_run_ends_with_the_same_bits(self):
+    # SIGKILL while experts train: the seed is whole, they are not.
+    process = self.start('once')
+    self.stop(process, 'experts', 'once', signal.SIGKILL)
+    self.assertEqual(process.returncode, -signal.SIGKILL)
+    self.finish('once')
+    self.same_as_whole('once')
+
+  @pytest.mark.slow  # further moments; SIGTERM is also of `training/train_test`
   def test_a_killed_stopped_and_continued_run_ends_with_the_same_bits(self):
     self.stop(self.start('stopped'), 'seed', 'stopped', signal.SIGKILL)
     # SIGTERM while experts train: everything is saved, exit code 0.
