@@ -35,7 +35,7 @@ def build(name, **changes):
   return bank, adapted, leaves, params
 
 
-@tiers.slow('test_mixed_.*2')
+@tiers.slow('test_mixed_.*[12]')
 class BankTest(parameterized.TestCase):
   @parameterized.parameters(*EXPERTS)
   def test_mixed_batch_is_each_expert_alone(self, name):

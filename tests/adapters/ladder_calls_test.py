@@ -166,7 +166,7 @@ class DecodingTest(parameterized.TestCase):
     np.testing.assert_allclose(decoded(params), expected, rtol=5e-4, atol=5e-4)
 
 
-@tiers.slow('test_as_one_by_one2')
+@tiers.slow('test_as_one_by_one[02]')
 class ScannedTest(parameterized.TestCase):
   """A backbone whose layers are scanned, against the same one by one."""
 

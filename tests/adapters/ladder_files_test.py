@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import small_adapted
+import tiers
 
 import mergejax as mj
 from mergejax.adapters import ladder_files
@@ -67,6 +68,7 @@ def kept(adapter, batch, **changes):
   return [x.shape for x in leaves if x.shape not in frozen and np.any(x)]
 
 
+@tiers.slow('test_only_ladders_.*0')
 class KeptTest(parameterized.TestCase):
   @parameterized.parameters(False, True)
   def test_only_ladders_of_the_backbone_are_kept(self, scanned):

@@ -148,6 +148,7 @@ class GoldenTest(parameterized.TestCase):
     self.assertEqual(sum(x.size for x in leaves.values()), 3799)
 
 
+@tiers.slow('test_fresh_leaves_of_scanned_layers0')
 class BeginningTest(parameterized.TestCase):
   def test_fresh_leaves(self):
     family, base = small_adapted.build('t5')

@@ -32,7 +32,7 @@ CASES = {
 }
 
 
-@tiers.slow('test_attempt2')
+@tiers.slow('test_attempt[02]')
 class GoldenTest(parameterized.TestCase):
   @classmethod
   def setUpClass(cls):
@@ -197,6 +197,7 @@ class MixtureTest(parameterized.TestCase):
     np.testing.assert_allclose(alone.prompt, found.prompt, rtol=1e-5)
 
 
+@tiers.slow('test_answers_.*1')
 class AdaptedTest(parameterized.TestCase):
   def test_what_learns(self):
     family, base = small_adapted.build('t5')

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import small_adapted
+import tiers
 
 import mergejax as mj
 from mergejax import models
@@ -53,6 +54,7 @@ def leaves(a, b, logits):
   return {'map': {'poly_a': a, 'poly_b': b, 'poly_logits': logits}}
 
 
+@tiers.slow('test_peft0')
 class GoldenTest(parameterized.TestCase):
   @parameterized.parameters('poly_linear', 'poly_multihead_linear')
   def test_peft(self, name):
@@ -259,6 +261,7 @@ class LawsTest(parameterized.TestCase):
     self.assertGreater(gap(0.1), 1e-3)
 
 
+@tiers.slow('test_mixed_.*1')
 class ModelTest(parameterized.TestCase):
   def adapted(self, scan_layers=True, **settings):
     family, base = small_adapted.build(

@@ -30,7 +30,7 @@ ADAPTERS = {
 }
 
 
-@tiers.slow('test_there_and_back[23569]')
+@tiers.slow('test_there_and_back[023569]')
 class SavedTest(parameterized.TestCase):
   def setUp(self):
     super().setUp()

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 import small_networks
+import tiers
 
 from mergejax import align
 from mergejax import partition
@@ -43,6 +44,7 @@ def noisy_pair(widths, noise, seed):
   return a, align.permute(spec, shuffle, b), spec
 
 
+@tiers.slow('test_planted_.*_resnet50')
 class MatchTest(parameterized.TestCase):
   @parameterized.named_parameters(
     *small_networks.BUILT[:2], *small_networks.BUILT[3:]

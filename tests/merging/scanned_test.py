@@ -12,6 +12,7 @@ from absl.testing import parameterized
 import jax
 import laws
 import numpy as np
+import tiers
 
 import mergejax as mj
 from mergejax.core import tree
@@ -19,6 +20,7 @@ from mergejax.merging import on_mesh
 from mergejax.methods import masks
 from mergejax.methods import named
 
+FURTHER = '|'.join(name for name, _ in laws.FURTHER)
 # Where the layers of each leaf of a scanned model lie; T5X has them second.
 SCANNED = {'layers/kernel': 0, 'layers/bias': 0, 'enc/enc/kernel': 1}
 SCANNED_AXES = (
@@ -99,6 +101,7 @@ def on_disk(folder, row, base, count, stats):
   return mj.open_checkpoint(out)
 
 
+@tiers.slow(f'test_.*_({FURTHER})')
 class ScannedTest(parameterized.TestCase):
   @classmethod
   def setUpClass(cls):

@@ -16,6 +16,7 @@ import goldens
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import mergejax as mj
 from mergejax import models
@@ -210,6 +211,7 @@ class DecodingTest(parameterized.TestCase):
 
 
 class TrainingTest(absltest.TestCase):
+  @pytest.mark.slow  # meshes: of the layer `moe_test`, of training `trainer_test`
   def test_a_mesh_learns_what_one_device_learns(self):
     """The ordinary trainer; losses of the router among its own."""
     moe = dict(

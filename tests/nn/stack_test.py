@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiers
 
 from mergejax import models
 from mergejax import partition
@@ -85,6 +86,7 @@ def assert_close(expected, given, **tolerance):
 FORMS = parameterized.parameters(('t5', 1, False), ('lm', 0, True))
 
 
+@tiers.slow('test_cached_.*1')
 class ScanTest(parameterized.TestCase):
   @FORMS
   def test_equals_one_by_one(self, kind, axis, per_layer):

@@ -57,7 +57,7 @@ def encode(module, params, inputs):
   return jax.jit(run)(params, inputs)
 
 
-@tiers.slow('test_packed_logits1', 'test_cached_decoding_.*2')
+@tiers.slow('test_packed_logits1', 'test_score1', 'test_cached_decoding_.*[12]')
 class T5XTest(parameterized.TestCase):
   @parameterized.parameters(*VERSIONS)
   def test_parameter_tree_is_t5x_s(self, version):

@@ -13,6 +13,7 @@ import models_on_disk
 import numpy as np
 import process_groups
 import pytest
+import tiers
 
 import mergejax as mj
 from mergejax import partition
@@ -37,6 +38,15 @@ def odd_leaves(rng, number):
   }
 
 
+# One method of every way to compute: a sum, masks, norms of a leaf, all models
+# at once, statistics, a search. That every method says on disk what it says in
+# memory is also of `scanned_test`, of plainer leaves; ties is below, on a mesh.
+KINDS = '|'.join((
+  'linear', 'della_linear', 'slerp', 'sce', 'model_stock', 'fisher', 'regmean',
+  'karcher',
+))  # fmt: skip
+
+
 # A kernel and a vector: every further shape is compiled again for the mesh.
 SHARDED = (
   'model.layers.0.self_attn.q_proj.weight',
@@ -58,6 +68,7 @@ def sharded(model):
   }
 
 
+@tiers.slow(rf'test_streamed_equals_in_memory_(?!({KINDS})_\d+$|and_).*')
 class EqualityTest(parameterized.TestCase):
   @parameterized.named_parameters(laws.ONE)
   def test_streamed_equals_in_memory(self, row):
