@@ -35,8 +35,8 @@ from absl import flags  # noqa: E402  (after the flags of XLA)
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
-# Modules make almost a million objects that stay: no garbage is looked for among them,
-# neither while they are imported nor later.
+# Modules make almost a million objects that stay: no garbage is looked for among
+# them, neither while they are imported nor later.
 gc.disable()
 flags.FLAGS.mark_as_parsed()
 jax.config.update('jax_numpy_dtype_promotion', 'strict')
