@@ -43,10 +43,12 @@ class Ladder(base_lib.Adapter):
   residual: str = 'before'
   merge_last: bool = False
   start: str = 'pruned'
+  rounds: int = 1
   backbone_dropout: bool = False
 
   def __post_init__(self):
     errors.check_whole('reduction', self.reduction)
+    errors.check_whole('rounds', self.rounds)
     errors.check_number('temperature', self.temperature, 0, open_below=True)
     for name, value, known in (
       ('gates', self.gates, _GATES),
@@ -154,7 +156,9 @@ class Ladder(base_lib.Adapter):
     if params is not None and (
       self.start == 'pruned' or importance is not None
     ):
-      pruned = pruning.prune(base, params, self.reduction, importance)
+      pruned = pruning.prune(
+        base, params, self.reduction, importance, rounds=self.rounds
+      )
       leaves = one_by_one.leaves(base, params)
       base = one_by_one.specs(base)
       for stack in _STACKS:
@@ -301,6 +305,7 @@ def ladder(
   residual: str = 'before',
   merge_last: bool = False,
   start: str = 'pruned',
+  rounds: int = 1,
   backbone_dropout: bool = False,
 ) -> Ladder:
   """LST: a network r times narrower reads the backbone's layers and answers.
@@ -333,6 +338,8 @@ def ladder(
     start: 'pruned' takes blocks out of the backbone's, see `pruning.prune`, by
       size of weights where `family.start` gives the base's parameters, by the
       Fisher information with `Ladder.begin`; 'random' draws them.
+    rounds: of pruning, see there; 1 is the paper's, 10 the released code's
+      iterative one.
     backbone_dropout: the backbone drops out in training, as in the released code;
       without it a step is cheaper and ladders can be kept, see
       `ladder_files.save_ladders`.
@@ -364,5 +371,6 @@ def ladder(
     residual=residual,
     merge_last=merge_last,
     start=start,
+    rounds=rounds,
     backbone_dropout=backbone_dropout,
   )

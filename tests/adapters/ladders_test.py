@@ -3,6 +3,7 @@
 """Ladder Side-Tuning: released numbers, beginnings, counts and mistakes."""
 
 import re
+from unittest import mock
 
 from absl.testing import absltest
 from absl.testing import parameterized
@@ -165,6 +166,10 @@ class BeginningTest(parameterized.TestCase):
         named = re.match(rf'{stack}/layers_(\d)', path)
         if named and int(named[1]) in kept:
           np.testing.assert_array_equal(leaves[f'side/{path}'], leaf)
+    with mock.patch.object(pruning, 'prune', return_value={}) as walks:
+      again = mj.adapters.ladder(reduction=2, rounds=3)
+      again.init(family.specs(), jax.random.key(0), base)
+    self.assertEqual(walks.call_args.kwargs, {'rounds': 3})
     down = leaves['side/decoder/down_0/kernel']
     self.assertBetween(float(jnp.std(down)), 0.005, 0.02)
     drawn = mj.adapters.ladder(reduction=2, start='random')
@@ -257,6 +262,7 @@ class MistakesTest(parameterized.TestCase):
     (dict(decoder_layers=[-1]), 'whole number of 0 or more'),
     (dict(encoder_layers=[0, 2]), 'has 2 layers, numbered from 0 to 1'),
     (dict(reduction=0), 'reduction must be'),
+    (dict(rounds=0), 'rounds must be'),
     (dict(reduction=8), r'does not divide the size of a head \(head_dim\), 4'),
     (dict(gates='learnt'), "'learned'"),
     (dict(residual='behind'), 'residual'),

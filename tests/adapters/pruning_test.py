@@ -9,6 +9,7 @@ import numpy as np
 import small_adapted
 
 from mergejax.adapters import pruning
+from mergejax.core import errors
 from mergejax.core import tree
 from mergejax.models import t5_hf
 
@@ -86,6 +87,70 @@ class LawsTest(parameterized.TestCase):
       found['decoder/decoder_norm/scale'],
       leaves['decoder/decoder_norm/scale'][outputs],
     )
+
+  def test_rounds_by_hand(self):
+    family, base = small_adapted.build(
+      't5', mlp_dim=20, num_encoder_layers=1, num_decoder_layers=1
+    )
+    leaves = tree.flatten(base)
+    importance = {
+      p: np.random.default_rng(len(p)).uniform(0.1, 1, x.shape)
+      for p, x in leaves.items()
+    }
+    given = tree.unflatten({p: np.float32(x) for p, x in importance.items()})
+    found = pruning.prune(family.specs(), base, 4, given, rounds=2)
+    kept = by_rounds(importance, family.specs(), 4, rounds=2)
+    self.assertEqual({*found}, {*kept})
+    for path, units in kept.items():
+      np.testing.assert_array_equal(found[path], leaves[path][np.ix_(*units)])
+    once = by_rounds(importance, family.specs(), 4, rounds=1)
+    same = lambda path: all(map(np.array_equal, once[path], kept[path]))
+    self.assertFalse(all(map(same, kept)))
+    with self.assertRaisesRegex(errors.ConfigError, 'rounds must be'):
+      pruning.prune(family.specs(), base, 4, rounds=0)
+
+
+def by_rounds(importance, specs, reduction, rounds):
+  """`{path: [kept units of every axis]}`, numbered as in the wide model."""
+  (table,) = (p for p, s in specs.items() if s.axes == ('vocab', 'embed'))
+  parts = 'attention', 'self_attention', 'encoder_decoder_attention', 'mlp'
+  # Which units of its outputs a matrix still has; first all of them.
+  left = {p: np.arange(x.shape[-1]) for p, x in importance.items()}
+  for number in range(1, rounds + 1):
+    kept = {}
+
+    def choose(paths, inputs, number=number, kept=kept, left=left):
+      """The best of what is left, by inputs that this walk has kept."""
+      size = importance[paths[0]].shape[-1]
+      count = size - round(number / rounds * (1 - 1 / reduction) * size)
+      score = {}
+      for unit in left[paths[0]]:
+        score[unit] = sum(
+          np.prod([importance[p][i, unit] for p in paths]) for i in inputs
+        )
+      best = np.array(sorted(sorted(score, key=score.get)[-count:]))
+      for path in paths:
+        kept[path] = [inputs, best]
+      return best
+
+    stream = choose([table], np.arange(importance[table].shape[0]))
+    del kept[table]
+    left[table] = stream
+    for stack in ('encoder', 'decoder'):
+      for part in parts:
+        inside = f'{stack}/layers_0/{part}/'
+        own = [p for p in importance if p.startswith(inside)]
+        if not own:
+          continue
+        norm = part.replace('encoder_decoder', 'cross')
+        kept[f'{stack}/layers_0/pre_{norm}_layer_norm/scale'] = [stream]
+        last = [p for p in own if p.endswith(('out/kernel', 'wo/kernel'))]
+        inner = choose([p for p in own if p not in last], stream)
+        stream = choose(last, inner)
+      if f'{stack}/{stack}_norm/scale' in importance:
+        kept[f'{stack}/{stack}_norm/scale'] = [stream]
+    left |= {path: units[-1] for path, units in kept.items()}
+  return kept
 
 
 def found_size(importance):
