@@ -39,6 +39,7 @@ class Ladder(base_lib.Adapter):
   encoder_layers: Sequence[int] | None = None
   decoder_layers: Sequence[int] | None = None
   gates: str = 'learned'
+  gate: float = 0.5
   temperature: float = 0.1
   residual: str = 'before'
   merge_last: bool = False
@@ -50,6 +51,11 @@ class Ladder(base_lib.Adapter):
     errors.check_whole('reduction', self.reduction)
     errors.check_whole('rounds', self.rounds)
     errors.check_number('temperature', self.temperature, 0, open_below=True)
+    if not 0 < self.gate < 1:
+      raise errors.ConfigError(
+        f'gate must be above 0 and below 1, the share of the side state, not '
+        f'{self.gate!r}.'
+      )
     for name, value, known in (
       ('gates', self.gates, _GATES),
       ('residual', self.residual, _RESIDUALS),
@@ -153,6 +159,9 @@ class Ladder(base_lib.Adapter):
     keys = dict(zip(specs, jax.random.split(key, len(specs))))
     heads = next(s.shape[0] for p, s in specs.items() if p.endswith(_TABLE))
     made = {p: _fresh(keys[p], p, s.shape, heads) for p, s in specs.items()}
+    alpha = self.temperature * math.log(self.gate / (1 - self.gate))
+    gates = [path for path in specs if '/gate_' in path]
+    made |= {path: jnp.full((), alpha, jnp.float32) for path in gates}
     if params is not None and (
       self.start == 'pruned' or importance is not None
     ):
@@ -301,6 +310,7 @@ def ladder(
   encoder_layers: Sequence[int] | None = None,
   decoder_layers: Sequence[int] | None = None,
   gates: str = 'learned',
+  gate: float = 0.5,
   temperature: float = 0.1,
   residual: str = 'before',
   merge_last: bool = False,
@@ -329,8 +339,10 @@ def ladder(
       The paper drops 0, 4 and 8 of T5-base's twelve and every even one of
       T5-large's.
     decoder_layers: likewise.
-    gates: 'learned' from alpha 0, which is mu 1/2; 'fixed' there; 'sum' has none,
-      and adds `s + D_i(h_i)`.
+    gates: 'learned', or 'fixed' where they begin, unless
+      `training.ladder_gates.scheduled` moves them; 'sum' has none, and adds
+      `s + D_i(h_i)`.
+    gate: mu at first; 0.5 is alpha 0, the paper's.
     temperature: of the gates; 0.1 makes them open and shut fast.
     residual: the gate mixes 'before' the block; or 'after'.
     merge_last: the head is given `g U(s) + (1 - g) h`, h the backbone's own
@@ -367,6 +379,7 @@ def ladder(
     encoder_layers=encoder_layers,
     decoder_layers=decoder_layers,
     gates=gates,
+    gate=gate,
     temperature=temperature,
     residual=residual,
     merge_last=merge_last,

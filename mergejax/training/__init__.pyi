@@ -4,6 +4,7 @@ from mergejax.training import arrays
 from mergejax.training import callbacks
 from mergejax.training import choices
 from mergejax.training import distillation
+from mergejax.training import ladder_gates
 from mergejax.training import losses
 from mergejax.training import objective
 from mergejax.training import optim
@@ -41,6 +42,7 @@ __all__ = [
   'distillation',
   'ema',
   'evaluate',
+  'ladder_gates',
   'lawa',
   'losses',
   'objective',

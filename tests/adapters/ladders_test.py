@@ -268,6 +268,7 @@ class MistakesTest(parameterized.TestCase):
     (dict(residual='behind'), 'residual'),
     (dict(start='prune'), 'pruned'),
     (dict(temperature=0), 'temperature'),
+    (dict(gate=1.0), 'gate must be above 0 and below 1'),
   )
   def test_settings(self, settings, message):
     family, _ = small_adapted.build('t5')
