@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
 import math
-import re
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +24,7 @@ from mergejax.intercept import replace
 
 TASK_IDS = 'task_ids'
 A, B, LOGITS = 'poly_a', 'poly_b', 'poly_logits'
-_FOLDER = 'routes'
 _LEARN = ('all', 'routing', 'inventory')
-_SHARED = ('map', 'sublayer', 'block', 'stack', 'model')
 _SMALL = 1e-3
 
 
@@ -45,6 +42,7 @@ class Poly(sites_lib.LayerAdapter):
   selector: str = 'sigmoid'
   shared_skill: bool = False
   noise: bool = False
+  gate_dropout: float = 0.0
   mix: str = 'factors'
   selectors: str = 'map'
   start: str = 'original'
@@ -59,7 +57,7 @@ class Poly(sites_lib.LayerAdapter):
     errors.check_number('alpha', self.alpha, 0, open_below=True)
     for name, known in (
       ('selector', skill_gates.SELECTORS), ('mix', ('factors', 'outputs')),
-      ('selectors', _SHARED), ('start', ('original', 'peft')), ('learn', _LEARN),
+      ('selectors', skill_gates.OWNERS), ('start', ('original', 'peft')), ('learn', _LEARN),
     ):  # fmt: skip
       if getattr(self, name) not in known:
         raise errors.ConfigError(errors.near(getattr(self, name), known, name))
@@ -68,6 +66,14 @@ class Poly(sites_lib.LayerAdapter):
         f'noise draws relaxed gates of a sigmoid; selector={self.selector!r} has '
         "none to relax: set noise=False, or selector='sigmoid'."
       )
+    errors.check_number('gate_dropout', self.gate_dropout, 0, 1)
+    if self.gate_dropout and self.selector in ('l2', 'uniform'):
+      raise errors.ConfigError(
+        f'gate_dropout drops gates, and selector={self.selector!r} has none: '
+        "set gate_dropout=0, or selector='sigmoid'."
+      )
+    if self.gate_dropout == 1:
+      raise errors.ConfigError('gate_dropout=1 drops all: give a smaller one.')
     if self.mix == 'outputs' and self.heads > 1:
       raise errors.ConfigError(
         f"mix='outputs' mixes whole outputs, of which {self.heads} heads are "
@@ -93,7 +99,7 @@ class Poly(sites_lib.LayerAdapter):
     return self.learn != 'routing'
 
   def group(self, path):
-    routing = path.endswith(LOGITS) or path.startswith(f'{_FOLDER}/')
+    routing = path.endswith(LOGITS) or path.startswith(skill_gates.FOLDER)
     return base_lib.ROUTER if routing else base_lib.ADAPTER
 
   def parts(self, site):
@@ -130,31 +136,11 @@ class Poly(sites_lib.LayerAdapter):
     shape = self.tasks, self.heads * self.skills
     return sites_lib.Part(shape, ('tasks', 'outputs'), _uniform(_SMALL))
 
-  def _owner(self, site):
-    """Where the logits of a site lie, if others share them."""
-    if self.selectors == 'map':
-      return None
-    if self.selectors == 'model':
-      return f'{_FOLDER}/model'
-    names = site.path.split('/')
-    if self.selectors == 'stack':
-      return f'{_FOLDER}/{names[0]}'
-    # Blocks are numbered: 'encoder/layers_0', and have sub-layers of a name.
-    at = next((i for i, x in enumerate(names) if re.search(r'\d+$', x)), None)
-    if at is None or at + 2 >= len(names) or site.view.stack:
-      raise errors.ConfigError(
-        f'selectors={self.selectors!r} needs kernels of numbered blocks, such as '
-        f'encoder/layers_0/mlp/wi/kernel, one by one, and {site.path} is none: '
-        "build the model with scan_layers=False, or take 'map' or 'stack'."
-      )
-    count = at + (2 if self.selectors == 'sublayer' else 1)
-    return '/'.join([_FOLDER, *names[:count]])
-
   def specs(self, base):
     found = super().specs(base)
     shape, names, _ = self._logits()
     for site in self.sites(base):
-      owner = self._owner(site)
+      owner = skill_gates.owner(self.selectors, site)
       if owner is not None:
         found[owner] = typing.LeafSpec(shape, np.dtype('float32'), names)
     return found
@@ -168,7 +154,7 @@ class Poly(sites_lib.LayerAdapter):
     return tree.unflatten(leaves)
 
   def rng_streams(self, *, train):
-    return ('dropout',) if train and self.noise else ()
+    return ('dropout',) if train and (self.noise or self.gate_dropout) else ()
 
   def check_batch(self, batch, source):
     base_lib.check_ids(batch, TASK_IDS, self.tasks, 'task', source)
@@ -176,16 +162,13 @@ class Poly(sites_lib.LayerAdapter):
   def edit(self, site, call):
     def after(module, inputs, outputs):
       parts = self.read(site, module)
-      owner = self._owner(site)
+      owner = skill_gates.owner(self.selectors, site)
       if owner is not None:
         parts[LOGITS] = call.adapter[owner]
       logits = banks.taken(parts[LOGITS], call.batch[TASK_IDS])
-      drawn = call.train and self.noise and module.has_rng('dropout')
+      drawn = module.has_rng('dropout') and self.rng_streams(train=call.train)
       key = module.make_rng('dropout') if drawn else None
-      weights = skill_gates.gates(
-        logits.reshape(-1, self.heads, self.skills), self.selector,
-        shared_skill=self.shared_skill, key=key,
-      )  # fmt: skip
+      weights = self._weights(logits, key)
       own = {
         name: banks.repeated(leaf, outputs.shape[0], site.path)
         for name, leaf in self.mixed(parts, weights).items()
@@ -194,6 +177,17 @@ class Poly(sites_lib.LayerAdapter):
       return jax.vmap(each)(own, inputs, outputs)
 
     return replace.Edit(None, after)
+
+  def _weights(self, logits, key=None):
+    """`<float32>[rows, heads, skills]`; with a key as in training."""
+    drops = None
+    if key is not None and self.gate_dropout:
+      drops = jax.random.fold_in(key, 1)
+    return skill_gates.gates(
+      logits.reshape(-1, self.heads, self.skills), self.selector,
+      shared_skill=self.shared_skill, key=key if self.noise else None,
+      dropout=self.gate_dropout, dropout_key=drops,
+    )  # fmt: skip
 
   def mixed(
     self, parts: sites_lib.Parts, weights: jax.Array
@@ -237,11 +231,9 @@ class Poly(sites_lib.LayerAdapter):
       ConfigError: there is no such task.
     """
     base_lib.check_number('task', task, self.tasks)
-    chosen = lambda logits: skill_gates.gates(
-      logits[task].reshape(1, self.heads, self.skills), self.selector,
-      shared_skill=self.shared_skill,
-    )  # fmt: skip
-    return self._as_lora(base, adapter, chosen)
+    return self._as_lora(
+      base, adapter, lambda logits: self._weights(logits[task])
+    )
 
   def alone(self, base, adapter, number):
     return self.expert, self.of_task(base, adapter, number)
@@ -275,7 +267,7 @@ class Poly(sites_lib.LayerAdapter):
       parts = {
         name: site.by_layer(mine[site.leaf(name)]) for name in self.parts(site)
       }
-      owner = self._owner(site)
+      owner = skill_gates.owner(self.selectors, site)
       if owner is not None:
         count = len(parts[A])
         parts[LOGITS] = jnp.stack([jnp.asarray(mine[owner])] * count)
@@ -337,6 +329,7 @@ def poly(
   selector: str = 'sigmoid',
   shared_skill: bool = False,
   noise: bool = False,
+  gate_dropout: float = 0.0,
   mix: str = 'factors',
   selectors: str = 'map',
   start: str = 'original',
@@ -365,6 +358,8 @@ def poly(
     shared_skill: see `gates`.
     noise: relaxed Bernoulli gates in training, drawn for each row and layer.
       Off, as in the T0 settings; PEFT has it always on.
+    gate_dropout: share of gates that are 0 in training, drawn likewise; see
+      `gates`. The released code drops them while it evaluates, too.
     mix: 'factors', so that weights enter squared, or 'outputs', `sum_s w_s (x
       A_s) B_s`, in which they enter once.
     selectors: who has logits of its own: every 'map', a 'sublayer' or a 'block'
@@ -403,6 +398,7 @@ def poly(
     selector=selector,
     shared_skill=shared_skill,
     noise=noise,
+    gate_dropout=gate_dropout,
     mix=mix,
     selectors=selectors,
     start=start,
