@@ -89,6 +89,24 @@ def _checked(path, leaves, family):
   return tree.unflatten(leaves)
 
 
+def _check_tasks(path, leaves, family):
+  """Raises for an inventory of skills whose logits are of other tasks."""
+  adapter = family.adapter
+  if not isinstance(adapter, routes.Poly):
+    return
+  for place, spec in family.adapter_specs.items():
+    if adapter.group(place) != base_lib.ROUTER or place not in leaves:
+      continue
+    at = (spec.axes or ()).index('tasks')
+    had, wanted = leaves[place].shape[at], spec.shape[at]
+    if had != wanted:
+      raise errors.ConfigError(
+        f'{path} has the logits of {had} tasks, and the adapter that begins from '
+        f'it is of {wanted}: from_inventory takes the skills and begins the '
+        'logits anew.'
+      )
+
+
 @dataclasses.dataclass(frozen=True)
 class _Saved:
   path: Path
@@ -100,6 +118,8 @@ class _Saved:
       group = family.adapter.group
       fresh = tree.flatten(family.adapter.init(family.base_specs, key, params))
       leaves |= {p: x for p, x in fresh.items() if group(p) == base_lib.ROUTER}
+    else:
+      _check_tasks(self.path, leaves, family)
     return _checked(self.path, leaves, family)
 
 

@@ -378,8 +378,12 @@ def reporting_bad_rows():
     yield
   except tf.errors.OpError as error:
     found = re.search(
-      r'DataError: (.*?)(\n\s*\n?Traceback|\n\t \[\[)', str(error), re.S
-    )
+      r'(assertion failed: \[)?DataError: (.*?)(\n\s*\n?Traceback|\n\t \[\[)',
+      str(error), re.S,
+    )  # fmt: skip
     if not found:
       raise
-    raise errors.DataError(found[1].strip()) from error
+    text = found[2].strip()
+    if found[1]:  # it lists its parts: '[text] [number]'
+      text = f'{text.removesuffix("]").replace("] [", " ")}.'
+    raise errors.DataError(text) from error

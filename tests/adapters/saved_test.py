@@ -164,6 +164,16 @@ class SavedTest(parameterized.TestCase):
     ):  # fmt: skip
       other = mj.adapters.poly(tasks=3, skills=4, heads=2, rank=2, **changes)
       self.assertFalse(mj.adapters.has_layout(other), changes)
+    # An inventory goes on with its own tasks, or with fresh logits.
+    other = mj.adapters.poly(tasks=2, skills=4, heads=2, rank=2)
+    fewer = mj.adapters.adapt(family, other)
+    key = jax.random.key(0)
+    with self.assertRaisesRegex(errors.ConfigError, 'of 3 tasks.*it is of 2'):
+      mj.adapters.from_saved(self.folder / 'p')(fewer, base, key)
+    begun = mj.adapters.from_inventory(self.folder / 'p')(fewer, base, key)
+    for path, leaf in tree.flatten(begun).items():
+      same = np.array_equal(leaf, expected[path])
+      self.assertEqual(same, not path.endswith('poly_logits'), path)
     file = self.folder / 'p' / 'adapter_config.json'
     config = json.loads(file.read_text())
     for changes, message in (
@@ -232,6 +242,9 @@ class SavedTest(parameterized.TestCase):
       (dict(bias='all'), "bias is 'all'"),
       (dict(init_lora_weights='pissa'), 'changed by it'),
       (dict(peft_type='VERA'), "kind 'VERA'"),
+      (dict(r=5), 'factors of rank 2, but'),
+      (dict(lora_alpha='much'), "'much' as lora_alpha"),
+      (dict(alpha_pattern={'.*': 'much'}), "'much' as alpha_pattern"),
     ):
       file.write_text(json.dumps({**config, **changes}))
       with self.assertRaisesRegex(errors.CheckpointError, message):

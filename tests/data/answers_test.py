@@ -126,9 +126,13 @@ class AnswersTest(absltest.TestCase):
     with self.assertRaisesRegex(errors.DataError, 'at least two answers'):
       reads('answers_one', ROWS, choices=['y'])
     wrong = [(*ROWS[0][:1], 'maybe', *ROWS[0][2:])]
-    with self.assertRaisesRegex(errors.DataError, 'has its label.*maybe'):
+    with self.assertRaisesRegex(
+      errors.DataError, r'has its label, which is maybe\.'
+    ):
       reads('answers_label', wrong)
-    with self.assertRaisesRegex(errors.DataError, 'does not fit into 4.*5'):
+    with self.assertRaisesRegex(
+      errors.DataError, r'does not fit into 4.*has 5\.'
+    ):
       reads('answers_long', ROWS, 4, choices={'y': 'sure', 'n': 'no'})
     empty = {'A': '{a}', 'B': '{b}', 'C': '{c}'}
     nothing = [(*ROWS[2][:-1], 'B')]  # of the empty answer

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mergejax.core import errors
+
 
 class Layer(NamedTuple):
   """What an adapter holds for one layer.
@@ -32,11 +34,19 @@ class Layer(NamedTuple):
 
   def setting(self, key: str, pattern: str, default: float) -> float:
     """A setting, or its exception for this layer (`alpha_pattern`)."""
-    for expression, value in (self.config.get(pattern) or {}).items():
-      if re.match(rf'(.*\.)?({expression})$', self.module):
-        return float(value)
     value = self.config.get(key)
-    return float(default if value is None else value)
+    for expression, exception in (self.config.get(pattern) or {}).items():
+      if re.match(rf'(.*\.)?({expression})$', self.module):
+        key, value = pattern, exception
+        break
+    if value is None:
+      return float(default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+      raise errors.CheckpointError(
+        f'adapter_config.json has {value!r} as {key} of {self.module}, which is '
+        'no number.'
+      )
+    return float(value)
 
 
 class Kind(NamedTuple):

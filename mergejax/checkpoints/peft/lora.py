@@ -7,6 +7,7 @@ import math
 import numpy as np
 
 from mergejax.checkpoints.peft import base
+from mergejax.core import errors
 
 # Settings of LoraConfig that do not change what an adapter does once trained,
 # and those that are followed here. Any other that is set is refused: a later
@@ -146,7 +147,18 @@ def adalora(kernel: np.ndarray, layer: base.Layer) -> np.ndarray:
 
 
 def scale(layer: base.Layer, rank: int) -> np.float32:
-  """`s` of a layer."""
+  """`s` of a layer.
+
+  Raises:
+    CheckpointError: the configuration has another rank than the factors.
+  """
+  told = layer.setting('r', 'rank_pattern', rank)
+  if told != rank:
+    raise errors.CheckpointError(
+      f'{layer.module} has factors of rank {rank}, but by adapter_config.json r '
+      f'is {told:g} there, and with it the scale would be another: the two files '
+      'are not of one adapter.'
+    )
   alpha = layer.setting('lora_alpha', 'alpha_pattern', 8)
   root = math.sqrt(rank) if layer.config.get('use_rslora') else rank
   return np.float32(alpha / root)
