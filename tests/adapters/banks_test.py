@@ -35,7 +35,7 @@ def build(name, **changes):
   return bank, adapted, leaves, params
 
 
-@tiers.slow('test_mixed_.*[12]')
+@tiers.slow('test_mixed_.*[12]', 'test_choices_.*1')
 class BankTest(parameterized.TestCase):
   @parameterized.parameters(*EXPERTS)
   def test_mixed_batch_is_each_expert_alone(self, name):
@@ -89,6 +89,57 @@ class BankTest(parameterized.TestCase):
       found = answer(alone.joined(base, leaves[number]))
       rows = slice(2 * row, 2 * row + 2)
       np.testing.assert_allclose(mixed[rows], found[rows], rtol=5e-4, atol=5e-4)
+
+  @parameterized.parameters('ia3', 'prompt')
+  def test_choices_of_a_row_are_its_expert_s(self, name):
+    small = dict(num_encoder_layers=1, num_decoder_layers=1)
+    if name == 'prompt':
+      many = mj.adapters.prompt(length=2, tasks=3)
+      family, base = small_adapted.build('t5', **small)
+      adapted = mj.adapters.adapt(family, many)
+      leaves = small_adapted.leaves(adapted.adapter_specs)
+      params = adapted.joined(base, leaves)
+    else:
+      many, adapted, _, params = build(name, **small)
+    batch, ids = small_adapted.batch(3), np.int32([2, 0, 1])
+    choices = np.int32([[[3, 1], [4, 1]], [[5, 1], [3, 1]], [[7, 6], [8, 1]]])
+    (reads,) = many.reads
+    answer = lambda family: jax.jit(
+      lambda p, b, c: family.choice_logits(family.variables(p), b, c)
+    )
+    found = answer(adapted)(params, {**batch, reads: ids}, choices)
+    base, own = adapted.split(params)
+    kinds = {}
+    for row, number in enumerate(ids):
+      expert, leaves = many.alone(adapted.base_specs, own, int(number))
+      alone = mj.adapters.adapt(adapted.plain, expert)
+      score = kinds.setdefault(expert, answer(alone))
+      expected = score(alone.joined(base, leaves), batch, choices)
+      np.testing.assert_allclose(
+        found[row], expected[row], rtol=2e-4, atol=2e-4
+      )
+
+  def test_dropout_of_every_row(self):
+    family, base = small_adapted.build('lm', num_layers=1)
+    lora = mj.adapters.lora(rank=2, dropout=0.5, targets='.*/wo/kernel')
+    adapted = mj.adapters.adapt(family, mj.adapters.bank(lora, 2))
+    params = adapted.joined(base, small_adapted.leaves(adapted.adapter_specs))
+    batch = {
+      n: np.repeat(x[:1], 4, 0) for n, x in small_adapted.batch().items()
+    }
+    batch['expert_ids'] = np.zeros(4, np.int32)
+    run = jax.jit(
+      lambda key, train: adapted.call(
+        adapted.variables(params), batch, train=train, rngs={'dropout': key}
+      )[0],
+      static_argnums=1,
+    )
+    still = np.asarray(run(jax.random.key(0), False))
+    np.testing.assert_array_equal(still, np.repeat(still[:1], 4, 0))
+    one = np.asarray(run(jax.random.key(0), True))
+    np.testing.assert_array_equal(one, run(jax.random.key(0), True))
+    for row in range(1, 4):
+      self.assertGreater(np.abs(one[row] - one[0]).max(), 1e-3)
 
   def test_ids_outside_of_the_bank(self):
     bank, adapted, _, params = build('ia3')

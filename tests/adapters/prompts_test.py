@@ -124,18 +124,24 @@ class GoldenTest(parameterized.TestCase):
     self.assertTrue(np.isfinite(mj.adapters.spot(sources, target)).all())
 
 
-def mixture(sources, target, embedded, real, **settings):
+def sub_network(d):
+  """Leaves of a random one of width 3, which need not begin near 0."""
+  rng = np.random.default_rng(3)
+  draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+  return {
+    'attempt/down': draw(d, 3), 'attempt/up': draw(3, d),
+    'attempt/norm/scale': draw(d), 'attempt/norm/bias': draw(d),
+  }  # fmt: skip
+
+
+def mixture(sources, target, embedded, real, *, own=None, **settings):
   """What ATTEMPT makes of given prompts, with a random sub-network."""
   adapter = mj.adapters.attempt(
     sources=len(sources), length=len(target), width=3, **settings
   )
-  rng = np.random.default_rng(3)
-  d = target.shape[1]
-  draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
   own = {
     'prompts/source': jnp.asarray(sources), 'prompts/target': jnp.asarray(target),
-    'attempt/down': draw(d, 3), 'attempt/up': draw(3, d),
-    'attempt/norm/scale': draw(d), 'attempt/norm/bias': draw(d),
+    **(sub_network(target.shape[1]) if own is None else own),
   }  # fmt: skip
   call = base_lib.Call(None, {}, own, {})
   return adapter.mixture(call, jnp.asarray(embedded), jnp.asarray(real))
@@ -184,6 +190,25 @@ class MixtureTest(parameterized.TestCase):
       self.assertEqual(np.array_equal(*pooled), mask)
     nothing = mixture(*given, self.embedded, np.zeros_like(self.real))
     self.assertTrue(np.isfinite(nothing.prompt).all())
+
+  @parameterized.parameters(
+    (dict(), ('target', 'down', 'up', 'scale', 'bias')),
+    (dict(attention='constant'), ('target',)),
+    (dict(ignore_target=True), ('down', 'up', 'scale', 'bias')),
+  )
+  def test_gradients(self, settings, learned):
+    def total(own):
+      found = mixture(
+        own.pop('source'), own.pop('target'), self.embedded, self.real,
+        own=own, **settings,
+      )  # fmt: skip
+      weights = np.random.default_rng(5).normal(size=found.prompt.shape)
+      return jnp.sum(found.prompt * jnp.asarray(weights, jnp.float32))
+
+    own = {'source': self.sources, 'target': self.target, **sub_network(6)}
+    for name, grad in jax.grad(total)(own).items():
+      moves = bool(np.abs(grad).max() > 1e-6)
+      self.assertEqual(moves, name.split('/')[-1] in learned, name)
 
   def test_a_source_equal_to_the_target(self):
     found = mixture(self.target[None], self.target, self.embedded, self.real)
