@@ -197,7 +197,7 @@ class Card:
   """What a saved adapter is, from its headers.
 
   Attributes:
-    kind: 'lora', 'ia3', 'prompt' or 'poly'.
+    kind: 'lora', 'ia3', 'prompt' or 'poly'; others by their own names.
     base: what it says of its base: a name, and its fingerprint.
     targets: how many modules it changes.
     ranks: their ranks, of LoRA and Poly.
@@ -222,12 +222,30 @@ class Card:
     return '\n'.join(lines)
 
 
+def is_own(path: os.PathLike | str) -> bool:
+  """Whether a directory has an adapter that PEFT has no files for."""
+  folder = pathlib.Path(path).expanduser()
+  return (folder / _BESIDE).is_file() and not fold.is_adapter(folder)
+
+
 def card(path: os.PathLike | str) -> Card:
   """What a saved adapter is; reads no weight.
+
+  Args:
+    path: in PEFT's files, or as `mergejax train` writes other kinds.
 
   Raises:
     CheckpointError: see `about`.
   """
+  if is_own(path):
+    folder = pathlib.Path(path).expanduser()
+    beside = checkpoint.read_json(folder / _BESIDE)
+    specs = checkpoint.open_checkpoint(folder).specs()
+    return Card(
+      str(beside.get('kind')), (beside.get('name'), beside.get('base')),
+      len({place.rpartition('/')[0] for place in specs}), (),
+      sum(spec.size for spec in specs.values()),
+    )  # fmt: skip
   config, beside = about(path)
   specs = checkpoint.open_checkpoint(
     pathlib.Path(path).expanduser() / fold.WEIGHTS

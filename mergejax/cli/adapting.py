@@ -164,16 +164,17 @@ def export(
       path, family, params, base_name=name, tasks=named, overwrite=True
     )
   else:
-    _save_own(path, family, plain, own, tasks)
+    _save_own(path, family, plain, own, tasks, name)
   if family.adapter.reads:
     _save_each(directory / 'adapters', family, plain, own, tasks, name)
 
 
-def _save_own(path, family, plain, own, tasks):
+def _save_own(path, family, plain, own, tasks, name):
   """In files of our own, what PEFT has none for."""
   axes = {p: spec.axes for p, spec in family.adapter_specs.items()}
   about = {
     'base': tensors.fingerprint(family.plain, plain),
+    'name': name,
     'kind': type(family.adapter).__name__.lower(),
     **({'tasks': list(tasks)} if family.adapter.reads else {}),
   }

@@ -11,6 +11,7 @@ import json
 import pathlib
 
 from mergejax import adapters
+from mergejax.adapters import saved
 from mergejax.checkpoints import checkpoint
 from mergejax.checkpoints.peft import fold
 from mergejax.cli import common
@@ -32,6 +33,8 @@ def main(arguments: Sequence[str]) -> None:
   if fold.is_adapter(path):
     about = {'adapter': _adapter(path)}
     path /= fold.WEIGHTS
+  elif saved.is_own(path):
+    about = {'adapter': _adapter(path)}
   store = checkpoint.open_checkpoint(path)
   specs = store.specs()
   left_out = store.provenance.get('left_out', [])

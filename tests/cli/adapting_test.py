@@ -140,6 +140,12 @@ class LadderTest(Case):
     adapted.joined(self.base, tree.unflatten(found))
     # What begins as zeros has moved.
     self.assertGreater(np.abs(found['side/up/bias']).max(), 0)
+    count = sum(leaf.size for leaf in found.values())
+    code, told, err = run('inspect', self.folder / 'out' / 'adapter')
+    self.assertEqual(code, 0, err)
+    self.assertIn(f'ladder: {count:,} numbers in', told)
+    mark = mj.stats.fingerprint(self.base)
+    self.assertIn(f'base: {self.folder}/base (fingerprint {mark})', told)
 
   def test_mistakes(self):
     self.refuses((
