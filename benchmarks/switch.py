@@ -42,7 +42,7 @@ import switch_table
 from mergejax import training
 from mergejax.core import tree
 from mergejax.evaluation import metrics
-from mergejax.nn import moe
+from mergejax.nn import moe_metrics
 
 STEPS = 800
 EVALUATIONS = 16
@@ -247,7 +247,9 @@ def routing(
     name: float(np.mean([own[f'moe/{name}'] for own in last]))
     for name in ROUTING
   }
-  loads = np.stack([own[moe.LOADS] for own in last])  # [logs, layers, experts]
+  loads = np.stack(
+    [own[moe_metrics.LOADS] for own in last]
+  )  # [logs, layers, experts]
   surprise = -np.log(np.maximum(loads, 1e-12))
   entropies = np.sum(loads * surprise, axis=-1) / np.log(loads.shape[-1])
   found['load_entropy'] = float(np.mean(entropies))

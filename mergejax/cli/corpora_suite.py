@@ -9,6 +9,7 @@ import pathlib
 import tempfile
 from typing import Any
 
+from mergejax.core import errors
 from mergejax.data import corpora
 from mergejax.data import features
 from mergejax.data import tasks
@@ -32,8 +33,10 @@ def opened(
     **sizes: of `suite.of_corpora`: length, batch_size, max_sequences.
 
   Raises:
-    UserError: no folder, no text, or none of this split.
+    UserError: no folder, no text, none of this split, or a split that is none.
   """
+  if split not in corpora.SPLITS:
+    raise errors.ConfigError(errors.near(split, corpora.SPLITS, 'split'))
   known = features.vocabulary(vocabulary)
   with tempfile.TemporaryDirectory() as temporary:
     found = corpora.write_splits(

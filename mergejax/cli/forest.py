@@ -345,11 +345,20 @@ def _evaluate(options):
   forest = forest_lib.Forest(options.forest)
   how = ensemble.Posterior(options.posterior, options.tempering, options.floor)
   errors.check_whole('--context', options.context)
+  ensembles, weights = _words(options.ensembles), _words(options.weights)
+  if (
+    options.top_k is not None
+    and options.router is None
+    and 'topk' not in (*ensembles, *weights)
+  ):
+    raise errors.ConfigError(
+      "--top_k is for 'topk' among --ensembles or --weights, and for --router: "
+      'here it would change nothing.'
+    )
   with _suite(options, forest) as suite:
     found = forest_scores.table(
       forest, suite.read(options.split),
-      ensembles=_words(options.ensembles), weights=_words(options.weights),
-      k=options.top_k, batch_size=options.batch_size, posterior=how,
+      ensembles=ensembles, weights=weights, k=options.top_k, batch_size=options.batch_size, posterior=how,
       router=_router(options, forest, suite.vocabulary),
       context=options.context,
     )  # fmt: skip

@@ -143,6 +143,7 @@ def fit(
     DataError: the documents have no word in common.
   """
   errors.check_whole('clusters', count)
+  errors.check_whole('seed', seed, least=0)
   if len(texts) < count:
     raise errors.ConfigError(
       f'{len(texts)} documents do not make {count} clusters.'

@@ -332,11 +332,10 @@ def keep_top(prior: typing.Array, k: int) -> np.ndarray:
   leaves the prior untouched.
 
   Raises:
-    UserError: k is less than 1.
+    ConfigError: k is no whole number of 1 or more.
   """
   prior = np.asarray(prior, np.float64)
-  if k < 1:
-    raise errors.ConfigError(f'top-k must keep at least 1 expert, not {k}.')
+  errors.check_whole('top-k', k)
   if k >= len(prior):
     return prior
   kept = np.argsort(prior, kind='stable')[-k:]

@@ -21,10 +21,7 @@ Source: Li et al., "Branch-Train-Merge" (2022),
 https://arxiv.org/abs/2208.03306.
 """
 
-from collections.abc import Iterator, Sequence
-import contextlib
-import fcntl
-import json
+from collections.abc import Sequence
 import os
 import pathlib
 import shutil
@@ -42,13 +39,12 @@ from mergejax.core import files
 from mergejax.core import tree
 from mergejax.core import typing
 from mergejax.experts import ensemble
+from mergejax.experts import manifest as manifest_lib
 from mergejax.experts import records
 from mergejax.models import architectures
 from mergejax.statistics import saved
 
-MANIFEST = 'forest.json'
-# Of the manifest; another number means other words in it.
-_VERSION = 1
+MANIFEST = manifest_lib.FILE
 _VOCABULARY = 'vocabulary.model'
 _SAME_RUN = (
   'Experts of one forest have one architecture and one seed, or neither their '
@@ -88,20 +84,15 @@ def create(
     temporary.mkdir()
     (temporary / 'experts').mkdir()
     _write_model(temporary / 'seed', family, params, state)
-    manifest = {
-      'version': _VERSION,
-      'model': models.describe(family),
-      'vocabulary': _identity_of(vocabulary),
-      'seed': {'steps': steps, 'fingerprint': saved.fingerprint(params)},
-      'experts': {},
-      'removed': {},
-      'priors': {},
-    }
+    manifest = manifest_lib.new(
+      model=models.describe(family), vocabulary=_identity_of(vocabulary),
+      seed={'steps': steps, 'fingerprint': saved.fingerprint(params)},
+    )  # fmt: skip
     if os.fspath(vocabulary) != 'bytes':
       shutil.copyfile(
         pathlib.Path(vocabulary).expanduser(), temporary / _VOCABULARY
       )
-    _write_json(temporary / MANIFEST, manifest)
+    manifest_lib.write(temporary, manifest)
   return Forest(path)
 
 
@@ -134,20 +125,14 @@ class Forest:
         f'{self.path} is no forest: it has no {MANIFEST}. `mergejax forest '
         'create FOREST SEED` makes one of a seed.'
       )
-    version = self._manifest().get('version')
-    if version != _VERSION:
-      raise errors.CheckpointError(
-        f'{self.path / MANIFEST} is of version {version}, and {_VERSION} is '
-        'read here.'
-      )
+    manifest_lib.read(self.path)
 
   # What it holds -------------------------------------------------------------
 
   @property
   def experts(self) -> dict[str, records.Expert]:
     """Its experts by name, in the order in which they came."""
-    found = self._manifest()['experts']
-    return {name: records.Expert(**record) for name, record in found.items()}
+    return manifest_lib.experts(self.path)
 
   def names(self) -> list[str]:
     """The names of its experts, for what needs one at least.
@@ -165,19 +150,17 @@ class Forest:
   @property
   def ancestry(self) -> dict[str, records.Expert]:
     """Its experts, and before them those that were removed and have children."""
-    found = self._manifest()['removed']
-    gone = {name: records.Expert(**record) for name, record in found.items()}
-    return {**gone, **self.experts}
+    return {**manifest_lib.experts(self.path, 'removed'), **self.experts}
 
   @property
   def seed(self) -> dict[str, Any]:
     """Of the seed: `steps` and `fingerprint`."""
-    return self._manifest()['seed']
+    return manifest_lib.read(self.path)['seed']
 
   @property
   def module(self) -> nn.Module:
     """The module of the seed and of every expert."""
-    return models.build(self._manifest()['model'])
+    return models.build(manifest_lib.read(self.path)['model'])
 
   @property
   def vocabulary(self) -> str:
@@ -193,7 +176,7 @@ class Forest:
     """
     if name == records.SEED:
       return self.path / 'seed'
-    known = self._manifest()['experts']
+    known = manifest_lib.read(self.path)['experts']
     if name not in known:
       raise errors.ConfigError(
         errors.near(name, known, f'expert of {self.path}')
@@ -224,7 +207,7 @@ class Forest:
   @property
   def priors(self) -> dict[str, np.ndarray]:
     """`{domain: <float64>[K]}` cached, over the experts in their order."""
-    manifest = self._manifest()
+    manifest = manifest_lib.read(self.path)
     return {
       domain: np.array([known.get(name, 0.0) for name in manifest['experts']])
       for domain, known in manifest['priors'].items()
@@ -232,7 +215,10 @@ class Forest:
 
   def check_vocabulary(self, vocabulary: os.PathLike | str) -> None:
     """Raises if text is to be read by another vocabulary than the forest's."""
-    own, given = self._manifest()['vocabulary'], _identity_of(vocabulary)
+    own, given = (
+      manifest_lib.read(self.path)['vocabulary'],
+      _identity_of(vocabulary),
+    )
     if own != given:
       raise errors.ConfigError(
         f'The experts of {self.path} were trained with another vocabulary '
@@ -291,7 +277,7 @@ class Forest:
       saved.check_fingerprint(
         name, params, str(one), saved.load(one).fingerprint
       )
-    with self._locked() as manifest:
+    with manifest_lib.locked(self.path) as manifest:
       self._check_free(name, record.parents)
       # A folder without an entry is of an `add` that was killed.
       with files.atomic_path(
@@ -303,7 +289,7 @@ class Forest:
         card = records.card(name, record, models.describe(family))
         (folder / 'README.md').write_text(card)
       manifest['experts'][name] = record.to_json()
-      self._write(manifest)
+      manifest_lib.write(self.path, manifest)
 
   def remove(self, name: str) -> list[str]:
     """Takes an expert out, with its files; priors of domains are renormalised.
@@ -322,7 +308,7 @@ class Forest:
         'The seed stays: it is what experts have in common. Remove the forest.'
       )
     records.check_name(name)
-    with self._locked() as manifest:
+    with manifest_lib.locked(self.path) as manifest:
       every, left = self.ancestry, manifest['experts']
       folder = self.path / 'experts' / name
       if name in left or not folder.is_dir():
@@ -339,12 +325,8 @@ class Forest:
         f'{name} is the last expert of {self.path}, and a forest of none says '
         'nothing: add another one first, or remove the folder.'
       )
-    has_children = any(name in one.parents for one in self.ancestry.values())
-    record = manifest['experts'].pop(name)
-    if has_children:
-      manifest['removed'][name] = record
-    manifest['priors'] = _without(name, manifest['priors'])
-    self._write(manifest)
+    manifest_lib.forget(manifest, name)
+    manifest_lib.write(self.path, manifest)
 
   def set_prior(self, domain: str, prior: typing.Array) -> None:
     """Notes the prior of a domain over the experts, `[K]` in their order.
@@ -352,15 +334,15 @@ class Forest:
     Raises:
       ConfigError: not one probability an expert.
     """
-    with self._locked() as manifest:
+    with manifest_lib.locked(self.path) as manifest:
       prior = ensemble.check_prior(prior, len(manifest['experts']))
       manifest['priors'][domain] = dict(
         zip(manifest['experts'], prior.tolist())
       )
-      self._write(manifest)
+      manifest_lib.write(self.path, manifest)
 
   def _check_free(self, name, parents):
-    manifest = self._manifest()
+    manifest = manifest_lib.read(self.path)
     known = manifest['experts']
     if name in manifest['removed']:
       raise errors.ConfigError(
@@ -386,33 +368,6 @@ class Forest:
       checkpoint.open_checkpoint(seed).specs(), tree.specs(params),
       expected_name=f'the seed of {self.path}', given_name=name,
     )  # fmt: skip
-
-  def _manifest(self) -> dict[str, Any]:
-    return checkpoint.read_json(self.path / MANIFEST)
-
-  @contextlib.contextmanager
-  def _locked(self) -> Iterator[dict[str, Any]]:
-    """The manifest, which one process at a time may change and `_write`."""
-    with open(self.path / '.lock', 'w', encoding='utf-8') as lock:
-      fcntl.flock(lock, fcntl.LOCK_EX)
-      yield self._manifest()
-
-  def _write(self, manifest):
-    with files.atomic_path(self.path / MANIFEST, overwrite=True) as temporary:
-      _write_json(temporary, manifest)
-
-
-def _without(name, priors):
-  """Priors of domains without an expert; a domain that was its alone has none."""
-  found = {}
-  for domain, prior in priors.items():
-    left = {one: p for one, p in prior.items() if one != name}
-    total = sum(left.values())
-    if left == prior:
-      found[domain] = prior
-    elif total > 0:
-      found[domain] = {one: p / total for one, p in left.items()}
-  return found
 
 
 def _loaded(model, module):
@@ -446,7 +401,3 @@ def _identity_of(vocabulary):
   if not file.is_file():
     raise errors.DataError(f'There is no SentencePiece model at {file}.')
   return checksums.SUMS.of(file)
-
-
-def _write_json(file, data):
-  file.write_text(json.dumps(data, indent=2) + '\n', encoding='utf-8')

@@ -60,6 +60,28 @@ class Expert:
     }
 
 
+def from_json(record: Any, told: str) -> Expert:
+  """The record of what `to_json` gave.
+
+  Args:
+    record: from a file.
+    told: where it is from, for messages.
+
+  Raises:
+    CheckpointError: it has no domain, or what no record has.
+  """
+  known = [field.name for field in dataclasses.fields(Expert)]
+  given = record if isinstance(record, Mapping) else {}
+  other = [word for word in given if word not in known]
+  if other or 'domain' not in given:
+    wrong = f'says {other[0]!r}' if other else 'has no domain'
+    raise errors.CheckpointError(
+      f'{told}: the record {wrong}. It tells {", ".join(known)}, of which the '
+      'domain must be there.'
+    )
+  return Expert(**given)
+
+
 def check_name(name: str) -> None:
   """Raises a `ConfigError` for what cannot be the name of an expert."""
   # These say of what an average is, where the name of an expert may stand too.

@@ -41,10 +41,8 @@ class Router:
 
   def __post_init__(self):
     errors.check_number('temperature', self.temperature, 0, open_below=True)
-    if self.top_k is not None and self.top_k < 1:
-      raise errors.ConfigError(
-        f'top-k must keep at least 1 expert, not {self.top_k}.'
-      )
+    if self.top_k is not None:
+      errors.check_whole('top-k', self.top_k)
 
   def weights(self, contexts: Sequence[str]) -> np.ndarray:
     """The weights of the experts after some contexts.

@@ -21,7 +21,7 @@ from mergejax.core import tree as tree_lib
 from mergejax.core import typing
 from mergejax.experts import sparse_layers
 from mergejax.experts import upcycle
-from mergejax.nn import moe
+from mergejax.nn import moe_metrics
 
 PRUNE, MERGE = 'prune', 'merge'
 HOW = (PRUNE, MERGE)
@@ -64,14 +64,14 @@ def measure(
   variables = jax.device_put(family.variables(params))
   call = jax.jit(
     lambda variables, batch: family.call(
-      variables, batch, mutable=[moe.COLLECTION]
+      variables, batch, mutable=[moe_metrics.COLLECTION]
     )[1]
   )
   sums: dict[str, np.ndarray] = {}
   total = 0.0
   for batch in batches:
     weight = float(np.sum(family.target_weights(batch)))
-    left = jax.device_get(call(variables, dict(batch)))[moe.COLLECTION]
+    left = jax.device_get(call(variables, dict(batch)))[moe_metrics.COLLECTION]
     left = tree_lib.flatten(left)
     for path, load in left.items():
       layer, _, name = path.rpartition('/')
@@ -88,7 +88,7 @@ def measure(
       'The usage of experts needs a batch with a token that counts.'
     )
   found = {}
-  for layer in sorted(sums, key=moe.by_number):
+  for layer in sorted(sums, key=moe_metrics.by_number):
     told = sums[layer]
     one_by_one = told.reshape(-1, told.shape[-1]) / total
     for i, row in enumerate(one_by_one):

@@ -16,7 +16,7 @@ from mergejax.models import layer_stacks
 from mergejax.models import registry
 from mergejax.names import t5x
 from mergejax.nn import lm
-from mergejax.nn import moe
+from mergejax.nn import moe_metrics
 from mergejax.nn import transformer
 
 _OF_EXPERTS = re.compile(r'.*/expert/\w+/kernel')
@@ -73,11 +73,11 @@ class TextFamily(base.ModelFamily):
       return super().apply(
         variables, batch, train=train, rngs=rngs, mutable=mutable
       )
-    left = moe.COLLECTION
+    left = moe_metrics.COLLECTION
     found = super().apply(
       variables, batch, train=train, rngs=rngs, mutable=[*mutable, left]
     )
-    losses, metrics = moe.totals(self.moe, found.mutable.get(left, {}))
+    losses, metrics = moe_metrics.totals(self.moe, found.mutable.get(left, {}))
     asked = {
       n: x for n, x in found.mutable.items() if n != left or n in mutable
     }

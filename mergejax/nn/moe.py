@@ -11,8 +11,6 @@ https://arxiv.org/abs/2101.03961; for routers see `routing`.
 """
 
 from collections.abc import Sequence
-import re
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -21,17 +19,14 @@ import jax.numpy as jnp
 
 from mergejax import partition
 from mergejax.core import errors
-from mergejax.core import tree as tree_lib
 from mergejax.core import typing
 from mergejax.nn import dispatch as dispatch_lib
 from mergejax.nn import layers
 from mergejax.nn import moe_config
+from mergejax.nn import moe_metrics
 from mergejax.nn import routing
-from mergejax.nn import routing_losses
 from mergejax.nn import token_groups
 
-# Where a layer leaves its losses and metrics.
-COLLECTION = 'intermediates'
 # Of fresh routers, so that all experts are about as probable.
 ROUTER_DEVIATION = 0.02
 
@@ -74,7 +69,8 @@ class MoeLayer(nn.Module):
   ) -> jax.Array:
     """Sends tokens through their experts.
 
-    What `measured` finds is left in the collection `intermediates`.
+    What `moe_metrics.measured` finds is left in the collection
+    `intermediates`.
 
     Args:
       inputs: `<dtype>[batch, length, embed]`.
@@ -88,13 +84,16 @@ class MoeLayer(nn.Module):
       `<dtype>[batch, length, embed]`.
 
     Raises:
-      ConfigError: tokens that do not divide into groups, and what routers
-        refuse.
+      ConfigError: tokens that do not divide into groups, experts that do not
+        divide over the mesh, and what routers refuse.
     """
     config = self.config
+    _check_mesh(config)
     if self.decoder:
       config.check_causal()
-    groups = _groups(config, inputs.shape, decode)
+    # What parameters are made with is an example, of a few tokens.
+    strict = config.strict_group_size and not self.is_initializing()
+    groups = _groups(config, inputs.shape, decode, strict)
     legacy = config.legacy_padding is not None and not self.decoder
     if legacy and real is not None:
       # flaxformer's encoder has zeros there; its decoder has what it has.
@@ -120,12 +119,13 @@ class MoeLayer(nn.Module):
       self.dropout_rate if rate is None else rate, self.init_scale,
       name='expert',
     )(found.to_experts(tokens), found, deterministic=deterministic)  # fmt: skip
-    if self.is_mutable_collection(COLLECTION):
-      for name, value in measured(config, routed, logits, real, room).items():
+    left = moe_metrics.COLLECTION
+    if self.is_mutable_collection(left):
+      found_of = moe_metrics.measured(config, routed, logits, real, room)
+      for name, value in found_of.items():
         self.sow(
-          COLLECTION, name, value,
-          reduce_fn=lambda _, new: new, init_fn=lambda: None,
-        )  # fmt: skip
+          left, name, value, reduce_fn=lambda _, new: new, init_fn=lambda: None
+        )
     return groups.join(found.to_tokens(values))
 
 
@@ -230,14 +230,26 @@ class ExpertKernel(nn.Module):
     return dispatch.product(values, kernel.astype(self.dtype))
 
 
-def _groups(config, shape, decode):
+def _check_mesh(config):
+  """Raises if a part of the mesh's axis `expert` would have no whole experts."""
+  mesh = partition.active_mesh()
+  parts = 1 if mesh is None else mesh.shape['expert']
+  if config.num_experts % parts:
+    raise errors.ConfigError(
+      f'{config.num_experts} experts do not divide over {parts} parts of the '
+      "mesh (axis 'expert'): choose a size that divides "
+      f"{config.num_experts}, and 'data' for what is left."
+    )
+
+
+def _groups(config, shape, decode, strict):
   """How tokens are divided; while decoding they are one group."""
   batch, length, _ = shape
   if decode:
     return token_groups.Groups((batch, length), (batch, length), 1)
   return token_groups.groups(
     batch, length, config.num_experts, max_size=config.group_size,
-    replicas=config.replicas, strict=config.strict_group_size,
+    replicas=config.replicas, strict=strict,
   )  # fmt: skip
 
 
@@ -292,124 +304,3 @@ def _dispatch(config, routed, groups, room) -> dispatch_lib.Dispatch:
   # No expert can be chosen by more than all tokens of a group.
   room = groups.tokens if room is None else min(room, groups.tokens)
   return dispatch_lib.padded(routed, config.num_experts, room)
-
-
-def measured(
-  config: moe_config.MoeConfig,
-  routed: routing.Choices | routing.Slots,
-  logits: typing.Array,
-  real: typing.Array | None,
-  room: int | None,
-) -> dict[str, jax.Array]:
-  """The losses and metrics of a call.
-
-  Args:
-    config: of the layer.
-    routed: what tokens or experts chose.
-    logits: `<float32>[groups, tokens, experts]`.
-    real: `<bool>[groups, tokens]`, or None: all of them.
-    room: of an expert in each group; None if it is not bounded.
-
-  Returns:
-    `auxiliary_loss` and `router_z_loss`, `<float32>[]`, without their factors
-    (see `routing_losses`; where experts choose there is nothing to balance, and
-    the first is 0), `router_entropy`, and what `routing_losses.metrics` gives.
-  """
-  style = {'real': real, 'legacy_padding': config.legacy_padding}
-  probabilities = jax.nn.softmax(logits)
-  groups, tokens, experts = logits.shape
-  there = groups * tokens if real is None else jnp.sum(real)
-  if isinstance(routed, routing.Slots):
-    balance = jnp.float32(0.0)
-    taken = routed.tokens < tokens
-    load = jnp.sum(taken.astype(jnp.float32), (0, 2))
-    met = jnp.zeros((groups, tokens), bool)
-    met = jax.vmap(lambda own, at: own.at[at].set(True, mode='drop'))(
-      met, routed.tokens.reshape(groups, -1)
-    )
-    pairs = jnp.sum(load)
-  else:
-    balance = routing_losses.load_balance(probabilities, routed.chosen, **style)
-    # flaxformer's scatter router keeps padding too.
-    kept = routed.kept if real is None else routed.kept & real[..., None]
-    counts = dispatch_lib.kept_counts(routed._replace(kept=kept), experts)
-    load = jnp.sum(counts, 0)
-    met = jnp.any(kept, -1)
-    pairs = there * kept.shape[-1]
-  load = load.astype(jnp.float32)
-  slots = groups * experts * (tokens if room is None else room)
-  return {
-    'auxiliary_loss': balance,
-    'router_z_loss': routing_losses.router_z(logits, **style),
-    'router_entropy': routing_losses.entropy(probabilities, real),
-    **routing_losses.metrics(
-      load, jnp.sum(met.astype(jnp.float32)), jnp.sum(routed.weights),
-      tokens=there, pairs=pairs, slots=slots,
-    ),
-  }  # fmt: skip
-
-
-# What an objective minimises: its name there, the field that has its factor.
-_LOSSES = {
-  'auxiliary_loss': ('router_balance_loss', 'balance_loss'),
-  'router_z_loss': ('router_z_loss', 'z_loss'),
-}
-# So many loads of experts a person may still look at one by one.
-_MOST_LOADS = 32
-# The metric with the loads of all experts of all layers, for a picture.
-LOADS = 'moe/expert_loads'
-
-
-def by_number(path: str) -> list[Any]:
-  """A key that sorts `layers_2` before `layers_10`."""
-  parts = re.split(r'(\d+)', path)
-  return [int(part) if part.isdigit() else part for part in parts]
-
-
-def totals(
-  config: moe_config.MoeConfig, left: typing.Tree
-) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-  """What a model's sparse layers bring: means over them.
-
-  Args:
-    config: of the model.
-    left: its collection `intermediates` after a call.
-
-  Returns:
-    `(losses, metrics)`, `<float32>[]` each: `router_balance_loss` and
-    `router_z_loss` times their factors, those that have one; and `moe/NAME` for
-    what `measured` tells, `moe/expert_load/3` for every expert of few. `LOADS`,
-    `<float32>[layers, experts]`, has them of every sparse layer.
-
-  Raises:
-    StructureError: no layer left anything: a lifted one must lift the
-      collection too.
-  """
-  found: dict[str, list[jax.Array]] = {}
-  flat = tree_lib.flatten(left)
-  for path in sorted(flat, key=by_number):
-    parent, _, name = path.rpartition('/')
-    value = flat[path]
-    if f'{parent}/router_entropy' in flat and not name.startswith('inputs_of_'):
-      size = 1 if name == 'expert_load' else 0
-      # Scanned layers have their stack in front.
-      value = value.reshape(-1, *value.shape[value.ndim - size :])
-      found.setdefault(name, []).append(value)
-  if not found:
-    raise errors.StructureError(
-      'No sparse layer of the model left its losses in the collection '
-      f'{COLLECTION!r}: a lifted layer must lift it too, '
-      f'`variable_axes={{{COLLECTION!r}: 0}}`.'
-    )
-  means = {n: jnp.mean(jnp.concatenate(own), 0) for n, own in found.items()}
-  losses = {}
-  for name, (known, field) in _LOSSES.items():
-    factor = getattr(config, field)
-    if factor:
-      losses[known] = factor * means[name]
-  loads = means.pop('expert_load')
-  metrics = {f'moe/{name}': value for name, value in means.items()}
-  metrics[LOADS] = jnp.concatenate(found['expert_load'])
-  if len(loads) <= _MOST_LOADS:
-    metrics |= {f'moe/expert_load/{e}': load for e, load in enumerate(loads)}
-  return losses, metrics

@@ -11,7 +11,7 @@ import numpy as np
 
 from mergejax import models
 from mergejax.core import files
-from mergejax.nn import moe
+from mergejax.nn import moe_metrics
 from mergejax.training import callbacks
 
 PICTURE = 'routing.png'
@@ -106,8 +106,8 @@ class routing(callbacks.Callback):  # pylint: disable=invalid-name
     self._writer = metric_writers.SummaryWriter(os.fspath(events))
 
   def on_log(self, step, metrics):
-    if moe.LOADS in metrics:
-      self._loads = step, np.asarray(metrics[moe.LOADS])
+    if moe_metrics.LOADS in metrics:
+      self._loads = step, np.asarray(metrics[moe_metrics.LOADS])
 
   def on_save(self, step, state):
     if self._writer is None or self._loads is None:
@@ -136,7 +136,7 @@ def layers_of(family: models.ModelFamily) -> list[str]:
       count = spec.shape[axes.index('layers')] if 'layers' in axes else 0
       found[layer] = count
   names = []
-  for layer in sorted(found, key=moe.by_number):
+  for layer in sorted(found, key=moe_metrics.by_number):
     count = found[layer]
     stack = layer.partition('/')[0]
     names += [f'{stack}/layers_{i}' for i in range(count)] or [layer]

@@ -123,7 +123,7 @@ class ClustersTest(parameterized.TestCase):
       (lambda: clusters_lib.fit(['moon', 'tide', 'law'], 2), 'No word stands'),
       (lambda: clusters_lib.load('/nowhere'), 'holds no clusters'),
       (lambda: route.Router(self.clusters, temperature=0), 'temperature must'),
-      (lambda: route.Router(self.clusters, top_k=0), 'at least 1 expert'),
+      (lambda: route.Router(self.clusters, top_k=0), 'top-k must be a whole'),
     ):
       with self.assertRaisesRegex(errors.UserError, message):
         make()

@@ -264,13 +264,14 @@ class EnsembleTest(parameterized.TestCase):
       (dict(kind='mean'), "Did you mean|Unknown kind of average 'mean'"),
       (dict(kind='topk'), "'topk', which needs one"),
       (dict(kind='uniform', k=2), 'k=2'),
-      (dict(kind='topk', k=0), 'at least 1'),
+      (dict(kind='topk', k=0), 'top-k must be a whole number'),
+      (dict(kind='topk', k=1.5), r'not 1\.5'),
     ):
       with self.assertRaisesRegex(errors.ConfigError, message):
         ensemble.average_weights(self.golden['prior'], **options)
     with self.assertRaisesRegex(errors.ConfigError, 'floor must be a number'):
       ensemble.Posterior(floor=2)
-    with self.assertRaisesRegex(errors.UserError, 'at least 1'):
+    with self.assertRaisesRegex(errors.UserError, 'top-k must be a whole'):
       ensemble.keep_top([1.0], 0)
     with self.assertRaisesRegex(errors.UserError, 'at least one batch'):
       ensemble.cached_prior([])

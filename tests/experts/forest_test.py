@@ -24,6 +24,7 @@ from mergejax.experts import averages
 from mergejax.experts import beginnings
 from mergejax.experts import branch
 from mergejax.experts import forest as forest_lib
+from mergejax.experts import manifest
 from mergejax.experts import records
 from mergejax.methods import arithmetic
 from mergejax.training import arrays
@@ -139,9 +140,7 @@ class ForestTest(parameterized.TestCase):
   def test_killed_in_between_it_is_as_before(self):
     """After the folder of an expert, before the manifest names it."""
     before = (self.folder / 'forest.json').read_bytes()
-    killed = mock.patch.object(
-      forest_lib.Forest, '_write', side_effect=KeyboardInterrupt
-    )
+    killed = mock.patch.object(manifest, 'write', side_effect=KeyboardInterrupt)
     with killed, self.assertRaises(KeyboardInterrupt):
       self.forest.add('d', self.params(3))
     self.assertTrue((self.folder / 'experts' / 'd').exists())
@@ -285,7 +284,7 @@ class ForestTest(parameterized.TestCase):
       (lambda: averages.weights(forest, 'aa'), "Did you mean 'a'"),
       (lambda: averages.weights(forest, 'posterior'), 'none is known'),
       (lambda: averages.weights(forest, 'topk', prior=[0.5, 0.25, 0.25], k=0),
-       'at least 1'),
+       'top-k must be a whole number'),
       (lambda: averages.average(forest, {'a': 1.0}, 'fisher'),
        'needs a fisher of every expert, and a has none'),
       (lambda: forest_lib.Forest(self.folder.parent), 'is no forest'),
@@ -296,6 +295,26 @@ class ForestTest(parameterized.TestCase):
       with self.assertRaisesRegex(errors.UserError, message):
         call()
     self.assertEqual(contents(self.folder), before)
+
+  def test_a_damaged_manifest_is_told_of(self):
+    file = self.folder / 'forest.json'
+    whole = json.loads(file.read_text())
+    for change, message in (
+      (lambda d: d.pop('experts'), 'does not tell experts'),
+      (lambda d: d.update(seed=3), 'does not tell seed'),
+      (
+        lambda d: d['experts']['b'].pop('domain'),
+        'expert b: the record has no',
+      ),
+      (lambda d: d['experts']['b'].update(bogus=1), "record says 'bogus'"),
+      (lambda d: d['experts'].update(b=None), 'expert b: the record has no'),
+      (lambda d: d['experts']['c'].update(parents={'a': 0.1}), 'sum to 0.1'),
+    ):
+      data = json.loads(json.dumps(whole))
+      change(data)
+      file.write_text(json.dumps(data))
+      with self.assertRaisesRegex(errors.UserError, message):
+        _ = self.forest.experts
 
   def test_a_newer_version_is_not_guessed_at(self):
     file = self.folder / 'forest.json'

@@ -22,6 +22,7 @@ from mergejax.nn import grouped
 from mergejax.nn import layers
 from mergejax.nn import moe
 from mergejax.nn import moe_config
+from mergejax.nn import moe_metrics
 
 GATED = ('gelu', 'linear')
 ROUTERS = {
@@ -46,10 +47,10 @@ def layer(hidden=16, activations=GATED, **settings):
 def called(module, params, *args, **kwargs):
   """`(outputs, what was left behind)`, compiled."""
   call = lambda params, *args: module.apply(
-    {'params': params}, *args, mutable=[moe.COLLECTION], **kwargs
+    {'params': params}, *args, mutable=[moe_metrics.COLLECTION], **kwargs
   )
   found, left = jax.jit(call)(params, *args)
-  return found, left[moe.COLLECTION]
+  return found, left[moe_metrics.COLLECTION]
 
 
 def numbers():
@@ -119,9 +120,9 @@ class FormsTest(parameterized.TestCase):
 
       def loss(params, inputs, module=module):
         outputs, left = module.apply(
-          {'params': params}, inputs, real, mutable=[moe.COLLECTION]
+          {'params': params}, inputs, real, mutable=[moe_metrics.COLLECTION]
         )
-        left = left[moe.COLLECTION]
+        left = left[moe_metrics.COLLECTION]
         aux = left['auxiliary_loss'] + left['router_z_loss']
         return jnp.sum(jnp.square(outputs)) + aux, outputs
 
@@ -276,9 +277,9 @@ class LawsTest(parameterized.TestCase):
     def train(key):
       found, left = module.apply(
         {'params': params}, inputs, deterministic=False,
-        rngs={'dropout': key}, mutable=[moe.COLLECTION],
+        rngs={'dropout': key}, mutable=[moe_metrics.COLLECTION],
       )  # fmt: skip
-      return found, left[moe.COLLECTION]['dropped_pairs']
+      return found, left[moe_metrics.COLLECTION]['dropped_pairs']
 
     keys = jax.random.split(jax.random.key(0), 2)
     (first, dropped), (again, _) = train(keys[0]), train(keys[0])
@@ -333,9 +334,9 @@ class MeshTest(parameterized.TestCase):
 
     def loss(params, inputs):
       outputs, left = module.apply(
-        {'params': params}, inputs, mutable=[moe.COLLECTION]
+        {'params': params}, inputs, mutable=[moe_metrics.COLLECTION]
       )
-      aux = left[moe.COLLECTION]['auxiliary_loss']
+      aux = left[moe_metrics.COLLECTION]['auxiliary_loss']
       return jnp.sum(jnp.square(outputs)) + aux, outputs
 
     mesh = partition.make_mesh(data=2, expert=4)
@@ -383,6 +384,19 @@ class MeshTest(parameterized.TestCase):
 
 
 class ErrorsTest(parameterized.TestCase):
+  @parameterized.parameters((4, 8), (6, 4))
+  def test_experts_must_divide_over_the_mesh(self, experts, parts):
+    """Else every device would hold all of them, and nobody would know."""
+    mesh = partition.make_mesh(expert=parts)
+    module = layer(num_experts=experts)
+    init = functools.partial(module.init, jax.random.key(0))
+    with partition.rules_of(mesh, partition.standard()):
+      with self.assertRaisesRegex(
+        errors.ConfigError,
+        f'{experts} experts do not divide over {parts} parts',
+      ):
+        jax.eval_shape(init, jnp.ones((8, 8, 8)))
+
   @parameterized.named_parameters(
     ('mixed', lambda: moe_config.layout('mixed', 4, 3), 'evenly'),
     ('many', lambda: config(decoder_layers=5).sparse_layers(4, decoder=True),
@@ -406,6 +420,18 @@ class ErrorsTest(parameterized.TestCase):
         jax.eval_shape(
           functools.partial(found.init, jax.random.key(0)), jnp.ones((2, 4, 8))
         )
+
+  def test_strict_groups_are_those_of_batches(self):
+    """Parameters are made with an example, whose groups are small."""
+    module = layer(strict_group_size=True, eval_capacity_factor=None)
+    made = jax.eval_shape(module.init, jax.random.key(0), jnp.ones((1, 4, 8)))[
+      'params'
+    ]
+    apply = lambda params, inputs: module.apply({'params': params}, inputs)
+    found = jax.eval_shape(apply, made, jnp.ones((8, 4, 8)))
+    self.assertEqual(found.shape, (8, 4, 8))
+    with self.assertRaisesRegex(errors.ConfigError, 'Groups have 4 tokens'):
+      jax.eval_shape(apply, made, jnp.ones((4, 4, 8)))
 
   def test_a_decoder_may_be_allowed_to_look_ahead(self):
     params, inputs = numbers()

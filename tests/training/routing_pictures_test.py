@@ -13,8 +13,8 @@ import numpy as np
 from tensorboard.backend.event_processing import event_accumulator
 
 from mergejax import models
-from mergejax.nn import moe
 from mergejax.nn import moe_config
+from mergejax.nn import moe_metrics
 from mergejax.training import routing_pictures
 from mergejax.training import run as run_lib
 
@@ -43,9 +43,9 @@ class RoutingPicturesTest(absltest.TestCase):
       )
     )  # fmt: skip
     drawn.on_save(1, None)  # nothing is known yet
-    drawn.on_log(2, {'loss': np.float32(1), moe.LOADS: loads})
+    drawn.on_log(2, {'loss': np.float32(1), moe_metrics.LOADS: loads})
     drawn.on_save(3, None)
-    drawn.on_log(5, {moe.LOADS: loads})
+    drawn.on_log(5, {moe_metrics.LOADS: loads})
     drawn.on_save(5, None)
     drawn.close()
 
@@ -100,8 +100,8 @@ class RoutingPicturesTest(absltest.TestCase):
       }}
       for i, layer in enumerate(layers)
     }  # fmt: skip
-    _, metrics = moe.totals(moe_config.MoeConfig(num_experts=3), left)
-    np.testing.assert_array_equal(metrics[moe.LOADS][:, 0], range(12))
+    _, metrics = moe_metrics.totals(moe_config.MoeConfig(num_experts=3), left)
+    np.testing.assert_array_equal(metrics[moe_metrics.LOADS][:, 0], range(12))
 
   def test_what_is_never_used_is_black(self):
     """A fair share is light, more is red, less is blue."""
