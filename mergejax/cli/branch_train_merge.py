@@ -70,6 +70,9 @@ def run(settings: Callable[[], Settings] | Settings) -> None:
   settings = dataclasses.replace(
     settings, optimizer=train.optimizer_of(settings.optimizer, total)
   )
+  outer = outer_lib.checked(settings.outer)
+  if outer is not None:
+    outer.check_meets(settings.seed_steps, total)
   started = time.monotonic()
   table_file = settings.directory / 'table.json'
   same_run.check(

@@ -82,6 +82,7 @@ class Settings(domain_runs.DomainSettings):
 
   def __post_init__(self):
     errors.check_whole('branch_steps', self.branch_steps)
+    errors.check_whole('seed_steps', self.seed_steps, least=0)
     for name in ('generation', 'side_by_side'):
       if getattr(self, name) is not None:
         errors.check_whole(name, getattr(self, name))
@@ -211,10 +212,25 @@ def _check_plan(settings, domains, begun):
   prior = ensemble.uniform_prior(1)
   if settings.branch_from in ensemble.AVERAGES:
     ensemble.average_weights(prior, settings.branch_from, k=settings.top_k)
-  named.resolve(settings.merge, **settings.merge_options)
-  for _, generation in _generations(settings, domains):
+  generations = _generations(settings, domains)
+  _check_merge(settings, forest, len(generations))
+  for _, generation in generations:
     for _, chunk in _chunks(settings, generation):
       domain_runs.make_meshes(settings, len(chunk))
+
+
+def _check_merge(settings, forest, generations):
+  """Raises for a merge that is none, or needs what experts of a run lack."""
+  merge = named.resolve(settings.merge, **settings.merge_options)
+  if not merge.statistics:
+    return
+  if generations > 1 or forest is None or not forest.experts:
+    raise errors.ConfigError(
+      f'merge={settings.merge!r} needs a {merge.statistics[0].name} of every '
+      'expert that a branch begins as, which a run does not collect: take '
+      'another merge, or add experts with their statistics (`mergejax forest '
+      'add --statistics`) and grow on them, one generation at a time.'
+    )
 
 
 def _check_forest(settings, forest, new):

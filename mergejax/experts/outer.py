@@ -104,6 +104,20 @@ class Outer:
       settings=settings,
     )
 
+  def check_meets(self, begins: int, ends: int) -> None:
+    """Raises a `ConfigError` for a run in which no step merges the experts.
+
+    Args:
+      begins: the number of the step after which they branch.
+      ends: of the last one.
+    """
+    if begins // self.every == ends // self.every:
+      raise errors.ConfigError(
+        f'Experts that are merged every {self.every} steps never meet between '
+        f'steps {begins} and {ends}: lower every (EVERY of the gin file), or '
+        'train longer.'
+      )
+
   def begun(self, state: Any) -> state_lib.TrainState:
     """A state of one model without outer merges, as their beginning."""
     if NAME in state.extras:

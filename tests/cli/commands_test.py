@@ -259,6 +259,10 @@ class GinTest(parameterized.TestCase):
       ['--gin.CORPORA=x', '--gin_file=gin/runs/diloco.gin', '--gin.OUTER="x"'],
       "diloco.every=100., not 'x'",
     ),
+    (
+      ['--gin.CORPORA=x', '--gin_file=gin/runs/diloco.gin', '--gin.EVERY=999'],
+      'never meet between steps 400 and 500',
+    ),
   )
   def test_mistakes(self, flags, message):
     folder = pathlib.Path(self.create_tempdir().full_path)

@@ -154,6 +154,10 @@ class GrowForestTest(absltest.TestCase):
       ("'topk', which needs one", '--gin.BRANCH_FROM=topk'),
       ("Unknown merge method 'liner'",
        '--gin.grow_forest.Settings.merge=liner'),
+      ("merge='fisher' needs a fisher of every expert",
+       '--gin.grow_forest.Settings.merge=fisher'),
+      ('seed_steps must be a whole number of 0 or more, not -1',
+       '--gin.SEED_STEPS=-1'),
       ('1 experts do not divide over 2 branches',
        "--gin.MESH={'branch': 2, 'data': 4}"),
     ):  # fmt: skip

@@ -238,6 +238,12 @@ class OuterTest(parameterized.TestCase):
     step, state = self.begun(self.trainer(outer))
     with self.assertRaisesRegex(errors.ConfigError, 'no second moments'):
       step.merge(state)
+    every = outer_lib.local_sgd(5)
+    for begins, ends in ((0, 4), (5, 9), (3, 3)):
+      with self.assertRaisesRegex(errors.ConfigError, 'never meet between'):
+        every.check_meets(begins, ends)
+    every.check_meets(0, 5)
+    every.check_meets(4, 6)
     twice = transforms.ema(0.5, name='outer')
     with self.assertRaisesRegex(errors.ConfigError, "called 'outer'"):
       self.trainer(outer, transforms=[twice]).step(1)
