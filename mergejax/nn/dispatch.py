@@ -3,9 +3,9 @@
 """Tokens to their experts and back, in one of two forms that agree.
 
 `Rows`: pairs of token and expert in the order of experts, none of them empty,
-for grouped products. `Padded`: a slot for all that an expert has room for, of a
-shape that does not depend on the router, for batched products; the form that
-divides over a mesh. Neither ever has an array `[tokens, experts, capacity]`, as
+for grouped products; on a mesh see `dispatch_mesh`. `Padded`: a slot for all that
+an expert has room for, of a shape that does not depend on the router, for batched
+products; on a mesh one exchange there and one back. Neither ever has an array `[tokens, experts, capacity]`, as
 the masks of the papers are.
 """
 
@@ -29,8 +29,16 @@ class Dispatch(Protocol):
     """`<float>[groups, tokens, embed]` -> what the experts are given."""
     ...
 
-  def product(self, values: typing.Array, kernels: typing.Array) -> jax.Array:
-    """Of every expert's values with its kernel of `[experts, in, out]`."""
+  def product(
+    self, values: typing.Array, kernels: typing.Array, *, back: bool = False
+  ) -> jax.Array:
+    """Of every expert's values with its kernel of `[experts, in, out]`.
+
+    Args:
+      values: as `to_experts` lays them.
+      kernels: of the dtype of the values.
+      back: they lead from hidden units to the residual stream.
+    """
     ...
 
   def to_tokens(self, values: typing.Array) -> jax.Array:
@@ -68,7 +76,8 @@ class Rows:
     # The number of pairs, of a row without one, becomes that of tokens.
     return moved(flat, self.pairs // self.rows.shape[1], self.rows)
 
-  def product(self, values, kernels):
+  def product(self, values, kernels, *, back=False):
+    del back
     return grouped.grouped_dot(values, kernels, self.sizes, spare=self.spare)
 
   def to_tokens(self, values):
@@ -145,7 +154,8 @@ class Padded:
       self.experts,
     )  # fmt: skip
 
-  def product(self, values, kernels):
+  def product(self, values, kernels, *, back=False):
+    del back
     return batched_dot(values, kernels)
 
   def to_tokens(self, values):
@@ -210,7 +220,8 @@ class Chosen:
     taken = _by_group(take, tokens, self.slots.tokens)
     return _spread(taken, self.slots.tokens.shape[1])
 
-  def product(self, values, kernels):
+  def product(self, values, kernels, *, back=False):
+    del back
     return batched_dot(values, kernels)
 
   def to_tokens(self, values):

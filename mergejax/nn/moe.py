@@ -21,6 +21,7 @@ from mergejax import partition
 from mergejax.core import errors
 from mergejax.core import typing
 from mergejax.nn import dispatch as dispatch_lib
+from mergejax.nn import dispatch_mesh
 from mergejax.nn import layers
 from mergejax.nn import moe_config
 from mergejax.nn import moe_metrics
@@ -112,7 +113,7 @@ class MoeLayer(nn.Module):
     router = config.router_of(self.decoder)
     room = _room(config, router, groups, not deterministic, decode)
     routed = _route(config, router, self.decoder, logits, real, room, key)
-    found = _dispatch(config, routed, groups, room)
+    found = _dispatch(config, routed, groups, room, self.hidden)
     rate = config.dropout_rate
     values = ExpertMlp(
       config.num_experts, self.hidden, self.activations, self.dtype,
@@ -191,8 +192,8 @@ class ExpertMlp(nn.Module):
     deterministic: bool = True,
   ) -> jax.Array:
     """Of values that lie as the dispatch lays them."""
-    kernel = lambda features, name: ExpertKernel(
-      self.experts, features, self.dtype, self.init_scale, name=name
+    kernel = lambda features, name, back=False: ExpertKernel(
+      self.experts, features, self.dtype, self.init_scale, back, name=name
     )
     hidden = None
     for i, activation in enumerate(self.activations):
@@ -206,7 +207,7 @@ class ExpertMlp(nn.Module):
         hidden, ('expert', 'expert_replicas', None, 'expert_mlp')
       )
     hidden = nn.Dropout(self.dropout_rate)(hidden, deterministic=deterministic)
-    return kernel(values.shape[-1], 'wo')(hidden, dispatch)
+    return kernel(values.shape[-1], 'wo', back=True)(hidden, dispatch)
 
 
 class ExpertKernel(nn.Module):
@@ -216,6 +217,7 @@ class ExpertKernel(nn.Module):
   features: int
   dtype: str
   init_scale: float
+  back: bool = False
 
   @nn.compact
   def __call__(
@@ -227,7 +229,8 @@ class ExpertKernel(nn.Module):
     )
     shape = self.experts, values.shape[-1], self.features
     kernel = self.param('kernel', init, shape, jnp.float32)
-    return dispatch.product(values, kernel.astype(self.dtype))
+    kernel = kernel.astype(self.dtype)
+    return dispatch.product(values, kernel, back=self.back)
 
 
 def _check_mesh(config):
@@ -287,18 +290,15 @@ def _route(config, router, decoder, logits, real, room, key):
   )  # fmt: skip
 
 
-def _dispatch(config, routed, groups, room) -> dispatch_lib.Dispatch:
+def _dispatch(config, routed, groups, room, hidden) -> dispatch_lib.Dispatch:
   """The form in which tokens go to the experts."""
   if isinstance(routed, routing.Slots):
     return dispatch_lib.Chosen(routed, groups.tokens)
   kind, alone = config.dispatch, partition.device_count() == 1
-  if kind == moe_config.ROWS and not alone:
-    raise errors.ConfigError(
-      "dispatch='rows' sorts the tokens of one device, but the mesh has "
-      f"{partition.device_count()}: choose 'padded' or 'auto'."
-    )
-  if kind == moe_config.AUTO and alone and room is None:
+  if kind == moe_config.AUTO and room is None:
     kind = moe_config.ROWS
+  if kind == moe_config.ROWS and not alone:
+    return dispatch_mesh.rows(routed, config.num_experts, hidden=hidden)
   if kind == moe_config.ROWS:
     return dispatch_lib.rows(routed, config.num_experts, room)
   # No expert can be chosen by more than all tokens of a group.

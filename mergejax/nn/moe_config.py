@@ -69,8 +69,9 @@ class MoeConfig:
     legacy_padding: None: padding meets no expert and counts in no loss;
       'routed' takes it for tokens like others (flaxformer's default), 'mask' and
       'scatter' are its routers with ignore_padding_tokens.
-    dispatch: 'rows' or 'padded', see `dispatch`; 'auto' takes rows on one
-      device where nothing is dropped. The results are the same.
+    dispatch: 'rows' or 'padded', see `dispatch` and, on a mesh,
+      `dispatch_mesh`; 'auto' takes rows where nothing is dropped. The results
+      are the same.
 
   Raises:
     ConfigError: a setting that is none of the above.

@@ -1,6 +1,7 @@
 # Copyright 2026 The mergejax Authors.
 # SPDX-License-Identifier: Apache-2.0
 from mergejax.partition.activations import active_mesh
+from mergejax.partition.activations import active_spec
 from mergejax.partition.activations import by_shard
 from mergejax.partition.activations import constrain
 from mergejax.partition.activations import device_count
@@ -30,6 +31,7 @@ __all__ = [
   'Target',
   'abstract_mesh',
   'active_mesh',
+  'active_spec',
   'by_shard',
   'constrain',
   'device_count',

@@ -108,6 +108,22 @@ def active_mesh() -> meshes.AnyMesh | None:
   return None if active is None or active[0].size == 1 else active[0]
 
 
+def active_spec(
+  axes: Sequence[str | None], shape: Sequence[int]
+) -> PartitionSpec:
+  """How an activation lies by the rules of `rules_of` around; whole outside.
+
+  Args:
+    axes: as of `constrain`.
+    shape: its sizes; what divides is divided.
+  """
+  active = _ACTIVE.get()
+  if active is None:
+    return PartitionSpec(*(None,) * len(axes))
+  mesh, rules = active
+  return layouts.spec_for(axes, shape, mesh, rules.activations)
+
+
 def device_count() -> int:
   """How many devices a program that is traced now is divided over."""
   active = _ACTIVE.get()

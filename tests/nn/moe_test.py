@@ -1,10 +1,9 @@
 # Copyright 2026 The mergejax Authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The sparse layer: goldens, its two forms, laws, and a mesh of devices."""
+"""The sparse layer: goldens, its two forms, and laws."""
 
 import dataclasses
 import functools
-import re
 
 from absl.testing import absltest
 from absl.testing import parameterized
@@ -16,7 +15,6 @@ import numpy as np
 from reference import routing as oracle
 import tiers
 
-from mergejax import partition
 from mergejax.core import errors
 from mergejax.nn import grouped
 from mergejax.nn import layers
@@ -323,80 +321,7 @@ class LawsTest(parameterized.TestCase):
       self.assertEqual(float(narrow_left[name]), float(left[name]))
 
 
-class MeshTest(parameterized.TestCase):
-  """One device and eight, experts over four and rows over two."""
-
-  @classmethod
-  def setUpClass(cls):
-    super().setUpClass()
-    params, inputs = numbers()
-    module = layer(top_k=1, eval_capacity_factor=1.0, group_size=8)
-
-    def loss(params, inputs):
-      outputs, left = module.apply(
-        {'params': params}, inputs, mutable=[moe_metrics.COLLECTION]
-      )
-      aux = left[moe_metrics.COLLECTION]['auxiliary_loss']
-      return jnp.sum(jnp.square(outputs)) + aux, outputs
-
-    mesh = partition.make_mesh(data=2, expert=4)
-    rules = partition.standard()
-    kernel = partition.sharding(
-      mesh, ('expert', 'mlp_embed', 'expert_mlp'), None, rules.params
-    )
-    whole = partition.replicated(mesh)
-    where = {
-      'expert': jax.tree.map(lambda _: kernel, params['expert']),
-      'router': jax.tree.map(lambda _: whole, params['router']),
-    }
-    rows = partition.sharding(mesh, ('batch', None, None))
-    # Four rows do not divide by eight devices; a group is half a row.
-    inputs = np.tile(inputs, (2, 1, 1))
-    # Functions of their own: what was traced for one device is not for eight.
-    graded = lambda: jax.value_and_grad(
-      functools.partial(loss), argnums=(0, 1), has_aux=True
-    )
-    cls.one = jax.jit(graded())(params, inputs)
-    with partition.rules_of(mesh, rules):
-      jitted = jax.jit(
-        graded(),
-        in_shardings=(where, rows),
-        out_shardings=((None, rows), (where, rows)),
-      )
-      compiled = jitted.lower(params, inputs).compile()
-      cls.many = compiled(
-        jax.device_put(params, where), jax.device_put(inputs, rows)
-      )
-    cls.hlo = compiled.as_text()
-
-  def test_same_numbers(self):
-    for a, b in zip(*map(jax.tree.leaves, (self.one, self.many)), strict=True):
-      np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
-
-  def test_tokens_travel_and_kernels_do_not(self):
-    exchanges = re.findall(r'= .*? all-to-all(?:-start)?\(', self.hlo)
-    # There and back, forward and backward.
-    self.assertLen(exchanges, 4)
-    gathers = re.findall(r'= (\S+) all-gather(?:-start)?\(', self.hlo)
-    for shape in gathers:
-      self.assertNotRegex(shape, r'f32\[4,(8,16|16,8)\]')
-    self.assertNotIn('collective-permute', self.hlo)
-
-
 class ErrorsTest(parameterized.TestCase):
-  @parameterized.parameters((4, 8), (6, 4))
-  def test_experts_must_divide_over_the_mesh(self, experts, parts):
-    """Else every device would hold all of them, and nobody would know."""
-    mesh = partition.make_mesh(expert=parts)
-    module = layer(num_experts=experts)
-    init = functools.partial(module.init, jax.random.key(0))
-    with partition.rules_of(mesh, partition.standard()):
-      with self.assertRaisesRegex(
-        errors.ConfigError,
-        f'{experts} experts do not divide over {parts} parts',
-      ):
-        jax.eval_shape(init, jnp.ones((8, 8, 8)))
-
   @parameterized.named_parameters(
     ('mixed', lambda: moe_config.layout('mixed', 4, 3), 'evenly'),
     ('many', lambda: config(decoder_layers=5).sparse_layers(4, decoder=True),
