@@ -11,6 +11,7 @@ import dataclasses
 
 import flax.linen as nn
 
+from mergejax.core import errors
 from mergejax.core import typing
 from mergejax.nn import attention
 from mergejax.nn import transformer
@@ -32,6 +33,11 @@ class LMConfig(transformer.StackConfig):
   def __post_init__(self):
     super().__post_init__()
     self.sparse_layers(self.num_layers, decoder=True)
+    if self.moe is not None and self.moe.batch_prioritised:
+      raise errors.ConfigError(
+        'batch_prioritised=True is for encoders: tokens would queue before '
+        'earlier ones. A decoder-only model has none; set it to False.'
+      )
 
 
 class LanguageModel(nn.Module):

@@ -26,6 +26,7 @@ from mergejax import training
 from mergejax.core import errors
 from mergejax.core import tree as tree_lib
 from mergejax.training import objective
+from mergejax.training import t5x_state
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / 'training'))
 import small_runs  # noqa: E402
@@ -253,6 +254,45 @@ class TrainingTest(absltest.TestCase):
                      ((0,), (1,), (2,)))  # fmt: skip
 
 
+class T5xStateTest(parameterized.TestCase):
+  @parameterized.parameters(False, True)
+  def test_moments_of_experts_there_and_back(self, rules):
+    """`expert` is a stack: a row and a column of moments for each."""
+    family = t5_family()
+    specs = family.specs()
+    optimizer = training.optim.adafactor(
+      0.03, min_dim_size_to_factor=4,
+      logical_factor_rules=training.factors.STANDARD if rules else None,
+    )  # fmt: skip
+    trainer = training.Trainer(family, optimizer)
+    rng = np.random.default_rng(0)
+    begun = trainer.begin(9, drawn.params(family), jax.random.key(0))
+    drawn_like = lambda x: (
+      rng.random(x.shape).astype(x.dtype)
+      if x.shape[-1:] != (1,) and jnp.issubdtype(x.dtype, jnp.floating)
+      else np.asarray(x)
+    )
+    state = begun.replace(
+      step=np.int32(0), opt_state=jax.tree.map(drawn_like, begun.opt_state)
+    )
+    moments = t5x_state.to_t5x(state.opt_state, specs, optimizer)
+    path = 'decoder/layers_1/mlp/expert'
+    for name, row, column in (('wi_0', 8, 16), ('wo', 8, 16)):
+      at = f'{path}/{name}/kernel'
+      shapes = [moments[f'{at}/v_{n}'].shape for n in ('row', 'col')]
+      self.assertCountEqual(shapes, [(4, row), (4, column)])
+    out = t5x_state.save(
+      self.create_tempdir().full_path, family, optimizer, state
+    )
+    again = trainer.begin(
+      9, mj.open_checkpoint(out).read(), jax.random.key(0),
+      mj.checkpoints.checkpoint.open_state(out),
+    )  # fmt: skip
+    for part in ('params', 'opt_state'):
+      found, wanted = (getattr(each, part) for each in (again, state))
+      jax.tree.map(np.testing.assert_array_equal, found, wanted)
+
+
 class ScannedTest(absltest.TestCase):
   def test_all_layers_sparse(self):
     moe = dict(decoder_layers=2, eval_capacity_factor=1.0)
@@ -330,6 +370,8 @@ class ErrorsTest(parameterized.TestCase):
      'settings by name'),
     ('mixed', lambda: lm_family(dict(decoder_layers=2), 3), 'evenly'),
     ('scanned', lambda: lm_family({}, scan_layers=True), 'scan_layers=True'),
+    ('prioritised', lambda: lm_family(dict(batch_prioritised=True)),
+     'is for encoders'),
     ('causal', lambda: t5_family(router='experts_choose'), 'allow_noncausal'),
   )  # fmt: skip
   def test_message(self, make, words):

@@ -286,6 +286,36 @@ class LawsTest(parameterized.TestCase):
     self.assertGreater(np.abs(first - other).max(), 0)
     self.assertGreater(float(dropped), 0)
 
+  def test_experts_may_have_a_dropout_of_their_own(self):
+    """That of the model where theirs is None; 0 is one too."""
+    params, inputs = numbers()
+
+    def moves(own):
+      module = dataclasses.replace(layer(dropout_rate=own), dropout_rate=0.5)
+      train = jax.jit(
+        lambda key: module.apply(
+          {'params': params}, inputs, deterministic=False,
+          rngs={'dropout': key},
+        )
+      )  # fmt: skip
+      one, other = (train(jax.random.key(seed)) for seed in (0, 1))
+      return bool(np.any(one != other))
+
+    self.assertEqual([moves(own) for own in (None, 0.0)], [True, False])
+
+  def test_jitter_is_of_inputs(self):
+    """Of one feature a token it scales all its logits alike, by 0.7 to 1.3."""
+    module = moe.Router(config(jitter=0.3))
+    inputs = 3 * jnp.tile(jnp.eye(8), (4, 1))[None]
+    rngs = {'dropout': jax.random.key(1)}
+    variables = module.init(jax.random.key(0), inputs)
+    plain = module.apply(variables, inputs)
+    noisy = module.apply(variables, inputs, deterministic=False, rngs=rngs)
+    scale = np.asarray(noisy / plain)[0]
+    np.testing.assert_allclose(scale, scale[:, :1] + 0 * scale, rtol=1e-4)
+    self.assertBetween(scale.min(), 0.7, 0.8)
+    self.assertBetween(scale.max(), 1.2, 1.3)
+
   @parameterized.parameters('mask', 'scatter')
   def test_metrics_are_of_real_tokens(self, style):
     """Also where the padding of others takes room."""
@@ -345,6 +375,10 @@ class ErrorsTest(parameterized.TestCase):
         jax.eval_shape(
           functools.partial(found.init, jax.random.key(0)), jnp.ones((2, 4, 8))
         )
+
+  def test_layers_that_left_nothing_are_told_of(self):
+    with self.assertRaisesRegex(errors.StructureError, 'must lift it too'):
+      moe_metrics.totals(config(), {'decoder': {'inputs_of_x': np.ones(2)}})
 
   def test_strict_groups_are_those_of_batches(self):
     """Parameters are made with an example, whose groups are small."""
