@@ -26,11 +26,11 @@ SEEDS = st.integers(0, 2**31 - 1)
 few = settings(max_examples=12, deadline=None)
 
 
-@functools.partial(jax.jit, static_argnames=('k', 'capacity', 'form'))
-def sent(logits, tokens, scales, real, *, k, capacity, form):
+@functools.partial(jax.jit, static_argnames=('k', 'capacity', 'form', 'equal'))
+def sent(logits, tokens, scales, real, *, k, capacity, form, equal=False):
   """Through experts that multiply by a number each: `(outputs, choices)`."""
   choices = routing.tokens_choose(
-    jax.nn.softmax(logits), k, capacity, real=real
+    jax.nn.softmax(logits), k, capacity, real=real, normalize=equal
   )
   if form == 'rows':
     found = dispatch.rows(choices, EXPERTS, capacity)
@@ -71,6 +71,17 @@ class LawsTest(absltest.TestCase):
       self.assertEqual(counts.sum(), how['k'] * real.sum())
     else:
       self.assertLessEqual(counts.max(), how['capacity'])
+
+  @few
+  @given(SEEDS, FORMS)
+  def test_equal_experts_make_the_dense_function(self, seed, how):
+    """Where weights sum to 1 and nothing is dropped."""
+    logits, tokens, _, real = example(seed)
+    scales = np.full(EXPERTS, 1.5, np.float32)
+    how = {**how, 'capacity': None}
+    found, _ = sent(logits, tokens, scales, real, **how, equal=True)
+    wanted = np.where(real[..., None], 1.5 * tokens, 0)
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
 
   @few
   @given(SEEDS, FORMS, st.permutations(range(EXPERTS)))
