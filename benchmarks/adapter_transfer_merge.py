@@ -32,8 +32,8 @@ NONE, OWN = 'not adapted', 'each expert on its own task'
 ROWS_OF_GRAMS = 512
 # Of task arithmetic, whose changes add up, and of TIES, which averages them.
 SCALES = {
-  ARITHMETIC: np.array([0.05, 0.1, 0.15, 0.2, 0.4]),
-  TIES: np.array([0.1, 0.2, 0.35, 0.5, 1.0]),
+  ARITHMETIC: np.array([0.05, 0.1, 0.15, 0.2, 0.4, 0.7]),
+  TIES: np.array([0.05, 0.1, 0.2, 0.35, 0.5, 1.0]),
 }
 
 

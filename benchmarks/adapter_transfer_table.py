@@ -140,7 +140,7 @@ def write(name: str, run: Any, arms: Sequence[str], merging: Any) -> None:
   (real_data.RESULTS / f'{name}.md').write_text(text)
   real_data.write(
     name, steps=run.steps, rates=t.RATES, claims=compared, rows=rows,
-    merged=merged,
+    merged=merged, tried=list(run.rates.found.values()),
   )  # fmt: skip
   print(text)
 

@@ -236,7 +236,7 @@ class ExpertKernel(nn.Module):
 def _check_mesh(config):
   """Raises if a part of the mesh's axis `expert` would have no whole experts."""
   mesh = partition.active_mesh()
-  parts = 1 if mesh is None else mesh.shape['expert']
+  parts = 1 if mesh is None else mesh.shape.get('expert', 1)
   if config.num_experts % parts:
     raise errors.ConfigError(
       f'{config.num_experts} experts do not divide over {parts} parts of the '

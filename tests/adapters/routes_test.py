@@ -306,11 +306,12 @@ class ModelTest(parameterized.TestCase):
     adapted, params = self.adapted()
     adafactor = mj.training.optim.adafactor(0.1, min_dim_size_to_factor=1)
     groups = {'adapter': adafactor, 'router': optax.sgd(0.1)}
-    trainer = mj.training.Trainer(
-      adapted, mj.training.optim.by_group(adapted.groups, groups)
-    )
     batch = {**small_adapted.batch(8), 'task_ids': np.int32([0, 1] * 4)}
-    state = trainer.fit([batch], steps=1, params=params)
+    with environments.one_device():
+      trainer = mj.training.Trainer(
+        adapted, mj.training.optim.by_group(adapted.groups, groups)
+      )
+      state = trainer.fit([batch], steps=1, params=params)
     self.assertEqual(state.step, 1)
 
   def test_other_tasks_keep_the_inventory(self):
