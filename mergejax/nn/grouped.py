@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Products of groups of rows with a kernel each, of sizes known at run time.
 
-`jax.lax.ragged_dot` is that product. On accelerators it is a kernel of its own;
-on CPU it is as many dense products of all rows as there are kernels, so there
+`jax.lax.ragged_dot` is that product. On accelerators it is a kernel of its own,
+whose tiles `grouped_tpu` chooses; on CPU it is as many dense products of all rows as there are kernels, so there
 the same numbers are made by loops over blocks of rows.
 """
 
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from mergejax import partition
 from mergejax.core import typing
+from mergejax.nn import grouped_tpu
 
 # Rows that are multiplied at a time on CPU: enough that a kernel is read for
 # many of them, few enough that little is computed beyond the end of a group.
@@ -59,7 +60,10 @@ def grouped_dot(
     >>> grouped_dot(jnp.ones((3, 2)), kernels, jnp.array([2, 1])).tolist()
     [[1.0, 1.0], [1.0, 1.0], [2.0, 2.0]]
   """
-  if partition.platform() != 'cpu':
+  platform = partition.platform()
+  if platform == 'tpu':
+    return grouped_tpu.tiled_dot(rows, kernels, sizes)
+  if platform != 'cpu':
     return jax.lax.ragged_dot(rows, kernels, sizes)
   count = len(rows)
   more = max(spare_rows(count) - spare, 0)
