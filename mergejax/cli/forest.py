@@ -358,7 +358,8 @@ def _evaluate(options):
   with _suite(options, forest) as suite:
     found = forest_scores.table(
       forest, suite.read(options.split),
-      ensembles=ensembles, weights=weights, k=options.top_k, batch_size=options.batch_size, posterior=how,
+      ensembles=ensembles, weights=weights, k=options.top_k,
+      batch_size=options.batch_size, posterior=how,
       router=_router(options, forest, suite.vocabulary),
       context=options.context,
     )  # fmt: skip

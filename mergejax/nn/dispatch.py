@@ -5,8 +5,8 @@
 `Rows`: pairs of token and expert in the order of experts, none of them empty,
 for grouped products; on a mesh see `dispatch_mesh`. `Padded`: a slot for all that
 an expert has room for, of a shape that does not depend on the router, for batched
-products; on a mesh one exchange there and one back. Neither ever has an array `[tokens, experts, capacity]`, as
-the masks of the papers are.
+products; on a mesh one exchange there and one back. Neither ever has an array
+`[tokens, experts, capacity]`, as the masks of the papers are.
 """
 
 from collections.abc import Callable

@@ -7,7 +7,6 @@ import pathlib
 import sys
 
 from absl.testing import absltest
-import environments
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,7 +30,6 @@ losses_of, mlp, pictures = (
 
 class EvaluationTest(absltest.TestCase):
   def test_scores_and_the_best_model(self):
-    self.enter_context(environments.one_device())
     folder = pathlib.Path(self.create_tempdir().full_path)
     rows, asked = [], []
 
@@ -69,7 +67,6 @@ class EvaluationTest(absltest.TestCase):
     self.assertEqual([json.loads(line)['step'] for line in lines], [2, 4, 5])
 
   def test_callbacks_of_two_runs_mix_nothing(self):
-    self.enter_context(environments.one_device())
     scores = iter([5.0, 4.0, 3.0, float('nan'), 2.0])
     best = lambda name: training.evaluate(
       lambda _: {name: next(scores)}, every=1, keep_best=name

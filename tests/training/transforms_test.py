@@ -7,7 +7,6 @@ import sys
 
 from absl.testing import absltest
 from absl.testing import parameterized
-import environments
 import jax
 import numpy as np
 import optax
@@ -30,11 +29,6 @@ losses_of, mlp, pictures = (
 
 
 class TransformsTest(parameterized.TestCase):
-  def setUp(self):
-    super().setUp()
-    # Of averages on a mesh `scoring_test` knows.
-    self.enter_context(environments.one_device())
-
   def test_averages_equal_the_merge_of_the_same_checkpoints(self):
     states = {}
 
